@@ -1,0 +1,1498 @@
+"""What the experiments share: run folder, data, models, losses, training, evaluation, metrics, statistics, plots.
+
+Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden size, C classes, E engram size,
+T target tokens, V vocabulary, N rows of a split, S seeds.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
+import matplotlib.pyplot as plt
+import numpy as np
+import safetensors
+import safetensors.torch
+import scipy.optimize
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.manifold import TSNE
+from sklearn.metrics import adjusted_rand_score, confusion_matrix
+from torch import Tensor, nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+MODEL_NAMES = {1: "Classification Only", 2: "Dual Head", 3: "Dual + Engram"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; its message is one sentence that says how."""
+
+
+@dataclass
+class RunConfig:
+    """Settings that every training script has; the comment above a field is its --help text."""
+
+    # Folder for results.json, plots and checkpoints. Default: one named after the data, so that results on
+    # other data or fewer rows never land on published ones.
+    output_dir: Path | None = None
+    # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face cache and hub.
+    data_dir: Path | None = None
+    # Models to train: 1 classification only, 2 dual head, 3 dual head with engram.
+    models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
+    # Seeds, each one a full training of each model; more can be added to a finished run later.
+    seeds: tuple[int, ...] = (42,)
+    # Passes over the training split.
+    epochs: int = 3
+    # Use this many training rows, the same fixed draw for every model and seed. Default: all.
+    train_limit: int | None = None
+    # Use this many validation rows, a fixed draw. Default: all.
+    eval_limit: int | None = None
+    # Where to compute; auto takes a GPU when there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Delete this output folder's checkpoints and train anew.
+    fresh: bool = False
+    # Examples per optimizer step.
+    batch_size: int = 16
+    # Longest input in tokens; the rest of a row is cut off.
+    max_length: int = 128
+    # Peak learning rate of AdamW.
+    learning_rate: float = 2e-4
+    # Decoupled weight decay; 0 makes AdamW plain Adam.
+    weight_decay: float = 0.01
+    # Learning rate after the warm-up: held, or cosine to zero.
+    schedule: Literal["constant", "cosine"] = "cosine"
+    # Share of all steps over which the learning rate rises linearly.
+    warmup_fraction: float = 0.05
+    # Gradients are scaled down to this total norm; 0 leaves them alone.
+    clip_norm: float = 1.0
+    # Weight of the LM loss in models 2 and 3; the classification loss gets the rest.
+    lm_weight: float = 0.5
+
+
+# Settings that say where, or how much of, a study is run; the others define the study itself.
+NOT_IN_FINGERPRINT = ("output_dir", "data_dir", "models", "seeds", "device", "fresh")
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise UserError for settings that cannot be run."""
+    if not config.seeds:
+        raise UserError("--seeds is empty: name at least one, as in --seeds 42.")
+    if not config.models:
+        raise UserError("--models is empty: name at least one of 1 2 3.")
+    for name in ("epochs", "batch_size", "max_length", "train_limit", "eval_limit"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
+    if min(config.seeds) < 0:
+        raise UserError(f"--seeds holds {min(config.seeds)}: seeds are 0 or more.")
+    if 3 in config.models and config.batch_size < 2:
+        raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")
+    if not 0 <= config.lm_weight < 1:
+        raise UserError(f"--lm-weight is {config.lm_weight}: it must lie in [0, 1).")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for --device; a CUDA device that is asked for and absent is an error, not a slow surprise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device: use --device auto, or install a CUDA build of torch.")
+    return torch.device(name)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: what a person can mend ends in one sentence and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        _complain("stopped; the same command goes on from the last checkpoint.")
+        sys.exit(130)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.exit(_complain("the disk is full: free some space, and the same command goes on from the last checkpoint."))
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            sys.exit(_complain(f"cannot use {error.filename}: {error.strerror}; choose another folder with --output-dir."))
+        raise
+
+
+def _complain(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Run folder: results.json and plots (published), state/ (checkpoints and finished runs, not published)
+# ---------------------------------------------------------------------------------------------------------
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a kill or a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file. Raises UserError when it is not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): move it away, or use --fresh to start over.") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Store tensors and JSON-able metadata in one safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, safetensors.torch.save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what write_tensors wrote: (tensors, metadata). Raises UserError when the file is damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error}): delete it, and that model trains anew.") from None
+
+
+def short_json(value: Any) -> Any:
+    """value as it looks after a trip through JSON, so that stored and fresh settings compare equal."""
+    return json.loads(json.dumps(value, default=str))
+
+
+class RunFolder:
+    """A folder of results: published files at its top, the state of the run under state/.
+
+    Attributes: `published` is the results.json that stood here before this run's state began, or None.
+    """
+
+    def __init__(self, path: Path, settings: dict, fresh: bool):
+        """settings define the study (configuration and data); a folder holds the results of one such study.
+
+        Raises UserError when the folder holds another study's results and fresh is not set, or is not writable.
+        """
+        self.path, self.state, self.results_file = path, path / "state", path / "results.json"
+        settings_file = self.state / "settings.json"
+        settings = short_json(settings)
+        in_state = read_json(settings_file) if settings_file.exists() else None
+        before = read_json(self.results_file) if self.results_file.exists() and not fresh else None
+        found = in_state or (before and before["settings"])
+        if found and found != settings and not fresh:
+            raise UserError(
+                f"{path} holds results of another configuration ({_first_difference(found, settings)}): "
+                "choose another folder with --output-dir, or replace them with --fresh."
+            )
+        if fresh:
+            shutil.rmtree(self.state, ignore_errors=True)
+        self.state.mkdir(parents=True, exist_ok=True)
+        published_file = self.state / "published.json"
+        if before and not in_state:  # a fresh clone: keep what this run will be compared with
+            write_json(published_file, before)
+        write_json(settings_file, settings)
+        self.published = read_json(published_file) if published_file.exists() else None
+
+    def job(self, model_number: int, seed: int) -> Path:
+        """Folder of one training: training.safetensors while it runs, then weights and metrics.json."""
+        return self.state / f"model{model_number}-seed{seed}"
+
+    def finished(self) -> dict[str, dict[str, dict]]:
+        """Metrics of every finished training in this folder: model key -> seed -> metrics."""
+        done: dict[str, dict[str, dict]] = {}
+        jobs = [(int(p.parent.name.split("-seed")[1]), p) for p in self.state.glob("model*-seed*/metrics.json")]
+        for seed, path in sorted(jobs):
+            done.setdefault(path.parent.name.split("-")[0], {})[str(seed)] = read_json(path)
+        return dict(sorted(done.items()))
+
+
+def _first_difference(there: dict, here: dict) -> str:
+    for part in ("config", "data"):
+        for key in sorted(there.get(part, {}).keys() | here[part].keys()):
+            a, b = there.get(part, {}).get(key), here[part].get(key)
+            if a != b:
+                return f"{key} is {a} there and {b} here"
+    return "their settings differ"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, hardware and git commit, for results.json; a commit ends in -modified when the code differs from it."""
+    packages = ("torch", "numpy", "scikit-learn", "scipy")
+
+    def git(*arguments: str) -> str | None:
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # no git, or not a clone
+
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--", "*.py", "requirements.txt"):
+        commit += "-modified"
+    return {
+        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "threads": torch.get_num_threads(),
+        },
+        "git_commit": commit,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data: rows -> Task -> token ids -> batches
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as text: N texts and their labels in 0 .. C-1."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification data set. To add one, write a function that returns a Task and let a script call it."""
+
+    name: str  # as it stands in logs, titles and tables
+    folder: str  # subfolder for its results when it is not the script's own data set; "" when it is
+    source: str  # where the rows came from
+    class_names: tuple[str, ...]
+    train: Rows
+    validation: Rows
+
+    def summary(self) -> dict[str, Any]:
+        """What results.json says of the data; the digest tells whether two runs saw the same rows."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation):
+            digest.update(json.dumps([rows.texts, rows.labels]).encode())
+        return {
+            "name": self.name,
+            "train_rows": len(self.train),
+            "validation_rows": len(self.validation),
+            "class_names": list(self.class_names),
+            "sha256": digest.hexdigest(),
+        }
+
+    def title(self) -> str:
+        return f"{self.name} ({len(self.train):,} training, {len(self.validation):,} validation rows)"
+
+
+def check_task(task: Task) -> Task:
+    """Return the task when its splits are not empty and every label names a class; raise UserError otherwise."""
+    for split, rows in (("training", task.train), ("validation", task.validation)):
+        if not len(rows):
+            raise UserError(f"the {split} split of {task.name} ({task.source}) is empty: fetch the data again.")
+        for number, label in enumerate(rows.labels):
+            if not 0 <= label < len(task.class_names):
+                raise UserError(
+                    f"row {number + 1} of the {split} split of {task.name} ({task.source}) has label {label}, "
+                    f"not one of 0 to {len(task.class_names) - 1}: mend or remove it."
+                )
+    return task
+
+
+def limit_task(task: Task, train_limit: int | None, eval_limit: int | None) -> Task:
+    """The task cut to a fixed draw of rows; it names a results folder of its own."""
+
+    def draw(rows: Rows, limit: int | None) -> Rows:
+        if limit is None or limit >= len(rows):
+            return rows
+        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
+        return Rows([rows.texts[i] for i in chosen], [rows.labels[i] for i in chosen])
+
+    train, validation = draw(task.train, train_limit), draw(task.validation, eval_limit)
+    if len(train) == len(task.train) and len(validation) == len(task.validation):
+        return task
+    folder = os.path.join(task.folder, f"limit-{len(train)}-{len(validation)}")
+    return dataclasses.replace(task, train=train, validation=validation, folder=folder)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file without line ends. Raises UserError that names the file, and the line that is not UTF-8."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is not there: point --data-dir at the folder that holds {path.parent.name}/{path.name}."
+        ) from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a file: point --data-dir at a download in the official layout.") from None
+    lines = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            raise UserError(f"{path}, line {number}: not UTF-8; mend or remove the line.") from None
+    return lines
+
+
+def parse_label(text: str, classes: int, where: str) -> int:
+    """A label in 0 .. classes-1. Raises UserError that says where it stands."""
+    if text not in map(str, range(classes)):
+        raise UserError(f"{where}: label {text!r} is not one of 0 to {classes - 1}; mend or remove the line.")
+    return int(text)
+
+
+def read_sst2_split(path: Path) -> Rows:
+    """Rows of a GLUE SST-2 file: a header, then sentence<TAB>label. Raises UserError naming file and line."""
+    rows = Rows([], [])
+    for number, line in enumerate(read_lines(path)[1:], 2):
+        where = f"{path}, line {number}"
+        columns = line.split("\t")  # GLUE quotes nothing: a quotation mark is part of the text
+        if len(columns) != 2:
+            raise UserError(f"{where}: {len(columns)} columns where sentence<TAB>label has 2; mend or remove the line.")
+        if not columns[0].strip():
+            raise UserError(f"{where}: the sentence is empty; mend or remove the line.")
+        rows.texts.append(columns[0].strip())
+        rows.labels.append(parse_label(columns[1].strip(), 2, where))
+    return rows
+
+
+def load_sst2(data_dir: Path | None) -> Task | None:
+    """SST-2 from data_dir/SST-2, or without a data_dir from the Hugging Face cache or hub; None when neither has it.
+
+    Raises UserError when data_dir is given and lacks the files, or a row is malformed.
+    """
+    if data_dir is not None:
+        folder = data_dir / "SST-2"
+        train, validation, source = read_sst2_split(folder / "train.tsv"), read_sst2_split(folder / "dev.tsv"), str(folder)
+    else:
+        splits = load_from_hub("stanfordnlp/sst2", "sentence", ("train", "validation"))
+        if splits is None:
+            return None
+        (train, validation), source = splits, "Hugging Face stanfordnlp/sst2"
+    return check_task(Task("SST-2", "", source, ("negative", "positive"), train, validation))
+
+
+def load_from_hub(dataset: str, text_column: str, splits: tuple[str, ...]) -> tuple[Rows, ...] | None:
+    """Splits of a hub data set with a `label` column, from the cache when the hub does not answer; None when neither has it."""
+    import datasets
+    import huggingface_hub
+
+    with contextlib.redirect_stderr(io.StringIO()):  # their retry warnings; what we found is said in one line by the caller
+        try:  # ask once and briefly: left alone the libraries retry for minutes
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        try:
+            tables = [datasets.load_dataset(dataset, split=split) for split in splits]
+        except Exception:  # each of these libraries raises its own kinds for "not there"
+            return None
+    return tuple(Rows([text.strip() for text in table[text_column]], list(table["label"])) for table in tables)
+
+
+MOVIE_SNIPPETS_ARCHIVE = ROOT / "data" / "vaderSentiment-3.3.2.tar.gz"  # `make data` fetches it
+MOVIE_SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+
+
+def load_movie_snippets(archive: Path = MOVIE_SNIPPETS_ARCHIVE) -> Task:
+    """10,568 movie-review sentences (Hutto & Gilbert 2014), labelled by the sign of their mean rating by 20 people.
+
+    Ratings of exactly zero are dropped. A text goes to validation when its SHA-256 is divisible by ten: the
+    split needs no seed, and two copies of a text cannot land on different sides. Raises UserError when the
+    archive is missing or is not the one this loader was written for.
+    """
+    if not archive.exists():
+        raise UserError(f"{archive} is not there: run `make data` to fetch it, or point --data-dir at SST-2.")
+    content = archive.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MOVIE_SNIPPETS_SHA256:
+        raise UserError(f"{archive} is damaged (its SHA-256 is not the expected one): delete it and run `make data`.")
+    with tarfile.open(fileobj=io.BytesIO(content)) as package:
+        inner = package.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
+    with tarfile.open(fileobj=io.BytesIO(inner)) as ratings:
+        table = ratings.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt").read().decode()
+    train, validation = Rows([], []), Rows([], [])
+    for line in table.strip().split("\r\n"):
+        _, rating, text = line.split("\t")
+        text = text.strip()
+        if float(rating) != 0:
+            side = validation if int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10 == 0 else train
+            side.texts.append(text)
+            side.labels.append(int(float(rating) > 0))
+    source = "movieReviewSnippets_GroundTruth.txt of vaderSentiment 3.3.2"
+    return check_task(Task("movie-review snippets", "movie-snippets", source, ("negative", "positive"), train, validation))
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split as ragged token ids: N tensors of int64 (length,), labels (N,)."""
+
+    token_ids: list[Tensor]
+    labels: Tensor
+
+    @property
+    def lengths(self) -> np.ndarray:  # (N,)
+        return np.array([len(ids) for ids in self.token_ids])
+
+
+def encode_rows(rows: Rows, encode: Callable[[list[str]], list[list[int]]], max_length: int) -> Split:
+    """Token ids of every row, cut to max_length. Raises UserError for a text without a token."""
+    token_ids = [torch.tensor(ids[:max_length]) for ids in encode(rows.texts)]
+    for text, ids in zip(rows.texts, token_ids, strict=True):
+        if not len(ids):
+            raise UserError(f"the text {text!r} has no token: remove the row from the data.")
+    return Split(token_ids, torch.tensor(rows.labels))
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right to the longest of them."""
+
+    input_ids: Tensor  # (B, L) int64, zeros behind the text
+    text_mask: Tensor  # (B, L) bool, True on text
+    labels: Tensor  # (B,)
+    target_index: Tensor  # (T,) positions in the flattened (B * L) tokens that the LM head predicts
+
+
+def collate(split: Split, rows: Iterable[int], device: torch.device) -> Batch:
+    """The batch of these rows. Every text token but a row's first is a target: it is predicted from those before it."""
+    rows = list(rows)
+    ids = [split.token_ids[i] for i in rows]
+    lengths = torch.tensor([len(i) for i in ids])
+    input_ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    text_mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    is_target = text_mask.clone()
+    is_target[:, 0] = False
+    tensors = (input_ids, text_mask, split.labels[rows], is_target.flatten().nonzero().squeeze(1))
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+
+def count_targets(split: Split, rows: Iterable[int]) -> int:
+    return sum(len(split.token_ids[i]) - 1 for i in rows)
+
+
+def length_grouped_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Row numbers of one epoch's batches: every row once, rows of like length together, in random order.
+
+    Shuffle, sort by length inside chunks of 50 batches, then shuffle the batches, and the rows inside each:
+    model 3 pairs a batch's first half with its second, and must not always pair short with long.
+    """
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), 50 * batch_size):
+        chunk = order[start : start + 50 * batch_size]
+        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
+        batches += [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
+    return [rng.permutation(batches[i]) for i in rng.permutation(len(batches))]
+
+
+def token_budget_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Row numbers in order of length, in batches of at most max_tokens padded tokens (one row at least)."""
+    batches, current = [], []
+    for row in np.argsort(lengths, kind="stable"):
+        if current and lengths[row] * (len(current) + 1) > max_tokens:
+            batches.append(np.array(current))
+            current = []
+        current.append(row)
+    return [*batches, np.array(current)]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ClassificationHead(nn.Module):
+    """Linear -> GELU -> Dropout -> Linear, in fp32; the GELU's output is the classifier's intermediate."""
+
+    def __init__(self, input_size: int, intermediate_size: int, num_classes: int, dropout: float = 0.1):
+        super().__init__()
+        self.inner = nn.Linear(input_size, intermediate_size)
+        self.dropout = nn.Dropout(dropout)
+        self.outer = nn.Linear(intermediate_size, num_classes)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) -> (B, C), (B, intermediate_size)
+        intermediate = F.gelu(self.inner(pooled))
+        return self.outer(self.dropout(intermediate)), intermediate
+
+
+class EngramCompressor(nn.Module):
+    """One input's summary squeezed into a small vector in (-1, 1): the engram."""
+
+    def __init__(self, input_size: int, engram_size: int):
+        super().__init__()
+        self.linear = nn.Linear(input_size, engram_size)
+
+    def forward(self, summary: Tensor) -> Tensor:  # (B, input_size) -> (B, E)
+        return torch.tanh(self.linear(summary))
+
+
+class EngramProjector(nn.Module):
+    """An engram as one embedding that stands before the next input's tokens."""
+
+    def __init__(self, engram_size: int, hidden_size: int):
+        super().__init__()
+        self.linear = nn.Linear(engram_size, hidden_size)
+
+    def forward(self, engram: Tensor) -> Tensor:  # (B, E) -> (B, 1, D)
+        return self.linear(engram).unsqueeze(1)
+
+
+@dataclass
+class ModelOutput:
+    hidden: Tensor  # (B, L, D) last hidden states of the tokens, the prefix's left out
+    pooled: Tensor  # (B, D) fp32, mean over text tokens
+    intermediate: Tensor  # (B, classifier's inner size)
+    logits: Tensor  # (B, C)
+    engram: Tensor | None  # (B, E), model 3 only
+
+
+class DualHeadModel(nn.Module):
+    """A causal backbone under a classification head and, in models 2 and 3, an LM head and an engram.
+
+    The backbone is called as Hugging Face's are: `get_input_embeddings()` gives the embedding, and
+    `backbone(inputs_embeds=(B, L, D)).last_hidden_state` is (B, L, D). It must be causal. That is also why it
+    needs no attention mask here: rows are padded on the right, where no text token looks.
+
+    Args:
+        backbone: see above; `model.model` of a Hugging Face causal LM fits.
+        hidden_size: D.
+        classifier: head on the pooled text tokens.
+        lm_head: D -> V, or None for model 1.
+        engram_size: E for model 3, None for models 1 and 2.
+        engram_source: what the compressor reads, the pooled hidden state or the classifier's intermediate.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        hidden_size: int,
+        classifier: ClassificationHead,
+        lm_head: nn.Linear | None = None,
+        engram_size: int | None = None,
+        engram_source: Literal["pooled", "intermediate"] = "pooled",
+    ):
+        super().__init__()
+        self.backbone, self.classifier, self.lm_head, self.engram_source = backbone, classifier, lm_head, engram_source
+        self.compressor = self.projector = None
+        if engram_size is not None:
+            source_size = hidden_size if engram_source == "pooled" else classifier.inner.out_features
+            self.compressor = EngramCompressor(source_size, engram_size)
+            self.projector = EngramProjector(engram_size, hidden_size)
+
+    def forward(self, input_ids: Tensor, text_mask: Tensor, engram: Tensor | None = None) -> ModelOutput:
+        """input_ids (B, L) and text_mask (B, L) as in Batch; engram (B, E), None for the zero engram of model 3."""
+        embeddings = self.backbone.get_input_embeddings()(input_ids)  # (B, L, D)
+        if self.projector is not None:
+            if engram is None:
+                engram = embeddings.new_zeros(len(input_ids), self.projector.linear.in_features, dtype=torch.float32)
+            embeddings = torch.cat([self.projector(engram).to(embeddings.dtype), embeddings], dim=1)  # (B, 1 + L, D)
+        hidden = self.backbone(inputs_embeds=embeddings).last_hidden_state
+        hidden = hidden[:, -input_ids.shape[1] :]  # (B, L, D): the prefix is neither pooled nor predicts
+        mask = text_mask.unsqueeze(-1)
+        pooled = (hidden.float() * mask).sum(1) / mask.sum(1)  # (B, D)
+        logits, intermediate = self.classifier(pooled)
+        new_engram = None
+        if self.compressor is not None:
+            new_engram = self.compressor(self.engram_input(pooled, intermediate))
+        return ModelOutput(hidden, pooled, intermediate, logits, new_engram)
+
+    def engram_input(self, pooled, intermediate):
+        """What the compressor reads of the two, tensors or arrays."""
+        return pooled if self.engram_source == "pooled" else intermediate
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Losses: sums, so that a mean over the whole optimizer step can be cut into micro-batches of any size
+# ---------------------------------------------------------------------------------------------------------
+
+LOGIT_CHUNK_TOKENS = 256  # tokens whose logits exist at one time
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear layer's logits, without ever holding them all.
+
+    Logits are made for LOGIT_CHUNK_TOKENS tokens at a time and turned into their gradient at once, so nothing
+    of size T x V is kept for the backward pass or computed again in it. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        # states (T, D), weight (V, D), bias (V,) or None, targets (T,) -> scalar, fp32
+        of_states, of_weight, of_bias = (
+            torch.zeros_like(tensor) if needed else None
+            for tensor, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        )
+        total = states.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(states), LOGIT_CHUNK_TOKENS):
+            part = slice(start, start + LOGIT_CHUNK_TOKENS)
+            log_p = F.log_softmax(F.linear(states[part], weight, bias), dim=-1, dtype=torch.float32)  # (chunk, V)
+            here = targets[part].unsqueeze(1)
+            total -= log_p.gather(1, here).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            slope = log_p.exp_()  # d loss / d logits = p - one_hot(target)
+            slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
+            slope = slope.to(states.dtype)
+            if of_states is not None:
+                of_states[part] = slope @ weight
+            if of_weight is not None:
+                of_weight.addmm_(slope.T, states[part])
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        ctx.gradients = of_states, of_weight, of_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return *(None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.gradients), None
+
+
+def lm_loss_sum(hidden: Tensor, batch: Batch, lm_head: nn.Linear) -> Tensor:
+    """Next-token cross-entropy in nats, summed over the batch's targets; hidden is (B, L, D)."""
+    states = hidden.flatten(0, 1)[batch.target_index - 1]  # (T, D): the state before a token predicts it
+    return LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, batch.input_ids.flatten()[batch.target_index])
+
+
+def combined_loss(cls_loss, lm_loss, lm_weight: float):
+    """lm_weight * LM + (1 - lm_weight) * cls; the classification loss alone where there is no LM loss (None)."""
+    return cls_loss if lm_loss is None else lm_weight * lm_loss + (1 - lm_weight) * cls_loss
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
+    """Learning rate of optimizer step 0 .. total_steps-1: linear warm-up, then constant or cosine to zero."""
+    warmup = math.ceil(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+
+
+@dataclass
+class StepSums:
+    """What one optimizer step, or an epoch of them, adds up to."""
+
+    rows: int = 0
+    targets: int = 0
+    cls_loss: float = 0.0  # summed over rows
+    lm_loss: float = 0.0  # summed over targets
+    correct: int = 0
+    steps: int = 0
+    grad_norm: float = 0.0  # summed over steps, before clipping
+    max_grad_norm: float = 0.0
+
+    def add(self, other: "StepSums") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, max(self.max_grad_norm, value) if name == "max_grad_norm" else getattr(self, name) + value)
+
+    def record(self, has_lm: bool, lm_weight: float) -> dict[str, float | None]:
+        """Means, as results.json has them."""
+        cls_loss = self.cls_loss / self.rows
+        lm_loss = self.lm_loss / max(1, self.targets) if has_lm else None
+        return {
+            "loss": combined_loss(cls_loss, lm_loss, lm_weight),
+            "cls_loss": cls_loss,
+            "lm_loss": lm_loss,
+            "accuracy": self.correct / self.rows,
+            "grad_norm": self.grad_norm / self.steps,
+            "max_grad_norm": self.max_grad_norm,
+        }
+
+
+class Trainer:
+    """Optimizer steps for models 1 and 2; knows nothing of epochs or files."""
+
+    def __init__(self, model: DualHeadModel, split: Split, config: RunConfig):
+        self.model, self.split, self.config = model, split, config
+        self.device = next(model.parameters()).device
+        self.micro_batch_size = config.batch_size  # rows in one backward pass; halved when memory runs out
+        self.optimizer = torch.optim.AdamW(
+            model.trainable().values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+
+    def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """The step's rows in pieces that each get a backward pass; the parts of a piece run one after another."""
+        size = self.micro_batch_size
+        return [(rows[i : i + size],) for i in range(0, len(rows), size)]
+
+    def collate(self, rows: np.ndarray) -> Batch:
+        return collate(self.split, rows, self.device)
+
+    def lm_loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return lm_loss_sum(hidden, batch, self.model.lm_head)
+
+    def accumulate_gradients(self, rows: np.ndarray) -> StepSums:
+        """Gradients of the mean loss over all rows and all targets of the step, however it is cut."""
+        sums = StepSums(rows=len(rows), targets=count_targets(self.split, rows) if self.model.lm_head else 0, steps=1)
+        for sequence in self.sequences(rows):
+            loss, engram = 0.0, None
+            for part in sequence:
+                batch = self.collate(part)
+                # Model 3's engrams are not detached: this part's losses train the compressor through them.
+                output = self.model(batch.input_ids, batch.text_mask, None if engram is None else engram[: len(part)])
+                cls_loss = F.cross_entropy(output.logits, batch.labels, reduction="sum")
+                lm_loss = self.lm_loss_sum(output.hidden, batch) if self.model.lm_head else None
+                loss = loss + combined_loss(
+                    cls_loss / sums.rows,
+                    None if lm_loss is None else lm_loss / max(1, sums.targets),
+                    self.config.lm_weight,
+                )
+                engram = output.engram
+                sums.cls_loss += cls_loss.item()
+                sums.lm_loss += 0.0 if lm_loss is None else lm_loss.item()
+                sums.correct += (output.logits.argmax(1) == batch.labels).sum().item()
+            loss.backward()
+        return sums
+
+    def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:
+        """One optimizer step. Raises FloatingPointError, before any weight changes, when a loss or gradient is not finite."""
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                sums = self.accumulate_gradients(rows)
+                break
+            except torch.OutOfMemoryError:
+                if self.micro_batch_size <= 1:
+                    raise UserError("GPU memory does not hold a single row: use a smaller --model or --max-length.") from None
+            # outside of `except`, where the failed pass is no longer held
+            self.micro_batch_size //= 2
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
+        parameters = list(self.model.trainable().values())
+        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total_norm)
+        sums.grad_norm = sums.max_grad_norm = norm = total_norm.item()
+        if not math.isfinite(sums.cls_loss + sums.lm_loss + norm):
+            raise FloatingPointError(f"loss {sums.cls_loss / sums.rows}, gradient norm {norm}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return sums
+
+
+class SequentialPairTrainer(Trainer):
+    """Model 3: a step's first half runs with a zero engram, and its engrams prefix the second half, row by row."""
+
+    def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        half, size = (len(rows) + 1) // 2, max(1, self.micro_batch_size // 2)
+        first, second = rows[:half], rows[half:]
+        pieces = [(first[i : i + size], second[i : i + size]) for i in range(0, half, size)]
+        return [tuple(part for part in piece if len(part)) for piece in pieces]
+
+
+def optimizer_tensors(model: DualHeadModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trainable weights, AdamW's moments and the generators' states under flat names."""
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.trainable().items():
+        tensors[f"weight.{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
+    return tensors
+
+
+def restore_optimizer(model: DualHeadModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what optimizer_tensors gave."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    for name, parameter in model.trainable().items():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+
+
+class RunBar:
+    """Progress bar over all steps of a run; knows the time left also where no terminal shows the bar."""
+
+    def __init__(self, total: int):
+        self.left, self.done, self.started = total, 0, time.monotonic()
+        self.bar = tqdm(total=total, desc="whole run", unit="step", disable=None)
+
+    def advance(self) -> None:
+        self.left, self.done = self.left - 1, self.done + 1
+        self.bar.update()
+
+    def skip(self, steps: int) -> None:
+        """Steps that an earlier start of this run has done: no part of the speed measured here."""
+        self.left -= steps
+        self.bar.total -= steps
+        self.bar.refresh()
+
+    def minutes_left(self) -> float:
+        return (time.monotonic() - self.started) / max(1, self.done) * self.left / 60
+
+
+CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
+
+
+@dataclass
+class Progress:
+    """Where one training stands: all that a resumed run needs beside tensors."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    sums: StepSums = field(default_factory=StepSums)  # of the current epoch
+    initial: dict = field(default_factory=dict)  # validation record before the first step
+    train: list[dict] = field(default_factory=list)
+    val: list[dict] = field(default_factory=list)
+    correct: dict[str, list[str]] = field(default_factory=dict)  # evaluation -> per epoch, a 0 or 1 for each row
+    seconds: float = 0.0
+
+
+def train_model(
+    label: str, trainer: Trainer, validation: Split, config: RunConfig, seed: int, job: Path, run_bar: RunBar
+) -> tuple[Progress, "Evaluation"]:
+    """Train for config.epochs with an evaluation after each, going on from job/training.safetensors if it is there.
+
+    Writes best.safetensors (weights of the epoch with the best validation accuracy) and final.safetensors into
+    job. Returns the history and the last epoch's (cold) evaluation. Raises UserError when training diverges.
+    """
+    model, checkpoint = trainer.model, job / "training.safetensors"
+    lengths = trainer.split.lengths
+    batches_per_epoch = math.ceil(len(lengths) / config.batch_size)
+    progress, evaluation = Progress(), None
+    if checkpoint.exists():
+        tensors, metadata = read_tensors(checkpoint)
+        progress = Progress(**metadata["progress"])
+        progress.sums = StepSums(**metadata["progress"]["sums"])
+        restore_optimizer(model, trainer.optimizer, tensors)
+        run_bar.skip(progress.epoch * batches_per_epoch + progress.batch)
+        tqdm.write(f"{label}: going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+    else:
+        progress.initial = validation_record(evaluate(model, validation), config)
+    job.mkdir(exist_ok=True)
+    started = saved = time.monotonic()
+
+    def save() -> None:
+        nonlocal started, saved
+        saved = time.monotonic()
+        progress.seconds, started = progress.seconds + saved - started, saved
+        write_tensors(checkpoint, optimizer_tensors(model, trainer.optimizer), {"progress": dataclasses.asdict(progress)})
+
+    while progress.epoch < config.epochs:
+        # From seed and epoch alone: the order is the same for every model, and a resumed run finds its place in it.
+        batches = length_grouped_batches(lengths, config.batch_size, np.random.default_rng([seed, progress.epoch]))
+        model.train()
+        for number in tqdm(range(progress.batch, len(batches)), f"{label} epoch {progress.epoch + 1}", leave=False, disable=None):
+            step = progress.epoch * batches_per_epoch + number
+            rate = learning_rate_at(step, config.epochs * batches_per_epoch, config)
+            try:
+                progress.sums.add(trainer.step(batches[number], rate))
+            except FloatingPointError as error:
+                good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written yet"
+                raise UserError(
+                    f"{label} diverged at step {step + 1} (learning rate {rate:.2g}: {error}); {good}. "
+                    "Try a smaller --learning-rate with another --output-dir."
+                ) from None
+            progress.batch = number + 1
+            run_bar.advance()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS and progress.batch < len(batches):
+                save()
+        evaluation = _end_epoch(label, trainer, validation, config, progress, job, run_bar)
+        save()
+    if evaluation is None:  # killed between the last epoch and metrics.json
+        evaluation = evaluate(model, validation)
+    write_tensors(job / "final.safetensors", model.trainable(), {"epoch": progress.epoch})
+    return progress, evaluation
+
+
+def _end_epoch(label, trainer, validation, config, progress: Progress, job: Path, run_bar: RunBar) -> "Evaluation":
+    """Evaluate, append the epoch's records, keep the weights if they are the best so far, and log a line."""
+    model = trainer.model
+    evaluation = evaluate(model, validation)
+    train = progress.sums.record(model.lm_head is not None, config.lm_weight)
+    val = validation_record(evaluation, config)
+    progress.correct.setdefault("cold", []).append(evaluation.correct())
+    if model.compressor is not None:
+        carried = evaluate(model, validation, carried_engrams(evaluation.engrams))
+        val["carried"] = carried.record(config.lm_weight)
+        progress.correct.setdefault("carried", []).append(carried.correct())
+    progress.epoch, progress.batch, progress.sums = progress.epoch + 1, 0, StepSums()
+    progress.train.append({"epoch": progress.epoch, **train})
+    progress.val.append({"epoch": progress.epoch, **val})
+    if best_epoch(progress.val) == progress.epoch:
+        write_tensors(job / "best.safetensors", model.trainable(), {"epoch": progress.epoch})
+    tqdm.write(
+        f"{label}  epoch {progress.epoch}/{config.epochs}"
+        f"  train: accuracy {train['accuracy']:.2%}, {_losses(train)}, gradient norm {train['grad_norm']:.2f}"
+        f"  validation: accuracy {val['accuracy']:.2%}"
+        + (f" (carried {val['carried']['accuracy']:.2%})" if "carried" in val else "")
+        + f", {_losses(val)}, effective rank {val['effective_rank']:.1f}"
+        f"  about {run_bar.minutes_left():.0f} min left"
+    )
+    return evaluation
+
+
+def validation_record(evaluation: "Evaluation", config: RunConfig) -> dict[str, float | None]:
+    return {**evaluation.record(config.lm_weight), "effective_rank": rank_metrics(evaluation.pooled)["effective_rank"]}
+
+
+def _losses(record: dict) -> str:
+    return f"cls {record['cls_loss']:.4f}" + ("" if record["lm_loss"] is None else f", LM {record['lm_loss']:.4f}")
+
+
+def best_epoch(val: list[dict]) -> int:
+    """The first epoch (from 1) with the highest validation accuracy."""
+    return max(val, key=lambda record: (record["accuracy"], -record["epoch"]))["epoch"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------
+
+EVALUATION_TOKENS = 4096  # padded tokens of one evaluation batch
+
+
+@dataclass
+class Evaluation:
+    """A model's outputs on a split, in the split's order."""
+
+    logits: np.ndarray  # (N, C)
+    labels: np.ndarray  # (N,)
+    pooled: np.ndarray  # (N, D)
+    intermediate: np.ndarray  # (N, classifier's inner size)
+    engrams: np.ndarray | None  # (N, E)
+    cls_loss: float  # mean over rows
+    lm_loss: float | None  # mean over target tokens
+
+    def correct(self) -> str:
+        """A character for each row: 1 where the prediction is right. Compact, and the paired tests can be redone from it."""
+        return "".join("1" if right else "0" for right in self.logits.argmax(1) == self.labels)
+
+    def record(self, lm_weight: float) -> dict[str, float | None]:
+        return {
+            "loss": combined_loss(self.cls_loss, self.lm_loss, lm_weight),
+            "cls_loss": self.cls_loss,
+            "lm_loss": self.lm_loss,
+            "accuracy": float((self.logits.argmax(1) == self.labels).mean()),
+        }
+
+
+@torch.inference_mode()
+def evaluate(model: DualHeadModel, split: Split, engrams: np.ndarray | None = None) -> Evaluation:
+    """Run a split through the model without dropout.
+
+    engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram. Leaves the model in
+    evaluation mode and the random generators as they were.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    batches = token_budget_batches(split.lengths, EVALUATION_TOKENS)
+    outputs: list[tuple[Tensor, ...]] = []
+    cls_loss = lm_loss = 0.0
+    targets = 0
+    for rows in batches:
+        batch = collate(split, rows, device)
+        prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
+        output = model(batch.input_ids, batch.text_mask, prefix)
+        cls_loss += F.cross_entropy(output.logits, batch.labels, reduction="sum").item()
+        if model.lm_head is not None:
+            lm_loss += lm_loss_sum(output.hidden, batch, model.lm_head).item()
+            targets += len(batch.target_index)
+        parts = (output.logits, batch.labels, output.pooled, output.intermediate, output.engram)
+        outputs.append(tuple(part.cpu() for part in parts if part is not None))
+    back = np.argsort(np.concatenate(batches))
+    arrays = [torch.cat(column).numpy()[back] for column in zip(*outputs, strict=True)]
+    return Evaluation(
+        *arrays[:4],
+        engrams=arrays[4] if model.compressor is not None else None,
+        cls_loss=cls_loss / len(back),
+        lm_loss=lm_loss / max(1, targets) if model.lm_head is not None else None,
+    )
+
+
+def carried_engrams(engrams: np.ndarray) -> np.ndarray:
+    """(N, E): for each row the cold engram of the row before it, in a fixed shuffled order that closes to a ring.
+
+    One step, as in training: the engram that is carried was itself made with the zero engram.
+    """
+    order = np.random.default_rng(0).permutation(len(engrams))
+    carried = np.empty_like(engrams)
+    carried[order] = engrams[np.roll(order, 1)]
+    return carried
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Engram and collapse metrics: pure functions of arrays
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rank_metrics(features: np.ndarray) -> dict[str, float | int]:
+    """How many directions the rows of features (N, D) spread over, from the singular values s of the centred matrix.
+
+    `effective_rank` is exp of the entropy of s / sum s (Roy & Vetterli 2007); `stable_rank` sum s^2 / s_1^2;
+    `participation_ratio` (sum s)^2 / sum s^2 and `participation_ratio_eigen` (sum s^2)^2 / sum s^4;
+    `dims_XXpct` the fewest components with that share of the variance; `topK_variance` the share of the first K.
+    At most N - 1 of the values are not zero, so ranks at different N must not be compared. float64. Features
+    without any spread have rank 0.
+    """
+    features = np.asarray(features, dtype=np.float64)
+    centred = features - features.mean(0)
+    s = np.linalg.svd(centred, compute_uv=False)
+    rounding = np.finfo(np.float64).eps * max(features.shape) * np.linalg.norm(features)
+    s = np.where(s > rounding, s, 0.0)
+    has_spread = s[0] > 0
+    s = s / s[0] if has_spread else s  # every metric is free of scale; squares of tiny values stay above zero
+    variance = s**2
+    total = variance.sum() if has_spread else 1.0
+    share = np.cumsum(variance) / total
+    p = s[s > 0] / s.sum() if has_spread else s[:0]
+
+    def components(target: float) -> int:  # the slack keeps a sum of equal shares from missing its mark by rounding
+        return int(np.searchsorted(share, target - 1e-12) + 1) if has_spread else 0
+
+    return {
+        "effective_rank": float(np.exp(-(p * np.log(p)).sum())) if has_spread else 0.0,
+        "stable_rank": float(variance.sum()),
+        "participation_ratio": float(s.sum() ** 2 / total),
+        "participation_ratio_eigen": float(variance.sum() ** 2 / (variance**2).sum()) if has_spread else 0.0,
+        "dims_90pct": components(0.90),
+        "dims_95pct": components(0.95),
+        "dims_99pct": components(0.99),
+        "top1_variance": float(variance[:1].sum() / total),
+        "top10_variance": float(variance[:10].sum() / total),
+        "top50_variance": float(variance[:50].sum() / total),
+        "num_samples": features.shape[0],
+        "num_dimensions": min(features.shape),
+    }
+
+
+def k_means(points: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """Cluster number (N,) of each row of points (N, E), from the best of 10 starts."""
+    points = np.asarray(points, dtype=np.float64)
+    return KMeans(min(k, len(points)), n_init=10, random_state=seed).fit_predict(points)
+
+
+def cluster_engrams(engrams: np.ndarray, labels: np.ndarray, n_classes: int, seed: int) -> dict[str, Any]:
+    """k-means (k = n_classes, 10 starts) on engrams (N, E), against labels (N,) that it does not see.
+
+    `ari` is the adjusted Rand index; `cluster_accuracy` the share of rows in the cluster matched to their
+    class by the Hungarian algorithm; `mapping` cluster -> class; `purity` class -> share of its rows in its cluster.
+    """
+    labels, clusters = np.asarray(labels), k_means(engrams, n_classes, seed)
+    counts = confusion_matrix(clusters, labels, labels=range(n_classes))  # (cluster, class)
+    _, class_of = scipy.optimize.linear_sum_assignment(counts, maximize=True)
+    right = class_of[clusters] == labels
+    return {
+        "ari": float(adjusted_rand_score(labels, clusters)),
+        "cluster_accuracy": float(right.mean()),
+        "mapping": {cluster: int(c) for cluster, c in enumerate(class_of)},
+        "purity": {int(c): float(right[labels == c].mean()) for c in np.unique(labels)},
+    }
+
+
+def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Mean cosine of pairs of different rows, `within` a class and `between` classes; None where there is no pair.
+
+    For unit vectors u the sum of all pairs' cosines is (|sum u|^2 - N) / 2, so no N x N matrix is needed. A zero
+    engram has cosine 0 with everything.
+    """
+    engrams, labels = np.asarray(engrams, dtype=np.float64), np.asarray(labels)
+    norms = np.linalg.norm(engrams, axis=1, keepdims=True)
+    unit = np.divide(engrams, norms, out=np.zeros_like(engrams), where=norms > 0)
+
+    def pair_sum(rows: np.ndarray) -> float:
+        return float(((rows.sum(0) ** 2).sum() - (rows**2).sum()) / 2)
+
+    groups = [unit[labels == c] for c in np.unique(labels)]
+    within, within_pairs = sum(map(pair_sum, groups)), sum(math.comb(len(group), 2) for group in groups)
+    between, between_pairs = pair_sum(unit) - within, math.comb(len(unit), 2) - within_pairs
+    return {
+        "within": within / within_pairs if within_pairs else None,
+        "between": between / between_pairs if between_pairs else None,
+    }
+
+
+def analyse_engrams(model: DualHeadModel, evaluation: Evaluation, seed: int) -> dict[str, dict]:
+    """Do engrams group by class? Clusters and cosines, each with a chance level and a control.
+
+    `chance` has the labels shuffled. `untrained` has a compressor fresh from its initialization on the same
+    trained backbone: what it reaches is the backbone's doing, not the compressor's training.
+    """
+    n_classes, labels = evaluation.logits.shape[1], evaluation.labels
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        summary = torch.from_numpy(model.engram_input(evaluation.pooled, evaluation.intermediate))  # (N, D) or (N, inner)
+        untrained = EngramCompressor(summary.shape[1], evaluation.engrams.shape[1])(summary).numpy()
+    cases = {
+        "trained": (evaluation.engrams, labels),
+        "chance": (evaluation.engrams, shuffled),
+        "untrained": (untrained, labels),
+    }
+    return {
+        "cluster": {name: cluster_engrams(engrams, y, n_classes, seed) for name, (engrams, y) in cases.items()},
+        "engram_cos": {name: engram_cosine(engrams, y) for name, (engrams, y) in cases.items()},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Statistics
+# ---------------------------------------------------------------------------------------------------------
+
+
+def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
+    """Mean and 95 % t interval over independent values (seeds); no interval from fewer than two."""
+    values = np.asarray(list(values), dtype=np.float64)
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def compare_models(correct_a: np.ndarray, correct_b: np.ndarray, resamples: int = 10_000) -> dict[str, Any]:
+    """How much better is b than a? From right-or-wrong arrays (S, N): S seeds trained alike, the same N rows.
+
+    `difference` is b's mean accuracy minus a's. `seeds` gives its 95 % t interval over seeds, paired by seed
+    (another training); `examples` a paired bootstrap interval over rows, seeds averaged (another validation
+    set). `mcnemar_p` is the exact two-sided p of McNemar's test for each seed. See Dror et al. 2018, Bouthillier et al. 2021.
+    """
+    a, b = np.atleast_2d(correct_a).astype(np.float64), np.atleast_2d(correct_b).astype(np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
+    per_row = (b - a).mean(0)  # (N,)
+    rng = np.random.default_rng(0)
+    # A resample draws N rows with replacement; only how many rows of each distinct difference it holds matters.
+    differences, counts = np.unique(per_row, return_counts=True)
+    means = rng.multinomial(len(per_row), counts / len(per_row), size=resamples) @ differences / len(per_row)
+    low, high = np.quantile(means, [0.025, 0.975])
+    only_b, only_a = ((b > a).sum(1), (a > b).sum(1))  # (S,) discordant rows
+    return {
+        "difference": float(per_row.mean()),
+        "seeds": mean_interval((b - a).mean(1)),
+        "examples": {"low": float(low), "high": float(high), "n": len(per_row)},
+        "mcnemar_p": [
+            float(scipy.stats.binomtest(int(x), int(x + y)).pvalue) if x + y else 1.0 for x, y in zip(only_b, only_a, strict=True)
+        ],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plots: fit to print, colours that colour-blind readers can tell apart (Okabe & Ito 2008)
+# ---------------------------------------------------------------------------------------------------------
+
+MODEL_COLORS = {1: "#0072B2", 2: "#D55E00", 3: "#009E73"}
+MODEL_MARKERS = {1: "o", 2: "s", 3: "^"}
+CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+CLASS_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, without the date and version that would make two equal plots differ."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> None:
+    """Accuracy, losses and effective rank over epochs: mean over seeds, the band from the lowest to the highest seed."""
+    panels = (
+        ("accuracy", "accuracy (%)", 100),
+        ("cls_loss", "classification loss (nats)", 1),
+        ("lm_loss", "LM loss (nats per token)", 1),
+        ("effective_rank", "effective rank of pooled features", 1),
+    )
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    for axis, (key, label, scale) in zip(axes, panels, strict=True):
+        for model_key, runs in models.items():
+            number = int(model_key.removeprefix("model"))
+            for split, style in (("val", "-"), ("train", "--")):
+                values = [[record.get(key) for record in run[split]] for run in runs.values()]
+                if values[0][0] is None:  # no LM loss in model 1, no effective rank in training
+                    continue
+                if split == "val":  # start from the model before its first step
+                    values = [[run["initial"][key], *row] for run, row in zip(runs.values(), values, strict=True)]
+                values = scale * np.array(values, dtype=float)  # (S, epochs)
+                epochs = np.arange(values.shape[1]) + (split == "train")
+                look = {"color": MODEL_COLORS[number], "linestyle": style}
+                if split == "val":
+                    look |= {"marker": MODEL_MARKERS[number], "label": MODEL_NAMES[number]}
+                    axis.fill_between(epochs, values.min(0), values.max(0), color=MODEL_COLORS[number], alpha=0.2, linewidth=0)
+                axis.plot(epochs, values.mean(0), markersize=4, **look)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].plot([], [], "k-", label="validation")
+    axes[0].plot([], [], "k--", label="training (with dropout)")
+    axes[0].legend(fontsize=8)
+    seeds = max(len(runs) for runs in models.values())
+    spread = f"mean of {seeds} seeds, band: lowest to highest seed" if seeds > 1 else "1 seed"
+    figure.suptitle(f"{title}; {spread}")
+    save_figure(figure, path)
+
+
+def plot_engram_clusters(
+    path: Path, title: str, engrams: np.ndarray, labels: np.ndarray, class_names: list[str], seed: int
+) -> None:
+    """t-SNE of up to 2,000 engrams, coloured by true class and by the k-means cluster matched to each class."""
+    mapping = cluster_engrams(engrams, labels, len(class_names), seed)["mapping"]
+    clusters = np.array([mapping[c] for c in k_means(engrams, len(class_names), seed)])
+    shown = np.sort(np.random.default_rng(0).permutation(len(engrams))[:2000])
+    perplexity = min(30.0, max(1.0, (len(shown) - 1) / 3))
+    if len(shown) < 3:
+        return  # t-SNE of a point or two says nothing
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(engrams[shown])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    for axis, colouring, name in (
+        (axes[0], labels, "true class"),
+        (axes[1], clusters, "k-means cluster, named by its matched class"),
+    ):
+        for c, class_name in enumerate(class_names):
+            chosen = colouring[shown] == c
+            look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
+            axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=class_name, **look)
+        axis.set(title=name, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    axes[0].legend(markerscale=2)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A whole experiment
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What differs between the scripts."""
+
+    name: str  # as in titles: "Experiment 1: small transformer"
+    results: Path  # folder for the default data set
+    task: Task
+    encode: Callable[[list[str]], list[list[int]]]
+    build_model: Callable[[int], DualHeadModel]  # model number -> a new model, drawn from torch's generator
+
+
+def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
+    """Train every model with every seed, evaluate, analyse engrams, and publish results.json and plots.
+
+    Trainings that are finished in the run folder are kept, an unfinished one goes on. Returns what results.json holds.
+    """
+    device, task = pick_device(config.device), experiment.task
+    settings = {
+        "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_FINGERPRINT},
+        "data": task.summary(),
+    }
+    folder = RunFolder(config.output_dir or experiment.results / task.folder, settings, config.fresh)
+    print(f"{experiment.name} on {task.title()}\ndata: {task.source}\nresults: {folder.path}\ndevice: {device}", flush=True)
+    train = encode_rows(task.train, experiment.encode, config.max_length)
+    validation = encode_rows(task.validation, experiment.encode, config.max_length)
+    here = environment(device)  # now: the code may be edited while a long run goes on
+    jobs = list(itertools.product(config.seeds, config.models))
+    steps = config.epochs * math.ceil(len(train.labels) / config.batch_size)
+    run_bar, results = RunBar(len(jobs) * steps), None
+    for seed, number in jobs:
+        job = folder.job(number, seed)
+        if (job / "metrics.json").exists():
+            run_bar.skip(steps)
+            continue
+        torch.manual_seed(seed)
+        model = experiment.build_model(number).to(device)
+        trainer = (SequentialPairTrainer if number == 3 else Trainer)(model, train, config)
+        metrics = run_job(f"model {number} seed {seed}", trainer, validation, config, seed, job, run_bar)
+        write_json(job / "metrics.json", {**metrics, **here})
+        (job / "training.safetensors").unlink(missing_ok=True)
+        results = publish(experiment, settings, folder, here)
+    run_bar.bar.close()
+    results = results or publish(experiment, settings, folder, here)
+    print(summary_table(results), flush=True)
+    if folder.published:
+        print(reproduction_table(folder.published, results), flush=True)
+    return results
+
+
+def run_job(label: str, trainer: Trainer, validation: Split, config: RunConfig, seed: int, job: Path, run_bar: RunBar) -> dict:
+    """One training from start to metrics."""
+    progress, evaluation = train_model(label, trainer, validation, config, seed, job, run_bar)
+    model, best = trainer.model, best_epoch(progress.val)
+    metrics = {
+        "parameters": {
+            "trainable": sum(parameter.numel() for parameter in model.trainable().values()),
+            "total": sum(parameter.numel() for parameter in model.parameters()),
+        },
+        "initial": progress.initial,
+        "train": progress.train,
+        "val": progress.val,
+        "best": {"epoch": best, "accuracy": progress.val[best - 1]["accuracy"]},
+        "final": {"epoch": progress.epoch, "accuracy": progress.val[-1]["accuracy"]},
+        "correct": {
+            f"{kind}_{name}": rows[epoch - 1]
+            for name, rows in progress.correct.items()
+            for kind, epoch in (("best", best), ("final", progress.epoch))
+        },
+        "seconds": progress.seconds,
+    }
+    if evaluation.engrams is not None:
+        metrics |= analyse_engrams(model, evaluation, seed)
+        tensors = {"engrams": torch.from_numpy(evaluation.engrams), "labels": torch.from_numpy(evaluation.labels)}
+        write_tensors(job / "engrams.safetensors", tensors, {})
+    return metrics
+
+
+def publish(experiment: Experiment, settings: dict, folder: RunFolder, here: dict) -> dict:
+    """Write results.json and the plots from all trainings that are finished in the folder."""
+    models, task = folder.finished(), experiment.task
+    results = {
+        "experiment": experiment.name,
+        "settings": short_json(settings),
+        **here,
+        "models": models,
+        "comparisons": compare_all(models),
+    }
+    write_json(folder.results_file, results)
+    title = f"{experiment.name} on {task.title()}"
+    plot_learning_curves(folder.path / "learning_curves.png", title, models)
+    for seed in list(models.get("model3", {}))[:1]:
+        stored, _ = read_tensors(folder.job(3, int(seed)) / "engrams.safetensors")
+        engrams, labels = stored["engrams"].numpy(), stored["labels"].numpy()
+        title = f"{experiment.name}: engrams of {task.name} (n = {len(labels):,}), seed {seed}"
+        plot_engram_clusters(folder.path / "engram_clusters.png", title, engrams, labels, list(task.class_names), int(seed))
+    return results
+
+
+# name -> (a, b, which correctness of a, which of b): b is compared with a
+COMPARISONS = {
+    "model2 - model1": ("model1", "model2", "cold", "cold"),
+    "model3 - model2": ("model2", "model3", "cold", "cold"),
+    "model3 - model1": ("model1", "model3", "cold", "cold"),
+    "model3 carried - model2": ("model2", "model3", "cold", "carried"),
+    "model3 carried - model3": ("model3", "model3", "cold", "carried"),
+}
+
+
+def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """compare_models for every pair of COMPARISONS at the final and the best epoch, over the seeds that both have."""
+    comparisons: dict[str, dict] = {"final": {}, "best": {}}
+    for epoch, (name, (a, b, kind_a, kind_b)) in itertools.product(comparisons, COMPARISONS.items()):
+        seeds = [seed for seed in models.get(a, {}) if seed in models.get(b, {})]
+        if seeds:
+            rows = [
+                [list(map(int, models[m][s]["correct"][f"{epoch}_{kind}"])) for s in seeds]
+                for m, kind in ((a, kind_a), (b, kind_b))
+            ]
+            comparisons[epoch][name] = compare_models(*map(np.array, rows))
+    return comparisons
+
+
+def _percent(interval: dict, sign: str = "") -> str:
+    text = f"{100 * interval['mean']:{sign}.2f}"
+    return (
+        text if interval.get("low") is None else f"{text} [{100 * interval['low']:{sign}.2f}, {100 * interval['high']:{sign}.2f}]"
+    )
+
+
+def summary_table(results: dict) -> str:
+    """The run's outcome for the log."""
+    lines = [
+        "",
+        "validation accuracy in %, mean over seeds [95 % interval over seeds]",
+        f"{'model':32}{'final epoch':26}best epoch (flatters: chosen on this split)",
+    ]
+    for key, runs in results["models"].items():
+        final, best = (mean_interval(run[epoch]["accuracy"] for run in runs.values()) for epoch in ("final", "best"))
+        name = f"{key[-1]} {MODEL_NAMES[int(key[-1])]} (n = {len(runs)})"
+        lines.append(f"{name:32}{_percent(final):26}{_percent(best)}")
+    lines += [
+        "",
+        "difference in points, final epoch",
+        f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed",
+    ]
+    for name, comparison in results["comparisons"]["final"].items():
+        rows = comparison["examples"]
+        examples = f"[{100 * rows['low']:+.2f}, {100 * rows['high']:+.2f}]"
+        p = ", ".join(f"{value:.3f}" for value in comparison["mcnemar_p"])
+        lines.append(f"{name:26}{_percent(comparison['seeds'], '+'):30}{examples:20}{p}")
+    for seed, run in results["models"].get("model3", {}).items():
+        for case, cluster in run["cluster"].items():
+            pairs = (f"{kind} {value:.3f}" for kind, value in run["engram_cos"][case].items() if value is not None)
+            found = f"ARI {cluster['ari']:.3f}, cluster accuracy {cluster['cluster_accuracy']:.1%}, cosine {', '.join(pairs)}"
+            lines.append(f"engrams, seed {seed}, {case + ':':12}{found}")
+    return "\n".join(lines)
+
+
+def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, float | None]:
+    """Difference of two means over seeds with a 95 % t interval of pooled variance; none when no side has two seeds."""
+    a, b = np.array(theirs), np.array(yours)
+    difference, freedom = float(b.mean() - a.mean()), len(a) + len(b) - 2
+    if freedom < 1:
+        return {"mean": difference, "low": None, "high": None}
+    pooled = (((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / freedom
+    half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(pooled * (1 / len(a) + 1 / len(b))))
+    return {"mean": difference, "low": difference - half, "high": difference + half}
+
+
+def reproduction_table(published: dict, results: dict) -> str:
+    """The published results that stood in this folder beside this run's: did it reproduce them?"""
+    lines = [
+        "",
+        "published results beside this run's: final validation accuracy in %",
+        f"{'model':10}{'published':14}{'yours':14}difference [95 % interval]",
+    ]
+    for key in published["models"].keys() & results["models"].keys():
+        theirs, yours = ([run["final"]["accuracy"] for run in part["models"][key].values()] for part in (published, results))
+        difference = difference_interval(theirs, yours)
+        verdict = "one seed each: no interval"
+        if difference["low"] is not None:
+            verdict = (
+                "reproduced: the interval holds zero"
+                if difference["low"] <= 0 <= difference["high"]
+                else "not reproduced: the interval leaves out zero"
+            )
+        columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
+        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{_percent(difference, '+')}  {verdict}")
+    return "\n".join(lines[:3] + sorted(lines[3:]))

@@ -1,0 +1,145 @@
+"""Experiment 1: a small causal transformer trained from scratch on SST-2 as models 1, 2 and 3.
+
+Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs on 10,568 movie-review snippets
+and writes to results/movie-snippets/.
+"""
+
+import collections
+import math
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+import common
+
+
+@dataclass
+class Config(common.RunConfig):
+    """Settings of Experiment 1; the comment above a field is its --help text."""
+
+    epochs: int = 8
+    batch_size: int = 64
+    max_length: int = 64
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_fraction: float = 0.0
+    clip_norm: float = 0.0
+    # Words in the vocabulary: the most frequent of the training split, and one entry each for padding and unknown words.
+    vocabulary_size: int = 8000
+    # Size of the hidden states.
+    hidden_size: int = 128
+    # Transformer layers.
+    layers: int = 2
+    # Attention heads.
+    heads: int = 4
+    # Inner size of the feed-forward layers.
+    feed_forward_size: int = 256
+    # Dropout in the backbone and the classifier.
+    dropout: float = 0.1
+    # Size of the classifier's intermediate layer.
+    classifier_size: int = 64
+    # Size of the engram of model 3.
+    engram_size: int = 32
+
+
+class WordVocabulary:
+    """Lower-cased words and runs of punctuation; id 0 pads, id 1 stands for every word that is not in it."""
+
+    WORD = re.compile(r"\w+(?:['\-]\w+)*|'\w+|[^\w\s]+")
+
+    def __init__(self, texts: list[str], size: int):
+        counts = collections.Counter(word for text in texts for word in self.WORD.findall(text.lower()))
+        by_rank = sorted(counts, key=lambda word: (-counts[word], word))  # ties in alphabetical order
+        self.ids = {word: number for number, word in enumerate(by_rank[: size - 2], 2)}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[self.ids.get(word, 1) for word in self.WORD.findall(text.lower())] for text in texts]
+
+
+class Layer(nn.Module):
+    """Causal self-attention and feed-forward, each followed by residual and LayerNorm (post-norm, Vaswani et al. 2017)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        size = config.hidden_size
+        self.heads = config.heads
+        self.qkv, self.attention_out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.inner, self.outer = nn.Linear(size, config.feed_forward_size), nn.Linear(config.feed_forward_size, size)
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (B, L, D)
+        x = self.attention_norm(x + self.dropout(self.attention_out(attended)))
+        return self.feed_forward_norm(x + self.dropout(self.outer(self.dropout(F.gelu(self.inner(x))))))
+
+
+class SmallTransformer(nn.Module):
+    """Causal transformer with the interface of a Hugging Face base model (see common.DualHeadModel)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        size, length = config.hidden_size, config.max_length + 1  # + 1 for the engram's prefix
+        self.embedding = nn.Embedding(config.vocabulary_size, size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.dropout = nn.Dropout(config.dropout)
+        angle = torch.arange(length)[:, None] * torch.exp(
+            torch.arange(0, size, 2) * (-math.log(10_000) / size)
+        )  # (length, D / 2)
+        positions = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (length, D)
+        self.register_buffer("positions", positions, persistent=False)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def forward(self, inputs_embeds: Tensor) -> SimpleNamespace:  # (B, L, D)
+        x = self.dropout(inputs_embeds + self.positions[: inputs_embeds.shape[1]])
+        for layer in self.layers:
+            x = layer(x)
+        return SimpleNamespace(last_hidden_state=x)  # (B, L, D)
+
+
+def build_model(number: int, num_classes: int, config: Config) -> common.DualHeadModel:
+    """Model 1, 2 or 3 with fresh weights; backbone and classifier are drawn first, so a seed gives all three the same."""
+    return common.DualHeadModel(
+        SmallTransformer(config),
+        config.hidden_size,
+        common.ClassificationHead(config.hidden_size, config.classifier_size, num_classes, config.dropout),
+        lm_head=nn.Linear(config.hidden_size, config.vocabulary_size) if number > 1 else None,
+        engram_size=config.engram_size if number == 3 else None,
+    )
+
+
+def load_task(config: Config) -> common.Task:
+    task = common.load_sst2(config.data_dir)
+    if task is None:
+        print("NOTE: no SST-2: no --data-dir was given, and neither the Hugging Face cache nor the hub has it here.")
+        print("NOTE: running on the MOVIE-REVIEW SNIPPETS instead; these are not SST-2 results.", flush=True)
+        task = common.load_movie_snippets()
+    return common.limit_task(task, config.train_limit, config.eval_limit)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    common.check_config(config)
+    task = load_task(config)
+    vocabulary = WordVocabulary(task.train.texts, config.vocabulary_size)
+    experiment = common.Experiment(
+        name="Experiment 1: small transformer",
+        results=common.ROOT / "results",
+        task=task,
+        encode=vocabulary.encode,
+        build_model=lambda number: build_model(number, len(task.class_names), config),
+    )
+    common.run_experiment(experiment, config)
+
+
+if __name__ == "__main__":
+    common.run_script(main)

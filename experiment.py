@@ -9,6 +9,7 @@ import math
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,14 @@ import common
 class Config(common.RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
-    epochs: int = 8
-    batch_size: int = 64
-    max_length: int = 64
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_fraction: float = 0.0
-    clip_norm: float = 0.0
+    epochs: int = 8  # Passes over the training split.
+    batch_size: int = 64  # Examples per optimizer step.
+    max_length: int = 64  # Longest input in words; the rest of a row is cut off.
+    learning_rate: float = 3e-4  # Peak learning rate of AdamW.
+    weight_decay: float = 0.0  # Decoupled weight decay; 0 makes AdamW plain Adam.
+    schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up: held, or cosine to zero.
+    warmup_fraction: float = 0.0  # Share of all steps over which the learning rate rises linearly.
+    clip_norm: float = 0.0  # Gradients are scaled down to this total norm; 0 leaves them alone.
     # Words in the vocabulary: the most frequent of the training split, and one entry each for padding and unknown words.
     vocabulary_size: int = 8000
     # Size of the hidden states.

@@ -1,0 +1,172 @@
+"""Fill the marked tables of FINDINGS.md and README.md from the results folders.
+
+A block stands between <!-- begin FOLDER TABLE --> and <!-- end -->; FOLDER holds a results.json (or
+throughput.json), TABLE is a function below named table_TABLE. Everything between the marks is replaced.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+DOCUMENTS = ("FINDINGS.md", "README.md")
+BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+
+# Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
+REFERENCE = {
+    "results": {
+        "final": {"model1": 79.82, "model2": 80.96, "model3": 79.36},
+        "best": {"model1": 80.28, "model2": 80.96, "model3": 79.36},
+        "ari": 0.236,
+        "cluster_accuracy": 74.3,
+    }
+}
+
+
+def interval(values, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
+    """Mean [95 % t interval over seeds], or the mean alone for one seed."""
+    found = common.mean_interval(scale * np.asarray(list(values), dtype=float))
+    text = f"{found['mean']:{sign}.{digits}f}"
+    return text if found["low"] is None else f"{text} [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def caption(folder: Path, results: dict) -> str:
+    """Which data, rows, seeds, code and machine a table's numbers come from."""
+    data, config = results["settings"]["data"], results["settings"]["config"]
+    runs = [run for seeds in results["models"].values() for run in seeds.values()]
+    commits = ", ".join(sorted({run["git_commit"][:10] for run in runs}))
+    devices = ", ".join(sorted({f"{run['hardware']['device']}, {run['hardware']['threads']} threads" for run in runs}))
+    seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
+    return (
+        f"*{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
+        f"{config['epochs']} epochs; seeds {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
+        f"made by commit {commits} on {devices}.*"
+    )
+
+
+def model_name(key: str) -> str:
+    return f"{key[-1]}: {common.MODEL_NAMES[int(key[-1])]}"
+
+
+def table_accuracy(folder: Path, results: dict) -> str:
+    theirs, rows = REFERENCE.get(str(folder)), []
+    for key, runs in results["models"].items():
+        cells = [interval((run[epoch]["accuracy"] for run in runs.values()), scale=100) for epoch in ("final", "best")]
+        carried = "n/a"
+        if key == "model3":
+            carried = interval((run["val"][-1]["carried"]["accuracy"] for run in runs.values()), scale=100)
+        parameters = f"{next(iter(runs.values()))['parameters']['trainable']:,}"
+        reference = [f"{theirs[epoch][key]:.2f}" for epoch in ("final", "best")] if theirs else []
+        rows.append([model_name(key), parameters, cells[0], carried, cells[1], *reference])
+    header = ["model", "trained parameters", "final epoch", "final, engram carried", "best epoch"]
+    if theirs:
+        header += ["reference: final", "reference: best"]
+    note = "Validation accuracy in %, mean and 95 % t interval over seeds; evaluated with the zero engram unless carried."
+    if theirs:
+        note += " The reference columns are its published numbers: one seed, its own code."
+    return f"{note}\n\n{markdown(header, rows)}"
+
+
+def table_comparisons(folder: Path, results: dict) -> str:
+    rows = []
+    for epoch, comparisons in results["comparisons"].items():
+        for name, found in comparisons.items():
+            seeds, examples = found["seeds"], found["examples"]
+            over_seeds = "n/a" if seeds["low"] is None else f"[{100 * seeds['low']:+.2f}, {100 * seeds['high']:+.2f}]"
+            over_examples = f"[{100 * examples['low']:+.2f}, {100 * examples['high']:+.2f}]"
+            p = ", ".join(f"{value:.2g}" for value in found["mcnemar_p"])
+            rows.append([f"{name}, {epoch} epoch", f"{100 * found['difference']:+.2f}", over_seeds, over_examples, p])
+    header = ["difference in accuracy, points", "mean", "95 % over seeds (t)", "95 % over examples (paired bootstrap)"]
+    return markdown([*header, "McNemar's exact p, each seed"], rows)
+
+
+def table_training(folder: Path, results: dict) -> str:
+    def last(runs: dict, split: str, key: str, digits: int, scale: float = 1.0) -> str:
+        values = [run[split][-1][key] for run in runs.values()]
+        return "n/a" if values[0] is None else interval(values, digits, scale)
+
+    rows = []
+    for key, runs in results["models"].items():
+        cells = [last(runs, "train", "accuracy", 2, 100), last(runs, "train", "cls_loss", 3), last(runs, "val", "cls_loss", 3)]
+        cells += [last(runs, "train", "lm_loss", 3), last(runs, "val", "lm_loss", 3), last(runs, "train", "grad_norm", 2)]
+        initial = interval((run["initial"]["effective_rank"] for run in runs.values()), 1)
+        rows.append([model_name(key), *cells, initial, last(runs, "val", "effective_rank", 1)])
+    losses = ["train cls loss", "val cls loss", "train LM loss", "val LM loss"]
+    ranks = ["effective rank before training", "effective rank after"]
+    header = ["model, final epoch", "train accuracy, %", *losses, "gradient norm", *ranks]
+    n, size = results["settings"]["data"]["validation_rows"], results["settings"]["config"].get("hidden_size")
+    note = f"Losses in nats (LM: per token); training values are running means with dropout. Ranks of {n:,} pooled validation"
+    return f"{note} features{f' of size {size}' if size else ''}.\n\n{markdown(header, rows)}"
+
+
+def table_engrams(folder: Path, results: dict) -> str:
+    theirs, runs = REFERENCE.get(str(folder)), list(results["models"]["model3"].values())
+    cases = {
+        "trained": "trained compressor",
+        "chance": "chance: the same, labels shuffled",
+        "untrained": "control: untrained compressor, trained backbone",
+    }
+    rows = []
+    for case, name in cases.items():
+        clusters, cosines = [run["cluster"][case] for run in runs], [run["engram_cos"][case] for run in runs]
+        cells = [interval((c["ari"] for c in clusters), 3), interval((c["cluster_accuracy"] for c in clusters), 1, 100)]
+        cells += [interval((c[kind] for c in cosines), 3) for kind in ("within", "between")]
+        rows.append([name, *cells])
+    if theirs:
+        rows.append(["reference: one seed, its code", f"{theirs['ari']:.3f}", f"{theirs['cluster_accuracy']:.1f}", "n/a", "n/a"])
+    names = results["settings"]["data"]["class_names"]
+    purity = [interval((run["cluster"]["trained"]["purity"][str(c)] for run in runs), 1, 100) for c in range(len(names))]
+    purities = "; ".join(f"{name} {value}" for name, value in zip(names, purity, strict=True))
+    header = ["engrams of model 3, final epoch", "ARI", "cluster accuracy, %", "cosine within class", "cosine between classes"]
+    return f"{markdown(header, rows)}\n\nShare of each class's rows in its own cluster, trained compressor, %: {purities}."
+
+
+def table_throughput(folder: Path, results: dict) -> str:
+    rows = []
+    for key in ("model1", "model2", "model3"):
+        found = results[key]
+        rates, spread = found["examples_per_second"], f"{found['lowest_ratio']:.1f} to {found['highest_ratio']:.1f}"
+        rows.append([model_name(key), f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{found['ratio']:.1f}", spread])
+    header = ["model", "conventional, examples/s", "ours, examples/s", "ratio", "lowest to highest round"]
+    data, hardware = results["data"], results["hardware"]
+    note = (
+        f"*{data['name']}, {results['tokens_per_row']:.1f} tokens a row; medians of {results['settings']['rounds']} rounds, both "
+        f"recipes in turn; {hardware['device']}, {hardware['threads']} threads; commit {results['git_commit'][:10]}. "
+        f"Source: `{folder}/throughput.json`.*"
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def fill(text: str) -> str:
+    """The document with every block made anew."""
+
+    def replace(match: re.Match) -> str:
+        folder, table = Path(match["folder"]), match["table"]
+        file = "throughput.json" if table == "throughput" else "results.json"
+        results = common.read_json(common.ROOT / folder / file)
+        content = globals()[f"table_{table}"](folder, results)
+        if file == "results.json":
+            content += f"\n\n{caption(folder, results)}"
+        return f"{match['begin']}\n{content}\n\n{match['end']}"
+
+    return BLOCK.sub(replace, text)
+
+
+def main() -> None:
+    for name in DOCUMENTS:
+        path = common.ROOT / name
+        common.write_file(path, fill(path.read_text()).encode())
+        print(f"filled the tables of {name}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -19,8 +19,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +52,9 @@ MODEL_NAMES = {1: "Classification Only", 2: "Dual Head", 3: "Dual + Engram"}
 # ---------------------------------------------------------------------------------------------------------
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 class UserError(Exception):
     """Something the person at the keyboard can mend; its message is one sentence that says how."""
 
@@ -62,7 +66,8 @@ class RunConfig:
     # Folder for results.json, plots and checkpoints. Default: one named after the data, so that results on
     # other data or fewer rows never land on published ones.
     output_dir: Path | None = None
-    # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face cache and hub.
+    # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face cache, then the
+    # hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -76,7 +81,7 @@ class RunConfig:
     eval_limit: int | None = None
     # Where to compute; auto takes a GPU when there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Delete this output folder's checkpoints and train anew.
+    # Delete what this output folder holds of earlier runs, every model and seed of it, and train anew.
     fresh: bool = False
     # Examples per optimizer step.
     batch_size: int = 16
@@ -96,8 +101,8 @@ class RunConfig:
     lm_weight: float = 0.5
 
 
-# Settings that say where, or how much of, a study is run; the others define the study itself.
-NOT_IN_FINGERPRINT = ("output_dir", "data_dir", "models", "seeds", "device", "fresh")
+# Settings that say where, or how much of, a study is run; the others define the study itself. The limits show in the data.
+NOT_IN_FINGERPRINT = ("output_dir", "data_dir", "models", "seeds", "train_limit", "eval_limit", "device", "fresh")
 
 
 def check_config(config: RunConfig) -> None:
@@ -106,16 +111,29 @@ def check_config(config: RunConfig) -> None:
         raise UserError("--seeds is empty: name at least one, as in --seeds 42.")
     if not config.models:
         raise UserError("--models is empty: name at least one of 1 2 3.")
-    for name in ("epochs", "batch_size", "max_length", "train_limit", "eval_limit"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be 1 or more.")
-    if min(config.seeds) < 0:
-        raise UserError(f"--seeds holds {min(config.seeds)}: seeds are 0 or more.")
-    if 3 in config.models and config.batch_size < 2:
-        raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")
-    if not 0 <= config.lm_weight < 1:
-        raise UserError(f"--lm-weight is {config.lm_weight}: it must lie in [0, 1).")
+    bounds = {
+        "epochs": (1, math.inf),
+        "batch_size": (2 if 3 in config.models else 1, math.inf),  # model 3 trains on pairs
+        "max_length": (1, math.inf),
+        "train_limit": (1, math.inf),
+        "eval_limit": (1, math.inf),
+        "learning_rate": (1e-12, 1e3),
+        "weight_decay": (0, 1e3),
+        "warmup_fraction": (0, 1),
+        "clip_norm": (0, math.inf),
+        "lm_weight": (0, 0.999),
+    }
+    for name, (low, high) in bounds.items():
+        check_bounds(name, getattr(config, name), low, high)
+    for seed in config.seeds:
+        check_bounds("seeds", seed, 0, 2**32 - 1)
+
+
+def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise UserError when the setting is out of [low, high]; None is a limit that is not set."""
+    if value is not None and not low <= value <= high:
+        wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}.")
 
 
 def pick_device(name: str) -> torch.device:
@@ -134,11 +152,17 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
-        _complain("stopped; the same command goes on from the last checkpoint.")
+        _complain("stopped; the same command, without --fresh, goes on from the last checkpoint.")
         sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit(_complain("GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size."))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(_complain("the disk is full: free some space, and the same command goes on from the last checkpoint."))
+        if error.errno in DISK_FULL:
+            sys.exit(
+                _complain(
+                    "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
+                )
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             sys.exit(_complain(f"cannot use {error.filename}: {error.strerror}; choose another folder with --output-dir."))
         raise
@@ -156,7 +180,7 @@ def _complain(message: str) -> int:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a kill or a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")  # one name: what a kill leaves is overwritten next time
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -186,13 +210,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what write_tensors wrote: (tensors, metadata). Raises UserError when the file is damaged."""
+    """Read what write_tensors wrote: (tensors, metadata). Raises UserError when the file is damaged or gone."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return tensors, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise UserError(f"the checkpoint {path} is damaged ({error}): delete it, and that model trains anew.") from None
+    except (safetensors.SafetensorError, FileNotFoundError, ValueError) as error:
+        raise UserError(
+            f"the checkpoint {path} is damaged or missing ({error}): "
+            f"delete the folder {path.parent}, and that training starts over."
+        ) from None
 
 
 def short_json(value: Any) -> Any:
@@ -212,24 +239,32 @@ class RunFolder:
         Raises UserError when the folder holds another study's results and fresh is not set, or is not writable.
         """
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
-        settings_file = self.state / "settings.json"
+        settings_file, published_file = self.state / "settings.json", self.state / "published.json"
         settings = short_json(settings)
-        in_state = read_json(settings_file) if settings_file.exists() else None
-        before = read_json(self.results_file) if self.results_file.exists() and not fresh else None
-        found = in_state or (before and before["settings"])
-        if found and found != settings and not fresh:
-            raise UserError(
-                f"{path} holds results of another configuration ({_first_difference(found, settings)}): "
-                "choose another folder with --output-dir, or replace them with --fresh."
-            )
-        if fresh:
-            shutil.rmtree(self.state, ignore_errors=True)
+        if not fresh:
+            for file in (settings_file, self.results_file):
+                difference = settings_difference(read_json(file), settings) if file.exists() else None
+                if difference:
+                    raise UserError(
+                        f"{path} holds results of another configuration ({difference}): "
+                        "choose another folder with --output-dir, or replace them with --fresh."
+                    )
+        # What this run will be compared with: the results.json that stood here before our state, or that --fresh replaces.
+        published = published_file if published_file.exists() else self.results_file
+        self.published = None
+        if published == published_file or fresh or not settings_file.exists():
+            with contextlib.suppress(FileNotFoundError, UserError):  # with --fresh it may be any file
+                before = read_json(published)
+                self.published = None if settings_difference(before, settings) else before
+        if fresh and self.state.exists():
+            discarded = path / "state-discarded"
+            shutil.rmtree(discarded, ignore_errors=True)
+            self.state.rename(discarded)  # at once: a kill in rmtree must not leave half of another run
+            shutil.rmtree(discarded)
         self.state.mkdir(parents=True, exist_ok=True)
-        published_file = self.state / "published.json"
-        if before and not in_state:  # a fresh clone: keep what this run will be compared with
-            write_json(published_file, before)
+        if self.published:
+            write_json(published_file, self.published)
         write_json(settings_file, settings)
-        self.published = read_json(published_file) if published_file.exists() else None
 
     def job(self, model_number: int, seed: int) -> Path:
         """Folder of one training: training.safetensors while it runs, then weights and metrics.json."""
@@ -244,13 +279,19 @@ class RunFolder:
         return dict(sorted(done.items()))
 
 
-def _first_difference(there: dict, here: dict) -> str:
+def settings_difference(file: Any, here: dict) -> str | None:
+    """In which setting a results.json or settings.json differs from the settings here; None when they agree.
+
+    A setting that only one side knows is no difference: what the code learnt later had one value before.
+    """
+    there = file.get("settings", file) if isinstance(file, dict) else {}
     for part in ("config", "data"):
-        for key in sorted(there.get(part, {}).keys() | here[part].keys()):
-            a, b = there.get(part, {}).get(key), here[part].get(key)
-            if a != b:
-                return f"{key} is {a} there and {b} here"
-    return "their settings differ"
+        if not isinstance(there.get(part), dict):
+            return f"its file names no {part}"
+        for key, value in here[part].items():
+            if key in there[part] and there[part][key] != value:
+                return f"{key} is {there[part][key]} there and {value} here"
+    return None
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -366,8 +407,10 @@ def read_lines(path: Path) -> list[str]:
         raise UserError(
             f"{path} is not there: point --data-dir at the folder that holds {path.parent.name}/{path.name}."
         ) from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder, not a file: point --data-dir at a download in the official layout.") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): point --data-dir at a download in the official layout."
+        ) from None
     lines = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -387,7 +430,10 @@ def parse_label(text: str, classes: int, where: str) -> int:
 def read_sst2_split(path: Path) -> Rows:
     """Rows of a GLUE SST-2 file: a header, then sentence<TAB>label. Raises UserError naming file and line."""
     rows = Rows([], [])
-    for number, line in enumerate(read_lines(path)[1:], 2):
+    lines = read_lines(path)
+    if lines and lines[0].split("\t") != ["sentence", "label"]:
+        raise UserError(f"{path}, line 1: not the header sentence<TAB>label; add it, or fetch the file again.")
+    for number, line in enumerate(lines[1:], 2):
         where = f"{path}, line {number}"
         columns = line.split("\t")  # GLUE quotes nothing: a quotation mark is part of the text
         if len(columns) != 2:
@@ -416,21 +462,46 @@ def load_sst2(data_dir: Path | None) -> Task | None:
 
 
 def load_from_hub(dataset: str, text_column: str, splits: tuple[str, ...]) -> tuple[Rows, ...] | None:
-    """Splits of a hub data set with a `label` column, from the cache when the hub does not answer; None when neither has it."""
+    """Splits of a hub data set with a `label` column, from the cache when the hub does not answer.
+
+    None, with the reason printed, when neither gives them.
+    """
     import datasets
     import huggingface_hub
 
     datasets.logging.set_verbosity_error()
-    try:  # ask once and briefly: left alone the libraries retry for minutes
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except Exception:
+    if not _hub_answers():
         huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         tables = [datasets.load_dataset(dataset, split=split) for split in splits]
     except Exception as error:  # each of these libraries raises its own kinds for "not there"
-        print(f"NOTE: no {dataset} from the Hugging Face cache or hub: {str(error).splitlines()[0]}")
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"NOTE: no {dataset} from the Hugging Face cache or hub ({reason})")
         return None
     return tuple(Rows([text.strip() for text in table[text_column]], list(table["label"])) for table in tables)
+
+
+HUB_SECONDS = 5.0  # an unreachable hub may cost this much, not the minutes of its client's own retries
+
+
+def _hub_answers() -> bool:
+    """Does the hub answer one short question within seconds? In a thread, since a name lookup knows no time limit."""
+    import huggingface_hub
+
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(
+                huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_SECONDS).status_code < 500
+            )
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers == [True]
 
 
 MOVIE_SNIPPETS_ARCHIVE = ROOT / "data" / "vaderSentiment-3.3.2.tar.gz"  # `make data` fetches it
@@ -662,11 +733,11 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_gradients: bool) -> Tensor:
         # states (T, D), weight (V, D), bias (V,) or None, targets (T,) -> scalar, fp32
+        needed = [with_gradients and n for n in ctx.needs_input_grad[:3]]
         of_states, of_weight, of_bias = (
-            torch.zeros_like(tensor) if needed else None
-            for tensor, needed in zip((states, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            torch.zeros_like(tensor) if n else None for tensor, n in zip((states, weight, bias), needed, strict=True)
         )
         total = states.new_zeros((), dtype=torch.float32)
         for start in range(0, len(states), LOGIT_CHUNK_TOKENS):
@@ -674,7 +745,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_p = F.log_softmax(F.linear(states[part], weight, bias), dim=-1, dtype=torch.float32)  # (chunk, V)
             here = targets[part].unsqueeze(1)
             total -= log_p.gather(1, here).sum()
-            if not any(ctx.needs_input_grad):
+            if not any(needed):
                 continue
             slope = log_p.exp_()  # d loss / d logits = p - one_hot(target)
             slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
@@ -690,13 +761,15 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        return *(None if g is None else g.mul_(upstream.to(g.dtype)) for g in ctx.gradients), None
+        return *(None if g is None else g * upstream.to(g.dtype) for g in ctx.gradients), None, None
 
 
 def lm_loss_sum(hidden: Tensor, batch: Batch, lm_head: nn.Linear) -> Tensor:
     """Next-token cross-entropy in nats, summed over the batch's targets; hidden is (B, L, D)."""
     states = hidden.flatten(0, 1)[batch.target_index - 1]  # (T, D): the state before a token predicts it
-    return LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, batch.input_ids.flatten()[batch.target_index])
+    targets = batch.input_ids.flatten()[batch.target_index]  # (T,)
+    # Inside the function gradients always look disabled, so it is told whether anyone will want them.
+    return LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, targets, torch.is_grad_enabled())
 
 
 def combined_loss(cls_loss, lm_loss, lm_weight: float):
@@ -733,8 +806,10 @@ class StepSums:
     max_grad_norm: float = 0.0
 
     def add(self, other: "StepSums") -> None:
+        largest = max(self.max_grad_norm, other.max_grad_norm)
         for name, value in vars(other).items():
-            setattr(self, name, max(self.max_grad_norm, value) if name == "max_grad_norm" else getattr(self, name) + value)
+            setattr(self, name, getattr(self, name) + value)
+        self.max_grad_norm = largest
 
     def record(self, has_lm: bool, lm_weight: float) -> dict[str, float | None]:
         """Means, as results.json has them."""
@@ -804,7 +879,7 @@ class Trainer:
                 break
             except torch.OutOfMemoryError:
                 if self.micro_batch_size <= 1:
-                    raise UserError("GPU memory does not hold a single row: use a smaller --model or --max-length.") from None
+                    raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.") from None
             # outside of `except`, where the failed pass is no longer held
             self.micro_batch_size //= 2
             torch.cuda.empty_cache()
@@ -835,7 +910,7 @@ class SequentialPairTrainer(Trainer):
 def optimizer_tensors(model: DualHeadModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Trainable weights, AdamW's moments and the generators' states under flat names."""
     tensors = {"rng.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if next(model.parameters()).is_cuda:
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in model.trainable().items():
         tensors[f"weight.{name}"] = parameter
@@ -847,12 +922,13 @@ def optimizer_tensors(model: DualHeadModel, optimizer: torch.optim.Optimizer) ->
 def restore_optimizer(model: DualHeadModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put back what optimizer_tensors gave."""
     torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
+    if "rng.cuda" in tensors and next(model.parameters()).is_cuda:
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     for name, parameter in model.trainable().items():
         parameter.data.copy_(tensors[f"weight.{name}"])
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
+        if f"step.{name}" in tensors:  # absent while a parameter has had no gradient
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
 
 
 class RunBar:
@@ -911,7 +987,7 @@ def train_model(
         progress.sums = StepSums(**metadata["progress"]["sums"])
         restore_optimizer(model, trainer.optimizer, tensors)
         run_bar.skip(progress.epoch * batches_per_epoch + progress.batch)
-        tqdm.write(f"{label}: going on at epoch {progress.epoch + 1}, batch {progress.batch + 1}")
+        tqdm.write(f"{label}: going on after {progress.epoch} epochs and {progress.batch} batches")
     else:
         progress.initial = validation_record(evaluate(model, validation), config)
     job.mkdir(exist_ok=True)
@@ -927,22 +1003,24 @@ def train_model(
         # From seed and epoch alone: the order is the same for every model, and a resumed run finds its place in it.
         batches = length_grouped_batches(lengths, config.batch_size, np.random.default_rng([seed, progress.epoch]))
         model.train()
-        for number in tqdm(range(progress.batch, len(batches)), f"{label} epoch {progress.epoch + 1}", leave=False, disable=None):
-            step = progress.epoch * batches_per_epoch + number
-            rate = learning_rate_at(step, config.epochs * batches_per_epoch, config)
-            try:
+        try:
+            for number in tqdm(
+                range(progress.batch, len(batches)), f"{label} epoch {progress.epoch + 1}", leave=False, disable=None
+            ):
+                step = progress.epoch * batches_per_epoch + number
+                rate = learning_rate_at(step, config.epochs * batches_per_epoch, config)
                 progress.sums.add(trainer.step(batches[number], rate))
-            except FloatingPointError as error:
-                good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written yet"
-                raise UserError(
-                    f"{label} diverged at step {step + 1} (learning rate {rate:.2g}: {error}); {good}. "
-                    "Try a smaller --learning-rate with another --output-dir."
-                ) from None
-            progress.batch = number + 1
-            run_bar.advance()
-            if time.monotonic() - saved > CHECKPOINT_SECONDS and progress.batch < len(batches):
-                save()
-        evaluation = _end_epoch(label, trainer, validation, config, progress, job, run_bar)
+                progress.batch = number + 1
+                run_bar.advance()
+                if time.monotonic() - saved > CHECKPOINT_SECONDS and progress.batch < len(batches):
+                    save()
+            evaluation = _end_epoch(label, trainer, validation, config, progress, job, run_bar)
+        except FloatingPointError as error:
+            good = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written yet"
+            raise UserError(
+                f"{label} diverged at step {step + 1} (learning rate {rate:.2g}: {error}); {good}. "
+                "Try a smaller --learning-rate with another --output-dir."
+            ) from None
         save()
     if evaluation is None:  # killed between the last epoch and metrics.json
         evaluation = evaluate(model, validation)
@@ -954,6 +1032,8 @@ def _end_epoch(label, trainer, validation, config, progress: Progress, job: Path
     """Evaluate, append the epoch's records, keep the weights if they are the best so far, and log a line."""
     model = trainer.model
     evaluation = evaluate(model, validation)
+    if not (np.isfinite(evaluation.pooled).all() and math.isfinite(evaluation.cls_loss + (evaluation.lm_loss or 0))):
+        raise FloatingPointError(f"validation loss {evaluation.cls_loss}")
     train = progress.sums.record(model.lm_head is not None, config.lm_weight)
     val = validation_record(evaluation, config)
     progress.correct.setdefault("cold", []).append(evaluation.correct())
@@ -1117,13 +1197,8 @@ def k_means(points: np.ndarray, k: int, seed: int) -> np.ndarray:
     return KMeans(min(k, len(points)), n_init=10, random_state=seed).fit_predict(points)
 
 
-def cluster_engrams(engrams: np.ndarray, labels: np.ndarray, n_classes: int, seed: int) -> dict[str, Any]:
-    """k-means (k = n_classes, 10 starts) on engrams (N, E), against labels (N,) that it does not see.
-
-    `ari` is the adjusted Rand index; `cluster_accuracy` the share of rows in the cluster matched to their
-    class by the Hungarian algorithm; `mapping` cluster -> class; `purity` class -> share of its rows in its cluster.
-    """
-    labels, clusters = np.asarray(labels), k_means(engrams, n_classes, seed)
+def match_clusters(clusters: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, Any]:
+    """Clusters (N,) against labels (N,), see cluster_engrams."""
     counts = confusion_matrix(clusters, labels, labels=range(n_classes))  # (cluster, class)
     _, class_of = scipy.optimize.linear_sum_assignment(counts, maximize=True)
     right = class_of[clusters] == labels
@@ -1133,6 +1208,15 @@ def cluster_engrams(engrams: np.ndarray, labels: np.ndarray, n_classes: int, see
         "mapping": {cluster: int(c) for cluster, c in enumerate(class_of)},
         "purity": {int(c): float(right[labels == c].mean()) for c in np.unique(labels)},
     }
+
+
+def cluster_engrams(engrams: np.ndarray, labels: np.ndarray, n_classes: int, seed: int) -> dict[str, Any]:
+    """k-means (k = n_classes, 10 starts) on engrams (N, E), against labels (N,) that it does not see.
+
+    `ari` is the adjusted Rand index; `cluster_accuracy` the share of rows in the cluster matched to their
+    class by the Hungarian algorithm; `mapping` cluster -> class; `purity` class -> share of its rows in its cluster.
+    """
+    return match_clusters(k_means(engrams, n_classes, seed), np.asarray(labels), n_classes)
 
 
 def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
@@ -1157,26 +1241,25 @@ def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | 
     }
 
 
-def analyse_engrams(model: DualHeadModel, evaluation: Evaluation, seed: int) -> dict[str, dict]:
-    """Do engrams group by class? Clusters and cosines, each with a chance level and a control.
-
-    `chance` has the labels shuffled. `untrained` has a compressor fresh from its initialization on the same
-    trained backbone: what it reaches is the backbone's doing, not the compressor's training.
-    """
-    n_classes, labels = evaluation.logits.shape[1], evaluation.labels
-    shuffled = np.random.default_rng(seed).permutation(labels)
+def untrained_engrams(model: DualHeadModel, evaluation: Evaluation, seed: int) -> np.ndarray:
+    """(N, E): what a compressor fresh from its initialization makes of the trained backbone."""
+    summary = torch.from_numpy(model.engram_input(evaluation.pooled, evaluation.intermediate))  # (N, D) or (N, inner)
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        summary = torch.from_numpy(model.engram_input(evaluation.pooled, evaluation.intermediate))  # (N, D) or (N, inner)
-        untrained = EngramCompressor(summary.shape[1], evaluation.engrams.shape[1])(summary).numpy()
-    cases = {
-        "trained": (evaluation.engrams, labels),
-        "chance": (evaluation.engrams, shuffled),
-        "untrained": (untrained, labels),
-    }
+        return EngramCompressor(summary.shape[1], evaluation.engrams.shape[1])(summary).numpy()
+
+
+def analyse_engrams(engrams: np.ndarray, untrained: np.ndarray, labels: np.ndarray, n_classes: int, seed: int) -> dict[str, dict]:
+    """Do engrams group by class? Clusters and cosines, each with a chance level and a control.
+
+    `chance` has the labels shuffled. `untrained` is the control of untrained_engrams: what it reaches is the
+    backbone's doing, not the compressor's training.
+    """
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    cases = {"trained": (engrams, labels), "chance": (engrams, shuffled), "untrained": (untrained, labels)}
     return {
-        "cluster": {name: cluster_engrams(engrams, y, n_classes, seed) for name, (engrams, y) in cases.items()},
-        "engram_cos": {name: engram_cosine(engrams, y) for name, (engrams, y) in cases.items()},
+        "cluster": {name: cluster_engrams(points, y, n_classes, seed) for name, (points, y) in cases.items()},
+        "engram_cos": {name: engram_cosine(points, y) for name, (points, y) in cases.items()},
     }
 
 
@@ -1271,35 +1354,43 @@ def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> Non
     axes[0].plot([], [], "k-", label="validation")
     axes[0].plot([], [], "k--", label="training (with dropout)")
     axes[0].legend(fontsize=8)
-    seeds = max(len(runs) for runs in models.values())
-    spread = f"mean of {seeds} seeds, band: lowest to highest seed" if seeds > 1 else "1 seed"
+    counts = sorted({len(runs) for runs in models.values()})
+    spread = f"mean of {' to '.join(map(str, counts))} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"
     figure.suptitle(f"{title}; {spread}")
     save_figure(figure, path)
 
 
 def plot_engram_clusters(
-    path: Path, title: str, engrams: np.ndarray, labels: np.ndarray, class_names: list[str], seed: int
+    path: Path, title: str, engrams: np.ndarray, untrained: np.ndarray, labels: np.ndarray, class_names: Sequence[str], seed: int
 ) -> None:
-    """t-SNE of up to 2,000 engrams, coloured by true class and by the k-means cluster matched to each class."""
-    mapping = cluster_engrams(engrams, labels, len(class_names), seed)["mapping"]
-    clusters = np.array([mapping[c] for c in k_means(engrams, len(class_names), seed)])
+    """t-SNE of up to 2,000 engrams by true class and by matched k-means cluster; beside them chance and the control."""
     shown = np.sort(np.random.default_rng(0).permutation(len(engrams))[:2000])
-    perplexity = min(30.0, max(1.0, (len(shown) - 1) / 3))
-    if len(shown) < 3:
-        return  # t-SNE of a point or two says nothing
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(engrams[shown])
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    for axis, colouring, name in (
-        (axes[0], labels, "true class"),
-        (axes[1], clusters, "k-means cluster, named by its matched class"),
-    ):
+    if len(shown) < 3:  # t-SNE of a point or two says nothing
+        path.unlink(missing_ok=True)
+        return
+    clusters = k_means(engrams, len(class_names), seed)
+    mapping = match_clusters(clusters, labels, len(class_names))["mapping"]
+    matched = np.array([mapping[c] for c in clusters])
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    perplexity = min(30.0, (len(shown) - 1) / 3)
+    trained_points, untrained_points = (
+        TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points[shown]) for points in (engrams, untrained)
+    )
+    panels = (
+        ("engrams, true class", trained_points, labels),
+        ("engrams, k-means cluster (named by its matched class)", trained_points, matched),
+        ("chance: engrams, class labels shuffled", trained_points, shuffled),
+        ("control: untrained compressor, true class", untrained_points, labels),
+    )
+    figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
+    for axis, (name, points, colouring) in zip(axes, panels, strict=True):
         for c, class_name in enumerate(class_names):
             chosen = colouring[shown] == c
             look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
             axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=class_name, **look)
         axis.set(title=name, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
     axes[0].legend(markerscale=2)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}; {len(shown):,} of {len(engrams):,} validation rows shown")
     save_figure(figure, path)
 
 
@@ -1340,6 +1431,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     for seed, number in jobs:
         job = folder.job(number, seed)
         if (job / "metrics.json").exists():
+            (job / "training.safetensors").unlink(missing_ok=True)
             run_bar.skip(steps)
             continue
         torch.manual_seed(seed)
@@ -1379,9 +1471,10 @@ def run_job(label: str, trainer: Trainer, validation: Split, config: RunConfig, 
         "seconds": progress.seconds,
     }
     if evaluation.engrams is not None:
-        metrics |= analyse_engrams(model, evaluation, seed)
-        tensors = {"engrams": torch.from_numpy(evaluation.engrams), "labels": torch.from_numpy(evaluation.labels)}
-        write_tensors(job / "engrams.safetensors", tensors, {})
+        untrained, labels = untrained_engrams(model, evaluation, seed), evaluation.labels
+        metrics |= analyse_engrams(evaluation.engrams, untrained, labels, evaluation.logits.shape[1], seed)
+        arrays = {"engrams": evaluation.engrams, "untrained": untrained, "labels": labels}
+        write_tensors(job / "engrams.safetensors", {name: torch.from_numpy(array) for name, array in arrays.items()}, {})
     return metrics
 
 
@@ -1398,11 +1491,13 @@ def publish(experiment: Experiment, settings: dict, folder: RunFolder, here: dic
     write_json(folder.results_file, results)
     title = f"{experiment.name} on {task.title()}"
     plot_learning_curves(folder.path / "learning_curves.png", title, models)
+    engram_plot = folder.path / "engram_clusters.png"
+    if "model3" not in models:
+        engram_plot.unlink(missing_ok=True)  # an older run's does not belong beside these results
     for seed in list(models.get("model3", {}))[:1]:
         stored, _ = read_tensors(folder.job(3, int(seed)) / "engrams.safetensors")
-        engrams, labels = stored["engrams"].numpy(), stored["labels"].numpy()
-        title = f"{experiment.name}: engrams of {task.name} (n = {len(labels):,}), seed {seed}"
-        plot_engram_clusters(folder.path / "engram_clusters.png", title, engrams, labels, list(task.class_names), int(seed))
+        arrays = [stored[name].numpy() for name in ("engrams", "untrained", "labels")]
+        plot_engram_clusters(engram_plot, f"{title}; seed {seed}", *arrays, task.class_names, int(seed))
     return results
 
 
@@ -1478,22 +1573,21 @@ def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, fl
 
 
 def reproduction_table(published: dict, results: dict) -> str:
-    """The published results that stood in this folder beside this run's: did it reproduce them?"""
+    """The published results that stood in this folder beside this run's."""
     lines = [
         "",
         "published results beside this run's: final validation accuracy in %",
         f"{'model':10}{'published':14}{'yours':14}difference [95 % interval]",
     ]
-    for key in published["models"].keys() & results["models"].keys():
+    for key in [key for key in results["models"] if key in published["models"]]:
         theirs, yours = ([run["final"]["accuracy"] for run in part["models"][key].values()] for part in (published, results))
         difference = difference_interval(theirs, yours)
-        verdict = "one seed each: no interval"
-        if difference["low"] is not None:
-            verdict = (
-                "reproduced: the interval holds zero"
-                if difference["low"] <= 0 <= difference["high"]
-                else "not reproduced: the interval leaves out zero"
-            )
+        if difference["low"] is None:
+            verdict = "one seed each: no interval"
+        elif difference["low"] <= 0 <= difference["high"]:
+            verdict = "no difference found"
+        else:
+            verdict = "yours differ from the published ones"
         columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
         lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{_percent(difference, '+')}  {verdict}")
-    return "\n".join(lines[:3] + sorted(lines[3:]))
+    return "\n".join(lines)

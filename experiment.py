@@ -1,7 +1,7 @@
 """Experiment 1: a small causal transformer trained from scratch on SST-2 as models 1, 2 and 3.
 
-Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs on 10,568 movie-review snippets
-and writes to results/movie-snippets/.
+Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs on 10,568 movie-review
+snippets (9,473 to train, 1,095 to validate) and writes to results/movie-snippets/.
 """
 
 import collections
@@ -41,7 +41,7 @@ class Config(common.RunConfig):
     heads: int = 4
     # Inner size of the feed-forward layers.
     feed_forward_size: int = 256
-    # Dropout in the backbone and the classifier.
+    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier; attention weights get none.
     dropout: float = 0.1
     # Size of the classifier's intermediate layer.
     classifier_size: int = 64
@@ -118,6 +118,17 @@ def build_model(number: int, num_classes: int, config: Config) -> common.DualHea
     )
 
 
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot be run."""
+    common.check_config(config)
+    for name, low in (("vocabulary_size", 3), ("layers", 1), ("heads", 1), ("feed_forward_size", 1), ("classifier_size", 1)):
+        common.check_bounds(name, getattr(config, name), low, math.inf)
+    common.check_bounds("engram_size", config.engram_size, 2, math.inf)  # two, for a plane to plot them in
+    common.check_bounds("dropout", config.dropout, 0, 0.99)
+    if config.hidden_size % (2 * config.heads):
+        raise common.UserError(f"--hidden-size is {config.hidden_size}: it must be a multiple of twice the {config.heads} heads.")
+
+
 def load_task(config: Config) -> common.Task:
     task = common.load_sst2(config.data_dir)
     if task is None:
@@ -128,7 +139,7 @@ def load_task(config: Config) -> common.Task:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    common.check_config(config)
+    check_config(config)
     task = load_task(config)
     vocabulary = WordVocabulary(task.train.texts, config.vocabulary_size)
     experiment = common.Experiment(

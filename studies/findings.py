@@ -39,11 +39,16 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def short_commit(commit: str | None) -> str:
+    """Ten digits, and -modified where the code was; a run outside of a clone has none."""
+    return "unknown" if commit is None else commit[:10] + ("-modified" if commit.endswith("-modified") else "")
+
+
 def caption(folder: Path, results: dict) -> str:
     """Which data, rows, seeds, code and machine a table's numbers come from."""
     data, config = results["settings"]["data"], results["settings"]["config"]
     runs = [run for seeds in results["models"].values() for run in seeds.values()]
-    commits = ", ".join(sorted({run["git_commit"][:10] for run in runs}))
+    commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
     devices = ", ".join(sorted({f"{run['hardware']['device']}, {run['hardware']['threads']} threads" for run in runs}))
     seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
     return (
@@ -64,10 +69,11 @@ def table_accuracy(folder: Path, results: dict) -> str:
         carried = "n/a"
         if key == "model3":
             carried = interval((run["val"][-1]["carried"]["accuracy"] for run in runs.values()), scale=100)
+        minutes = f"{np.mean([run['seconds'] for run in runs.values()]) / 60:.0f}"
         parameters = f"{next(iter(runs.values()))['parameters']['trainable']:,}"
         reference = [f"{theirs[epoch][key]:.2f}" for epoch in ("final", "best")] if theirs else []
-        rows.append([model_name(key), parameters, cells[0], carried, cells[1], *reference])
-    header = ["model", "trained parameters", "final epoch", "final, engram carried", "best epoch"]
+        rows.append([model_name(key), parameters, minutes, cells[0], carried, cells[1], *reference])
+    header = ["model", "trained parameters", "minutes a seed", "final epoch", "final, engram carried", "best epoch"]
     if theirs:
         header += ["reference: final", "reference: best"]
     note = "Validation accuracy in %, mean and 95 % t interval over seeds; evaluated with the zero engram unless carried."
@@ -108,8 +114,25 @@ def table_training(folder: Path, results: dict) -> str:
     return f"{note} features{f' of size {size}' if size else ''}.\n\n{markdown(header, rows)}"
 
 
+def table_rank(folder: Path, results: dict) -> str:
+    models, rows = results["models"], []
+    for a, b in (("model1", "model2"), ("model2", "model3"), ("model1", "model3")):
+        seeds = [seed for seed in models.get(a, {}) if seed in models.get(b, {})]
+        if seeds:
+            ranks = [[models[m][seed]["val"][-1]["effective_rank"] for seed in seeds] for m in (a, b)]
+            rows.append([f"{b} - {a}", interval(np.subtract(ranks[1], ranks[0]), 1, sign="+"), str(len(seeds))])
+    for key, runs in models.items():
+        change = [run["val"][-1]["effective_rank"] - run["initial"]["effective_rank"] for run in runs.values()]
+        rows.append([f"{key}: after training - before", interval(change, 1, sign="+"), str(len(runs))])
+    return markdown(
+        ["effective rank of pooled validation features, final epoch", "mean [95 % t interval over seeds]", "seeds"], rows
+    )
+
+
 def table_engrams(folder: Path, results: dict) -> str:
-    theirs, runs = REFERENCE.get(str(folder)), list(results["models"]["model3"].values())
+    theirs, runs = REFERENCE.get(str(folder)), list(results["models"].get("model3", {}).values())
+    if not runs:
+        return "No training of model 3 is finished."
     cases = {
         "trained": "trained compressor",
         "chance": "chance: the same, labels shuffled",
@@ -132,7 +155,7 @@ def table_engrams(folder: Path, results: dict) -> str:
 
 def table_throughput(folder: Path, results: dict) -> str:
     rows = []
-    for key in ("model1", "model2", "model3"):
+    for key in [key for key in ("model1", "model2", "model3") if key in results]:
         found = results[key]
         rates, spread = found["examples_per_second"], f"{found['lowest_ratio']:.1f} to {found['highest_ratio']:.1f}"
         rows.append([model_name(key), f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{found['ratio']:.1f}", spread])
@@ -140,7 +163,7 @@ def table_throughput(folder: Path, results: dict) -> str:
     data, hardware = results["data"], results["hardware"]
     note = (
         f"*{data['name']}, {results['tokens_per_row']:.1f} tokens a row; medians of {results['settings']['rounds']} rounds, both "
-        f"recipes in turn; {hardware['device']}, {hardware['threads']} threads; commit {results['git_commit'][:10]}. "
+        f"recipes in turn; {hardware['device']}, {hardware['threads']} threads; commit {short_commit(results['git_commit'])}. "
         f"Source: `{folder}/throughput.json`.*"
     )
     return f"{markdown(header, rows)}\n\n{note}"

@@ -3,10 +3,11 @@
 The conventional recipe pads every row to the maximum length, draws batches at random and computes LM logits at
 every position, pads included. Ours pads to the batch's longest row, groups rows of like length and computes
 logits only where there is a target. Both run in this process, a few steps of one, then of the other.
-Writes results/throughput.json.
+Writes throughput.json into the experiment's results folder.
 """
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -30,8 +31,8 @@ class Config:
 
     # Folder with the data in its official layout. Default: as for experiment.py.
     data_dir: Path | None = None
-    # Folder for throughput.json.
-    output_dir: Path = common.ROOT / "results"
+    # Folder for throughput.json. Default: the one of experiment.py for the same data.
+    output_dir: Path | None = None
     # Models to time.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
     # Timed rounds: in each, both recipes run in turn.
@@ -107,6 +108,8 @@ def main() -> None:
     task = experiment.load_task(settings)
     vocabulary = experiment.WordVocabulary(task.train.texts, settings.vocabulary_size)
     split = common.encode_rows(task.train, vocabulary.encode, settings.max_length)
+    for name in ("rounds", "steps"):
+        common.check_bounds(name, getattr(config, name), 1, math.inf)
     if (config.rounds + 1) * config.steps * settings.batch_size > len(task.train):
         raise common.UserError("--rounds times --steps needs more rows than the training split has: lower one of them.")
     tokens = float(split.lengths.mean())
@@ -119,8 +122,9 @@ def main() -> None:
         rates = found["examples_per_second"]
         spread = f"{found['ratio']:.1f} [{found['lowest_ratio']:.1f}, {found['highest_ratio']:.1f}]"
         print(f"{common.MODEL_NAMES[number]:22}{rates['conventional']:14,.0f}{rates['ours']:10,.0f}{spread:>34}", flush=True)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    common.write_json(config.output_dir / "throughput.json", results)
+    folder = config.output_dir or common.ROOT / "results" / task.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    common.write_json(folder / "throughput.json", results)
 
 
 if __name__ == "__main__":

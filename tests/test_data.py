@@ -2,11 +2,14 @@
 
 import io
 import tarfile
+import threading
+import types
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import random_split, tiny_config
+from conftest import tiny_config
 
 import common
 import experiment
@@ -42,6 +45,7 @@ def test_the_whole_of_sst2(shared_data):
         ("good\tx\n", r"train\.tsv, line 2: label 'x'"),
         (b"sentence\tlabel\ngood\t1\n\xff\xfe\t0\n", r"train\.tsv, line 3: not UTF-8"),
         ("", "training split of SST-2 .* is empty"),
+        (b"good\t1\n", r"train\.tsv, line 1: not the header"),
         (b"", "training split of SST-2 .* is empty"),
     ],
 )
@@ -61,6 +65,21 @@ def test_labels_out_of_range_from_any_source_are_refused():
         common.check_task(task)
 
 
+@pytest.mark.parametrize("hub", ["silent", "refusing", "failing", "answering"])
+def test_a_hub_that_does_not_answer_costs_little(monkeypatch, hub):
+    class Session:
+        def head(self, url, timeout):
+            if hub == "silent":
+                threading.Event().wait(30)
+            if hub == "refusing":
+                raise ConnectionError("refused")
+            return types.SimpleNamespace(status_code=503 if hub == "failing" else 200)
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(common, "HUB_SECONDS", 0.2)
+    assert common._hub_answers() == (hub == "answering")
+
+
 def snippets_archive(path, monkeypatch, table):
     def tar(name, content):
         buffer = io.BytesIO()
@@ -77,15 +96,15 @@ def snippets_archive(path, monkeypatch, table):
 
 
 def test_movie_snippets_are_labelled_by_sign_and_split_by_text(tmp_path, monkeypatch):
-    lines = [f"{i}\t{'-' if i % 2 else ''}{i % 5}.5\tsentence number {i // 2}" for i in range(400)] + ["400\t0.0\tneither"]
+    lines = [f"{i}\t{'-' if i % 4 == 3 else ''}{i % 5}.5\t{'bad' if i % 4 == 3 else 'good'} {i // 8}" for i in range(400)]
+    lines.append("400\t0.0\tneither")
     archive = snippets_archive(tmp_path / "package.tar.gz", monkeypatch, "\r\n".join(lines) + "\r\n")
     task = common.load_movie_snippets(archive)
     assert len(task.train) + len(task.validation) == 400
-    assert not set(task.train.texts) & set(task.validation.texts)  # every text stands twice, on one side
+    assert not set(task.train.texts) & set(task.validation.texts)  # every text stands twice or more, on one side
     assert 10 <= len(task.validation) <= 80
-    for text, label in zip(task.train.texts, task.train.labels, strict=True):
-        assert label in (0, 1) and text.startswith("sentence")
-    assert sum(task.train.labels) + sum(task.validation.labels) == 200
+    for rows in (task.train, task.validation):
+        assert [text.split()[0] for text in rows.texts] == [("bad", "good")[label] for label in rows.labels]
     assert task.folder == "movie-snippets"
 
 
@@ -167,10 +186,14 @@ def test_token_budget_batches_hold_every_row_once_within_the_budget():
 
 
 def test_settings_that_cannot_be_run_are_refused():
-    for change in ({"seeds": ()}, {"models": ()}, {"epochs": 0}, {"train_limit": 0}, {"seeds": (-1,)}, {"batch_size": 1}):
-        with pytest.raises(common.UserError, match="--"):
-            common.check_config(tiny_config(**change))
-    common.check_config(tiny_config(lm_weight=0.0, batch_size=1, models=(1, 2)))
-    with pytest.raises(common.UserError, match="--lm-weight"):
-        common.check_config(tiny_config(lm_weight=1.0))
-    assert random_split().labels.dtype == torch.int64
+    bad = {"seeds": (), "models": (), "epochs": 0, "train_limit": 0, "batch_size": 1, "lm_weight": 1.0, "clip_norm": -1.0}
+    bad |= {"learning_rate": float("nan"), "warmup_fraction": 3.0, "heads": 3, "hidden_size": 15, "dropout": 2.0}
+    bad |= {"engram_size": 1, "vocabulary_size": 1}
+    for name, value in bad.items():
+        option = "hidden-size" if name == "heads" else name.replace("_", "-")
+        with pytest.raises(common.UserError, match=f"--{option} is"):
+            experiment.check_config(tiny_config(**{name: value}))
+    for seed in (-1, 2**32):
+        with pytest.raises(common.UserError, match="--seeds is"):
+            experiment.check_config(tiny_config(seeds=(1, seed)))
+    experiment.check_config(tiny_config(lm_weight=0.0, batch_size=1, models=(1, 2)))

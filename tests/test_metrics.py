@@ -137,3 +137,25 @@ def test_compare_models_pairs_the_seeds():
     assert found["seeds"] == {"mean": 0.25, "low": 0.25, "high": 0.25, "n": 2}  # +1 of 4 rows in both seeds
     with pytest.raises(ValueError):
         common.compare_models(a, b[:, :3])
+
+
+def test_engrams_have_a_chance_level_and_a_control():
+    labels = RNG.integers(0, 2, 200)
+    separated, noise = np.eye(2)[labels] + 0.01 * RNG.normal(size=(200, 2)), RNG.normal(size=(200, 2))
+    found = common.analyse_engrams(separated, noise, labels, 2, seed=0)
+    aris = {case: value["ari"] for case, value in found["cluster"].items()}
+    assert aris["trained"] == 1 and abs(aris["chance"]) < 0.05 and abs(aris["untrained"]) < 0.05
+    assert found["cluster"]["trained"]["mapping"] == common.cluster_engrams(separated, labels, 2, 0)["mapping"]
+    gaps = {case: value["within"] - value["between"] for case, value in found["engram_cos"].items()}
+    assert gaps["trained"] > 0.9 and abs(gaps["chance"]) < 0.05 and abs(gaps["untrained"]) < 0.05
+    assert common.analyse_engrams(noise, separated, labels, 2, seed=0)["cluster"]["untrained"]["ari"] == 1
+
+
+def test_reproduction_table_tells_a_difference_from_none():
+    def results(*accuracies):
+        return {"models": {"model1": {str(i): {"final": {"accuracy": a}} for i, a in enumerate(accuracies)}}}
+
+    published = results(0.80, 0.81, 0.82)
+    assert common.reproduction_table(published, results(0.815)).endswith("no difference found")
+    assert common.reproduction_table(published, results(0.60)).endswith("yours differ from the published ones")
+    assert common.reproduction_table(results(0.8), results(0.6)).endswith("no interval")

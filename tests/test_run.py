@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def contents(folder):
 
 @pytest.fixture(scope="session")
 def undisturbed(data_dir, tmp_path_factory):
-    """results.json of a run that nothing disturbed."""
+    """Folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     patch = pytest.MonkeyPatch()
     patch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2".split()])
@@ -82,13 +83,21 @@ def undisturbed(data_dir, tmp_path_factory):
     return folder
 
 
-def test_results_hold_everything_that_the_design_asks_for(undisturbed):
+def initial_rank(number, seed, data_dir):
+    """Effective rank of an untrained model's validation features."""
+    task = common.load_sst2(data_dir)
+    split = common.encode_rows(task.validation, experiment.WordVocabulary(task.train.texts, 60).encode, 12)
+    return common.rank_metrics(common.evaluate(tiny_model(number, seed, vocabulary_size=60), split).pooled)["effective_rank"]
+
+
+def test_results_hold_everything_that_the_design_asks_for(undisturbed, data_dir):
     results = json.loads((undisturbed / "results.json").read_text())
     assert results["settings"]["data"]["train_rows"] == 40 and results["settings"]["config"]["epochs"] == 2
     assert {"versions", "hardware", "git_commit", "experiment", "models", "comparisons"} <= results.keys()
     for number in (1, 2, 3):
         assert list(results["models"][f"model{number}"]) == ["1", "2"]
-        for metrics in results["models"][f"model{number}"].values():
+        for seed, metrics in results["models"][f"model{number}"].items():
+            assert metrics["initial"]["effective_rank"] == pytest.approx(initial_rank(number, int(seed), data_dir), rel=1e-4)
             for split in ("train", "val"):
                 assert [record["epoch"] for record in metrics[split]] == [1, 2]
                 for record in metrics[split]:
@@ -166,7 +175,7 @@ def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(run, un
         nonlocal count
         count += 1
         if count == write:
-            path.with_name(f".{path.name}.123").write_bytes(content[: len(content) // 2])
+            path.with_name(f".{path.name}.partial").write_bytes(content[: len(content) // 2])
             raise Killed
         whole_write(path, content)
 
@@ -193,7 +202,7 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(run, capsys
     before = contents(tmp_path / "out")
     error = fails(run, capsys, "--models 1 --lm-weight 0.25")
     assert "lm_weight is 0.5 there and 0.25 here" in error and "--output-dir" in error and "--fresh" in error
-    assert "train_limit is None there and 9 here" in fails(run, capsys, "--models 1 --train-limit 9")
+    assert "train_rows is 40 there and 9 here" in fails(run, capsys, "--models 1 --train-limit 9")
     assert contents(tmp_path / "out") == before
     assert run("--models 1 --lm-weight 0.25 --fresh")["settings"]["config"]["lm_weight"] == 0.25
 
@@ -208,7 +217,48 @@ def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(
     table = capsys.readouterr().out.split("published results beside this run's")[1]
     rows = [line for line in table.splitlines() if line.startswith("model")][1:]
     assert [row.split()[0] for row in rows] == ["model1", "model2"]
-    assert all("(n=2)" in row and "(n=1)" in row and "reproduced" in row for row in rows)
+    assert all("(n=2)" in row and "(n=1)" in row and "no difference found" in row for row in rows)
+    (folder / "results.json").write_text('{"something": "else"}')
+    assert "names no config" in fails(run, capsys, "--seeds 1 --models 1 2")
+
+
+def test_fresh_trains_anew_and_still_compares(run, capsys, tmp_path):
+    run("--models 1 --seeds 1 2")
+    mark = tmp_path / "out/state/model1-seed2/mark"
+    mark.touch()
+    capsys.readouterr()
+    assert list(run("--models 1 --seeds 1 --fresh")["models"]["model1"]) == ["1"]
+    assert not mark.exists() and "published results beside this run's" in capsys.readouterr().out
+    for file in ("results.json", "state/settings.json"):
+        (tmp_path / "out" / file).write_text("{")
+        assert "not valid JSON" in fails(run, capsys, "--models 1 --seeds 1")
+        run("--models 1 --seeds 1 --fresh")
+
+
+def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(run, capsys, undisturbed, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/results.json").write_bytes((undisturbed / "results.json").read_bytes())
+    kill_once(monkeypatch, 13)  # model 1 is done and published, model 2 is not
+    with pytest.raises(Killed):
+        run("--seeds 1")
+    capsys.readouterr()
+    run("--seeds 1")
+    table = capsys.readouterr().out.split("published results beside this run's")[1]
+    assert all(f"model{number}" in table for number in (1, 2, 3)) and table.count("(n=2)") == 3
+
+
+@pytest.mark.parametrize("arguments", ["--train-limit 1", "--eval-limit 1", "--max-length 1", "--batch-size 7", "--seeds 3 3"])
+def test_the_smallest_sizes_run_and_resume(run, monkeypatch, arguments):
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0)
+    kill_once(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(arguments)
+    assert list(run(arguments)["models"]) == ["model1", "model2", "model3"]
+
+
+def test_weights_that_overflow_in_the_last_step_are_a_divergence_too(run, capsys, tmp_path):
+    error = fails(run, capsys, "--models 2 --epochs 1 --train-limit 8 --learning-rate 1000 --weight-decay 1000 --batch-size 1")
+    assert "diverged at step" in error and not list((tmp_path / "out").glob("state/model2*/training.safetensors"))
 
 
 def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
@@ -239,9 +289,9 @@ def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
         checkpoint.write_bytes(damaged)
         before = contents(tmp_path / "out")
         error = fails(run, capsys, "--models 1")
-        assert str(checkpoint) in error and "damaged" in error and "delete it" in error
+        assert str(checkpoint) in error and "damaged" in error and f"delete the folder {checkpoint.parent}" in error
         assert contents(tmp_path / "out") == before
-    checkpoint.unlink()
+    shutil.rmtree(checkpoint.parent)
     assert len(run("--models 1")["models"]["model1"]["42"]["val"]) == 2
 
 

@@ -147,30 +147,24 @@ def pick_device(name: str) -> torch.device:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: what a person can mend ends in one sentence and exit code 2, no traceback."""
+    code = 2
     try:
-        main()
+        return main()
     except UserError as error:
-        sys.exit(_complain(str(error)))
-    except KeyboardInterrupt:
-        _complain("stopped; the same command, without --fresh, goes on from the last checkpoint.")
-        sys.exit(130)
+        message = str(error)
     except torch.OutOfMemoryError:
-        sys.exit(_complain("GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size."))
+        message = "GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size."
+    except KeyboardInterrupt:
+        message, code = "stopped; the same command, without --fresh, goes on from the last checkpoint.", 130
     except OSError as error:
         if error.errno in DISK_FULL:
-            sys.exit(
-                _complain(
-                    "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
-                )
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            sys.exit(_complain(f"cannot use {error.filename}: {error.strerror}; choose another folder with --output-dir."))
-        raise
-
-
-def _complain(message: str) -> int:
+            message = "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            message = f"cannot use {error.filename}: {error.strerror}; choose another folder with --output-dir."
+        else:
+            raise
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -157,12 +157,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         message, code = "stopped; the same command, without --fresh, goes on from the last checkpoint.", 130
     except OSError as error:
-        if error.errno in DISK_FULL:
-            message = "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
-            message = f"cannot use {error.filename}: {error.strerror}; choose another folder with --output-dir."
-        else:
+        if error.errno not in DISK_FULL:
             raise
+        message = "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -230,28 +227,35 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict, fresh: bool):
         """settings define the study (configuration and data); a folder holds the results of one such study.
 
-        Raises UserError when the folder holds another study's results and fresh is not set, or is not writable.
+        Raises UserError when the folder holds another study's results and fresh is not set, or cannot be written.
         """
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
+        self.published = None
+        try:
+            self._open(short_json(settings), fresh)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise
+            raise UserError(f"cannot write to {path} ({error.strerror}): choose another folder with --output-dir.") from None
+
+    def _open(self, settings: dict, fresh: bool) -> None:
         settings_file, published_file = self.state / "settings.json", self.state / "published.json"
-        settings = short_json(settings)
         if not fresh:
             for file in (settings_file, self.results_file):
                 difference = settings_difference(read_json(file), settings) if file.exists() else None
                 if difference:
                     raise UserError(
-                        f"{path} holds results of another configuration ({difference}): "
+                        f"{self.path} holds results of another configuration ({difference}): "
                         "choose another folder with --output-dir, or replace them with --fresh."
                     )
         # What this run will be compared with: the results.json that stood here before our state, or that --fresh replaces.
         published = published_file if published_file.exists() else self.results_file
-        self.published = None
         if published == published_file or fresh or not settings_file.exists():
             with contextlib.suppress(FileNotFoundError, UserError):  # with --fresh it may be any file
                 before = read_json(published)
                 self.published = None if settings_difference(before, settings) else before
         if fresh and self.state.exists():
-            discarded = path / "state-discarded"
+            discarded = self.path / "state-discarded"
             shutil.rmtree(discarded, ignore_errors=True)
             self.state.rename(discarded)  # at once: a kill in rmtree must not leave half of another run
             shutil.rmtree(discarded)

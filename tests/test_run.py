@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -272,7 +273,8 @@ def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
     assert "--epochs is 0" in fails(run, capsys, "--epochs 0")
     assert "point --data-dir" in fails(run, capsys, data=tmp_path)
     (tmp_path / "a_file").write_text("")
-    assert "--output-dir" in fails(run, capsys, folder=tmp_path / "a_file" / "out")
+    assert "cannot write to" in fails(run, capsys, folder=tmp_path / "a_file" / "out")
+    assert "cannot write to" in fails(run, capsys, folder=Path("/proc/nothing/here"))
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(run, capsys, "--device cuda")
     assert not (tmp_path / "out").exists()

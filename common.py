@@ -213,7 +213,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
 
 
-def short_json(value: Any) -> Any:
+def through_json(value: Any) -> Any:
     """value as it looks after a trip through JSON, so that stored and fresh settings compare equal."""
     return json.loads(json.dumps(value, default=str))
 
@@ -232,7 +232,7 @@ class RunFolder:
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
         self.published = None
         try:
-            self._open(short_json(settings), fresh)
+            self._open(through_json(settings), fresh)
         except OSError as error:
             if error.errno in DISK_FULL:
                 raise
@@ -847,7 +847,7 @@ class Trainer:
 
     def accumulate_gradients(self, rows: np.ndarray) -> StepSums:
         """Gradients of the mean loss over all rows and all targets of the step, however it is cut."""
-        sums = StepSums(rows=len(rows), targets=count_targets(self.split, rows) if self.model.lm_head else 0, steps=1)
+        sums = StepSums(rows=len(rows), targets=count_targets(self.split, rows) if self.model.lm_head is not None else 0, steps=1)
         for sequence in self.sequences(rows):
             loss, engram = 0.0, None
             for part in sequence:
@@ -855,7 +855,7 @@ class Trainer:
                 # Model 3's engrams are not detached: this part's losses train the compressor through them.
                 output = self.model(batch.input_ids, batch.text_mask, None if engram is None else engram[: len(part)])
                 cls_loss = F.cross_entropy(output.logits, batch.labels, reduction="sum")
-                lm_loss = self.lm_loss_sum(output.hidden, batch) if self.model.lm_head else None
+                lm_loss = self.lm_loss_sum(output.hidden, batch) if self.model.lm_head is not None else None
                 loss = loss + combined_loss(
                     cls_loss / sums.rows,
                     None if lm_loss is None else lm_loss / max(1, sums.targets),
@@ -1481,7 +1481,7 @@ def publish(experiment: Experiment, settings: dict, folder: RunFolder, here: dic
     models, task = folder.finished(), experiment.task
     results = {
         "experiment": experiment.name,
-        "settings": short_json(settings),
+        "settings": through_json(settings),
         **here,
         "models": models,
         "comparisons": compare_all(models),
@@ -1524,10 +1524,8 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
 
 
 def _percent(interval: dict, sign: str = "") -> str:
-    text = f"{100 * interval['mean']:{sign}.2f}"
-    return (
-        text if interval.get("low") is None else f"{text} [{100 * interval['low']:{sign}.2f}, {100 * interval['high']:{sign}.2f}]"
-    )
+    mean, low, high = (None if interval[key] is None else f"{100 * interval[key]:{sign}.2f}" for key in ("mean", "low", "high"))
+    return mean if low is None else f"{mean} [{low}, {high}]"
 
 
 def summary_table(results: dict) -> str:

@@ -1376,7 +1376,7 @@ def plot_engram_clusters(
     )
     panels = (
         ("engrams, true class", trained_points, labels),
-        ("engrams, k-means cluster (named by its matched class)", trained_points, matched),
+        ("engrams, k-means cluster matched to a class", trained_points, matched),
         ("chance: engrams, class labels shuffled", trained_points, shuffled),
         ("control: untrained compressor, true class", untrained_points, labels),
     )
@@ -1546,7 +1546,7 @@ def summary_table(results: dict) -> str:
     for name, comparison in comparisons.items():
         rows = comparison["examples"]
         examples = f"[{100 * rows['low']:+.2f}, {100 * rows['high']:+.2f}]"
-        p = ", ".join(f"{value:.3f}" for value in comparison["mcnemar_p"])
+        p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
         lines.append(f"{name:26}{_percent(comparison['seeds'], '+'):30}{examples:20}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():

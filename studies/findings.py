@@ -83,16 +83,21 @@ def table_accuracy(folder: Path, results: dict) -> str:
 
 
 def table_comparisons(folder: Path, results: dict) -> str:
-    rows = []
+    theirs, rows = REFERENCE.get(str(folder)), []
     for epoch, comparisons in results["comparisons"].items():
         for name, found in comparisons.items():
             seeds, examples = found["seeds"], found["examples"]
             over_seeds = "n/a" if seeds["low"] is None else f"[{100 * seeds['low']:+.2f}, {100 * seeds['high']:+.2f}]"
             over_examples = f"[{100 * examples['low']:+.2f}, {100 * examples['high']:+.2f}]"
             p = ", ".join(f"{value:.2g}" for value in found["mcnemar_p"])
-            rows.append([f"{name}, {epoch} epoch", f"{100 * found['difference']:+.2f}", over_seeds, over_examples, p])
+            row = [f"{name}, {epoch} epoch", f"{100 * found['difference']:+.2f}", over_seeds, over_examples, p]
+            if theirs:  # published accuracies of the same pair and epoch
+                b, a = name.split(" - ")
+                published = theirs[epoch].get(b), theirs[epoch].get(a)
+                row.append("n/a" if None in published else f"{published[0] - published[1]:+.2f}")
+            rows.append(row)
     header = ["difference in accuracy, points", "mean", "95 % over seeds (t)", "95 % over examples (paired bootstrap)"]
-    return markdown([*header, "McNemar's exact p, each seed"], rows)
+    return markdown([*header, "McNemar's exact p, each seed", *(["reference, one seed"] if theirs else [])], rows)
 
 
 def table_training(folder: Path, results: dict) -> str:

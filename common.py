@@ -830,9 +830,8 @@ class Trainer:
         self.model, self.split, self.config = model, split, config
         self.device = next(model.parameters()).device
         self.micro_batch_size = config.batch_size  # rows in one backward pass; halved when memory runs out
-        self.optimizer = torch.optim.AdamW(
-            model.trainable().values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.parameters = list(model.trainable().values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
     def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         """The step's rows in pieces that each get a backward pass; the parts of a piece run one after another."""
@@ -882,10 +881,9 @@ class Trainer:
             self.micro_batch_size //= 2
             torch.cuda.empty_cache()
             tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
-        parameters = list(self.model.trainable().values())
-        total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.config.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, total_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total_norm)
         sums.grad_norm = sums.max_grad_norm = norm = total_norm.item()
         if not math.isfinite(sums.cls_loss + sums.lm_loss + norm):
             raise FloatingPointError(f"loss {sums.cls_loss / sums.rows}, gradient norm {norm}")
@@ -1239,6 +1237,11 @@ def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | 
     }
 
 
+def shuffled_labels(labels: np.ndarray, seed: int) -> np.ndarray:
+    """The labels (N,) dealt out at random: whatever still matches them does so by chance."""
+    return np.random.default_rng(seed).permutation(labels)
+
+
 def untrained_engrams(model: DualHeadModel, evaluation: Evaluation, seed: int) -> np.ndarray:
     """(N, E): what a compressor fresh from its initialization makes of the trained backbone."""
     summary = torch.from_numpy(model.engram_input(evaluation.pooled, evaluation.intermediate))  # (N, D) or (N, inner)
@@ -1253,11 +1256,16 @@ def analyse_engrams(engrams: np.ndarray, untrained: np.ndarray, labels: np.ndarr
     `chance` has the labels shuffled. `untrained` is the control of untrained_engrams: what it reaches is the
     backbone's doing, not the compressor's training.
     """
-    shuffled = np.random.default_rng(seed).permutation(labels)
-    cases = {"trained": (engrams, labels), "chance": (engrams, shuffled), "untrained": (untrained, labels)}
+    clusters, control_clusters = (k_means(points, n_classes, seed) for points in (engrams, untrained))
+    shuffled = shuffled_labels(labels, seed)
+    cases = {
+        "trained": (engrams, clusters, labels),
+        "chance": (engrams, clusters, shuffled),
+        "untrained": (untrained, control_clusters, labels),
+    }
     return {
-        "cluster": {name: cluster_engrams(points, y, n_classes, seed) for name, (points, y) in cases.items()},
-        "engram_cos": {name: engram_cosine(points, y) for name, (points, y) in cases.items()},
+        "cluster": {name: match_clusters(found, y, n_classes) for name, (_, found, y) in cases.items()},
+        "engram_cos": {name: engram_cosine(points, y) for name, (points, _, y) in cases.items()},
     }
 
 
@@ -1274,6 +1282,18 @@ def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
         return {"mean": mean, "low": None, "high": None, "n": n}
     half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def format_bounds(interval: dict, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
+    """`[low, high]` of an interval; nothing where there is none."""
+    if interval["low"] is None:
+        return ""
+    return f"[{scale * interval['low']:{sign}.{digits}f}, {scale * interval['high']:{sign}.{digits}f}]"
+
+
+def format_interval(interval: dict, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
+    """`mean [low, high]`, or the mean alone."""
+    return f"{scale * interval['mean']:{sign}.{digits}f} {format_bounds(interval, digits, scale, sign)}".rstrip()
 
 
 def compare_models(correct_a: np.ndarray, correct_b: np.ndarray, resamples: int = 10_000) -> dict[str, Any]:
@@ -1369,7 +1389,6 @@ def plot_engram_clusters(
     clusters = k_means(engrams, len(class_names), seed)
     mapping = match_clusters(clusters, labels, len(class_names))["mapping"]
     matched = np.array([mapping[c] for c in clusters])
-    shuffled = np.random.default_rng(seed).permutation(labels)
     perplexity = min(30.0, (len(shown) - 1) / 3)
     trained_points, untrained_points = (
         TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points[shown]) for points in (engrams, untrained)
@@ -1377,7 +1396,7 @@ def plot_engram_clusters(
     panels = (
         ("engrams, true class", trained_points, labels),
         ("engrams, k-means cluster matched to a class", trained_points, matched),
-        ("chance: engrams, class labels shuffled", trained_points, shuffled),
+        ("chance: engrams, class labels shuffled", trained_points, shuffled_labels(labels, seed)),
         ("control: untrained compressor, true class", untrained_points, labels),
     )
     figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
@@ -1523,11 +1542,6 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
     return comparisons
 
 
-def _percent(interval: dict, sign: str = "") -> str:
-    mean, low, high = (None if interval[key] is None else f"{100 * interval[key]:{sign}.2f}" for key in ("mean", "low", "high"))
-    return mean if low is None else f"{mean} [{low}, {high}]"
-
-
 def summary_table(results: dict) -> str:
     """The run's outcome for the log."""
     lines = [
@@ -1538,16 +1552,16 @@ def summary_table(results: dict) -> str:
     for key, runs in results["models"].items():
         final, best = (mean_interval(run[epoch]["accuracy"] for run in runs.values()) for epoch in ("final", "best"))
         name = f"{key[-1]} {MODEL_NAMES[int(key[-1])]} (n = {len(runs)})"
-        lines.append(f"{name:32}{_percent(final):26}{_percent(best)}")
+        lines.append(f"{name:32}{format_interval(final, scale=100):26}{format_interval(best, scale=100)}")
     comparisons = results["comparisons"]["final"]
     if comparisons:
         heads = f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed"
         lines += ["", "difference in points, final epoch [95 % intervals]", heads]
     for name, comparison in comparisons.items():
-        rows = comparison["examples"]
-        examples = f"[{100 * rows['low']:+.2f}, {100 * rows['high']:+.2f}]"
+        seeds = format_interval(comparison["seeds"], scale=100, sign="+")
+        examples = format_bounds(comparison["examples"], scale=100, sign="+")
         p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:26}{_percent(comparison['seeds'], '+'):30}{examples:20}{p}")
+        lines.append(f"{name:26}{seeds:30}{examples:20}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():
@@ -1585,5 +1599,5 @@ def reproduction_table(published: dict, results: dict) -> str:
         else:
             verdict = "yours differ from the published ones"
         columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
-        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{_percent(difference, '+')}  {verdict}")
+        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{format_interval(difference, scale=100, sign='+')}  {verdict}")
     return "\n".join(lines)

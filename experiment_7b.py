@@ -1,0 +1,31 @@
+"""Experiment 2: Qwen2.5-7B with QLoRA on SST-2 as models 1, 2 and 3, on one GPU of 16 GB.
+
+Another causal LM goes by --model. Without a GPU: `make standin`, then --model smollm2-135m.
+"""
+
+from dataclasses import dataclass
+
+import tyro
+
+import common
+
+
+@dataclass
+class Config(common.LanguageModelConfig):
+    """Settings of Experiment 2; the comment above a field is its --help text."""
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    common.run_language_model_experiment(
+        "Experiment 2",
+        results=common.ROOT / "results_7b",
+        other=common.ROOT / "results_agnews",
+        load_task=common.load_sst2,
+        engram_source="pooled",
+        config=config,
+    )
+
+
+if __name__ == "__main__":
+    common.run_script(main)

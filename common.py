@@ -921,6 +921,9 @@ def load_causal_lm(name: str, quantization: Literal["nf4", "none"], device: torc
     with _loading(name):
         causal_lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=packing, device_map={"": device})
     causal_lm.config.use_cache = False  # no generation here
+    for module in causal_lm.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # an evaluation would repack the weights in a form without gradients
     return causal_lm.requires_grad_(False)
 
 

@@ -54,6 +54,51 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, train, message):
         common.load_sst2(write_sst2(tmp_path, train))
 
 
+def write_ag_news(folder, train='"3","A title","A \\$5 story, ""quoted""."\n', test='"1","Other","News"\n'):
+    (folder / "ag_news_csv").mkdir()
+    for name, text in (("train", train), ("test", test)):
+        (folder / "ag_news_csv" / f"{name}.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+def test_ag_news_is_read_as_its_authors_ship_it(tmp_path):
+    task = common.load_ag_news(write_ag_news(tmp_path))
+    assert task.train == common.Rows(['A title A \\$5 story, "quoted".'], [2])
+    assert task.validation == common.Rows(["Other News"], [0])
+    assert task.class_names == ("World", "Sports", "Business", "Sci/Tech")
+    # not the official 120,000 rows: the name says so, and the results have a folder of their own
+    assert task.name == "AG News, 1-row training subset" and task.folder == "subset-1"
+
+
+def test_the_whole_training_split_of_ag_news_is_named_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "AG_NEWS_ROWS", 1)
+    task = common.load_ag_news(write_ag_news(tmp_path))
+    assert task.name == "AG News" and task.folder == ""
+
+
+def test_ag_news_at_hand(shared_data):
+    task = common.load_ag_news(shared_data)
+    assert task.name == "AG News, 9,983-row training subset"
+    assert (len(task.train), len(task.validation)) == (9983, 7600)
+    assert np.bincount(task.validation.labels).tolist() == [1900] * 4
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ('"1","Title","Text"\n"2","Title"\n', "line 2: 2 columns"),
+        ('"1","",""\n', "line 1: title and description are empty"),
+        ('"5","Title","Text"\n', "line 1: label '5' is not one of 1 to 4"),
+        ('"1","Title","Text"\n"1","Title","Te"xt"\n', "line 2: .*expected after"),
+        (b'"1","Title","\xff"\n', "line 1: not UTF-8"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_row_of_ag_news_is_named_by_file_and_line(tmp_path, train, message):
+    with pytest.raises(common.UserError, match=message):
+        common.load_ag_news(write_ag_news(tmp_path, train))
+
+
 def test_a_data_dir_without_the_files_is_an_error_not_another_data_set(tmp_path):
     with pytest.raises(common.UserError, match=r"train\.tsv is not there: point --data-dir"):
         common.load_sst2(tmp_path)

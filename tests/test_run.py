@@ -10,30 +10,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import fails, tiny_model, without_times
 
 import common
 import experiment
 
 TINY = "--epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
 TINY += " --classifier-size 10 --engram-size 6 --learning-rate 3e-3"
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A tiny SST-2 in the official layout."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    (folder / "SST-2").mkdir()
-    for name, rows in (("train", 40), ("dev", 24)):
-        lines = ["sentence\tlabel"]
-        for _ in range(rows):
-            words, label = [f"word{i}" for i in rng.integers(0, 50, rng.integers(1, 14))], rng.integers(0, 2)
-            lines.append(" ".join([*words, ("bad", "good")[label]]) + f"\t{label}")
-        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture
@@ -50,23 +35,6 @@ def run(data_dir, tmp_path, monkeypatch):
         return json.loads((folder / "results.json").read_text())
 
     return start
-
-
-def fails(run, capsys, *arguments, **keywords) -> str:
-    """The one line that a failing run leaves on stderr; its exit code must be 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments, **keywords)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ") and "\n" not in error
-    return error
-
-
-def without_times(value):
-    if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key != "seconds"}
-    return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
 def contents(folder):

@@ -1,0 +1,439 @@
+"""Experiments 2 and 3: pretrained causal LMs with LoRA, on tiny Qwen2 and Llama models that are saved to a folder and loaded."""
+
+import dataclasses
+import json
+import sys
+
+import bitsandbytes
+import numpy as np
+import peft
+import pytest
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import fails, random_split, without_times
+
+import common
+import experiment_7b
+import experiment_agnews_7b
+
+CPU = torch.device("cpu")
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+TINY = "--epochs 2 --batch-size 8 --max-length 12 --lora-rank 4 --classifier-size 10 --engram-size 6 --device cpu"
+
+
+def save_tiny(model, folder):
+    """A random causal LM and its tokenizer, as transformers stores them."""
+    model.save_pretrained(folder)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    text = "good bad world sports business science word0 word1"
+    tokenizer.train_from_iterator([text] * 9, SIZES["vocab_size"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """Its LM head is a matrix of its own, as in Qwen2.5-7B."""
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
+    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Its LM head is the embedding, as in SmolLM2."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(params=["qwen", "llama"])
+def model_folder(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def ag_news(data_dir):
+    """A tiny AG News in the official layout, beside the tiny SST-2."""
+    folder, rng = data_dir / "ag_news_csv", np.random.default_rng(1)
+    folder.mkdir()
+    for name, rows in (("train", 40), ("test", 24)):
+        lines = []
+        for i in range(rows):
+            words = " ".join(f"word{i}" for i in rng.integers(0, 50, rng.integers(1, 10)))
+            lines.append(f'"{i % 4 + 1}","{("world", "sports", "business", "science")[i % 4]}","{words}"')
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return data_dir
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, monkeypatch):
+    """run(model, arguments, folder, script) starts a script as a shell would, in this process; returns its results.json."""
+    for plot in ("plot_learning_curves", "plot_engram_clusters"):  # drawn in the tests of experiment.py
+        monkeypatch.setattr(common, plot, lambda *_: None)
+
+    def start(model, arguments="", folder=tmp_path / "out", script=experiment_7b):
+        line = f"--model {model} --data-dir {data_dir} --output-dir {folder} {TINY} {arguments}"
+        monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
+        common.run_script(script.main)
+        return json.loads((folder / "results.json").read_text())
+
+    return start
+
+
+def tiny_settings(folder, **changes) -> common.LanguageModelConfig:
+    settings = {"model": str(folder), "quantization": "none", "lora_rank": 4, "classifier_size": 10, "engram_size": 6}
+    return common.LanguageModelConfig(**settings | {"batch_size": 8, "max_length": 12} | changes)
+
+
+def build(number, folder, seed=0, source="pooled", **changes) -> common.DualHeadModel:
+    torch.manual_seed(seed)
+    return common.build_language_model(number, 2, source, tiny_settings(folder, **changes), CPU).eval()
+
+
+def stir(model):
+    """Give the adapters' second factors, which start at zero, values that matter."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+
+
+def gradients_of_step(model, rows=8, **changes):
+    split = random_split(rows, longest=10, vocabulary=60)
+    trainer_class = common.SequentialPairTrainer if model.compressor is not None else common.Trainer
+    trainer = trainer_class(model, split, tiny_settings("", **changes))
+    trainer.optimizer.zero_grad()
+    sums = trainer.accumulate_gradients(np.arange(rows))
+    return sums, {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_losses_and_gradients_are_those_of_transformers_and_peft(model_folder, number):
+    """The same step with plain padding, attention mask, Hugging Face's own LM loss and a pooling written out."""
+    model = build(number, model_folder)
+    stir(model)
+    sums, found = gradients_of_step(model)
+
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    plain = peft.get_peft_model(plain, peft.LoraConfig(r=4, lora_alpha=32, target_modules=list(common.LORA_TARGETS)))
+    adapter = {common._peft_name(model, name): p.detach() for name, p in model.trainable().items() if ".lora_" in name}
+    assert not peft.set_peft_model_state_dict(plain, adapter).unexpected_keys
+    inner, outer = (
+        torch.nn.Linear(layer.in_features, layer.out_features) for layer in (model.classifier.inner, model.classifier.outer)
+    )
+    inner.load_state_dict(model.classifier.inner.state_dict())
+    outer.load_state_dict(model.classifier.outer.state_dict())
+    split = random_split(8, longest=10, vocabulary=60)
+    ids = torch.nn.utils.rnn.pad_sequence(split.token_ids, batch_first=True)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(split.lengths)[:, None]).long()
+    output = plain(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), output_hidden_states=True)
+    pooled = torch.stack([h[:n].mean(0) for h, n in zip(output.hidden_states[-1], split.lengths, strict=True)])
+    cls_loss = F.cross_entropy(outer(F.gelu(inner(pooled))), split.labels)
+    (cls_loss if number == 1 else 0.5 * output.loss + 0.5 * cls_loss).backward()
+
+    assert sums.cls_loss / 8 == pytest.approx(cls_loss.item(), rel=1e-5)
+    if number == 2:
+        assert sums.lm_loss / sums.targets == pytest.approx(output.loss.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    for name, gradient in found.items():
+        if ".lora_" in name:
+            there = common._peft_name(model, name).replace(".weight", ".default.weight")
+            torch.testing.assert_close(gradient, expected.pop(there), atol=1e-6, rtol=1e-4)
+    assert not expected  # no gradient that ours lacks
+    torch.testing.assert_close(found["classifier.inner.weight"], inner.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_only_adapters_and_heads_train(model_folder, model_number):
+    model = build(model_number, model_folder)
+    heads = {name.split(".")[0] for name in model.trainable() if not name.startswith("backbone.")}
+    assert heads == {"classifier"} | ({"compressor", "projector"} if model_number == 3 else set())
+    adapters = {name for name in model.trainable() if name.startswith("backbone.")}
+    assert all(".lora_" in name for name in adapters)
+    assert len(adapters) == 2 * len(common.LORA_TARGETS) * SIZES["num_hidden_layers"]
+    assert all(p.dtype == torch.float32 for p in model.trainable().values())
+
+
+def test_nf4_trains_only_adapters_and_heads(qwen, model_number):
+    """Double-quantized NF4 by bitsandbytes: packed weights, near the original's output, untouched by steps that learn."""
+    model, original = build(model_number, qwen, quantization="nf4"), build(model_number, qwen)
+    assert model.trainable().keys() == original.trainable().keys()
+    projection = model.backbone.layers[0].mlp.up_proj.base_layer.weight
+    assert projection.dtype == torch.uint8 and projection.numel() == 64 * 128 // 2
+    assert projection.quant_state.quant_type == "nf4" and projection.quant_state.nested
+    assert common.count_parameters(model) == common.count_parameters(original)
+    split = random_split(16, longest=10, vocabulary=60)
+    packed, plain = (common.evaluate(m, split).pooled for m in (model, original))
+    assert 0 < np.abs(packed - plain).mean() < 0.2 * np.abs(plain).mean()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in model.trainable().items()}
+    trainer = (common.SequentialPairTrainer if model_number == 3 else common.Trainer)(model, split, tiny_settings(qwen))
+    for _ in range(2):  # after one step the first adapter factors still stand: the second ones started at zero
+        trainer.step(np.arange(8), 1e-2)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert not any(torch.equal(p, before[name]) for name, p in model.trainable().items())
+
+
+def test_nf4_gradients_are_those_of_the_unpacked_weights(model_folder):
+    """Also after an evaluation, for which bitsandbytes may repack weights on a CPU in a form that has no gradient."""
+    packed, plain = build(2, model_folder, quantization="nf4"), build(2, model_folder)
+    stir(packed)
+    stir(plain)
+    modules = dict(plain.named_modules())
+    for name, module in packed.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            unpacked = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            modules[name].weight.data.copy_(unpacked)
+    common.evaluate(packed, random_split(4, longest=10, vocabulary=60))
+    (sums, found), (expected_sums, expected) = gradients_of_step(packed.eval()), gradients_of_step(plain)
+    assert sums.cls_loss == pytest.approx(expected_sums.cls_loss, rel=1e-4)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_the_models_of_a_seed_start_from_the_same_adapters_and_classifier(qwen):
+    weights = [build(number, qwen).trainable() for number in (1, 2, 3)]
+    for name, expected in weights[0].items():
+        assert all(torch.equal(expected, other[name]) for other in weights[1:])
+
+
+def test_the_two_experiments_tap_the_engram_where_the_design_says(qwen):
+    pooled, intermediate = build(3, qwen, source="pooled"), build(3, qwen, source="intermediate")
+    assert pooled.compressor.linear.in_features == SIZES["hidden_size"]
+    assert intermediate.compressor.linear.in_features == 10
+    for script, source in ((experiment_7b, "pooled"), (experiment_agnews_7b, "intermediate")):
+        patch, seen = pytest.MonkeyPatch(), {}
+        patch.setattr(common, "run_language_model_experiment", lambda name, seen=seen, **settings: seen.update(settings))
+        patch.setattr(sys, "argv", ["script"])
+        script.main()
+        patch.undo()
+        assert seen["engram_source"] == source
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_saved_checkpoint_loads_to_identical_outputs(model_folder, model_number, quantization, tmp_path):
+    model = build(model_number, model_folder, quantization=quantization)
+    stir(model)
+    common.save_weights(tmp_path, "best", model, epoch=2)
+    loaded = build(model_number, model_folder, seed=7, quantization=quantization)
+    split = random_split(12, longest=10, vocabulary=60)
+    expected = common.evaluate(model, split)
+    assert not np.array_equal(common.evaluate(loaded, split).logits, expected.logits)
+    common.load_weights(tmp_path, "best", loaded)
+    found = common.evaluate(loaded, split)
+    assert np.array_equal(found.logits, expected.logits) and np.array_equal(found.pooled, expected.pooled)
+    if model_number == 3:
+        assert np.array_equal(found.engrams, expected.engrams)
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    assert stored < 1.3 * sum(4 * p.numel() for p in model.trainable().values()) + 20_000  # no frozen weight among it
+
+
+def test_peft_loads_the_saved_adapter(model_folder, tmp_path):
+    model = build(1, model_folder)
+    stir(model)
+    common.save_weights(tmp_path, "final", model, epoch=1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
+    plain = peft.PeftModel.from_pretrained(base, tmp_path / "final-adapter").eval()
+    ids = torch.randint(0, SIZES["vocab_size"], (3, 9))
+    expected = plain(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model(ids, torch.ones(3, 9, dtype=torch.bool)).hidden, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_another_model_are_refused(qwen, tmp_path):
+    common.save_weights(tmp_path, "best", build(1, qwen), epoch=1)
+    with pytest.raises(common.UserError, match="differs"):
+        common.load_weights(tmp_path, "best", build(1, qwen, classifier_size=11))
+    with pytest.raises(common.UserError, match="holds no best weights of this model"):
+        common.load_weights(tmp_path, "best", build(3, qwen))
+    with pytest.raises(common.UserError, match="damaged or missing"):
+        common.load_weights(tmp_path, "final", build(1, qwen))
+
+
+def test_recomputed_layers_give_the_same_gradients(model_folder, model_number):
+    """Dropout and all: gradient checkpointing draws the same masks again."""
+    found = []
+    for mode in ("off", "on"):
+        model = build(model_number, model_folder, gradient_checkpointing=mode)
+        stir(model)
+        torch.manual_seed(3)
+        found.append(gradients_of_step(model.train()))
+        assert [layer.gradient_checkpointing for layer in model.memory_plan.layers] == [mode == "on"] * 2
+    (sums, expected), (same_sums, same) = found
+    assert sums == same_sums and expected.keys() == same.keys()
+    assert all(torch.equal(expected[name], same[name]) for name in expected)
+
+
+def test_memory_plan_recomputes_only_as_many_layers_as_it_must(qwen):
+    plan = build(2, qwen).memory_plan
+    needs = [plan.expected_bytes(1000, count) for count in range(3)]
+    assert needs[0] > needs[1] > needs[2]
+    for count, need in enumerate(needs):
+        plan.free_bytes = need
+        assert plan.layers_to_recompute(1000) == count
+    plan.free_bytes = 0  # not even then does it fit, and it is tried
+    assert plan.layers_to_recompute(1000) == 2
+    plan.free_bytes = 2**50
+    assert plan.layers_to_recompute(1000) == 0
+
+
+def test_activation_memory_is_counted_without_a_trace(qwen):
+    """What one layer keeps for a token is at least its projections' fp32 inputs, and the count leaves nothing behind."""
+    model = build(3, qwen)
+    state = torch.get_rng_state()
+    counted = common._activation_bytes(model)
+    assert torch.equal(state, torch.get_rng_state()) and not model.training
+    assert all(p.grad is None for p in model.parameters())
+    inputs = 4 * (6 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    assert SIZES["num_hidden_layers"] * inputs < counted < 6 * SIZES["num_hidden_layers"] * inputs
+    assert common._activation_bytes(model, tokens=32) == pytest.approx(counted, rel=0.1)
+
+
+def test_sixteen_bit_dropout_is_dropout():
+    torch.manual_seed(0)
+    x = torch.randn(301, 999, requires_grad=True)
+    for p in (0.05, 0.5):
+        dropout = common.SixteenBitDropout(p)
+        y = dropout(x)
+        kept = y != 0
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=3e-3)
+        torch.testing.assert_close(y[kept], (x / (1 - p))[kept], rtol=1e-4, atol=0)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(gradient, kept / (1 - p), rtol=1e-4, atol=0)
+        neighbours = (kept[:, 1:] == kept[:, :-1]).float().mean().item()
+        assert neighbours == pytest.approx(p**2 + (1 - p) ** 2, abs=5e-3)  # independent draws
+        assert torch.equal(dropout.eval()(x), x)
+
+
+def test_whole_run_on_sst2_and_resume(qwen, run, tmp_path, monkeypatch):
+    """The whole script, the results' shape, and a run that is killed in model 3 and goes on to the same numbers."""
+    expected = run(qwen, folder=tmp_path / "undisturbed")
+    assert expected["settings"]["config"]["model"] == "tiny-qwen2"  # not where the folder lies
+    assert str(tmp_path) not in json.dumps(expected)
+    for number in (1, 2, 3):
+        metrics = expected["models"][f"model{number}"]["42"]
+        assert len(metrics["train"]) == len(metrics["val"]) == 2 and metrics["parameters"]["trainable"] > 0
+        assert metrics["peak_memory_bytes"] is None  # measured on a GPU only
+        job = tmp_path / f"undisturbed/state/model{number}-seed42"
+        assert {path.name for path in job.iterdir()} >= {"best.safetensors", "final.safetensors", "best-adapter", "final-adapter"}
+    step, calls = common.Trainer.step, []
+
+    def killed(self, *arguments):
+        calls.append(1)
+        if len(calls) == 27:  # 5 steps an epoch, 10 a model: epoch 2 of model 3
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(common.Trainer, "step", killed)
+    with pytest.raises(SystemExit):
+        run(qwen)
+    found = run(qwen)
+    assert without_times(found) == without_times(expected)
+
+
+def test_all_models_learn_a_trivial_task(model_folder, run, tmp_path):
+    """SST-2 whose label is the first word of the sentence, through the script."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "SST-2").mkdir()
+    for name in ("train", "dev"):
+        rows = [f"{('bad', 'good')[i % 2]} word{rng.integers(10)}\t{i % 2}" for i in range(96)]
+        (tmp_path / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    results = run(model_folder, f"--data-dir {tmp_path} --epochs 3 --learning-rate 3e-3")
+    assert [results["models"][f"model{number}"]["42"]["final"]["accuracy"] for number in (1, 2, 3)] == [1.0] * 3
+
+
+def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    sst2 = run(qwen, "--seeds 1 2", folder=tmp_path / "results_7b/tiny-qwen2")
+    assert "cross_dataset" not in sst2
+    results = run(qwen, "--seeds 1 2", folder=tmp_path / "results_agnews/tiny-qwen2", script=experiment_agnews_7b)
+    assert results["settings"]["data"]["name"] == "AG News, 40-row training subset"
+    cross = results["cross_dataset"]
+    assert cross["other"] == {"name": "SST-2", "train_rows": 40, "validation_rows": 24}
+    for name, (a, b) in {"model2 - model1": ("model1", "model2"), "model3 - model2": ("model2", "model3")}.items():
+        gains = [
+            np.array([r["models"][b][s]["final"]["accuracy"] - r["models"][a][s]["final"]["accuracy"] for s in ("1", "2")])
+            for r in (results, sst2)
+        ]
+        assert cross["comparisons"][name]["here"]["mean"] == pytest.approx(gains[0].mean())
+        assert cross["comparisons"][name]["there"]["mean"] == pytest.approx(gains[1].mean())
+        assert cross["comparisons"][name]["more_here"]["mean"] == pytest.approx(gains[0].mean() - gains[1].mean())
+        assert cross["comparisons"][name]["more_here"] == common.difference_interval(list(gains[1]), list(gains[0]))
+    # with one seed there is a difference but no interval
+    assert set(cross["comparisons"]) == set(common.COMPARISONS)
+
+
+def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(common, "run_experiment", lambda experiment, config: seen.update(vars(experiment), config=config))
+    for script, data, expected in (
+        (experiment_7b, "--train-limit 9", ("results_7b/tiny-qwen2", "limit-9-24")),
+        (experiment_agnews_7b, "", ("results_agnews/tiny-qwen2", "subset-40")),
+    ):
+        monkeypatch.setattr(sys, "argv", ["x", *f"--model {qwen} --data-dir {ag_news} --device cpu {data}".split()])
+        script.main()
+        assert (seen["results"].relative_to(common.ROOT).as_posix(), seen["task"].folder) == expected
+        assert seen["config"].quantization == "none"  # what a CPU does unless it is told
+
+
+def test_without_a_gpu_the_default_model_is_one_sentence(run, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = fails(run, capsys, common.DEFAULT_MODEL)
+    assert "needs a CUDA GPU" in error and "make standin" in error
+
+
+def test_models_that_cannot_be_loaded_are_one_sentence(run, capsys, monkeypatch, tmp_path, qwen):
+    monkeypatch.setattr(common, "_hub_answers", lambda: False)
+    assert "cannot load the model" in fails(run, capsys, "nobody/has-this-model")
+    (tmp_path / "empty").mkdir()
+    assert "cannot load the model" in fails(run, capsys, tmp_path / "empty")
+    config = transformers.GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(common.UserError, match="no layers named q_proj"):
+        build(1, tmp_path / "gpt2")
+    monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(common.UserError, match="make standin"):
+        common.standin_folder(tmp_path / "standin")
+
+
+def test_settings_of_the_adapters_are_checked(run, capsys, qwen):
+    for setting in ("--lora-rank 0", "--lora-dropout 1", "--engram-size 1", "--classifier-size 0"):
+        assert setting.split()[0] in fails(run, capsys, qwen, setting)
+
+
+def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
+    """12 steps of model 2 on AG News, cut to 16 tokens; chance is 25 %."""
+    try:
+        folder = common.standin_folder()
+    except common.UserError as missing:
+        pytest.skip(str(missing))
+    config = common.LanguageModelConfig(model=str(folder), quantization="none", learning_rate=1e-3, max_length=16)
+    task = common.limit_task(common.load_ag_news(shared_data), 12 * 16, 96)
+    encode = common.load_tokenizer(config.model)
+    train, validation = (common.encode_rows(rows, encode, config.max_length) for rows in (task.train, task.validation))
+    torch.manual_seed(0)
+    model = common.build_language_model(2, 4, "intermediate", config, CPU)
+    assert common.count_parameters(model)["total"] == pytest.approx(135e6, rel=0.05)
+    before = common.evaluate(model, validation)
+    trainer = common.Trainer(model.train(), train, config)
+    for start in range(0, len(train.labels), config.batch_size):
+        trainer.step(np.arange(start, start + config.batch_size), config.learning_rate)
+    after = common.evaluate(model, validation)
+    assert after.record(0.5)["accuracy"] > 0.5
+    assert after.lm_loss < before.lm_loss < 6.5  # of ln 49,152 = 10.8: it knew English from the start
+
+
+@pytest.mark.parametrize("script", [experiment_7b, experiment_agnews_7b])
+def test_help_explains_every_setting(capsys, monkeypatch, script):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(script.Config):
+        start = text.index(f"--{field.name.replace('_', '-')} ")
+        assert "." in text[start : text.index("(default", start)], f"{field.name} has no help"

@@ -752,6 +752,12 @@ class EngramProjector(nn.Module):
         return self.linear(engram).unsqueeze(1)
 
 
+def pool(hidden: Tensor, text_mask: Tensor) -> Tensor:
+    """Mean over text tokens, fp32: hidden (B, L, D) or with a prefix (B, 1 + L, D), text_mask (B, L) -> (B, D)."""
+    mask = text_mask.unsqueeze(-1)
+    return (hidden[:, -text_mask.shape[1] :].float() * mask).sum(1) / mask.sum(1)
+
+
 @dataclass
 class ModelOutput:
     hidden: Tensor  # (B, L, D) last hidden states of the tokens, the prefix's left out
@@ -807,9 +813,8 @@ class DualHeadModel(nn.Module):
                 engram = embeddings.new_zeros(len(input_ids), self.projector.linear.in_features, dtype=torch.float32)
             embeddings = torch.cat([self.projector(engram).to(embeddings.dtype), embeddings], dim=1)  # (B, 1 + L, D)
         hidden = self.backbone(inputs_embeds=embeddings).last_hidden_state
-        hidden = hidden[:, -input_ids.shape[1] :]  # (B, L, D): the prefix is neither pooled nor predicts
-        mask = text_mask.unsqueeze(-1)
-        pooled = (hidden.float() * mask).sum(1) / mask.sum(1)  # (B, D)
+        hidden = hidden[:, -input_ids.shape[1] :]  # (B, L, D): the prefix does not predict
+        pooled = pool(hidden, text_mask)
         logits, intermediate = self.classifier(pooled)
         new_engram = None
         if self.compressor is not None:
@@ -966,16 +971,21 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
     return lora
 
 
-def build_language_model(
+def load_adapted_model(config: LanguageModelConfig, device: torch.device) -> tuple[nn.Module, Any]:
+    """The pretrained model with fresh adapters, which change nothing yet, and their peft.LoraConfig."""
+    causal_lm = load_causal_lm(find_model(config.model), config.quantization, device)
+    return causal_lm, add_lora(causal_lm, config)
+
+
+def wrap_causal_lm(
+    causal_lm: nn.Module,
+    lora: Any,
     number: int,
     num_classes: int,
     engram_source: Literal["pooled", "intermediate"],
     config: LanguageModelConfig,
-    device: torch.device,
 ) -> DualHeadModel:
-    """Model 1, 2 or 3 on a pretrained causal LM, on its device; a seed gives all three the same adapters and classifier."""
-    causal_lm = load_causal_lm(find_model(config.model), config.quantization, device)
-    lora = add_lora(causal_lm, config)
+    """Model 1, 2 or 3 with fresh heads on what load_adapted_model gave, on its device."""
     hidden_size = causal_lm.config.hidden_size
     model = DualHeadModel(
         causal_lm.base_model,
@@ -984,8 +994,22 @@ def build_language_model(
         lm_head=causal_lm.get_output_embeddings() if number > 1 else None,
         engram_size=config.engram_size if number == 3 else None,
         engram_source=engram_source,
-    ).to(device)
-    model.lora, model.memory_plan = lora, MemoryPlan(model, config.gradient_checkpointing)
+    ).to(causal_lm.device)
+    model.lora = lora
+    return model
+
+
+def build_language_model(
+    number: int,
+    num_classes: int,
+    engram_source: Literal["pooled", "intermediate"],
+    config: LanguageModelConfig,
+    device: torch.device,
+) -> DualHeadModel:
+    """Model 1, 2 or 3 on a pretrained causal LM, ready to train; a seed gives all three the same adapters and classifier."""
+    causal_lm, lora = load_adapted_model(config, device)
+    model = wrap_causal_lm(causal_lm, lora, number, num_classes, engram_source, config)
+    model.memory_plan = MemoryPlan(model, config.gradient_checkpointing)
     return model
 
 
@@ -1476,6 +1500,7 @@ class Evaluation:
     pooled: np.ndarray  # (N, D)
     intermediate: np.ndarray  # (N, classifier's inner size)
     engrams: np.ndarray | None  # (N, E)
+    layers: np.ndarray | None  # (depth + 1, N, D) pooled states: the embeddings, then each layer's; the last is `pooled`
     cls_loss: float  # mean over rows
     lm_loss: float | None  # mean over target tokens
 
@@ -1492,12 +1517,38 @@ class Evaluation:
         }
 
 
+@contextlib.contextmanager
+def pooled_inputs_of_layers(model: DualHeadModel):
+    """Yields a list that holds, after a forward pass, what each layer of the backbone got, pooled: (B, D) a layer.
+
+    Pooled as the pass goes on: the hidden states of two layers never exist at one time.
+    """
+    found: list[Tensor] = []
+    text_mask = None
+
+    def start(module, arguments) -> None:
+        nonlocal text_mask
+        text_mask = arguments[1]
+        found.clear()
+
+    def catch(module, arguments) -> None:
+        found.append(pool(arguments[0], text_mask))
+
+    handles = [model.register_forward_pre_hook(start)]
+    handles += [layer.register_forward_pre_hook(catch) for layer in model.backbone.layers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.inference_mode()
-def evaluate(model: DualHeadModel, split: Split, engrams: np.ndarray | None = None) -> Evaluation:
+def evaluate(model: DualHeadModel, split: Split, engrams: np.ndarray | None = None, with_layers: bool = False) -> Evaluation:
     """Run a split through the model without dropout.
 
-    engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram. Leaves the model in
-    evaluation mode and the random generators as they were.
+    engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram. with_layers also keeps
+    every layer's pooled states. Leaves the model in evaluation mode and the random generators as they were.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -1508,18 +1559,20 @@ def evaluate(model: DualHeadModel, split: Split, engrams: np.ndarray | None = No
     for rows in batches:
         batch = collate(split, rows, device)
         prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
-        output = model(batch.input_ids, batch.text_mask, prefix)
+        with pooled_inputs_of_layers(model) if with_layers else contextlib.nullcontext() as layers:
+            output = model(batch.input_ids, batch.text_mask, prefix)
         cls_loss += F.cross_entropy(output.logits, batch.labels, reduction="sum").item()
         if model.lm_head is not None:
             lm_loss += lm_loss_sum(output.hidden, batch, model.lm_head).item()
             targets += len(batch.target_index)
-        parts = (output.logits, batch.labels, output.pooled, output.intermediate, output.engram)
-        outputs.append(tuple(part.cpu() for part in parts if part is not None))
+        by_layer = torch.stack([*layers, output.pooled], dim=1) if with_layers else None  # (B, depth + 1, D)
+        parts = (output.logits, batch.labels, output.pooled, output.intermediate, output.engram, by_layer)
+        outputs.append(tuple(None if part is None else part.cpu() for part in parts))
     back = np.argsort(np.concatenate(batches))
-    arrays = [torch.cat(column).numpy()[back] for column in zip(*outputs, strict=True)]
+    columns = [None if column[0] is None else torch.cat(column).numpy()[back] for column in zip(*outputs, strict=True)]
     return Evaluation(
-        *arrays[:4],
-        engrams=arrays[4] if model.compressor is not None else None,
+        *columns[:5],
+        layers=None if columns[5] is None else columns[5].swapaxes(0, 1),
         cls_loss=cls_loss / len(back),
         lm_loss=lm_loss / max(1, targets) if model.lm_head is not None else None,
     )
@@ -1579,6 +1632,80 @@ def rank_metrics(features: np.ndarray) -> dict[str, float | int]:
         "num_samples": features.shape[0],
         "num_dimensions": min(features.shape),
     }
+
+
+def neural_collapse_metrics(
+    features: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None, bias: np.ndarray | None = None
+) -> dict[str, float]:
+    """How far features (N, D) with labels (N,) have collapsed to one point a class; weights (C, D), bias (C,) of a linear head.
+
+    With class means m_c over C classes and m_G their unweighted mean, after Wu & Papyan 2024 and the works they cite:
+    NC1 `cdnv`, mean over class pairs of (v_c + v_c') / (2 |m_c - m_c'|^2), v_c the mean squared distance to m_c (Galanti et
+    al. 2021); `within_between_trace`, trace(S_W S_B^+) / C (Papyan et al. 2020). NC2 `norm_cv` of the |m_c - m_G|; `etf_error`,
+    distance of their normalized Gram matrix from a simplex equiangular tight frame's (Kothapalli 2023);
+    `hyperspherical_mean` and `hyperspherical_var` of log(1 / distance) over pairs of unit m_c - m_G (Liu et al. 2023).
+    NC3, given weights: `self_duality_error`, the same distance for the products of weights and m_c - m_G;
+    `uniform_duality_cv` of their cosines. NC4: `ncc_agreement`, share of rows that the head gives to the nearest class mean.
+    A class without rows is left out; what has no pair or no spread to measure is 0. float64.
+    """
+    features, labels = np.asarray(features, dtype=np.float64), np.asarray(labels)
+    classes, position = np.unique(labels, return_inverse=True)
+    means = np.stack([features[labels == c].mean(0) for c in classes])  # (C, D)
+    centred = means - means.mean(0)
+    residuals = features - means[position]  # (N, D)
+    spread = np.array([(residuals[labels == c] ** 2).sum(1).mean() for c in classes])  # (C,) v_c
+    floor = np.finfo(np.float64).eps * (1 + np.abs(features).max())  # lengths below it are rounding
+    first, second = np.triu_indices(len(classes), 1)  # each pair once: every measure below is symmetric in it
+
+    apart = ((means[first] - means[second]) ** 2).sum(1)
+    directions = _unit(centred, floor)
+    angles = -np.log(np.maximum(np.linalg.norm(directions[first] - directions[second], axis=1), np.finfo(np.float64).eps))
+    _, s, axes = np.linalg.svd(centred / math.sqrt(len(classes)), full_matrices=False)  # S_B = axes' s^2 axes
+    kept = s > floor * max(centred.shape)
+    within = ((residuals @ axes[kept].T) ** 2).mean(0)  # S_W along those axes
+    metrics = {
+        "cdnv": _mean((spread[first] + spread[second]) / (2 * np.maximum(apart, floor**2))),
+        "within_between_trace": float((within / s[kept] ** 2).sum() / len(classes)),
+        "norm_cv": _variation(np.linalg.norm(centred, axis=1), floor),
+        "etf_error": _distance_from_simplex(centred @ centred.T, floor**2),
+        "hyperspherical_mean": _mean(angles),
+        "hyperspherical_var": float(angles.var()) if len(angles) else 0.0,
+    }
+    if weights is not None:
+        weights = np.asarray(weights, dtype=np.float64)
+        logits = features @ weights.T + (0.0 if bias is None else np.asarray(bias, dtype=np.float64))  # (N, C)
+        distances = (features**2).sum(1, keepdims=True) - 2 * features @ means.T + (means**2).sum(1)  # (N, C)
+        weights = weights[classes]
+        cosines = (_unit(weights, np.finfo(np.float64).tiny) * directions).sum(1)
+        metrics["self_duality_error"] = _distance_from_simplex(weights @ centred.T, floor**2)
+        metrics["uniform_duality_cv"] = _variation(cosines, np.finfo(np.float64).eps)
+        metrics["ncc_agreement"] = float((logits.argmax(1) == classes[distances.argmin(1)]).mean())
+    return metrics
+
+
+def _unit(vectors: np.ndarray, floor: float) -> np.ndarray:
+    """Rows at length 1; a row no longer than floor is 0."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > floor)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _variation(values: np.ndarray, floor: float) -> float:
+    """Standard deviation over absolute mean; 0 for values that are all rounding."""
+    mean = abs(values.mean())
+    return float(values.std() / max(mean, floor)) if np.abs(values).max() > floor else 0.0
+
+
+def _distance_from_simplex(products: np.ndarray, floor: float) -> float:
+    """Frobenius distance of products (C, C), normalized, from the Gram matrix of a simplex equiangular tight frame."""
+    count, size = len(products), np.linalg.norm(products)
+    if count < 2:
+        return 0.0
+    simplex = (np.eye(count) - 1 / count) / math.sqrt(count - 1)
+    return float(np.linalg.norm((products / size if size > floor else 0.0) - simplex))
 
 
 def k_means(points: np.ndarray, k: int, seed: int) -> np.ndarray:

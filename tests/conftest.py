@@ -4,13 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 import common
 import experiment
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 SHARED_DATA = common.ROOT.parent / "shared" / "data"
 
 
@@ -74,3 +78,29 @@ def without_times(value):
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if key != "seconds"}
     return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def save_tiny(model, folder):
+    """A random causal LM and its tokenizer, as transformers stores them."""
+    model.save_pretrained(folder)
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    text = "good bad world sports business science word0 word1"
+    tokenizer.train_from_iterator([text] * 9, SIZES["vocab_size"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """Its LM head is a matrix of its own, as in Qwen2.5-7B."""
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
+    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-qwen2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Its LM head is the embedding, as in SmolLM2."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-llama")

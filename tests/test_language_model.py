@@ -8,46 +8,17 @@ import bitsandbytes
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import fails, random_split, without_times
+from conftest import SIZES, fails, random_split, without_times
 
 import common
 import experiment_7b
 import experiment_agnews_7b
 
 CPU = torch.device("cpu")
-SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
 TINY = "--epochs 2 --batch-size 8 --max-length 12 --lora-rank 4 --classifier-size 10 --engram-size 6 --device cpu"
-
-
-def save_tiny(model, folder):
-    """A random causal LM and its tokenizer, as transformers stores them."""
-    model.save_pretrained(folder)
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    text = "good bad world sports business science word0 word1"
-    tokenizer.train_from_iterator([text] * 9, SIZES["vocab_size"], show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    """Its LM head is a matrix of its own, as in Qwen2.5-7B."""
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
-    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-qwen2")
-
-
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    """Its LM head is the embedding, as in SmolLM2."""
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
-    return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(params=["qwen", "llama"])

@@ -159,3 +159,76 @@ def test_reproduction_table_tells_a_difference_from_none():
     assert common.reproduction_table(published, results(0.815)).endswith("no difference found")
     assert common.reproduction_table(published, results(0.60)).endswith("yours differ from the published ones")
     assert common.reproduction_table(results(0.8), results(0.6)).endswith("no interval")
+
+
+def test_neural_collapse_of_a_perfect_simplex():
+    """Every row at its class mean, means a scaled, shifted and rotated simplex, the head its dual: all measures are ideal."""
+    rng = np.random.default_rng(0)
+    rotation = np.linalg.qr(rng.normal(size=(12, 12)))[0][:, :4]
+    means = 3.0 * (np.eye(4) - 0.25) @ rotation.T  # (4, 12)
+    labels = np.repeat(np.arange(4), 5)
+    found = common.neural_collapse_metrics(means[labels] + 7.0, labels, weights=2 * means, bias=-14.0 * means.sum(1))
+    ideal = {"cdnv": 0, "within_between_trace": 0, "norm_cv": 0, "etf_error": 0, "hyperspherical_var": 0}
+    ideal |= {"self_duality_error": 0, "uniform_duality_cv": 0, "ncc_agreement": 1}
+    ideal |= {"hyperspherical_mean": -np.log(np.sqrt(2 * 4 / 3))}  # unit vectors of a simplex of 4 are sqrt(8 / 3) apart
+    assert found.keys() == ideal.keys()
+    for name, value in ideal.items():
+        assert found[name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("n", "size", "classes"), [(60, 7, 3), (20, 40, 4), (50, 5, 2), (33, 3, 6)])
+def test_neural_collapse_equals_double_loops(n, size, classes):
+    rng = np.random.default_rng(n)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])  # unequal class sizes
+    features = rng.normal(size=(n, size)) + 2 * rng.normal(size=(classes, size))[labels]
+    weights, bias = rng.normal(size=(classes, size)), rng.normal(size=classes)
+    means = [features[labels == c].mean(0) for c in range(classes)]
+    centre = sum(means) / classes
+    centred = [m - centre for m in means]
+    spread = [np.mean([np.sum((x - means[c]) ** 2) for x in features[labels == c]]) for c in range(classes)]
+    pairs = [(a, b) for a in range(classes) for b in range(classes) if a != b]
+    within = sum(np.outer(x - means[c], x - means[c]) for x, c in zip(features, labels, strict=True)) / n
+    between = sum(np.outer(m, m) for m in centred) / classes
+    lengths = [np.linalg.norm(m) for m in centred]
+    units = [m / length for m, length in zip(centred, lengths, strict=True)]
+    angles = [np.log(1 / np.linalg.norm(units[a] - units[b])) for a, b in pairs]
+    simplex = (np.eye(classes) - 1 / classes) / np.sqrt(classes - 1)
+    gram = np.array([[a @ b for b in centred] for a in centred])
+    duality = np.array([[w @ m for m in centred] for w in weights])
+    cosines = [w @ u / np.linalg.norm(w) for w, u in zip(weights, units, strict=True)]
+    nearest = [np.argmin([np.linalg.norm(x - m) for m in means]) for x in features]
+    predicted = [np.argmax(weights @ x + bias) for x in features]
+    expected = {
+        "cdnv": np.mean([(spread[a] + spread[b]) / (2 * np.sum((means[a] - means[b]) ** 2)) for a, b in pairs]),
+        "within_between_trace": np.trace(within @ np.linalg.pinv(between, rcond=1e-10)) / classes,
+        "norm_cv": np.std(lengths) / np.mean(lengths),
+        "etf_error": np.linalg.norm(gram / np.linalg.norm(gram) - simplex),
+        "hyperspherical_mean": np.mean(angles),
+        "hyperspherical_var": np.var(angles),
+        "self_duality_error": np.linalg.norm(duality / np.linalg.norm(duality) - simplex),
+        "uniform_duality_cv": np.std(cosines) / abs(np.mean(cosines)),
+        "ncc_agreement": np.mean(np.equal(nearest, predicted)),
+    }
+    found = common.neural_collapse_metrics(features, labels, weights, bias)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    without_head = common.neural_collapse_metrics(features, labels)
+    assert without_head == {name: found[name] for name in without_head} and len(without_head) == 6
+
+
+@pytest.mark.parametrize(
+    ("features", "labels"),
+    [
+        (np.random.default_rng(0).normal(size=(9, 4)), np.zeros(9, int)),  # one class
+        (np.full((9, 4), 3.3), np.arange(9) % 3),  # no spread at all
+        (np.tile(np.random.default_rng(0).normal(size=(3, 4)), (3, 1)), np.repeat(np.arange(3), 3)),  # equal class means
+        (np.random.default_rng(0).normal(size=(3, 50)), np.arange(3)),  # a row a class, N < D
+        (np.random.default_rng(0).normal(size=(50, 2)), np.arange(50) % 3),
+        (np.zeros((1, 4)), np.zeros(1, int)),
+    ],
+)
+def test_collapse_metrics_are_finite_on_degenerate_features(features, labels):
+    weights = np.random.default_rng(1).normal(size=(3, features.shape[1]))
+    found = common.neural_collapse_metrics(features, labels, weights, np.zeros(3)) | common.rank_metrics(features)
+    assert all(np.isfinite(value) for value in found.values()), found

@@ -1,0 +1,464 @@
+"""Experiment 4: have the hidden states collapsed? Rank and neural-collapse metrics of the models that were trained.
+
+Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation rows through each
+model as it runs (model 3 with its cold prefix), and measures pooled hidden states of every layer and the
+classifier's intermediate features. Each finished model is kept: a run that is started again goes on.
+"""
+
+import dataclasses
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+
+import common
+import experiment
+
+KEYS = ("pretrained", "model1", "model2", "model3")
+CHANGES = (("pretrained", "model1"), ("model1", "model2"), ("model2", "model3"), ("pretrained", "model2"))
+CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
+COLORS = {"pretrained": "#666666", **{f"model{number}": color for number, color in common.MODEL_COLORS.items()}}
+MARKERS = {"pretrained": "D", **{f"model{number}": marker for number, marker in common.MODEL_MARKERS.items()}}
+
+
+@dataclass
+class Config:
+    """Settings of the analysis; the comment above a field is its --help text."""
+
+    # Result folders to analyse. Default: all with checkpoints under results/, results_7b/ and results_agnews/ but limit-*.
+    folders: tuple[Path, ...] = ()
+    # Folder for the results.
+    output_dir: Path = common.ROOT / "results_effective_rank"
+    # Folder with the data in its official layout. Default: the Hugging Face cache, then the hub.
+    data_dir: Path | None = None
+    # Validation rows to measure, a fixed draw.
+    rows: int = 2000
+    # Random subsets of rows behind each interval over rows.
+    draws: int = 50
+    # Weights to load: of the last epoch, or of the one with the best validation accuracy.
+    weights: Literal["final", "best"] = "final"
+    # Where to compute; auto takes a GPU when there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Measure everything anew.
+    fresh: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What there is to analyse
+# ---------------------------------------------------------------------------------------------------------
+
+SCRIPTS = {"results": "experiment.py", "results_7b": "experiment_7b.py", "results_agnews": "experiment_agnews_7b.py"}
+
+
+def find_folders(config: Config) -> list[Path]:
+    """Result folders with at least one finished training; says by which command the missing ones are made."""
+    if config.folders:
+        found = [folder for folder in config.folders if trainings(folder)]
+        missing = [f"{folder} holds no finished training" for folder in config.folders if folder not in found]
+    else:
+        found, missing = [], []
+        for top, script in SCRIPTS.items():
+            states = sorted((common.ROOT / top).glob("**/state/settings.json"))
+            here = [file.parent.parent for file in states if "limit-" not in str(file) and trainings(file.parent.parent)]
+            found += here
+            if not here:
+                missing.append(f"no checkpoints under {top}/: `python {script}` makes them")
+    if not found:
+        raise common.UserError(f"nothing to analyse; {'; '.join(missing)}.")
+    for sentence in missing:
+        print(f"NOTE: {sentence}")
+    return found
+
+
+def trainings(folder: Path) -> list[tuple[str, int]]:
+    """(model key, seed) of every finished training in a results folder."""
+    names = [path.parent.name.split("-seed") for path in (folder / "state").glob("model*-seed*/metrics.json")]
+    return sorted((key, int(seed)) for key, seed in names)
+
+
+def load_task(settings: dict, data_dir: Path | None) -> common.Task:
+    """The rows that a results folder was made with. Raises UserError when they cannot be had, or are others now."""
+    wanted = settings["data"]
+    if wanted["name"].startswith("AG News"):
+        task = common.load_ag_news(data_dir)
+    elif wanted["name"] == "SST-2":
+        task = common.load_sst2(data_dir)
+    else:
+        task = common.load_movie_snippets()
+    if task is None:
+        raise common.UserError(f"{wanted['name']} is neither in the Hugging Face cache nor on the hub: give --data-dir.")
+    task = common.limit_task(task, wanted["train_rows"], wanted["validation_rows"])
+    if task.summary()["sha256"] != wanted["sha256"]:
+        raise common.UserError(f"{task.source} holds other rows of {wanted['name']} than the models were trained on.")
+    return task
+
+
+def known_settings(config_class: type, stored: dict) -> Any:
+    return config_class(**{field.name: stored[field.name] for field in dataclasses.fields(config_class) if field.name in stored})
+
+
+def models_of(
+    folder: Path, settings: dict, task: common.Task, weights: str, device: torch.device
+) -> tuple[common.Split, Iterator[tuple[str, int, common.DualHeadModel]]]:
+    """The validation split, and (model key, seed, model) one after another; the pretrained model comes first.
+
+    A language model is loaded once and its adapters are exchanged. Its pretrained state is the same for every seed
+    and comes once; the small transformer's baseline is the untrained network of each seed.
+    """
+    stored, classes, jobs = settings["config"], len(task.class_names), trainings(folder)
+    seeds = sorted({seed for _, seed in jobs})
+    if "model" in stored:
+        config = known_settings(common.LanguageModelConfig, stored)
+        adapter_file = folder / "state" / f"{jobs[0][0]}-seed{jobs[0][1]}" / f"{weights}-adapter" / "adapter_config.json"
+        if "/" not in config.model and config.model != common.STANDIN_MODEL:  # a folder: results keep its name alone
+            config.model = common.read_json(adapter_file)["base_model_name_or_path"]
+        source = "intermediate" if task.name.startswith("AG News") else "pooled"
+        encode, seeds = common.load_tokenizer(common.find_model(config.model)), seeds[:1]
+        causal_lm, lora = common.load_adapted_model(config, device)
+
+        def build(number: int) -> common.DualHeadModel:
+            return common.wrap_causal_lm(causal_lm, lora, number, classes, source, config)
+    else:
+        config = known_settings(experiment.Config, stored)
+        encode = experiment.WordVocabulary(task.train.texts, config.vocabulary_size).encode
+
+        def build(number: int) -> common.DualHeadModel:
+            return experiment.build_model(number, classes, config).to(device)
+
+    def models() -> Iterator[tuple[str, int, common.DualHeadModel]]:
+        for seed in seeds:
+            torch.manual_seed(seed)
+            yield "pretrained", seed, build(1)
+        for key, seed in jobs:
+            model = build(int(key.removeprefix("model")))
+            common.load_weights(folder / "state" / f"{key}-seed{seed}", weights, model)
+            model.lm_head = None  # it has done its work: no feature passes through it
+            yield key, seed, model
+
+    return common.encode_rows(task.validation, encode, config.max_length), models()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measuring one model
+# ---------------------------------------------------------------------------------------------------------
+
+
+def effective_rank_of(features: np.ndarray) -> float:
+    """rank_metrics' effective rank to about six digits, from the smaller Gram matrix: for the many subsets of rows."""
+    centred = features - features.mean(0)
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    if not s.max() > 0:
+        return 0.0
+    p = s[s > 1e-7 * s.max()] / s[s > 1e-7 * s.max()].sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def rank_of_subsets(features: np.ndarray, rows: int, draws: int) -> list[float]:
+    """Effective rank of random subsets of so many rows; the subsets are the same for every model on the same split.
+
+    Drawn without replacement: a row drawn twice would add no rank.
+    """
+    features, rng = features.astype(np.float64), np.random.default_rng([0, rows])
+    return [effective_rank_of(features[rng.permutation(len(features))[:rows]]) for _ in range(draws)]
+
+
+def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dict[str, Any]:
+    """Everything that results hold of one model. Keys of rank_metrics and neural_collapse_metrics are of the pooled states."""
+    started = time.perf_counter()
+    evaluation = common.evaluate(model, split, with_layers=True)
+    forward_done = time.perf_counter()
+    labels, outer = evaluation.labels, model.classifier.outer
+    weights, bias = (parameter.detach().cpu().numpy() for parameter in (outer.weight, outer.bias))
+    layers = [common.rank_metrics(states) for states in evaluation.layers]
+    centred = evaluation.pooled - evaluation.pooled.mean(0, dtype=np.float64)
+    singular_values = np.linalg.svd(centred, compute_uv=False)
+    ranks_done = time.perf_counter()
+    n = len(labels)
+    sizes = sorted({n // 2, *(size for size in CURVE_ROWS if size < n)} - {0, 1})
+    curve = {str(size): rank_of_subsets(evaluation.pooled, size, draws) for size in sizes}
+    subsets_done = time.perf_counter()
+    record = {
+        **layers[-1],
+        **common.neural_collapse_metrics(evaluation.pooled, labels),
+        "effective_rank_share": layers[-1]["effective_rank"] / max(1, n - 1),
+        "accuracy": evaluation.record(0.0)["accuracy"],
+        "intermediate": {
+            **common.rank_metrics(evaluation.intermediate),
+            **common.neural_collapse_metrics(evaluation.intermediate, labels, weights, bias),
+        },
+        "layers": layers,
+        "singular_values": singular_values.tolist(),
+        "subsets": curve,
+    }
+    record["seconds"] = {
+        "forward": forward_done - started,
+        "ranks": ranks_done - forward_done,
+        "subsets": subsets_done - ranks_done,
+        "collapse": time.perf_counter() - subsets_done,
+    }
+    return record
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of all weights of one training."""
+    found = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def measure_study(folder: Path, config: Config, device: torch.device, here: dict) -> tuple[str, dict]:
+    """The study's name, and settings, data and records (model key -> seed -> record) of one results folder."""
+    settings = common.read_json(folder / "state" / "settings.json")
+    task = load_task(settings, config.data_dir)
+    backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
+    name = f"{task.name}, {backbone}"
+    split, models = models_of(folder, settings, task, config.weights, device)
+    rows = common.fixed_draw(len(split.labels), config.rows)
+    split = common.Split([split.token_ids[i] for i in rows], split.labels[rows])
+    state = config.output_dir / "state" / name.replace("/", "-").replace(" ", "-").replace(",", "")
+    state.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: {len(rows):,} validation rows, {config.weights} weights of {folder}", flush=True)
+    records: dict[str, dict[str, dict]] = {}
+    for key, seed, model in models:
+        weights = "" if key == "pretrained" else digest(folder / "state" / f"{key}-seed{seed}")
+        made_from = {"data": settings["data"]["sha256"], "weights": weights, "kind": config.weights}
+        made_from |= {"rows": len(rows), "draws": config.draws}
+        file = state / f"{key}-seed{seed}.json"
+        record = common.read_json(file) if file.exists() and not config.fresh else {}
+        if record.get("made_from") != made_from:
+            record = {**measure(model, split, config.draws), "made_from": made_from, **here}
+            common.write_json(file, record)
+        records.setdefault(key, {})[str(seed)] = record
+        times = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in record["seconds"].items())
+        print(f"  {key} seed {seed}: effective rank {record['effective_rank']:.1f} ({times})", flush=True)
+    return name, {"settings": settings, "num_samples": len(rows), "weights": config.weights, "records": records}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# From records to results
+# ---------------------------------------------------------------------------------------------------------
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """Numbers of a record under flat names: those of the intermediate features as intermediate.NAME."""
+    flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    return flat | {f"intermediate.{key}": value for key, value in record["intermediate"].items()}
+
+
+def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
+    """Records of two models with the same seed; a pretrained model that has one record stands for every seed."""
+    first, second = records.get(a, {}), records.get(b, {})
+    if a == "pretrained" and len(first) == 1:
+        return [(next(iter(first.values())), record) for record in second.values()]
+    return [(first[seed], record) for seed, record in second.items() if seed in first]
+
+
+def change(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+    """How much each number changes from the first model to the second: over seeds, and for the effective rank over rows.
+
+    `half` is the change of the effective rank at half the rows, with the 95 % range over random halves, seeds averaged. The
+    spread of a statistic over random halves estimates its sampling error at the full number of rows (Shao & Wu 1989).
+    """
+    flat = [(scalars(a), scalars(b)) for a, b in pairs]
+    found = {key: common.mean_interval(b[key] - a[key] for a, b in flat) for key in flat[0][0] if key in flat[0][1]}
+    rows = str(pairs[0][0]["num_samples"] // 2)
+    if rows in pairs[0][0]["subsets"]:
+        draws = np.mean([np.subtract(b["subsets"][rows], a["subsets"][rows]) for a, b in pairs], axis=0)
+        low, high = np.quantile(draws, [0.025, 0.975])
+        found["half"] = {"rows": int(rows), "mean": float(draws.mean()), "low": float(low), "high": float(high)}
+    return found
+
+
+def summarize(studies: dict[str, dict]) -> dict[str, dict]:
+    """What effective_rank_results.json holds: study -> settings, changes, and model -> means, intervals, seeds."""
+    shared = [size for size in CURVE_ROWS if all(size < study["num_samples"] for study in studies.values())]
+    results = {}
+    for name, study in studies.items():
+        records = study["records"]
+        result = {key: study[key] for key in ("settings", "num_samples", "weights")}
+        result["matched_rows"] = shared[-1] if shared else None
+        for key in [key for key in KEYS if key in records]:
+            flat = [scalars(record) for record in records[key].values()]
+            intervals = {number: common.mean_interval(f[number] for f in flat) for number in flat[0]}
+            if shared:
+                at_matched = (np.mean(record["subsets"][str(shared[-1])]) for record in records[key].values())
+                intervals["effective_rank_matched"] = common.mean_interval(at_matched)
+            means = {number: interval["mean"] for number, interval in intervals.items() if "." not in number}
+            result[key] = {**means, "intervals": intervals, "seeds": records[key]}
+        result["changes"] = {f"{b} - {a}": change(pairs) for a, b in CHANGES if (pairs := paired(records, a, b))}
+        results[name] = result
+    return results
+
+
+def display_name(key: str, result: dict) -> str:
+    if key != "pretrained":
+        return common.MODEL_NAMES[int(key.removeprefix("model"))]
+    return "Pretrained" if "model" in result["settings"]["config"] else "Untrained"
+
+
+TABLE = (("effective_rank", 1), ("effective_rank_share", 3), ("stable_rank", 1), ("participation_ratio", 1), ("dims_95pct", 0))
+TABLE += (("cdnv", 2), ("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
+
+
+def table(results: dict[str, dict]) -> str:
+    """The outcome for the log."""
+    lines = []
+    for name, result in results.items():
+        lines += ["", f"{name}: {result['num_samples']:,} rows; mean over seeds [95 % interval over seeds]"]
+        width = 26
+        lines.append(
+            f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + f"effective rank at {result['matched_rows']} rows"
+        )
+        for key in [key for key in KEYS if key in result]:
+            intervals = result[key]["intervals"]
+            cells = "".join(f"{common.format_interval(intervals[number], digits):{width}}" for number, digits in TABLE)
+            matched = (
+                common.format_interval(intervals["effective_rank_matched"], 1) if "effective_rank_matched" in intervals else ""
+            )
+            lines.append(f"{display_name(key, result):22}{cells}{matched}")
+        for pair, found in result["changes"].items():
+            line = f"effective rank, {pair}: {common.format_interval(found['effective_rank'], 1, sign='+')} over seeds"
+            if "half" in found:
+                line += f"; at {found['half']['rows']:,} rows {common.format_interval(found['half'], 1, sign='+')} over rows"
+            lines.append(line)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------------------
+
+
+def seed_band(axis: plt.Axes, x, rows, key: str, label: str | None, **look) -> None:
+    """Mean line over seeds, and a band from the lowest to the highest seed; rows is (S, points)."""
+    rows = np.array(rows, dtype=float)
+    axis.plot(x, rows.mean(0), color=COLORS[key], label=label, **look)
+    axis.fill_between(x, rows.min(0), rows.max(0), color=COLORS[key], alpha=0.2, linewidth=0)
+
+
+def each_model(result: dict) -> Iterator[tuple[str, list[dict], str]]:
+    for key in [key for key in KEYS if key in result]:
+        records = list(result[key]["seeds"].values())
+        yield key, records, f"{display_name(key, result)} ({len(records)} seed{'s' * (len(records) > 1)})"
+
+
+def plot_ranks(path: Path, results: dict[str, dict]) -> None:
+    """A row for each study: singular spectrum, cumulative variance, effective rank over rows, effective rank at all rows."""
+    figure, axes = plt.subplots(len(results), 4, figsize=(20, 4 * len(results)), layout="constrained", squeeze=False)
+    for row, (name, result) in zip(axes, results.items(), strict=True):
+        for position, (key, records, label) in enumerate(each_model(result)):
+            values = np.array([record["singular_values"] for record in records])  # (S, min(N, D))
+            components = np.arange(1, values.shape[1] + 1)
+            seed_band(row[0], components, values / values.sum(1, keepdims=True), key, label)
+            seed_band(row[1], components, 100 * np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True), key, label)
+            sizes = sorted(map(int, records[0]["subsets"]))
+            draws = np.array([[record["subsets"][str(size)] for size in sizes] for record in records])  # (S, sizes, draws)
+            low, high = np.quantile(draws, [0.025, 0.975], axis=(0, 2))
+            row[2].plot(sizes, draws.mean((0, 2)), color=COLORS[key], marker=MARKERS[key], markersize=4)
+            row[2].fill_between(sizes, low, high, color=COLORS[key], alpha=0.2, linewidth=0)
+            interval = result[key]["intervals"]["effective_rank"]
+            row[3].bar(position, interval["mean"], color=COLORS[key], alpha=0.8)
+            if interval["low"] is not None:
+                half = interval["high"] - interval["mean"]
+                row[3].errorbar(position, interval["mean"], half, color="black", capsize=4)
+            ranks = [record["effective_rank"] for record in records]
+            row[3].plot([position] * len(ranks), ranks, ".", color="black")
+        bound = min(result["num_samples"] - 1, len(values[0]))
+        row[0].set(xlabel="component", ylabel="share of the singular values' sum", yscale="log", xscale="log", title=name)
+        row[0].set_ylim(bottom=1e-6)
+        row[1].set(xlabel="component", ylabel="cumulative variance (%)", xscale="log", title=f"N = {result['num_samples']:,}")
+        row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets; band: 95 % of subsets and seeds")
+        row[3].set(ylabel="effective rank", title=f"at most {bound:,}; dots: seeds, bars: 95 % over seeds")
+        row[3].set_xticks(range(sum(key in result for key in KEYS)))
+        row[3].set_xticklabels([display_name(key, result) for key in KEYS if key in result], rotation=15)
+        row[0].legend(fontsize=8)
+        for axis in row:
+            axis.grid(alpha=0.3)
+    figure.suptitle("Pooled hidden states on validation rows")
+    common.save_figure(figure, path)
+
+
+def plot_layers(path: Path, results: dict[str, dict]) -> None:
+    """Effective rank by depth, a panel for each study."""
+    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.5), layout="constrained", squeeze=False)
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        for key, records, label in each_model(result):
+            ranks = [[layer["effective_rank"] for layer in record["layers"]] for record in records]
+            look = {"marker": MARKERS[key], "markersize": 3}
+            seed_band(axis, np.arange(len(ranks[0])), ranks, key, label, **look)
+        axis.set(
+            xlabel="layer (0: embeddings)",
+            ylabel="effective rank of pooled states",
+            title=f"{name}; N = {result['num_samples']:,}",
+        )
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle("Where does the rank go? Mean over seeds; band: lowest to highest seed")
+    common.save_figure(figure, path)
+
+
+COLLAPSE_PANELS = (
+    ("cdnv", "NC1: class-distance normalized\nvariance, pooled states"),
+    ("intermediate.cdnv", "NC1: the same, classifier's\nintermediate features"),
+    ("intermediate.etf_error", "NC2: distance of class means\nfrom a simplex, intermediate"),
+    ("intermediate.self_duality_error", "NC3: distance of the head from\nself-duality, intermediate"),
+    ("intermediate.ncc_agreement", "NC4: agreement with the nearest\nclass mean, intermediate"),
+)
+
+
+def plot_collapse(path: Path, results: dict[str, dict]) -> None:
+    """Neural-collapse measures: a row for each study, a dot for each seed."""
+    figure, axes = plt.subplots(len(results), 5, figsize=(20, 3.6 * len(results)), layout="constrained", squeeze=False)
+    for row, (name, result) in zip(axes, results.items(), strict=True):
+        for axis, (number, label) in zip(row, COLLAPSE_PANELS, strict=True):
+            for position, (key, records, _) in enumerate(each_model(result)):
+                values = [scalars(record)[number] for record in records]
+                axis.plot(position, np.mean(values), "_", color=COLORS[key], markersize=26, markeredgewidth=2)
+                axis.plot([position] * len(values), values, MARKERS[key], color=COLORS[key], markersize=5, alpha=0.7)
+            if "cdnv" in number:
+                axis.set_yscale("log")
+            elif axis.get_ylim()[1] < 1e-6:  # two classes always form a simplex: what is left is rounding
+                axis.set_ylim(-0.05, 1)
+            axis.set_xticks(range(sum(key in result for key in KEYS)))
+            axis.set_xticklabels([display_name(key, result) for key in KEYS if key in result], rotation=15, fontsize=8)
+            axis.set_ylabel(label, fontsize=9)
+            axis.grid(alpha=0.3)
+        row[0].set_title(f"{name}; N = {result['num_samples']:,}", loc="left")
+    figure.suptitle("Neural collapse on validation rows (lower is more collapsed, NC4: higher); dots: seeds, bar: their mean")
+    common.save_figure(figure, path)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    common.check_bounds("rows", config.rows, 2, math.inf)
+    common.check_bounds("draws", config.draws, 1, math.inf)
+    device = common.pick_device(config.device)
+    folders, here = find_folders(config), common.environment(device)
+    studies = {}
+    for folder in folders:
+        name, study = measure_study(folder, config, device, here)
+        studies[name] = study
+        gc.collect()  # one base model at a time
+    results = summarize(studies)
+    common.write_json(config.output_dir / "effective_rank_results.json", results)
+    plot_ranks(config.output_dir / "effective_rank.png", results)
+    plot_layers(config.output_dir / "rank_by_layer.png", results)
+    plot_collapse(config.output_dir / "neural_collapse.png", results)
+    print(table(results))
+    print(f"\nresults and plots: {config.output_dir}")
+
+
+if __name__ == "__main__":
+    common.run_script(main)

@@ -1,0 +1,211 @@
+"""Experiment 4: what is measured is what the models compute, planted collapse is found, and the script's runs."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import fails, random_split, tiny_config, tiny_model
+
+import common
+import effective_rank_analysis as analysis
+import experiment
+import experiment_7b
+
+TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
+TINY += " --classifier-size 10 --engram-size 6"
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """A results folder of Experiment 1: three tiny models, two seeds."""
+    folder, patch = tmp_path_factory.mktemp("trained"), pytest.MonkeyPatch()
+    for plot in ("plot_learning_curves", "plot_engram_clusters"):
+        patch.setattr(common, plot, lambda *_: None)
+    patch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2".split()])
+    common.run_script(experiment.main)
+    patch.undo()
+    return folder
+
+
+@pytest.fixture
+def run(data_dir, tmp_path, monkeypatch):
+    """run(arguments) starts the script as a shell would, in this process; returns effective_rank_results.json."""
+
+    def start(arguments="", folder=tmp_path / "out"):
+        line = f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}"
+        monkeypatch.setattr(sys, "argv", ["effective_rank_analysis.py", *line.split()])
+        common.run_script(analysis.main)
+        return json.loads((folder / "effective_rank_results.json").read_text())
+
+    return start
+
+
+class ProjectedBackbone(torch.nn.Module):
+    """A backbone whose states are squeezed into C - 1 dimensions."""
+
+    def __init__(self, backbone, dimensions):
+        super().__init__()
+        self.backbone, self.layers = backbone, backbone.layers
+        directions = torch.linalg.qr(torch.randn(16, dimensions)).Q  # (D, C - 1)
+        self.register_buffer("projection", directions @ directions.T)
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def forward(self, inputs_embeds):
+        output = self.backbone(inputs_embeds)
+        output.last_hidden_state = output.last_hidden_state @ self.projection
+        return output
+
+
+def test_a_planted_collapse_is_found_and_none_where_there_is_none():
+    split = random_split(rows=64, longest=6, classes=3)
+    records = []
+    for planted in (False, True):
+        torch.manual_seed(0)
+        model = experiment.build_model(1, 3, tiny_config())
+        if planted:
+            model.backbone = ProjectedBackbone(model.backbone, dimensions=2)
+        trainer = common.Trainer(model.train(), split, tiny_config(learning_rate=3e-3))
+        for epoch in range(30):
+            for rows in common.length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
+                trainer.step(rows, 3e-3)
+        records.append(analysis.measure(model, split, draws=3))
+    healthy, collapsed = records
+    assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
+    assert collapsed["effective_rank"] <= 2 + 1e-6 and collapsed["dims_99pct"] <= 2
+    assert healthy["effective_rank"] > 5
+    assert collapsed["layers"][-2]["effective_rank"] > 5  # and it sits where it was planted: behind the last layer
+    for subset in collapsed["subsets"].values():
+        assert max(subset) <= 2 + 1e-3
+
+
+def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_dir):
+    """The loaded model's features equal what a training step pools, first half of the pair: the cold prefix included."""
+    settings = common.read_json(trained / "state" / "settings.json")
+    task = analysis.load_task(settings, data_dir)
+    split, models = analysis.models_of(trained, settings, task, "final", torch.device("cpu"))
+    model = next(model for key, seed, model in models if (key, seed) == (f"model{model_number}", 2))
+    features = common.evaluate(model, split, with_layers=True)
+    pooled = []
+    model.register_forward_hook(lambda module, inputs, output: pooled.append(output.pooled.detach()))
+    trainer = (common.SequentialPairTrainer if model_number == 3 else common.Trainer)(model, split, tiny_config(batch_size=24))
+    trainer.accumulate_gradients(np.arange(24))  # evaluation mode: no dropout
+    first = pooled[0].numpy()
+    assert len(first) == (12 if model_number == 3 else 24)
+    np.testing.assert_allclose(features.pooled[: len(first)], first, atol=1e-5)
+    assert np.array_equal(features.layers[-1], features.pooled)
+    if model_number == 3:
+        model.projector = model.compressor = None
+        assert np.abs(common.evaluate(model, split).pooled - features.pooled).max() > 1e-2  # the prefix was there
+
+
+def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
+    """Against Hugging Face's output_hidden_states, row by row."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    causal_lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
+    engram_size = 6 if model_number == 3 else None
+    model = common.DualHeadModel(causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size).eval()
+    split = random_split(9)
+    found = common.evaluate(model, split, with_layers=True).layers
+    assert found.shape == (4, 9, 16)
+    for row, ids in enumerate(split.token_ids):
+        embeddings = causal_lm.model.embed_tokens(ids[None])
+        if model_number == 3:
+            embeddings = torch.cat([model.projector(torch.zeros(1, 6)), embeddings], dim=1)
+        states = causal_lm.model(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+        expected = [state[0, -len(ids) :].mean(0).detach().numpy() for state in states]
+        np.testing.assert_allclose(found[:, row], expected, atol=1e-5)
+
+
+def test_no_hook_stays_behind():
+    model = tiny_model(1)
+    common.evaluate(model, random_split(5), with_layers=True)
+    assert not model._forward_pre_hooks and not model.backbone.layers[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("shape", [(40, 9), (9, 40), (30, 30)])
+def test_the_fast_effective_rank_is_the_effective_rank(shape):
+    features = np.random.default_rng(0).normal(size=shape) * np.geomspace(1, 1e-3, shape[1])
+    assert analysis.effective_rank_of(features) == pytest.approx(common.rank_metrics(features)["effective_rank"], rel=1e-5)
+    assert analysis.effective_rank_of(np.ones(shape)) == 0.0
+
+
+def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
+    results = run(f"--folders {trained}")
+    (study,) = results.values()
+    assert list(results) == ["SST-2, small transformer"] and study["num_samples"] == 24
+    metrics = json.loads((trained / "results.json").read_text())["models"]
+    for key in ("pretrained", "model1", "model2", "model3"):
+        assert list(study[key]["seeds"]) == ["1", "2"]
+        ranks = []
+        for seed, record in study[key]["seeds"].items():
+            assert len(record["layers"]) == 3  # embeddings and two layers
+            expected = metrics["model1"][seed]["initial"] if key == "pretrained" else metrics[key][seed]["val"][-1]
+            assert record["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-4)
+            assert record["accuracy"] == expected["accuracy"]
+            assert {"etf_error", "cdnv"} <= record.keys() and "ncc_agreement" in record["intermediate"]
+            ranks.append(record["effective_rank"])
+        assert study[key]["effective_rank"] == pytest.approx(np.mean(ranks))
+        assert study[key]["effective_rank_share"] == pytest.approx(np.mean(ranks) / 23)
+        assert study[key]["intervals"]["effective_rank"] == common.mean_interval(ranks)
+    seeds = [
+        study["model1"]["seeds"][seed]["effective_rank"] - study["pretrained"]["seeds"][seed]["effective_rank"] for seed in "12"
+    ]
+    assert study["changes"]["model1 - pretrained"]["effective_rank"] == common.mean_interval(seeds)
+    assert {"model2 - model1", "model3 - model2"} <= study["changes"].keys()
+    for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png"):
+        assert (tmp_path / "out" / plot).stat().st_size > 10_000
+
+
+def test_a_second_run_measures_only_what_is_new(run, trained, monkeypatch):
+    first, measured, measure = run(f"--folders {trained}"), [], analysis.measure
+    monkeypatch.setattr(analysis, "measure", lambda *arguments: measured.append(1) or measure(*arguments))
+    assert run(f"--folders {trained}") == first and not measured
+    run(f"--folders {trained} --weights best")
+    assert len(measured) == 8
+
+
+def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path, monkeypatch):
+    """A fine-tuned language model: each seed's adapters give the rank that its training ended with; one load of the base."""
+    folder, loads, load = tmp_path / "trained", [], common.load_causal_lm
+    for plot in ("plot_learning_curves", "plot_engram_clusters"):
+        monkeypatch.setattr(common, plot, lambda *_: None)
+    line = f"--model {qwen} --data-dir {data_dir} --output-dir {folder} --device cpu --seeds 1 2 --epochs 1 --max-length 12"
+    line += " --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2"
+    monkeypatch.setattr(sys, "argv", ["experiment_7b.py", *line.split()])
+    common.run_script(experiment_7b.main)
+    monkeypatch.setattr(common, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments))
+    (study,) = run(f"--folders {folder}").values()
+    assert len(loads) == 1 and list(study["pretrained"]["seeds"]) == ["1"]
+    metrics = json.loads((folder / "results.json").read_text())["models"]
+    for key in ("model1", "model2", "model3"):
+        for seed, record in study[key]["seeds"].items():
+            assert record["effective_rank"] == pytest.approx(metrics[key][seed]["val"][-1]["effective_rank"], rel=1e-4)
+            assert record["effective_rank"] != pytest.approx(study["pretrained"]["effective_rank"], rel=1e-3)
+    assert study["pretrained"]["effective_rank"] == pytest.approx(metrics["model1"]["1"]["initial"]["effective_rank"], rel=1e-4)
+    assert study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2  # the one baseline serves both seeds
+
+
+def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, capsys, monkeypatch, tmp_path, trained):
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    error = fails(run, capsys)
+    for script in analysis.SCRIPTS.values():
+        assert f"python {script}" in error
+    (tmp_path / "results").symlink_to(trained)
+    run()
+    notes = capsys.readouterr().out
+    assert "python experiment_7b.py" in notes and "python experiment.py" not in notes
+    assert "holds no finished training" in fails(run, capsys, f"--folders {tmp_path / 'nowhere'}")
+
+
+def test_other_rows_than_those_of_the_training_are_refused(run, capsys, trained, data_dir, tmp_path):
+    (tmp_path / "SST-2").mkdir()
+    for name in ("train", "dev"):
+        text = (data_dir / "SST-2" / f"{name}.tsv").read_text().replace("word1", "word2")
+        (tmp_path / "SST-2" / f"{name}.tsv").write_text(text)
+    assert "other rows of SST-2" in fails(run, capsys, f"--folders {trained} --data-dir {tmp_path}")

@@ -1257,6 +1257,7 @@ class Trainer:
     def accumulate_gradients(self, rows: np.ndarray) -> StepSums:
         """Gradients of the mean loss over all rows and all targets of the step, however it is cut."""
         sums = StepSums(rows=len(rows), targets=count_targets(self.split, rows) if self.model.lm_head is not None else 0, steps=1)
+        found = []  # read after the last backward pass: a GPU that is asked for a number stops to answer
         for sequence in self.sequences(rows):
             loss, engram = 0.0, None
             batches = [self.collate(part) for part in sequence]
@@ -1273,10 +1274,12 @@ class Trainer:
                     self.config.lm_weight,
                 )
                 engram = output.engram
-                sums.cls_loss += cls_loss.item()
-                sums.lm_loss += 0.0 if lm_loss is None else lm_loss.item()
-                sums.correct += (output.logits.argmax(1) == batch.labels).sum().item()
+                correct = (output.logits.argmax(1) == batch.labels).sum()
+                numbers = (cls_loss, torch.zeros_like(cls_loss) if lm_loss is None else lm_loss, correct)
+                found.append(torch.stack([number.detach() for number in numbers]))
             loss.backward()
+        sums.cls_loss, sums.lm_loss, correct = (sum(column) for column in zip(*torch.stack(found).tolist(), strict=True))
+        sums.correct = int(correct)
         return sums
 
     def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:

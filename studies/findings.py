@@ -1,7 +1,7 @@
 """Fill the marked tables of FINDINGS.md and README.md from the results folders.
 
-A block stands between <!-- begin FOLDER TABLE --> and <!-- end -->; FOLDER holds a results.json (or
-throughput.json), TABLE is a function below named table_TABLE. Everything between the marks is replaced.
+A block stands between <!-- begin FOLDER TABLE --> and <!-- end -->; FOLDER holds the JSON file that FILES names,
+TABLE is a function below named table_TABLE. Everything between the marks is replaced.
 """
 
 import re
@@ -12,19 +12,48 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import effective_rank_analysis as analysis
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
+# TABLE -> its JSON file, where that is not results.json
+FILES = {"throughput": "throughput.json"}
+FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse"), "effective_rank_results.json")
+
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {
     "results": {
+        "model": "its small transformer",
         "final": {"model1": 79.82, "model2": 80.96, "model3": 79.36},
         "best": {"model1": 80.28, "model2": 80.96, "model3": 79.36},
         "ari": 0.236,
         "cluster_accuracy": 74.3,
-    }
+    },
+    "results_7b": {
+        "model": "Qwen2.5-7B, 67,349 training rows",
+        "final": {"model1": 96.22, "model2": 96.56, "model3": 96.67},
+        "best": {"model1": 96.22, "model2": 96.79, "model3": 96.67},
+        "ari": 0.833,
+        "cluster_accuracy": 95.64,
+        "within": 0.953,
+        "between": 0.838,
+    },
+    "results_agnews": {
+        "model": "Qwen2.5-7B, 120,000 training rows",
+        "final": {"model1": 90.76, "model2": 95.54, "model3": 95.92},
+        "best": {"model1": 90.76, "model2": 95.63, "model3": 95.92},
+        "ari": 0.889,
+        "cluster_accuracy": 95.64,
+        "within": 0.862,
+        "between": 0.576,
+    },
 }
+
+
+def reference_for(folder: Path) -> dict | None:
+    """The published numbers beside which a folder's tables stand: none for data that the reference did not use."""
+    return None if "movie-snippets" in folder.parts else REFERENCE.get(folder.parts[0])
 
 
 def interval(values, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
@@ -49,8 +78,9 @@ def caption(folder: Path, results: dict) -> str:
     commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
     devices = ", ".join(sorted({f"{run['hardware']['device']}, {run['hardware']['threads']} threads" for run in runs}))
     seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
+    backbone = f"{config['model']}; " if "model" in config else ""
     return (
-        f"*{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
+        f"*{backbone}{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
         f"{config['epochs']} epochs; seeds {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
         f"made by commit {commits} on {devices}.*"
     )
@@ -61,7 +91,7 @@ def model_name(key: str) -> str:
 
 
 def table_accuracy(folder: Path, results: dict) -> str:
-    theirs, rows = REFERENCE.get(str(folder)), []
+    theirs, rows = reference_for(folder), []
     for key, runs in results["models"].items():
         cells = [interval((run[epoch]["accuracy"] for run in runs.values()), scale=100) for epoch in ("final", "best")]
         carried = "n/a"
@@ -76,12 +106,12 @@ def table_accuracy(folder: Path, results: dict) -> str:
         header += ["reference: final", "reference: best"]
     note = "Validation accuracy in %, mean and 95 % t interval over seeds; evaluated with the zero engram unless carried."
     if theirs:
-        note += " The reference columns are its published numbers: one seed, its own code."
+        note += f" The reference columns are its published numbers, of {theirs['model']}: one seed, its own code."
     return f"{note}\n\n{markdown(header, rows)}"
 
 
 def table_comparisons(folder: Path, results: dict) -> str:
-    theirs, rows = REFERENCE.get(str(folder)), []
+    theirs, rows = reference_for(folder), []
     for epoch, comparisons in results["comparisons"].items():
         for name, found in comparisons.items():
             over_seeds, over_examples = (
@@ -95,7 +125,9 @@ def table_comparisons(folder: Path, results: dict) -> str:
                 row.append("n/a" if None in published else f"{published[0] - published[1]:+.2f}")
             rows.append(row)
     header = ["difference in accuracy, points", "mean", "95 % over seeds (t)", "95 % over examples (paired bootstrap)"]
-    return markdown([*header, "McNemar's exact p, each seed", *(["reference, one seed"] if theirs else [])], rows)
+    return markdown(
+        [*header, "McNemar's exact p, each seed", *([f"reference, one seed, {theirs['model']}"] if theirs else [])], rows
+    )
 
 
 def table_training(folder: Path, results: dict) -> str:
@@ -112,7 +144,8 @@ def table_training(folder: Path, results: dict) -> str:
     losses = ["train cls loss", "val cls loss", "train LM loss", "val LM loss"]
     ranks = ["effective rank before training", "effective rank after"]
     header = ["model, final epoch", "train accuracy, %", *losses, "gradient norm", *ranks]
-    n, size = results["settings"]["data"]["validation_rows"], results["settings"]["config"].get("hidden_size")
+    n = min(results["settings"]["data"]["validation_rows"], common.RANK_ROWS)
+    size = results["settings"]["config"].get("hidden_size")
     note = f"Losses in nats (LM: per token); training values are running means with dropout. Ranks of {n:,} pooled validation"
     return f"{note} features{f' of size {size}' if size else ''}.\n\n{markdown(header, rows)}"
 
@@ -133,7 +166,7 @@ def table_rank(folder: Path, results: dict) -> str:
 
 
 def table_engrams(folder: Path, results: dict) -> str:
-    theirs, runs = REFERENCE.get(str(folder)), list(results["models"].get("model3", {}).values())
+    theirs, runs = reference_for(folder), list(results["models"].get("model3", {}).values())
     if not runs:
         return "No training of model 3 is finished."
     cases = {
@@ -148,12 +181,83 @@ def table_engrams(folder: Path, results: dict) -> str:
         cells += [interval((c[kind] for c in cosines), 3) for kind in ("within", "between")]
         rows.append([name, *cells])
     if theirs:
-        rows.append(["reference: one seed, its code", f"{theirs['ari']:.3f}", f"{theirs['cluster_accuracy']:.1f}", "n/a", "n/a"])
+        cosines = [f"{theirs[kind]:.3f}" if kind in theirs else "n/a" for kind in ("within", "between")]
+        name = f"reference: {theirs['model']}, one seed, its code"
+        rows.append([name, f"{theirs['ari']:.3f}", f"{theirs['cluster_accuracy']:.1f}", *cosines])
     names = results["settings"]["data"]["class_names"]
     purity = [interval((run["cluster"]["trained"]["purity"][str(c)] for run in runs), 1, 100) for c in range(len(names))]
     purities = "; ".join(f"{name} {value}" for name, value in zip(names, purity, strict=True))
     header = ["engrams of model 3, final epoch", "ARI", "cluster accuracy, %", "cosine within class", "cosine between classes"]
     return f"{markdown(header, rows)}\n\nShare of each class's rows in its own cluster, trained compressor, %: {purities}."
+
+
+def table_cross(folder: Path, results: dict) -> str:
+    cross = results["cross_dataset"]
+    heads = [
+        f"{data['name']} ({data['train_rows']:,} / {data['validation_rows']:,} rows)"
+        for data in (results["settings"]["data"], cross["other"])
+    ]
+    rows = [
+        [name, *(common.format_interval(found[key], scale=100, sign="+") for key in ("here", "there", "more_here"))]
+        for name, found in cross["comparisons"].items()
+    ]
+    return markdown(["difference in final accuracy, points [95 % over seeds]", *heads, "difference of the two"], rows)
+
+
+def collapse_rows(results: dict, columns: tuple[tuple[str, str, int], ...]) -> str:
+    """A row for each study and model: mean [95 % interval over seeds] of each number."""
+    rows = []
+    for name, result in results.items():
+        for key in [key for key in analysis.KEYS if key in result]:
+            intervals = result[key]["intervals"]
+            cells = [
+                common.format_interval(intervals[number], digits) if number in intervals else "n/a"
+                for number, _, digits in columns
+            ]
+            seeds = str(intervals["effective_rank"]["n"])
+            rows.append([name, f"{result['num_samples']:,}", analysis.display_name(key, result), seeds, *cells])
+    return markdown(["data, backbone", "rows", "model", "seeds", *(head for _, head, _ in columns)], rows)
+
+
+def table_collapse(folder: Path, results: dict) -> str:
+    matched = next(iter(results.values()))["matched_rows"]
+    columns = (
+        ("effective_rank", "effective rank", 1),
+        ("effective_rank_share", "over N - 1", 3),
+        ("effective_rank_matched", f"effective rank at {matched} rows", 1),
+        ("stable_rank", "stable rank", 1),
+        ("participation_ratio", "participation ratio", 1),
+        ("participation_ratio_eigen", "the same, eigenvalues", 1),
+        ("dims_95pct", "components for 95 % of variance", 0),
+    )
+    return collapse_rows(results, columns)
+
+
+def table_neural_collapse(folder: Path, results: dict) -> str:
+    columns = (
+        ("cdnv", "NC1 cdnv, pooled", 2),
+        ("intermediate.cdnv", "NC1 cdnv, intermediate", 2),
+        ("intermediate.etf_error", "NC2 etf_error", 3),
+        ("intermediate.self_duality_error", "NC3 self_duality_error", 3),
+        ("intermediate.ncc_agreement", "NC4 ncc_agreement", 3),
+        ("accuracy", "accuracy", 3),
+    )
+    return collapse_rows(results, columns)
+
+
+def table_collapse_changes(folder: Path, results: dict) -> str:
+    rows = []
+    for name, result in results.items():
+        for pair, found in result["changes"].items():
+            cells = [common.format_interval(found["effective_rank"], 1, sign="+"), str(found["effective_rank"]["n"])]
+            half = found.get("half")
+            cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}" if half else "n/a")
+            cells += [
+                common.format_interval(found[number], digits, sign="+") for number, digits in (("stable_rank", 1), ("cdnv", 2))
+            ]
+            rows.append([name, pair, *cells])
+    header = ["data, backbone", "change", "effective rank, mean [95 % over seeds]", "seeds", "at half the rows [95 % over rows]"]
+    return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
 
 
 def table_throughput(folder: Path, results: dict) -> str:
@@ -177,7 +281,7 @@ def fill(text: str) -> str:
 
     def replace(match: re.Match) -> str:
         folder, table = Path(match["folder"]), match["table"]
-        file = "throughput.json" if table == "throughput" else "results.json"
+        file = FILES.get(table, "results.json")
         results = common.read_json(common.ROOT / folder / file)
         content = globals()[f"table_{table}"](folder, results)
         if file == "results.json":

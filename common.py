@@ -49,6 +49,7 @@ from sklearn.metrics import adjusted_rand_score, confusion_matrix
 from torch import Tensor, nn
 from tqdm import tqdm
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel that nothing here calls
 ROOT = Path(__file__).resolve().parent
 MODEL_NAMES = {1: "Classification Only", 2: "Dual Head", 3: "Dual + Engram"}
 
@@ -881,7 +882,6 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
 def _quiet_transformers() -> None:
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on a CPU it misses a kernel that nothing here calls
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

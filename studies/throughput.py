@@ -1,9 +1,16 @@
-"""How fast does Experiment 1 train, against the conventional recipe on the same model and the same rows?
+"""How fast does training run, against two yardsticks on the same model and the same rows?
 
-The conventional recipe pads every row to the maximum length, draws batches at random and computes LM logits at
-every position, pads included. Ours pads to the batch's longest row, groups rows of like length and computes
-logits only where there is a target. Both run in this process, a few steps of one, then of the other.
-Writes throughput.json into the experiment's results folder.
+`--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random NF4 weights and true
+token lengths, for which it needs a GPU; `--backbone tiny` is that in miniature, for a CPU. The recipes run in turn, a
+few steps of each, in one process:
+
+conventional   every row padded to the maximum length, batches at random, LM logits at every position; on a language
+               model also micro-batches of 8 x accumulation 2 and gradient checkpointing
+ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like length together,
+               gradient checkpointing, LM logits at every position
+ours           as the experiments train
+
+Writes throughput.json, and for a language model throughput.png.
 """
 
 import dataclasses
@@ -11,34 +18,57 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import datasets
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import experiment
+import experiment_7b
+import experiment_agnews_7b
+
+RECIPES = ("conventional", "ecosystem", "ours")
+RECIPE_COLORS = {"conventional": "#999999", "ecosystem": "#56B4E9", "ours": "#009E73"}
+QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN |= {"num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"vocab_size": 1000, "tie_word_embeddings": False}
 
 
 @dataclasses.dataclass
 class Config:
     """Settings of the measurement; the comment above a field is its --help text."""
 
-    # Folder with the data in its official layout. Default: as for experiment.py.
+    # What is trained: Experiment 1, the 7B architecture with random weights, or that in miniature.
+    backbone: Literal["small", "7b", "tiny"] = "small"
+    # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
-    # Folder for throughput.json. Default: the one of experiment.py for the same data.
+    # Tokenizer that gives the language models' true token lengths: a hub name or a folder.
+    tokenizer: str = common.DEFAULT_MODEL
+    # Folder for the results. Default: the experiment's own; for the miniature, a folder that git ignores.
     output_dir: Path | None = None
     # Models to time.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    # Timed rounds: in each, both recipes run in turn.
+    # Timed rounds: in each, every recipe runs in turn.
     rounds: int = 7
     # Optimizer steps of one recipe in a round.
     steps: int = 20
+    # GPU memory that the process may take, in GiB.
+    memory_gib: float = 16.0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Recipes
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Conventional:
@@ -51,9 +81,13 @@ class Conventional:
         return dataclasses.replace(batch, input_ids=ids, text_mask=mask)
 
     def lm_loss_sum(self, hidden: Tensor, batch: common.Batch) -> Tensor:
-        targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]  # (B, L - 1)
-        logits = self.model.lm_head(hidden)[:, :-1]  # (B, L - 1, V)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return logits_everywhere_loss_sum(self.model.lm_head, hidden, batch)
+
+
+def logits_everywhere_loss_sum(lm_head: nn.Linear, hidden: Tensor, batch: common.Batch) -> Tensor:
+    targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]  # (B, L - 1)
+    logits = lm_head(hidden)[:, :-1].float()  # (B, L - 1, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 class ConventionalTrainer(Conventional, common.Trainer):
@@ -64,67 +98,348 @@ class ConventionalPairTrainer(Conventional, common.SequentialPairTrainer):
     pass
 
 
-def trainer_class(number: int, recipe: str) -> type[common.Trainer]:
-    if recipe == "conventional":
-        return ConventionalPairTrainer if number == 3 else ConventionalTrainer
-    return common.SequentialPairTrainer if number == 3 else common.Trainer
+def make_trainer(number: int, recipe: str, model: common.DualHeadModel, split: common.Split, settings) -> common.Trainer:
+    if recipe == "ours":
+        return (common.SequentialPairTrainer if number == 3 else common.Trainer)(model, split, settings)
+    trainer = (ConventionalPairTrainer if number == 3 else ConventionalTrainer)(model, split, settings)
+    if isinstance(settings, common.LanguageModelConfig):
+        trainer.micro_batch_size = 8
+    return trainer
 
 
-def measure(number: int, split: common.Split, settings: experiment.Config, config: Config) -> dict:
-    """Examples per second of both recipes: medians over rounds, and the ratio's over pairs of rounds."""
-    trainers, batches = {}, {}
-    rng = np.random.default_rng(0)
-    shuffled, needed = rng.permutation(len(split.labels)), (config.rounds + 1) * config.steps
-    for recipe in ("conventional", "ours"):
-        torch.manual_seed(0)
-        model = experiment.build_model(number, 2, settings)
-        trainers[recipe] = trainer_class(number, recipe)(model.train(), split, settings)
-    size = settings.batch_size
-    batches["conventional"] = [shuffled[i * size : (i + 1) * size] for i in range(needed)]
+class EcosystemLoss(nn.Module):
+    """What transformers' Trainer trains: a batch's loss, logits at every position; model 3's pairs are the batch's halves."""
+
+    def __init__(self, model: common.DualHeadModel, lm_weight: float):
+        super().__init__()
+        self.model, self.lm_weight = model, lm_weight
+
+    def forward(self, input_ids: Tensor, text_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        half = (len(labels) + 1) // 2 if self.model.compressor is not None else len(labels)
+        cls_loss, lm_loss, engram = 0.0, 0.0, None
+        for part in (slice(0, half), slice(half, None)):
+            batch = common.Batch(input_ids[part], text_mask[part], labels[part], labels[:0])
+            if not len(batch.labels):
+                continue
+            output = self.model(batch.input_ids, batch.text_mask, None if engram is None else engram[: len(batch.labels)])
+            cls_loss = cls_loss + F.cross_entropy(output.logits, batch.labels, reduction="sum")
+            if self.model.lm_head is not None:
+                lm_loss = lm_loss + logits_everywhere_loss_sum(self.model.lm_head, output.hidden, batch)
+            engram = output.engram
+        lm_loss = lm_loss / text_mask[:, 1:].sum().clamp(min=1) if self.model.lm_head is not None else None
+        return {"loss": common.combined_loss(cls_loss / len(labels), lm_loss, self.lm_weight)}
+
+
+class StepTimes(transformers.TrainerCallback):
+    def __init__(self):
+        self.stamps: list[float] = []
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.stamps.append(now())
+
+    def on_step_end(self, *_, **__) -> None:
+        self.stamps.append(now())
+
+
+def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings, rows: np.ndarray) -> float:
+    """Seconds that transformers' Trainer takes for the rows, between its first step's start and its last one's end."""
+
+    def collate(items: list[dict]) -> dict[str, Tensor]:
+        batch = common.collate(split, [item["row"] for item in items], torch.device("cpu"))
+        return {"input_ids": batch.input_ids, "text_mask": batch.text_mask, "labels": batch.labels}
+
+    device = next(model.parameters()).device
+    table = datasets.Dataset.from_dict({"row": rows.tolist(), "length": split.lengths[rows].tolist()})
+    times = StepTimes()
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        per_device_train_batch_size=settings.batch_size,
+        num_train_epochs=1,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.clip_norm,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        EcosystemLoss(model, settings.lm_weight), arguments, data_collator=collate, train_dataset=table, callbacks=[times]
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return times.stamps[-1] - times.stamps[0]
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A language model of random weights
+# ---------------------------------------------------------------------------------------------------------
+
+
+def random_language_model(sizes: dict[str, Any], device: torch.device) -> nn.Module:
+    """Qwen2 of these sizes, packed as load_causal_lm packs it, one layer after another: it never exists unpacked."""
+    import bitsandbytes
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = transformers.Qwen2Config(**sizes, rope_theta=1e6, rms_norm_eps=1e-6, use_cache=False)
+    with torch.device("meta"):
+        causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    causal_lm.model.rotary_emb = type(causal_lm.model.rotary_emb)(config).to(device)
+    for name, module in [*causal_lm.named_modules()]:
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            packed = bitsandbytes.nn.Linear4bit(
+                module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype, quant_type="nf4"
+            )
+            values = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
+            packed.weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4").to(device)
+            packed.support_avx512bf16_for_cpu = False
+            if packed.bias is not None:
+                packed.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=device))
+            causal_lm.set_submodule(name, packed)
+    for module in causal_lm.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # embeddings and LM head are matrices, norms are vectors of ones
+                shape = {"size": parameter.shape, "dtype": dtype, "device": device}
+                values = torch.randn(**shape) * 0.02 if parameter.ndim == 2 else torch.ones(**shape)
+                setattr(module, name, nn.Parameter(values))
+    return causal_lm.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Limits
+# ---------------------------------------------------------------------------------------------------------
+
+
+def device_rates(device: torch.device) -> dict[str, float]:
+    """Bytes a second that a copy moves, and operations a second of a large matrix product, measured."""
+    size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+
+    def fastest(work) -> float:
+        seconds = []
+        for _ in range(20):
+            started = now()
+            work()
+            seconds.append(now() - started)
+        return min(seconds)
+
+    return {"bytes": 2 * source.numel() / fastest(source.clone), "operations": 2 * size**3 / fastest(lambda: a @ b)}
+
+
+def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarray], split: common.Split, rates: dict) -> dict:
+    """The least that these steps need: packed weights read once a pass, and the operations of true tokens, at measured rates.
+
+    A step passes forward and backward over the weights; model 3 does both twice, since its second half waits for the first
+    half's engrams. The backward pass needs gradients of the inputs alone, and of the adapters.
+    """
+    frozen = [p for p in model.backbone.layers.parameters() if not p.requires_grad and p.ndim == 2]
+    count = common.count_parameters(model.backbone.layers)
+    tokens = sum(split.lengths[batch].sum() + (len(batch) if number == 3 else 0) for batch in rows)
+    passes = len(rows) * (4 if number == 3 else 2)
+    moved = passes * sum(p.numel() * p.element_size() for p in frozen)
+    operations = tokens * (4 * (count["total"] - count["trainable"]) + 6 * count["trainable"])
+    if model.lm_head is not None:
+        head = model.lm_head.weight
+        moved += passes * head.numel() * head.element_size()
+        operations += 4 * head.numel() * sum(common.count_targets(split, batch) for batch in rows)
+    seconds = {"bytes": moved / rates["bytes"], "operations": float(operations) / rates["operations"]}
+    return {**seconds, "binding": max(seconds, key=seconds.get)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------
+
+
+def measure(number: int, model: common.DualHeadModel, split: common.Split, settings, config: Config, rates: dict | None) -> dict:
+    """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of rounds; peak memory; limits."""
+    size, on_gpu = settings.batch_size, next(model.parameters()).is_cuda
+    needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
+    shuffled = rng.permutation(len(split.labels))[: needed * size]
+    batches = {"conventional": [shuffled[i : i + size] for i in range(0, len(shuffled), size)]}
     batches["ours"] = common.length_grouped_batches(split.lengths, size, rng)[:needed]
-    rates: dict[str, list[float]] = {"conventional": [], "ours": []}
+    if model.memory_plan is not None:
+        batches["ecosystem"] = batches["conventional"]  # its sampler groups them
+    recipes = [recipe for recipe in RECIPES if recipe in batches]
+    trainers = {r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"}
+    rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
+    model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
-        for recipe, trainer in trainers.items():
+        for recipe in recipes:
             rows = batches[recipe][round_number * config.steps : (round_number + 1) * config.steps]
-            started = time.perf_counter()
-            for batch in rows:
-                trainer.step(batch, settings.learning_rate)
-            seconds = time.perf_counter() - started
+            if model.memory_plan is not None:
+                model.memory_plan.mode = "auto" if recipe == "ours" else "on"
+                model.memory_plan.recompute(0 if recipe == "ours" else len(model.memory_plan.layers))
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            started = now()
+            if recipe == "ecosystem":
+                seconds = ecosystem_seconds(model, split, settings, np.concatenate(rows))
+            else:
+                for batch in rows:
+                    trainers[recipe].step(batch, settings.learning_rate)
+                seconds = now() - started
+            found = {
+                "examples": sum(map(len, rows)) / seconds,
+                "tokens": float(sum(split.lengths[b].sum() for b in rows)) / seconds,
+            }
+            if on_gpu:
+                found["peak_bytes"] = torch.cuda.max_memory_allocated()
+            if rates is not None and recipe == "ours":
+                limit = limit_seconds(model, number, rows, split, rates)
+                found |= {"limit_share": max(limit["bytes"], limit["operations"]) / seconds, "binding_limit": limit["binding"]}
             if round_number:  # the first round warms up
-                rates[recipe].append(sum(map(len, rows)) / seconds)
-    ratios = np.array(rates["ours"]) / np.array(rates["conventional"])
-    return {
-        "examples_per_second": {recipe: float(np.median(values)) for recipe, values in rates.items()},
-        "ratio": float(np.median(ratios)),
-        "lowest_ratio": float(ratios.min()),
-        "highest_ratio": float(ratios.max()),
-        "epoch_seconds": {recipe: len(split.labels) / float(np.median(values)) for recipe, values in rates.items()},
-    }
+                rounds[recipe].append(found)
+    result = {"examples_per_second": {}, "tokens_per_second": {}, "peak_memory_bytes": {}, "ratio": {}}
+    ours = np.array([found["examples"] for found in rounds["ours"]])
+    for recipe, found in rounds.items():
+        examples = np.array([f["examples"] for f in found])
+        result["examples_per_second"][recipe] = float(np.median(examples))
+        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in found]))
+        if on_gpu:
+            result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in found)
+        if recipe != "ours":
+            ratios = ours / examples
+            result["ratio"][recipe] = {
+                "median": float(np.median(ratios)),
+                "low": float(ratios.min()),
+                "high": float(ratios.max()),
+            }
+    if rates is not None:
+        result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
+        result["binding_limit"] = rounds["ours"][-1]["binding_limit"]
+    rows = len(split.labels)
+    result["epoch_seconds"] = {recipe: rows / rate for recipe, rate in result["examples_per_second"].items()}
+    return result
 
 
-def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+def describe(found: dict) -> str:
+    rates = "  ".join(f"{recipe} {rate:,.0f}" for recipe, rate in found["examples_per_second"].items())
+    ratios = ", ".join(f"{r['median']:.1f} [{r['low']:.1f}, {r['high']:.1f}] x {recipe}" for recipe, r in found["ratio"].items())
+    line = f"examples/s: {rates}; ratio [lowest, highest round]: {ratios}"
+    if found["peak_memory_bytes"]:
+        line += "; peak GiB: " + ", ".join(f"{recipe} {b / 2**30:.1f}" for recipe, b in found["peak_memory_bytes"].items())
+    if "limit_share" in found:
+        line += f"; {found['limit_share']:.0%} of the limit ({found['binding_limit']})"
+    return line
+
+
+def measure_small(config: Config) -> dict:
     settings = experiment.Config(data_dir=config.data_dir)
     task = experiment.load_task(settings)
     vocabulary = experiment.WordVocabulary(task.train.texts, settings.vocabulary_size)
     split = common.encode_rows(task.train, vocabulary.encode, settings.max_length)
-    for name in ("rounds", "steps"):
-        common.check_bounds(name, getattr(config, name), 1, math.inf)
-    if (config.rounds + 1) * config.steps * settings.batch_size > len(task.train):
-        raise common.UserError("--rounds times --steps needs more rows than the training split has: lower one of them.")
-    tokens = float(split.lengths.mean())
-    print(f"{task.title()}, {tokens:.1f} tokens a row, padded to {settings.max_length} by the conventional recipe")
-    print(f"{'examples per second':22}{'conventional':>14}{'ours':>10}{'ratio [lowest, highest round]':>34}")
-    results = {"data": task.summary(), "tokens_per_row": tokens, **common.environment(torch.device("cpu"))}
+    check_rows(config, split, settings)
+    print(f"{task.title()}, {split.lengths.mean():.1f} tokens a row, padded to {settings.max_length} by the conventional recipe")
+    results = {"data": task.summary(), "tokens_per_row": float(split.lengths.mean()), **common.environment(torch.device("cpu"))}
     results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
     for number in config.models:
-        found = results[f"model{number}"] = measure(number, split, settings, config)
-        rates = found["examples_per_second"]
-        spread = f"{found['ratio']:.1f} [{found['lowest_ratio']:.1f}, {found['highest_ratio']:.1f}]"
-        print(f"{common.MODEL_NAMES[number]:22}{rates['conventional']:14,.0f}{rates['ours']:10,.0f}{spread:>34}", flush=True)
-    folder = config.output_dir or common.ROOT / "results" / task.folder
+        torch.manual_seed(0)
+        results[f"model{number}"] = measure(number, experiment.build_model(number, 2, settings), split, settings, config, None)
+        print(f"{common.MODEL_NAMES[number]:20}{describe(results[f'model{number}'])}", flush=True)
+    save(config.output_dir or common.ROOT / "results" / task.folder, results)
+    return results
+
+
+def check_rows(config: Config, split: common.Split, settings) -> None:
+    for name in ("rounds", "steps"):
+        common.check_bounds(name, getattr(config, name), 1, math.inf)
+    if (config.rounds + 1) * config.steps * settings.batch_size > len(split.labels):
+        raise common.UserError("--rounds times --steps needs more rows than the training split has: lower one of them.")
+
+
+def save(folder: Path, results: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     common.write_json(folder / "throughput.json", results)
+
+
+def measure_language_model(config: Config) -> dict[str, dict]:
+    """Both data sets on one architecture; a throughput.json for each, and a plot of both."""
+    device = torch.device("cuda" if config.backbone == "7b" else "cpu")
+    if config.backbone == "7b":
+        common.pick_device("cuda")
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
+    encode, rates, found = common.load_tokenizer(config.tokenizer), device_rates(device), {}
+    print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
+    for script, load, source, folder in (
+        (experiment_7b, common.load_sst2, "pooled", "results_7b"),
+        (experiment_agnews_7b, common.load_ag_news, "intermediate", "results_agnews"),
+    ):
+        task = load(config.data_dir)
+        if task is None:
+            raise common.UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir.")
+        settings = script.Config(quantization="nf4")
+        if config.backbone == "tiny":
+            settings = dataclasses.replace(settings, lora_rank=4, classifier_size=16, engram_size=8)
+        split = common.encode_rows(task.train, encode, settings.max_length)
+        if config.backbone == "tiny":  # true lengths, few words
+            split = common.Split([ids % TINY["vocab_size"] for ids in split.token_ids], split.labels)
+        check_rows(config, split, settings)
+        mean = float(split.lengths.mean())
+        print(f"{task.title()}, {mean:.1f} tokens a row, padded to {settings.max_length} by the conventional recipe")
+        results = {"backbone": config.backbone, "data": task.summary(), "tokens_per_row": mean, **common.environment(device)}
+        results |= {"rates": rates, "memory_gib": config.memory_gib if device.type == "cuda" else None}
+        results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
+        for number in config.models:
+            torch.manual_seed(0)
+            causal_lm = random_language_model(QWEN if config.backbone == "7b" else TINY, device)
+            lora = common.add_lora(causal_lm, settings)
+            model = common.wrap_causal_lm(causal_lm, lora, number, len(task.class_names), source, settings)
+            del causal_lm
+            model.memory_plan = common.MemoryPlan(model, "auto")
+            results[f"model{number}"] = measure(number, model, split, settings, config, rates)
+            epochs = settings.epochs * results[f"model{number}"]["epoch_seconds"]["ours"] / 3600
+            print(
+                f"{common.MODEL_NAMES[number]:20}{describe(results[f'model{number}'])}; {settings.epochs} epochs: {epochs:.1f} h"
+            )
+            del model
+        default = common.ROOT / folder / ("limit-tiny" if config.backbone == "tiny" else "")
+        save(config.output_dir / folder if config.output_dir else default, results)
+        found[task.name] = results
+    default = common.ROOT / "results_7b" / ("limit-tiny" if config.backbone == "tiny" else "")
+    plot(config.output_dir / "results_7b" / "throughput.png" if config.output_dir else default / "throughput.png", found)
+    return found
+
+
+def plot(path: Path, found: dict[str, dict]) -> None:
+    """Examples per second of each recipe, a panel for each data set."""
+    figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), layout="constrained", squeeze=False)
+    for axis, (name, results) in zip(axes[0], found.items(), strict=True):
+        keys = [key for key in ("model1", "model2", "model3") if key in results]
+        for offset, recipe in enumerate(RECIPES):
+            rates = [results[key]["examples_per_second"][recipe] for key in keys]
+            places = np.arange(len(keys)) + 0.27 * (offset - 1)
+            bars = axis.bar(places, rates, 0.25, label=recipe, color=RECIPE_COLORS[recipe])
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.set(ylabel="training examples per second", title=f"{name}, {results['tokens_per_row']:.0f} tokens a row")
+        axis.set_xticks(range(len(keys)), [common.MODEL_NAMES[int(key[-1])] for key in keys])
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].legend()
+    first = next(iter(found.values()))
+    architecture = "Qwen2.5-7B's architecture, random NF4 weights" if first["backbone"] == "7b" else "miniature"
+    figure.suptitle(f"{architecture}; {first['hardware']['device']}; medians of {first['settings']['rounds']} rounds")
+    common.save_figure(figure, path)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if config.backbone == "small":
+        measure_small(config)
+    else:
+        measure_language_model(config)
 
 
 if __name__ == "__main__":

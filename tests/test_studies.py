@@ -1,6 +1,7 @@
 """The studies: the yardstick measures the same model, and the documents say what the JSON says."""
 
 import json
+import math
 import subprocess
 
 import findings
@@ -13,11 +14,10 @@ from conftest import random_split, tiny_config, tiny_model
 import common
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_both_recipes_compute_the_same_losses_and_gradients(number):
+def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
     split, rows, found = random_split(), np.arange(11), {}
     for recipe in ("conventional", "ours"):
-        trainer = throughput.trainer_class(number, recipe)(tiny_model(number), split, tiny_config())
+        trainer = throughput.make_trainer(model_number, recipe, tiny_model(model_number), split, tiny_config())
         sums = trainer.accumulate_gradients(rows)
         found[recipe] = sums.cls_loss, sums.lm_loss, [p.grad for p in trainer.model.parameters()]
         length = trainer.collate(rows[:2]).input_ids.shape[1]
@@ -27,12 +27,69 @@ def test_both_recipes_compute_the_same_losses_and_gradients(number):
         torch.testing.assert_close(ours, conventional, atol=1e-6, rtol=1e-4)
 
 
-def test_throughput_measures_all_models(tmp_path):
-    config, split = throughput.Config(rounds=2, steps=2), random_split(rows=60)
-    for number in (1, 2, 3):
-        found = throughput.measure(number, split, tiny_config(), config)
-        assert found["lowest_ratio"] <= found["ratio"] <= found["highest_ratio"]
-        assert all(rate > 0 for rate in found["examples_per_second"].values())
+@pytest.fixture
+def miniature(model_number):
+    """The tiny language model of the throughput study, without dropout."""
+    torch.manual_seed(0)
+    settings = common.LanguageModelConfig(lora_rank=4, classifier_size=16, engram_size=8, batch_size=16, max_length=20)
+    causal_lm = throughput.random_language_model(throughput.TINY, torch.device("cpu"))
+    lora = common.add_lora(causal_lm, settings)
+    for name, parameter in causal_lm.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    model = common.wrap_causal_lm(causal_lm, lora, model_number, 2, "intermediate", settings).eval()
+    model.memory_plan = common.MemoryPlan(model, "auto")
+    return model, settings
+
+
+def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, model_number):
+    """Ours, padded with accumulation and checkpointing, and what transformers' Trainer is given."""
+    model, settings = miniature
+    split, rows, found = random_split(rows=16, longest=20, vocabulary=900), np.arange(16), {}
+    for recipe in throughput.RECIPES:
+        model.zero_grad()
+        if recipe == "ecosystem":
+            batch = common.collate(split, rows, torch.device("cpu"))
+            throughput.EcosystemLoss(model, 0.5)(batch.input_ids, batch.text_mask, batch.labels)["loss"].backward()
+        else:
+            trainer = throughput.make_trainer(model_number, recipe, model, split, settings)
+            assert trainer.micro_batch_size == (16 if recipe == "ours" else 8)
+            if model_number == 3:
+                trainer.micro_batch_size = 16  # cut into micro-batches, pairs are other pairs
+            trainer.accumulate_gradients(rows)
+        found[recipe] = {name: p.grad.clone() for name, p in model.trainable().items()}
+    for name, expected in found["conventional"].items():
+        for recipe in ("ours", "ecosystem"):
+            torch.testing.assert_close(found[recipe][name], expected, atol=1e-5, rtol=1e-3)
+
+
+def test_throughput_measures_every_recipe(miniature, model_number):
+    model, settings = miniature
+    config, split = throughput.Config(rounds=2, steps=1), random_split(rows=48, longest=20, vocabulary=900)
+    rates = throughput.device_rates(torch.device("cpu"))
+    found = throughput.measure(model_number, model, split, settings, config, rates)
+    assert set(found["examples_per_second"]) == set(throughput.RECIPES)
+    assert all(rate > 0 for rate in found["examples_per_second"].values())
+    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratio"].values())
+    assert 0 < found["limit_share"] < 1 and found["binding_limit"] in ("bytes", "operations")
+    small = throughput.measure(model_number, tiny_model(model_number), random_split(rows=60), tiny_config(), config, None)
+    assert set(small["examples_per_second"]) == {"conventional", "ours"}
+
+
+def test_the_limit_counts_weights_and_tokens(miniature, model_number):
+    """Two batches of known length against a count by hand, at one byte and one operation a second."""
+    model, _ = miniature
+    split = common.Split([torch.arange(n) for n in (3, 5, 7, 9)], torch.zeros(4, dtype=torch.int64))
+    rates = {"bytes": 1.0, "operations": 1.0}
+    found = throughput.limit_seconds(model, model_number, [np.array([0, 1]), np.array([2, 3])], split, rates)
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # q and o, k and v (two heads of 16), gate, up and down
+    passes = 8 if model_number == 3 else 4
+    head = 0 if model_number == 1 else 1000 * 64
+    assert found["bytes"] == passes * (2 * layer // 2 + 4 * head)  # two layers, half a byte a weight; the head in fp32
+    adapters = sum(p.numel() for name, p in model.trainable().items() if ".lora_" in name)
+    frozen = sum(math.prod(getattr(p, "quant_state", p).shape) for p in model.backbone.layers.parameters() if not p.requires_grad)
+    tokens = 24 + (4 if model_number == 3 else 0)
+    assert found["operations"] == tokens * (4 * frozen + 6 * adapters) + 20 * 4 * head
 
 
 @pytest.mark.parametrize("name", findings.DOCUMENTS)

@@ -199,13 +199,16 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size."
+        message = "GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size, --max-length or model."
     except KeyboardInterrupt:
         message, code = "stopped; the same command, without --fresh, goes on from the last checkpoint.", 130
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            message = "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
+        elif isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or error.errno == errno.EROFS:
+            message = f"cannot write {error.filename} ({error.strerror}): choose another folder with --output-dir."
+        else:
             raise
-        message = "the disk is full: free some space; the same command, without --fresh, goes on from the last checkpoint."
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -246,8 +249,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     write_file(path, safetensors.torch.save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what write_tensors wrote: (tensors, metadata). Raises UserError when the file is damaged or gone."""
+def read_tensors(path: Path, job: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what write_tensors wrote: (tensors, metadata). Raises UserError when the file is damaged or gone.
+
+    job is the folder of the training that the file belongs to; default: the one it lies in.
+    """
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -255,8 +261,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (safetensors.SafetensorError, FileNotFoundError, ValueError) as error:
         raise UserError(
             f"the checkpoint {path} is damaged or missing ({error}): "
-            f"delete the folder {path.parent}, and that training starts over."
+            f"delete the folder {job or path.parent}, and run the experiment again: that training alone starts over."
         ) from None
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the contents of some files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def through_json(value: Any) -> Any:
@@ -782,11 +798,11 @@ class DualHeadModel(nn.Module):
         lm_head: D -> V, or None for model 1.
         engram_size: E for model 3, None for models 1 and 2.
         engram_source: what the compressor reads, the pooled hidden state or the classifier's intermediate.
+        lora: the peft.LoraConfig of a backbone that trains adapters alone.
 
-    `lora` is the peft.LoraConfig of a backbone that trains adapters alone, `memory_plan` decides which of its layers recompute.
+    `memory_plan`, when it is set, decides which of the backbone's layers recompute.
     """
 
-    lora: Any = None
     memory_plan: "MemoryPlan | None" = None
 
     def __init__(
@@ -797,8 +813,10 @@ class DualHeadModel(nn.Module):
         lm_head: nn.Linear | None = None,
         engram_size: int | None = None,
         engram_source: Literal["pooled", "intermediate"] = "pooled",
+        lora: Any = None,
     ):
         super().__init__()
+        self.lora = lora
         self.backbone, self.classifier, self.lm_head, self.engram_source = backbone, classifier, lm_head, engram_source
         self.compressor = self.projector = None
         if engram_size is not None:
@@ -849,8 +867,10 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def find_model(name: str) -> str:
-    """What from_pretrained takes for --model: the stand-in's folder, or the name itself."""
-    return str(standin_folder()) if name == STANDIN_MODEL else name
+    """What from_pretrained takes for --model: the stand-in's folder, another folder's full path, or a hub name."""
+    if name == STANDIN_MODEL:
+        return str(standin_folder())
+    return str(Path(name).resolve()) if Path(name).exists() else name
 
 
 def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
@@ -894,7 +914,9 @@ def _loading(name: str):
         use_cache_if_hub_is_silent()
     try:
         yield
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -913,12 +935,16 @@ def load_tokenizer(name: str) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: tokenizer(texts)["input_ids"]
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Of a language model's activations and of weights that are not packed."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def load_causal_lm(name: str, quantization: Literal["nf4", "none"], device: torch.device) -> nn.Module:
     """The pretrained model on its device, frozen: bfloat16 on a GPU, float32 on a CPU; NF4 computes in that type."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    packing = None
+    dtype, packing = compute_dtype(device), None
     if quantization == "nf4":
         packing = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -987,16 +1013,15 @@ def wrap_causal_lm(
 ) -> DualHeadModel:
     """Model 1, 2 or 3 with fresh heads on what load_adapted_model gave, on its device."""
     hidden_size = causal_lm.config.hidden_size
-    model = DualHeadModel(
+    return DualHeadModel(
         causal_lm.base_model,
         hidden_size,
         ClassificationHead(hidden_size, config.classifier_size, num_classes),
         lm_head=causal_lm.get_output_embeddings() if number > 1 else None,
         engram_size=config.engram_size if number == 3 else None,
         engram_source=engram_source,
+        lora=lora,
     ).to(causal_lm.device)
-    model.lora = lora
-    return model
 
 
 def build_language_model(
@@ -1016,8 +1041,9 @@ def build_language_model(
 class MemoryPlan:
     """How much memory a step needs, and in how many layers it must recompute activations to fit (gradient checkpointing).
 
-    Attributes: `layers` of the backbone; `token_bytes` that the backward pass needs kept for one token in all layers;
-    `fixed_bytes` of weights, gradients and AdamW's moments, and working space; `free_bytes` for all of it.
+    Attributes: `layers` of the backbone; `token_bytes` that the backward pass needs kept for one token in all layers, and
+    `boundary_bytes` for one in a layer that recomputes; `weight_bytes`; `optimizer_bytes` of gradients and AdamW's moments;
+    `free_bytes` for all of it.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
@@ -1102,16 +1128,21 @@ def save_weights(job: Path, kind: Literal["best", "final"], model: DualHeadModel
         folder = job / f"{kind}-adapter"
         folder.mkdir(exist_ok=True)
         adapter = {name: tensors.pop(name) for name in list(tensors) if ".lora_" in name}
-        write_tensors(folder / "adapter_model.safetensors", {_peft_name(model, n): t for n, t in adapter.items()}, {})
+        adapter = {_peft_name(model, name): tensor for name, tensor in adapter.items()}
+        write_tensors(folder / "adapter_model.safetensors", adapter, {"epoch": epoch})
         model.lora.save_pretrained(folder)
     write_tensors(job / f"{kind}.safetensors", tensors, {"epoch": epoch})
 
 
 def load_weights(job: Path, kind: Literal["best", "final"], model: DualHeadModel) -> None:
     """Put back what save_weights stored. Raises UserError when a file is damaged, missing, or of another model."""
-    tensors, _ = read_tensors(job / f"{kind}.safetensors")
+    tensors, metadata = read_tensors(job / f"{kind}.safetensors")
     if model.lora is not None:
-        adapter, _ = read_tensors(job / f"{kind}-adapter" / "adapter_model.safetensors")
+        adapter, adapter_metadata = read_tensors(job / f"{kind}-adapter" / "adapter_model.safetensors", job)
+        if adapter_metadata != metadata:
+            raise UserError(
+                f"{job} holds {kind} adapters and heads of different epochs: delete it, and run the experiment again."
+            )
         tensors |= {name: adapter.get(_peft_name(model, name)) for name in model.trainable() if ".lora_" in name}
     for name, parameter in model.trainable().items():
         stored = tensors.get(name)
@@ -1236,6 +1267,8 @@ class StepSums:
 class Trainer:
     """Optimizer steps for models 1 and 2; knows nothing of epochs or files."""
 
+    smallest_micro_batch = 1
+
     def __init__(self, model: DualHeadModel, split: Split, config: RunConfig):
         self.model, self.split, self.config = model, split, config
         self.device = next(model.parameters()).device
@@ -1290,7 +1323,7 @@ class Trainer:
                 sums = self.accumulate_gradients(rows)
                 break
             except torch.OutOfMemoryError:
-                if self.micro_batch_size <= 1:
+                if self.micro_batch_size <= self.smallest_micro_batch:
                     raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.") from None
             # outside of `except`, where the failed pass is no longer held
             self.micro_batch_size //= 2
@@ -1312,6 +1345,8 @@ class Trainer:
 
 class SequentialPairTrainer(Trainer):
     """Model 3: a step's first half runs with a zero engram, and its engrams prefix the second half, row by row."""
+
+    smallest_micro_batch = 2  # a pair
 
     def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
         half, size = (len(rows) + 1) // 2, max(1, self.micro_batch_size // 2)
@@ -1503,7 +1538,8 @@ class Evaluation:
     pooled: np.ndarray  # (N, D)
     intermediate: np.ndarray  # (N, classifier's inner size)
     engrams: np.ndarray | None  # (N, E)
-    layers: np.ndarray | None  # (depth + 1, N, D) pooled states: the embeddings, then each layer's; the last is `pooled`
+    # (depth, N, D) pooled states: the embeddings, each layer's output, and `pooled`, which a final norm sets apart from the last
+    layers: np.ndarray | None
     cls_loss: float  # mean over rows
     lm_loss: float | None  # mean over target tokens
 
@@ -1522,7 +1558,7 @@ class Evaluation:
 
 @contextlib.contextmanager
 def pooled_inputs_of_layers(model: DualHeadModel):
-    """Yields a list that holds, after a forward pass, what each layer of the backbone got, pooled: (B, D) a layer.
+    """Yields a list that holds, after a forward pass, what each layer of the backbone and its final norm got, pooled: (B, D).
 
     Pooled as the pass goes on: the hidden states of two layers never exist at one time.
     """
@@ -1538,7 +1574,8 @@ def pooled_inputs_of_layers(model: DualHeadModel):
         found.append(pool(arguments[0], text_mask))
 
     handles = [model.register_forward_pre_hook(start)]
-    handles += [layer.register_forward_pre_hook(catch) for layer in model.backbone.layers]
+    final_norm = [model.backbone.norm] if hasattr(model.backbone, "norm") else []
+    handles += [module.register_forward_pre_hook(catch) for module in (*model.backbone.layers, *final_norm)]
     try:
         yield found
     finally:
@@ -1568,7 +1605,7 @@ def evaluate(model: DualHeadModel, split: Split, engrams: np.ndarray | None = No
         if model.lm_head is not None:
             lm_loss += lm_loss_sum(output.hidden, batch, model.lm_head).item()
             targets += len(batch.target_index)
-        by_layer = torch.stack([*layers, output.pooled], dim=1) if with_layers else None  # (B, depth + 1, D)
+        by_layer = torch.stack([*layers, output.pooled], dim=1) if with_layers else None  # (B, depth, D)
         parts = (output.logits, batch.labels, output.pooled, output.intermediate, output.engram, by_layer)
         outputs.append(tuple(None if part is None else part.cpu() for part in parts))
     back = np.argsort(np.concatenate(batches))
@@ -1597,32 +1634,42 @@ def carried_engrams(engrams: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------
 
 
+def singular_values(features: np.ndarray) -> np.ndarray:
+    """Singular values (min(N, D),) of features (N, D) minus their mean, largest first; what is rounding is 0. float64."""
+    features = np.asarray(features, dtype=np.float64)
+    s = np.linalg.svd(features - features.mean(0), compute_uv=False)
+    return np.where(s > np.finfo(np.float64).eps * max(features.shape) * np.linalg.norm(features), s, 0.0)
+
+
+def effective_rank(s: np.ndarray) -> float:
+    """exp of the entropy of singular values over their sum (Roy & Vetterli 2007); 0 when all are 0."""
+    if not s.sum() > 0:
+        return 0.0
+    p = s[s > 0] / s.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
 def rank_metrics(features: np.ndarray) -> dict[str, float | int]:
     """How many directions the rows of features (N, D) spread over, from the singular values s of the centred matrix.
 
-    `effective_rank` is exp of the entropy of s / sum s (Roy & Vetterli 2007); `stable_rank` sum s^2 / s_1^2;
+    `effective_rank` is exp of the entropy of s / sum s; `stable_rank` sum s^2 / s_1^2;
     `participation_ratio` (sum s)^2 / sum s^2 and `participation_ratio_eigen` (sum s^2)^2 / sum s^4;
     `dims_XXpct` the fewest components with that share of the variance; `topK_variance` the share of the first K.
     At most N - 1 of the values are not zero, so ranks at different N must not be compared. float64. Features
     without any spread have rank 0.
     """
-    features = np.asarray(features, dtype=np.float64)
-    centred = features - features.mean(0)
-    s = np.linalg.svd(centred, compute_uv=False)
-    rounding = np.finfo(np.float64).eps * max(features.shape) * np.linalg.norm(features)
-    s = np.where(s > rounding, s, 0.0)
+    s = singular_values(features)
     has_spread = s[0] > 0
     s = s / s[0] if has_spread else s  # every metric is free of scale; squares of tiny values stay above zero
     variance = s**2
     total = variance.sum() if has_spread else 1.0
     share = np.cumsum(variance) / total
-    p = s[s > 0] / s.sum() if has_spread else s[:0]
 
     def components(target: float) -> int:  # the slack keeps a sum of equal shares from missing its mark by rounding
         return int(np.searchsorted(share, target - 1e-12) + 1) if has_spread else 0
 
     return {
-        "effective_rank": float(np.exp(-(p * np.log(p)).sum())) if has_spread else 0.0,
+        "effective_rank": effective_rank(s),
         "stable_rank": float(variance.sum()),
         "participation_ratio": float(s.sum() ** 2 / total),
         "participation_ratio_eigen": float(variance.sum() ** 2 / (variance**2).sum()) if has_spread else 0.0,
@@ -1632,8 +1679,8 @@ def rank_metrics(features: np.ndarray) -> dict[str, float | int]:
         "top1_variance": float(variance[:1].sum() / total),
         "top10_variance": float(variance[:10].sum() / total),
         "top50_variance": float(variance[:50].sum() / total),
-        "num_samples": features.shape[0],
-        "num_dimensions": min(features.shape),
+        "num_samples": len(features),
+        "num_dimensions": len(s),
     }
 
 
@@ -1808,6 +1855,17 @@ def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
+def welch_interval(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
+    """Mean of b minus mean of a with Welch's 95 % t interval; no interval when either has fewer than two values."""
+    difference = float(np.mean(b) - np.mean(a))
+    if min(len(a), len(b)) < 2:
+        return {"mean": difference, "low": None, "high": None}
+    if np.ptp(a) == np.ptp(b) == 0:
+        return {"mean": difference, "low": difference, "high": difference}
+    low, high = scipy.stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
+    return {"mean": difference, "low": float(low), "high": float(high)}
+
+
 def format_bounds(interval: dict, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
     """`[low, high]` of an interval; nothing where there is none."""
     if interval["low"] is None:
@@ -1949,6 +2007,7 @@ class Experiment:
     task: Task
     encode: Callable[[list[str]], list[list[int]]]
     build_model: Callable[[int], DualHeadModel]  # model number -> a new model, drawn from torch's generator
+    details: dict[str, Any] = field(default_factory=dict)  # settings of the study that no command line gives
     other: Path | None = None  # folder of the experiment on the other data set, to compare with
 
 
@@ -1959,7 +2018,8 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """
     device, task = pick_device(config.device), experiment.task
     settings = {
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_FINGERPRINT},
+        "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_IN_FINGERPRINT}
+        | experiment.details,
         "data": task.summary(),
     }
     folder = RunFolder(config.output_dir or experiment.results / task.folder, settings, config.fresh)
@@ -2011,7 +2071,7 @@ def run_job(
     trainer = (SequentialPairTrainer if number == 3 else Trainer)(model, train, config)
     label, parameters = f"model {number} seed {seed}", count_parameters(model)
     if plan := model.memory_plan:
-        tokens = int(np.sort(train.lengths)[-config.batch_size :].max()) * config.batch_size
+        tokens = int(train.lengths.max()) * config.batch_size
         trained = f"{parameters['trainable']:,} of {parameters['total']:,} parameters train"
         tqdm.write(f"{label}: {trained}\n{label}: {plan.describe(tokens)}")
     progress, evaluation = train_model(label, trainer, validation, config, seed, job, run_bar)
@@ -2049,8 +2109,8 @@ def publish(experiment: Experiment, settings: dict, folder: RunFolder, here: dic
         "models": models,
         "comparisons": compare_all(models),
     }
-    if experiment.other is not None and (experiment.other / "results.json").exists():
-        results["cross_dataset"] = compare_datasets(results, read_json(experiment.other / "results.json"))
+    if other := find_other(experiment.other, results):
+        results["cross_dataset"] = compare_datasets(results, other)
     write_json(folder.results_file, results)
     title = f"{experiment.name} on {task.title()}"
     plot_learning_curves(folder.path / "learning_curves.png", title, models)
@@ -2088,10 +2148,30 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
     return comparisons
 
 
+DIFFERS_BY_DATA = ("max_length", "engram_source")  # by design, between Experiments 2 and 3
+
+
+def find_other(folder: Path | None, results: dict) -> dict | None:
+    """The results on the other data set that were made with the same settings: of several, those with as many rows, or most."""
+    found = []
+    for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
+        with contextlib.suppress(UserError):  # not ours to mend
+            other = read_json(path)
+            ours, theirs = (
+                {key: value for key, value in part["settings"]["config"].items() if key not in DIFFERS_BY_DATA}
+                for part in (results, other)
+            )
+            if ours == theirs:
+                rows = other["settings"]["data"]["train_rows"]
+                found.append((rows == results["settings"]["data"]["train_rows"], rows, str(path), other))
+    return max(found)[-1] if found else None
+
+
 def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
     """Each difference between models on this data set beside the same on the other one, final epoch, over seeds.
 
-    `more_here` is this data set's difference minus the other's, with a t interval: the seeds of two data sets are not paired.
+    `more_here` is this data set's difference minus the other's, with Welch's t interval: seeds of two data sets are not
+    paired, and small validation splits scatter more.
     """
     comparisons = {}
     for name, found in here["comparisons"]["final"].items():
@@ -2100,7 +2180,7 @@ def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
             comparisons[name] = {
                 "here": found["seeds"],
                 "there": there["comparisons"]["final"][name]["seeds"],
-                "more_here": difference_interval(*gains),
+                "more_here": welch_interval(*gains),
             }
     titles = {key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")}
     return {"other": titles, "comparisons": comparisons}
@@ -2204,15 +2284,20 @@ def run_language_model_experiment(
     check_config(config)
     if device.type == "cpu" and config.model == DEFAULT_MODEL:
         raise UserError(
-            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and torch sees none: to try the script without one, "
-            f"run `make standin` and give --model {STANDIN_MODEL}."
+            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and this would run on the CPU: to try the script without "
+            f"a GPU, run `make standin` and give --model {STANDIN_MODEL}."
         )
     task = load_task(config.data_dir)
     if task is None:
         raise UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir a folder with a download.")
     task = limit_task(task, config.train_limit, config.eval_limit)
-    encode = load_tokenizer(find_model(config.model))
-    short_name = Path(config.model).name
+    found = find_model(config.model)
+    encode = load_tokenizer(found)
+    details = {"engram_source": engram_source, "compute_dtype": str(compute_dtype(device)).removeprefix("torch.")}
+    name_in_results, short_name = config.model, Path(config.model).name
+    if Path(found).exists() and config.model != STANDIN_MODEL:  # where a folder lies is no part of the study, what it holds is
+        name_in_results = short_name = Path(found).name
+        details["model_sha256"] = digest_files(sorted(Path(found).glob("*.safetensors")))
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     experiment = Experiment(
         name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),
@@ -2220,7 +2305,7 @@ def run_language_model_experiment(
         task=task,
         encode=encode,
         build_model=lambda number: build_language_model(number, len(task.class_names), engram_source, config, device),
+        details=details,
         other=other / subfolder,
     )
-    model = short_name if Path(config.model).exists() else config.model  # where a folder lies is no part of the study
-    return run_experiment(experiment, dataclasses.replace(config, model=model))
+    return run_experiment(experiment, dataclasses.replace(config, model=name_in_results))

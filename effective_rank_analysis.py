@@ -8,6 +8,7 @@ classifier's intermediate features. Each finished model is kept: a run that is s
 import dataclasses
 import gc
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 import torch
 import tyro
 
@@ -68,7 +70,8 @@ def find_folders(config: Config) -> list[Path]:
         found, missing = [], []
         for top, script in SCRIPTS.items():
             states = sorted((common.ROOT / top).glob("**/state/settings.json"))
-            here = [file.parent.parent for file in states if "limit-" not in str(file) and trainings(file.parent.parent)]
+            here = [file.parent.parent for file in states if "limit-" not in str(file.relative_to(common.ROOT))]
+            here = [folder for folder in here if trainings(folder)]
             found += here
             if not here:
                 missing.append(f"no checkpoints under {top}/: `python {script}` makes them")
@@ -111,17 +114,20 @@ def models_of(
 ) -> tuple[common.Split, Iterator[tuple[str, int, common.DualHeadModel]]]:
     """The validation split, and (model key, seed, model) one after another; the pretrained model comes first.
 
-    A language model is loaded once and its adapters are exchanged. Its pretrained state is the same for every seed
-    and comes once; the small transformer's baseline is the untrained network of each seed.
+    A language model is loaded once and its adapters are exchanged. Its pretrained hidden states are the same for every
+    seed and come once; the small transformer's baseline is the untrained network of each seed. The classifier of a
+    baseline is a fresh draw.
     """
     stored, classes, jobs = settings["config"], len(task.class_names), trainings(folder)
     seeds = sorted({seed for _, seed in jobs})
     if "model" in stored:
         config = known_settings(common.LanguageModelConfig, stored)
+        if device.type == "cpu" and config.model == common.DEFAULT_MODEL:
+            raise common.UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
         adapter_file = folder / "state" / f"{jobs[0][0]}-seed{jobs[0][1]}" / f"{weights}-adapter" / "adapter_config.json"
         if "/" not in config.model and config.model != common.STANDIN_MODEL:  # a folder: results keep its name alone
             config.model = common.read_json(adapter_file)["base_model_name_or_path"]
-        source = "intermediate" if task.name.startswith("AG News") else "pooled"
+        source = stored["engram_source"]
         encode, seeds = common.load_tokenizer(common.find_model(config.model)), seeds[:1]
         causal_lm, lora = common.load_adapted_model(config, device)
 
@@ -152,24 +158,19 @@ def models_of(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def effective_rank_of(features: np.ndarray) -> float:
-    """rank_metrics' effective rank to about six digits, from the smaller Gram matrix: for the many subsets of rows."""
-    centred = features - features.mean(0)
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
-    if not s.max() > 0:
-        return 0.0
-    p = s[s > 1e-7 * s.max()] / s[s > 1e-7 * s.max()].sum()
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
 def rank_of_subsets(features: np.ndarray, rows: int, draws: int) -> list[float]:
     """Effective rank of random subsets of so many rows; the subsets are the same for every model on the same split.
 
-    Drawn without replacement: a row drawn twice would add no rank.
+    Drawn without replacement: a row drawn twice would add no rank. From the smaller Gram matrix, to about six digits.
     """
-    features, rng = features.astype(np.float64), np.random.default_rng([0, rows])
-    return [effective_rank_of(features[rng.permutation(len(features))[:rows]]) for _ in range(draws)]
+    features, rng, found = features.astype(np.float64), np.random.default_rng([0, rows]), []
+    for _ in range(draws):
+        subset = features[rng.permutation(len(features))[:rows]]
+        subset = subset - subset.mean(0)
+        gram = subset @ subset.T if len(subset) < subset.shape[1] else subset.T @ subset
+        s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+        found.append(common.effective_rank(np.where(s > 1e-7 * s.max(), s, 0)))
+    return found
 
 
 def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dict[str, Any]:
@@ -180,8 +181,7 @@ def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dic
     labels, outer = evaluation.labels, model.classifier.outer
     weights, bias = (parameter.detach().cpu().numpy() for parameter in (outer.weight, outer.bias))
     layers = [common.rank_metrics(states) for states in evaluation.layers]
-    centred = evaluation.pooled - evaluation.pooled.mean(0, dtype=np.float64)
-    singular_values = np.linalg.svd(centred, compute_uv=False)
+    singular_values = common.singular_values(evaluation.pooled)
     ranks_done = time.perf_counter()
     n = len(labels)
     sizes = sorted({n // 2, *(size for size in CURVE_ROWS if size < n)} - {0, 1})
@@ -209,14 +209,6 @@ def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dic
     return record
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of all weights of one training."""
-    found = hashlib.sha256()
-    for file in sorted(folder.rglob("*.safetensors")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
-
-
 def measure_study(folder: Path, config: Config, device: torch.device, here: dict) -> tuple[str, dict]:
     """The study's name, and settings, data and records (model key -> seed -> record) of one results folder."""
     settings = common.read_json(folder / "state" / "settings.json")
@@ -226,14 +218,15 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
     split, models = models_of(folder, settings, task, config.weights, device)
     rows = common.fixed_draw(len(split.labels), config.rows)
     split = common.Split([split.token_ids[i] for i in rows], split.labels[rows])
-    state = config.output_dir / "state" / name.replace("/", "-").replace(" ", "-").replace(",", "")
+    state = config.output_dir / "state" / str(folder.resolve()).removeprefix(str(common.ROOT)).strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
     print(f"{name}: {len(rows):,} validation rows, {config.weights} weights of {folder}", flush=True)
     records: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
-        weights = "" if key == "pretrained" else digest(folder / "state" / f"{key}-seed{seed}")
-        made_from = {"data": settings["data"]["sha256"], "weights": weights, "kind": config.weights}
-        made_from |= {"rows": len(rows), "draws": config.draws}
+        files = (folder / "state" / f"{key}-seed{seed}").rglob("*.safetensors")  # none of a baseline
+        weights = sorted(file for file in files if config.weights in str(file.relative_to(folder)))
+        made_from = [settings, common.digest_files(weights), config.weights, len(rows), config.draws, CURVE_ROWS]
+        made_from = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
         file = state / f"{key}-seed{seed}.json"
         record = common.read_json(file) if file.exists() and not config.fresh else {}
         if record.get("made_from") != made_from:
@@ -264,20 +257,33 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
     return [(first[seed], record) for seed, record in second.items() if seed in first]
 
 
-def change(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """How much each number changes from the first model to the second: over seeds, and for the effective rank over rows.
+def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+    """How much each number changes from model a to the other one: over seeds, and for the effective rank over rows.
 
-    `half` is the change of the effective rank at half the rows, with the 95 % range over random halves, seeds averaged. The
-    spread of a statistic over random halves estimates its sampling error at the full number of rows (Shao & Wu 1989).
+    `half` is the change of the effective rank at half the rows, with an interval over rows, given these seeds.
     """
-    flat = [(scalars(a), scalars(b)) for a, b in pairs]
-    found = {key: common.mean_interval(b[key] - a[key] for a, b in flat) for key in flat[0][0] if key in flat[0][1]}
-    rows = str(pairs[0][0]["num_samples"] // 2)
-    if rows in pairs[0][0]["subsets"]:
-        draws = np.mean([np.subtract(b["subsets"][rows], a["subsets"][rows]) for a, b in pairs], axis=0)
-        low, high = np.quantile(draws, [0.025, 0.975])
-        found["half"] = {"rows": int(rows), "mean": float(draws.mean()), "low": float(low), "high": float(high)}
+    flat = [(scalars(first), scalars(second)) for first, second in pairs]
+    keys = [key for key in flat[0][0] if key in flat[0][1] and not key.rpartition(".")[2].startswith("num_")]
+    if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
+        keys = [key for key in keys if not key.startswith("intermediate.") and key != "accuracy"]
+    found = {key: common.mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
+    rows = pairs[0][0]["num_samples"] // 2
+    draws = [np.subtract(second["subsets"][str(rows)], first["subsets"][str(rows)]) for first, second in pairs]
+    found["half"] = {"rows": rows, **interval_over_rows(np.mean(draws, axis=0), rows, pairs[0][0]["num_samples"])}
     return found
+
+
+def interval_over_rows(draws: np.ndarray, rows: int, total: int) -> dict[str, float]:
+    """Mean of a statistic over subsets (draws,) of so many out of `total` rows, with an approximate 95 % t interval.
+
+    The interval is for other samples of `total` rows. Small subsets scatter more than their mean is uncertain, large ones
+    overlap and scatter less: deviations count sqrt(rows / (total - rows)) times (delete-d jackknife, Shao & Wu 1989).
+    """
+    mean, half = float(np.mean(draws)), 0.0
+    if len(draws) > 1:
+        spread = np.std(draws, ddof=1) * math.sqrt(rows / (total - rows))
+        half = float(scipy.stats.t.ppf(0.975, len(draws) - 1) * spread)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def summarize(studies: dict[str, dict]) -> dict[str, dict]:
@@ -294,11 +300,18 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
             if shared:
                 at_matched = (np.mean(record["subsets"][str(shared[-1])]) for record in records[key].values())
                 intervals["effective_rank_matched"] = common.mean_interval(at_matched)
-            means = {number: interval["mean"] for number, interval in intervals.items() if "." not in number}
+            means: dict[str, Any] = {"intermediate": {}}
+            for number, interval in intervals.items():
+                part, _, last = number.rpartition(".")
+                (means[part] if part else means)[last] = interval["mean"]
             result[key] = {**means, "intervals": intervals, "seeds": records[key]}
-        result["changes"] = {f"{b} - {a}": change(pairs) for a, b in CHANGES if (pairs := paired(records, a, b))}
+        result["changes"] = {f"{b} - {a}": change(a, pairs) for a, b in CHANGES if (pairs := paired(records, a, b))}
         results[name] = result
     return results
+
+
+def keys_of(result: dict) -> list[str]:
+    return [key for key in KEYS if key in result]
 
 
 def display_name(key: str, result: dict) -> str:
@@ -320,7 +333,7 @@ def table(results: dict[str, dict]) -> str:
         lines.append(
             f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + f"effective rank at {result['matched_rows']} rows"
         )
-        for key in [key for key in KEYS if key in result]:
+        for key in keys_of(result):
             intervals = result[key]["intervals"]
             cells = "".join(f"{common.format_interval(intervals[number], digits):{width}}" for number, digits in TABLE)
             matched = (
@@ -328,10 +341,10 @@ def table(results: dict[str, dict]) -> str:
             )
             lines.append(f"{display_name(key, result):22}{cells}{matched}")
         for pair, found in result["changes"].items():
-            line = f"effective rank, {pair}: {common.format_interval(found['effective_rank'], 1, sign='+')} over seeds"
-            if "half" in found:
-                line += f"; at {found['half']['rows']:,} rows {common.format_interval(found['half'], 1, sign='+')} over rows"
-            lines.append(line)
+            over_seeds, over_rows = (common.format_interval(found[kind], 1, sign="+") for kind in ("effective_rank", "half"))
+            lines.append(
+                f"effective rank, {pair}: {over_seeds} over seeds; at {found['half']['rows']:,} rows {over_rows} over rows"
+            )
     return "\n".join(lines)
 
 
@@ -348,9 +361,14 @@ def seed_band(axis: plt.Axes, x, rows, key: str, label: str | None, **look) -> N
 
 
 def each_model(result: dict) -> Iterator[tuple[str, list[dict], str]]:
-    for key in [key for key in KEYS if key in result]:
+    for key in keys_of(result):
         records = list(result[key]["seeds"].values())
         yield key, records, f"{display_name(key, result)} ({len(records)} seed{'s' * (len(records) > 1)})"
+
+
+def name_models(axis: plt.Axes, result: dict) -> None:
+    names = [display_name(key, result) for key in keys_of(result)]
+    axis.set_xticks(range(len(names)), names, rotation=15, fontsize=8)
 
 
 def plot_ranks(path: Path, results: dict[str, dict]) -> None:
@@ -363,9 +381,10 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
             seed_band(row[0], components, values / values.sum(1, keepdims=True), key, label)
             seed_band(row[1], components, 100 * np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True), key, label)
             sizes = sorted(map(int, records[0]["subsets"]))
-            draws = np.array([[record["subsets"][str(size)] for size in sizes] for record in records])  # (S, sizes, draws)
-            low, high = np.quantile(draws, [0.025, 0.975], axis=(0, 2))
-            row[2].plot(sizes, draws.mean((0, 2)), color=COLORS[key], marker=MARKERS[key], markersize=4)
+            draws = np.mean([[record["subsets"][str(size)] for size in sizes] for record in records], axis=0)  # (sizes, draws)
+            points = [interval_over_rows(d, size, result["num_samples"]) for d, size in zip(draws, sizes, strict=True)]
+            row[2].plot(sizes, [point["mean"] for point in points], color=COLORS[key], marker=MARKERS[key], markersize=4)
+            low, high = ([point[end] for point in points] for end in ("low", "high"))
             row[2].fill_between(sizes, low, high, color=COLORS[key], alpha=0.2, linewidth=0)
             interval = result[key]["intervals"]["effective_rank"]
             row[3].bar(position, interval["mean"], color=COLORS[key], alpha=0.8)
@@ -378,10 +397,9 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
         row[0].set(xlabel="component", ylabel="share of the singular values' sum", yscale="log", xscale="log", title=name)
         row[0].set_ylim(bottom=1e-6)
         row[1].set(xlabel="component", ylabel="cumulative variance (%)", xscale="log", title=f"N = {result['num_samples']:,}")
-        row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets; band: 95 % of subsets and seeds")
+        row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets; band: 95 % over rows")
         row[3].set(ylabel="effective rank", title=f"at most {bound:,}; dots: seeds, bars: 95 % over seeds")
-        row[3].set_xticks(range(sum(key in result for key in KEYS)))
-        row[3].set_xticklabels([display_name(key, result) for key in KEYS if key in result], rotation=15)
+        name_models(row[3], result)
         row[0].legend(fontsize=8)
         for axis in row:
             axis.grid(alpha=0.3)
@@ -398,7 +416,8 @@ def plot_layers(path: Path, results: dict[str, dict]) -> None:
             look = {"marker": MARKERS[key], "markersize": 3}
             seed_band(axis, np.arange(len(ranks[0])), ranks, key, label, **look)
         axis.set(
-            xlabel="layer (0: embeddings)",
+            xlabel="layer (0: embeddings)"
+            + ("; last point: after the final norm" if "model" in result["settings"]["config"] else ""),
             ylabel="effective rank of pooled states",
             title=f"{name}; N = {result['num_samples']:,}",
         )
@@ -431,8 +450,7 @@ def plot_collapse(path: Path, results: dict[str, dict]) -> None:
                 axis.set_yscale("log")
             elif axis.get_ylim()[1] < 1e-6:  # two classes always form a simplex: what is left is rounding
                 axis.set_ylim(-0.05, 1)
-            axis.set_xticks(range(sum(key in result for key in KEYS)))
-            axis.set_xticklabels([display_name(key, result) for key in KEYS if key in result], rotation=15, fontsize=8)
+            name_models(axis, result)
             axis.set_ylabel(label, fontsize=9)
             axis.grid(alpha=0.3)
         row[0].set_title(f"{name}; N = {result['num_samples']:,}", loc="left")
@@ -442,15 +460,23 @@ def plot_collapse(path: Path, results: dict[str, dict]) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    common.check_bounds("rows", config.rows, 2, math.inf)
+    common.check_bounds("rows", config.rows, 4, math.inf)  # half of them still have a rank
     common.check_bounds("draws", config.draws, 1, math.inf)
     device = common.pick_device(config.device)
     folders, here = find_folders(config), common.environment(device)
-    studies = {}
+    studies: dict[str, dict] = {}
+    unusable: list[str] = []
     for folder in folders:
-        name, study = measure_study(folder, config, device, here)
-        studies[name] = study
+        try:
+            name, study = measure_study(folder, config, device, here)
+        except common.UserError as error:
+            unusable.append(f"{folder}: {error}")
+            print(f"NOTE: {unusable[-1]}", flush=True)
+            continue
+        studies[name if name not in studies else f"{name}, {folder.name}"] = study
         gc.collect()  # one base model at a time
+    if not studies:
+        raise common.UserError(f"nothing could be analysed; {' '.join(unusable)}")
     results = summarize(studies)
     common.write_json(config.output_dir / "effective_rank_results.json", results)
     plot_ranks(config.output_dir / "effective_rank.png", results)

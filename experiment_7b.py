@@ -14,6 +14,8 @@ import common
 class Config(common.LanguageModelConfig):
     """Settings of Experiment 2; the comment above a field is its --help text."""
 
+    max_length: int = 128  # Longest input in tokens; the rest of a row is cut off.
+
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))

@@ -1,6 +1,7 @@
 """Experiment 4: what is measured is what the models compute, planted collapse is found, and the script's runs."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -77,6 +78,7 @@ def test_a_planted_collapse_is_found_and_none_where_there_is_none():
     healthy, collapsed = records
     assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
     assert collapsed["effective_rank"] <= 2 + 1e-6 and collapsed["dims_99pct"] <= 2
+    assert collapsed["cdnv"] < healthy["cdnv"]
     assert healthy["effective_rank"] > 5
     assert collapsed["layers"][-2]["effective_rank"] > 5  # and it sits where it was planted: behind the last layer
     for subset in collapsed["subsets"].values():
@@ -104,7 +106,7 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
 
 
 def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
-    """Against Hugging Face's output_hidden_states, row by row."""
+    """Against Hugging Face's output_hidden_states, row by row: its last entry is behind the final norm, as our last is."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     causal_lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
@@ -112,14 +114,20 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
     model = common.DualHeadModel(causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size).eval()
     split = random_split(9)
     found = common.evaluate(model, split, with_layers=True).layers
-    assert found.shape == (4, 9, 16)
+    assert found.shape == (5, 9, 16)  # embeddings, three layers, final norm
     for row, ids in enumerate(split.token_ids):
         embeddings = causal_lm.model.embed_tokens(ids[None])
         if model_number == 3:
             embeddings = torch.cat([model.projector(torch.zeros(1, 6)), embeddings], dim=1)
         states = causal_lm.model(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
         expected = [state[0, -len(ids) :].mean(0).detach().numpy() for state in states]
-        np.testing.assert_allclose(found[:, row], expected, atol=1e-5)
+        np.testing.assert_allclose(np.delete(found[:, row], -2, axis=0), expected, atol=1e-5)
+        last_layer = causal_lm.model.layers[-1]
+        raw = []
+        handle = last_layer.register_forward_hook(lambda module, inputs, output, raw=raw: raw.append(output))
+        causal_lm.model(inputs_embeds=embeddings)
+        handle.remove()
+        np.testing.assert_allclose(found[-2, row], raw[0][0, -len(ids) :].mean(0).detach().numpy(), atol=1e-5)
 
 
 def test_no_hook_stays_behind():
@@ -129,10 +137,29 @@ def test_no_hook_stays_behind():
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (9, 40), (30, 30)])
-def test_the_fast_effective_rank_is_the_effective_rank(shape):
+def test_the_rank_of_subsets_is_the_effective_rank_of_their_rows(shape):
     features = np.random.default_rng(0).normal(size=shape) * np.geomspace(1, 1e-3, shape[1])
-    assert analysis.effective_rank_of(features) == pytest.approx(common.rank_metrics(features)["effective_rank"], rel=1e-5)
-    assert analysis.effective_rank_of(np.ones(shape)) == 0.0
+    found = analysis.rank_of_subsets(features, rows=6, draws=3)
+    rng = np.random.default_rng([0, 6])
+    expected = [common.rank_metrics(features[rng.permutation(len(features))[:6]])["effective_rank"] for _ in range(3)]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert analysis.rank_of_subsets(features, len(features), 1)[0] == pytest.approx(
+        common.rank_metrics(features)["effective_rank"], rel=1e-5
+    )
+    assert analysis.rank_of_subsets(np.ones(shape), 6, 1) == [0.0]
+
+
+@pytest.mark.parametrize("rows", [20, 100, 180])
+def test_the_interval_over_rows_is_as_wide_as_samples_scatter(rows):
+    """The mean of squares of 200 draws: its standard error is known, whatever the size of the subsets."""
+    rng, widths = np.random.default_rng(0), []
+    for _ in range(30):
+        sample = rng.normal(size=200) ** 2
+        draws = np.array([sample[rng.permutation(200)[:rows]].mean() for _ in range(50)])
+        interval = analysis.interval_over_rows(draws, rows, 200)
+        assert interval["mean"] == pytest.approx(draws.mean())
+        widths.append((interval["high"] - interval["low"]) / 2)
+    assert np.mean(widths) == pytest.approx(2.01 * np.sqrt(2 / 200), rel=0.15)
 
 
 def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
@@ -158,6 +185,16 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
     ]
     assert study["changes"]["model1 - pretrained"]["effective_rank"] == common.mean_interval(seeds)
     assert {"model2 - model1", "model3 - model2"} <= study["changes"].keys()
+    assert study["model2"]["intermediate"]["ncc_agreement"] == pytest.approx(
+        np.mean([record["intermediate"]["ncc_agreement"] for record in study["model2"]["seeds"].values()])
+    )
+    # the baseline's classifier is a fresh draw: nothing of it enters a change
+    assert not [name for name in study["changes"]["model1 - pretrained"] if name.startswith("intermediate") or name == "accuracy"]
+    assert "intermediate.cdnv" in study["changes"]["model2 - model1"]
+    half = study["changes"]["model2 - model1"]["half"]
+    subsets = [np.mean([study[key]["seeds"][seed]["subsets"]["12"] for seed in "12"], axis=0) for key in ("model1", "model2")]
+    assert half["rows"] == 12 and half["mean"] == pytest.approx((subsets[1] - subsets[0]).mean())
+    assert half["low"] < half["mean"] < half["high"]
     for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png"):
         assert (tmp_path / "out" / plot).stat().st_size > 10_000
 
@@ -189,6 +226,26 @@ def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path,
             assert record["effective_rank"] != pytest.approx(study["pretrained"]["effective_rank"], rel=1e-3)
     assert study["pretrained"]["effective_rank"] == pytest.approx(metrics["model1"]["1"]["initial"]["effective_rank"], rel=1e-4)
     assert study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2  # the one baseline serves both seeds
+
+
+def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, data_dir, tmp_path, monkeypatch):
+    """Two folders of the same data and backbone stay two studies, with a baseline each; a broken one is passed over."""
+    other, wide = tmp_path / "wide", "--hidden-size 32 --seeds 1 --models 1"
+    for plot in ("plot_learning_curves", "plot_engram_clusters"):
+        monkeypatch.setattr(common, plot, lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}".split()])
+    common.run_script(experiment.main)
+    broken = tmp_path / "broken"
+    shutil.copytree(trained, broken)
+    (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")
+    monkeypatch.setattr(analysis, "CURVE_ROWS", (6, 9, 50))
+    results = run(f"--folders {trained} {other} {broken}")
+    assert list(results) == ["SST-2, small transformer", "SST-2, small transformer, wide"]
+    assert [study["pretrained"]["num_dimensions"] for study in results.values()] == [16, 24]
+    for study in results.values():
+        assert study["matched_rows"] == 9
+        expected = np.mean([np.mean(record["subsets"]["9"]) for record in study["model1"]["seeds"].values()])
+        assert study["model1"]["intervals"]["effective_rank_matched"]["mean"] == pytest.approx(expected)
 
 
 def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, capsys, monkeypatch, tmp_path, trained):

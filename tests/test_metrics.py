@@ -112,6 +112,17 @@ def test_difference_interval_is_the_two_sample_t_interval():
     assert common.difference_interval([0.8], [0.9])["low"] is None
 
 
+def test_welch_interval_is_that_of_two_samples_of_different_spread():
+    a, b = [0.1, 0.2, 0.6], [0.5, 0.52, 0.51, 0.53]
+    found, (va, vb) = common.welch_interval(a, b), (np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 4)
+    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 3)
+    half = scipy.stats.t.ppf(0.975, freedom) * np.sqrt(va + vb)
+    difference = np.mean(b) - np.mean(a)
+    assert found == pytest.approx({"mean": difference, "low": difference - half, "high": difference + half})
+    assert common.welch_interval([0.1], b) == {"mean": pytest.approx(np.mean(b) - 0.1), "low": None, "high": None}
+    assert common.welch_interval([0.5, 0.5], [0.75, 0.75]) == {"mean": 0.25, "low": 0.25, "high": 0.25}
+
+
 def test_mcnemar_is_the_exact_binomial_test():
     a = np.array([1] * 50 + [0] * 9 + [1] * 3)
     b = np.array([1] * 50 + [1] * 9 + [0] * 3)

@@ -32,8 +32,11 @@ def trained(data_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def run(data_dir, tmp_path, monkeypatch):
+def run(data_dir, tmp_path, monkeypatch, request):
     """run(arguments) starts the script as a shell would, in this process; returns effective_rank_results.json."""
+    if "design_asks" not in request.node.name:  # seconds each; one test draws them
+        for plot in ("plot_ranks", "plot_layers", "plot_collapse"):
+            monkeypatch.setattr(analysis, plot, lambda *_: None)
 
     def start(arguments="", folder=tmp_path / "out"):
         line = f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}"

@@ -1,8 +1,9 @@
 """How fast does training run, against two yardsticks on the same model and the same rows?
 
 `--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random NF4 weights and true
-token lengths, for which it needs a GPU; `--backbone tiny` is that in miniature, for a CPU. The recipes run in turn, a
-few steps of each, in one process:
+token lengths, for which it needs a GPU; `--backbone tiny` is that in miniature, for a CPU; `--backbone paper` only counts
+what the 7B architecture's steps move and compute, and times nothing. The recipes run in turn, a few steps of each, in
+one process:
 
 conventional   every row padded to the maximum length, batches at random, LM logits at every position; on a language
                model also micro-batches of 8 x accumulation 2 and gradient checkpointing
@@ -10,7 +11,7 @@ ecosystem      (language models) transformers' Trainer: padding to the longest r
                gradient checkpointing, LM logits at every position
 ours           as the experiments train
 
-Writes throughput.json, and for a language model throughput.png.
+Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json.
 """
 
 import dataclasses
@@ -48,8 +49,8 @@ TINY |= {"vocab_size": 1000, "tie_word_embeddings": False}
 class Config:
     """Settings of the measurement; the comment above a field is its --help text."""
 
-    # What is trained: Experiment 1, the 7B architecture with random weights, or that in miniature.
-    backbone: Literal["small", "7b", "tiny"] = "small"
+    # What is trained: Experiment 1, the 7B architecture with random weights, that in miniature, or that on paper.
+    backbone: Literal["small", "7b", "tiny", "paper"] = "small"
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
     # Tokenizer that gives the language models' true token lengths: a hub name or a folder.
@@ -245,7 +246,8 @@ def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarra
     """
     frozen = [p for p in model.backbone.layers.parameters() if not p.requires_grad and p.ndim == 2]
     count = common.count_parameters(model.backbone.layers)
-    tokens = sum(split.lengths[batch].sum() + (len(batch) if number == 3 else 0) for batch in rows)
+    lengths = split.lengths
+    tokens = sum(lengths[batch].sum() + (len(batch) if number == 3 else 0) for batch in rows)
     passes = len(rows) * (4 if number == 3 else 2)
     moved = passes * sum(p.numel() * p.element_size() for p in frozen)
     operations = tokens * (4 * (count["total"] - count["trainable"]) + 6 * count["trainable"])
@@ -264,11 +266,11 @@ def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarra
 
 def measure(number: int, model: common.DualHeadModel, split: common.Split, settings, config: Config, rates: dict | None) -> dict:
     """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of rounds; peak memory; limits."""
-    size, on_gpu = settings.batch_size, next(model.parameters()).is_cuda
+    size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
     shuffled = rng.permutation(len(split.labels))[: needed * size]
     batches = {"conventional": [shuffled[i : i + size] for i in range(0, len(shuffled), size)]}
-    batches["ours"] = common.length_grouped_batches(split.lengths, size, rng)[:needed]
+    batches["ours"] = common.length_grouped_batches(lengths, size, rng)[:needed]
     if model.memory_plan is not None:
         batches["ecosystem"] = batches["conventional"]  # its sampler groups them
     recipes = [recipe for recipe in RECIPES if recipe in batches]
@@ -293,7 +295,7 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
                 seconds = now() - started
             found = {
                 "examples": sum(map(len, rows)) / seconds,
-                "tokens": float(sum(split.lengths[b].sum() for b in rows)) / seconds,
+                "tokens": sum(float(lengths[b].sum()) for b in rows) / seconds,
             }
             if on_gpu:
                 found["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -365,6 +367,24 @@ def save(folder: Path, results: dict) -> None:
     common.write_json(folder / "throughput.json", results)
 
 
+STUDIES = (
+    (experiment_7b, common.load_sst2, "pooled", "results_7b"),
+    (experiment_agnews_7b, common.load_ag_news, "intermediate", "results_agnews"),
+)
+
+
+def load_split(script, load, encode, config: Config) -> tuple[common.Task, Any, common.Split]:
+    """Task, settings and true token ids of one of the two language-model experiments."""
+    task, settings = load(config.data_dir), script.Config(quantization="nf4")
+    if task is None:
+        raise common.UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir.")
+    split = common.encode_rows(task.train, encode, settings.max_length)
+    check_rows(config, split, settings)
+    mean, limit = split.lengths.mean(), settings.max_length
+    print(f"{task.title()}, {mean:.1f} tokens a row, padded to {limit} by the conventional recipe", flush=True)
+    return task, settings, split
+
+
 def measure_language_model(config: Config) -> dict[str, dict]:
     """Both data sets on one architecture; a throughput.json for each, and a plot of both."""
     device = torch.device("cuda" if config.backbone == "7b" else "cpu")
@@ -374,22 +394,12 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
     encode, rates, found = common.load_tokenizer(config.tokenizer), device_rates(device), {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
-    for script, load, source, folder in (
-        (experiment_7b, common.load_sst2, "pooled", "results_7b"),
-        (experiment_agnews_7b, common.load_ag_news, "intermediate", "results_agnews"),
-    ):
-        task = load(config.data_dir)
-        if task is None:
-            raise common.UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir.")
-        settings = script.Config(quantization="nf4")
+    for script, load, source, folder in STUDIES:
+        task, settings, split = load_split(script, load, encode, config)
         if config.backbone == "tiny":
             settings = dataclasses.replace(settings, lora_rank=4, classifier_size=16, engram_size=8)
-        split = common.encode_rows(task.train, encode, settings.max_length)
-        if config.backbone == "tiny":  # true lengths, few words
-            split = common.Split([ids % TINY["vocab_size"] for ids in split.token_ids], split.labels)
-        check_rows(config, split, settings)
+            split = common.Split([ids % TINY["vocab_size"] for ids in split.token_ids], split.labels)  # true lengths, few words
         mean = float(split.lengths.mean())
-        print(f"{task.title()}, {mean:.1f} tokens a row, padded to {settings.max_length} by the conventional recipe")
         results = {"backbone": config.backbone, "data": task.summary(), "tokens_per_row": mean, **common.environment(device)}
         results |= {"rates": rates, "memory_gib": config.memory_gib if device.type == "cuda" else None}
         results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
@@ -414,6 +424,77 @@ def measure_language_model(config: Config) -> dict[str, dict]:
     return found
 
 
+# Vendor's figures of the reference's card: memory bandwidth, and dense bfloat16 products with fp32 sums.
+RTX_4080 = {"bytes": 717e9, "operations": 97.5e12}
+
+
+def count_step(lengths: np.ndarray, recipe: str, number: int, settings, memory_gib: float) -> dict[str, float]:
+    """Bytes moved, operations and seconds on paper of one optimizer step on rows of these lengths, 7B architecture.
+
+    Each pass over a layer reads its packed weights, writes them unpacked, and reads those for the product; a product waits for
+    its unpacking, so the times add up. Attention's own products, norms, copies and the optimizer are left out.
+    """
+    h, f, kv = QWEN["hidden_size"], QWEN["intermediate_size"], QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28
+    depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h
+    weights = depth * (2 * h * h + 2 * h * kv + 3 * h * f)
+    adapters = depth * settings.lora_rank * (4 * h + 2 * (h + kv) + 3 * (h + f))
+    ours, halves = recipe == "ours", 2 if number == 3 else 1
+    tokens = len(lengths) * ((lengths.max() if recipe != "conventional" else settings.max_length) + (number == 3) * 1.0)
+    pieces = 2 if recipe == "conventional" else 1  # micro-batches of 8
+    # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms, attention, and the MLP's gate
+    kept = 5 * (6 * h + f) + 22 * h + 6 * f
+    free = memory_gib * 2**30 - 0.52 * weights - 4 * head - 12 * adapters - common.MemoryPlan.WORKING_BYTES
+    recomputed = min(1.0, max(0.0, 1 + 2 / depth - free / (tokens * depth * kept))) if ours else 1.0
+    passes = pieces * halves * (2 + recomputed)
+    moved = passes * (0.52 + 2 + 2) * weights
+    operations = tokens * (2 * (2 + recomputed) * (weights + adapters) + 2 * adapters)
+    if number > 1:
+        predicted = lengths.sum() - len(lengths) if ours else tokens
+        operations += 4 * head * predicted
+        moved += pieces * halves * 2 * 2 * head
+    seconds = moved / RTX_4080["bytes"] + operations / RTX_4080["operations"]
+    limit = max(pieces * halves * 2 * 0.52 * weights / RTX_4080["bytes"], operations / RTX_4080["operations"])
+    return {
+        "bytes": moved,
+        "operations": operations,
+        "seconds": seconds,
+        "limit_share": limit / seconds,
+        "recomputed": recomputed,
+    }
+
+
+def count_on_paper(config: Config) -> dict[str, dict]:
+    """What the recipes would take on the reference's card, from counts alone; written to throughput_on_paper.json."""
+    encode, results = common.load_tokenizer(config.tokenizer), {}
+    for script, load, _, folder in STUDIES:
+        task, settings, split = load_split(script, load, encode, config)
+        rng, size, lengths = np.random.default_rng(0), settings.batch_size, split.lengths
+        grouped, shuffled = common.length_grouped_batches(lengths, size, rng), rng.permutation(len(lengths))
+        steps = min(len(grouped), 500)
+        found: dict[str, Any] = {"data": task.summary(), "tokens_per_row": float(lengths.mean()), "rates": RTX_4080}
+        for number in config.models:
+            found[f"model{number}"] = {}
+            for recipe in RECIPES:
+                rows = grouped[:steps] if recipe != "conventional" else np.split(shuffled[: steps * size], steps)
+                counts = [count_step(lengths[batch], recipe, number, settings, config.memory_gib) for batch in rows]
+                means = {key: float(np.mean([count[key] for count in counts])) for key in counts[0]}
+                means["examples_per_second"] = sum(map(len, rows)) / sum(count["seconds"] for count in counts)
+                means["hours"] = settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
+                found[f"model{number}"][recipe] = means
+            rates = {recipe: numbers["examples_per_second"] for recipe, numbers in found[f"model{number}"].items()}
+            line = "  ".join(f"{recipe} {rate:.0f}" for recipe, rate in rates.items())
+            ours = found[f"model{number}"]["ours"]
+            ratios = ", ".join(f"{rates['ours'] / rates[other]:.1f} x {other}" for other in RECIPES[:2])
+            shares = f"{ours['limit_share']:.0%} of the limit, {ours['recomputed']:.0%} of layers recomputed"
+            name, hours = common.MODEL_NAMES[number], f"{settings.epochs} epochs: {ours['hours']:.1f} h"
+            print(f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}", flush=True)
+        results[folder] = found
+        target = config.output_dir / folder if config.output_dir else common.ROOT / folder
+        target.mkdir(parents=True, exist_ok=True)
+        common.write_json(target / "throughput_on_paper.json", found)
+    return results
+
+
 def plot(path: Path, found: dict[str, dict]) -> None:
     """Examples per second of each recipe, a panel for each data set."""
     figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), layout="constrained", squeeze=False)
@@ -436,10 +517,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    if config.backbone == "small":
-        measure_small(config)
-    else:
-        measure_language_model(config)
+    {"small": measure_small, "paper": count_on_paper}.get(config.backbone, measure_language_model)(config)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import throughput
 import torch
+import transformers
 from conftest import random_split, tiny_config, tiny_model
 
 import common
@@ -90,6 +91,28 @@ def test_the_limit_counts_weights_and_tokens(miniature, model_number):
     frozen = sum(math.prod(getattr(p, "quant_state", p).shape) for p in model.backbone.layers.parameters() if not p.requires_grad)
     tokens = 24 + (4 if model_number == 3 else 0)
     assert found["operations"] == tokens * (4 * frozen + 6 * adapters) + 20 * 4 * head
+
+
+def test_steps_on_paper_count_the_real_architecture(model_number):
+    """Operations of one step against the parameters of Qwen2.5-7B's architecture, built without memory."""
+    with torch.device("meta"):
+        causal_lm = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**throughput.QWEN))
+    assert causal_lm.num_parameters() == pytest.approx(7.6e9, rel=0.01)
+    settings = common.LanguageModelConfig()
+    weights = sum(p.numel() for p in causal_lm.model.layers.parameters() if p.ndim == 2)
+    common.add_lora(causal_lm, settings)
+    adapters = sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" in name)
+    assert adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
+    lengths = np.array([5, 7, 8, 8])
+    found = throughput.count_step(lengths, "ours", model_number, settings, memory_gib=16)
+    tokens = 4 * (9 if model_number == 3 else 8)
+    head = 0 if model_number == 1 else 24 * 4 * causal_lm.lm_head.weight.numel()
+    assert found["operations"] == pytest.approx(tokens * (4 * weights + 6 * adapters) + head)
+    assert found["recomputed"] == 0
+    long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, memory_gib=16)
+    assert 0 < long["recomputed"] <= 1 < long["seconds"] / found["seconds"]
+    conventional = throughput.count_step(lengths, "conventional", model_number, settings, memory_gib=16)
+    assert conventional["operations"] > 128 / 8 * (found["operations"] - head)
 
 
 @pytest.mark.parametrize("name", findings.DOCUMENTS)

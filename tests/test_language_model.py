@@ -438,7 +438,7 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
         trainer.step(np.arange(start, start + config.batch_size), config.learning_rate)
     after = common.evaluate(model, validation)
     assert after.record(0.5)["accuracy"] > 0.5
-    assert after.lm_loss < before.lm_loss < 6.5  # of ln 49,152 = 10.8: it knew English from the start
+    assert after.lm_loss < before.lm_loss < 8  # of ln 49,152 = 10.8: it knew English from the start
 
 
 @pytest.mark.parametrize("script", [experiment_7b, experiment_agnews_7b])

@@ -422,6 +422,7 @@ def plot_layers(path: Path, results: dict[str, dict]) -> None:
             title=f"{name}; N = {result['num_samples']:,}",
         )
         axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle("Where does the rank go? Mean over seeds; band: lowest to highest seed")

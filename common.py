@@ -120,6 +120,9 @@ class LanguageModelConfig(RunConfig):
     model: str = DEFAULT_MODEL
     # Frozen weights in 4 bits (NF4, double quantization), or as they are. Default: nf4 on a GPU, none on a CPU.
     quantization: Literal["nf4", "none"] | None = None
+    # Type of activations and of weights that are not packed. Default: bfloat16 on a GPU, float32 on a CPU; on a CPU that
+    # multiplies bfloat16 in hardware (AMX) that is the faster one too.
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
     # Recompute activations in the backward pass instead of keeping them: auto does so in as many layers as memory asks for.
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
     # Rank of the LoRA adapters.
@@ -935,17 +938,21 @@ def load_tokenizer(name: str) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: tokenizer(texts)["input_ids"]
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """Of a language model's activations and of weights that are not packed."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageModelConfig:
+    """The settings with what depends on the device and was not given."""
+    quantization, dtype = ("nf4", "bfloat16") if device.type == "cuda" else ("none", "float32")
+    return dataclasses.replace(
+        config, quantization=config.quantization or quantization, compute_dtype=config.compute_dtype or dtype
+    )
 
 
-def load_causal_lm(name: str, quantization: Literal["nf4", "none"], device: torch.device) -> nn.Module:
-    """The pretrained model on its device, frozen: bfloat16 on a GPU, float32 on a CPU; NF4 computes in that type."""
+def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Module:
+    """The pretrained model on its device, frozen, in the settings' quantization and type."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype, packing = compute_dtype(device), None
-    if quantization == "nf4":
+    config = fill_in_for(device, config)
+    name, dtype, packing = find_model(config.model), getattr(torch, config.compute_dtype), None
+    if config.quantization == "nf4":
         packing = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -999,7 +1006,7 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
 
 def load_adapted_model(config: LanguageModelConfig, device: torch.device) -> tuple[nn.Module, Any]:
     """The pretrained model with fresh adapters, which change nothing yet, and their peft.LoraConfig."""
-    causal_lm = load_causal_lm(find_model(config.model), config.quantization, device)
+    causal_lm = load_causal_lm(config, device)
     return causal_lm, add_lora(causal_lm, config)
 
 
@@ -2280,7 +2287,7 @@ def run_language_model_experiment(
 ) -> dict:
     """run_experiment on a pretrained causal LM. Another model than the default one has subfolders of results and other."""
     device = pick_device(config.device)
-    config = dataclasses.replace(config, quantization=config.quantization or ("nf4" if device.type == "cuda" else "none"))
+    config = fill_in_for(device, config)
     check_config(config)
     if device.type == "cpu" and config.model == DEFAULT_MODEL:
         raise UserError(
@@ -2293,7 +2300,7 @@ def run_language_model_experiment(
     task = limit_task(task, config.train_limit, config.eval_limit)
     found = find_model(config.model)
     encode = load_tokenizer(found)
-    details = {"engram_source": engram_source, "compute_dtype": str(compute_dtype(device)).removeprefix("torch.")}
+    details = {"engram_source": engram_source}
     name_in_results, short_name = config.model, Path(config.model).name
     if Path(found).exists() and config.model != STANDIN_MODEL:  # where a folder lies is no part of the study, what it holds is
         name_in_results = short_name = Path(found).name

@@ -188,6 +188,22 @@ def test_the_two_experiments_tap_the_engram_where_the_design_says(qwen):
         assert seen["engram_source"] == source
 
 
+def test_bfloat16_gives_the_same_step_to_its_precision(qwen, model_number):
+    """8 significant bits: losses to 1 %, the classifier's gradient to 5 % of its norm; what trains stays in fp32."""
+    steps = []
+    for dtype in ("float32", "bfloat16"):
+        model = build(model_number, qwen, compute_dtype=dtype)
+        stir(model)
+        assert model.backbone.embed_tokens.weight.dtype == getattr(torch, dtype)
+        assert {parameter.dtype for parameter in model.trainable().values()} == {torch.float32}
+        sums, gradients = gradients_of_step(model)
+        steps.append((sums, gradients["classifier.inner.weight"]))
+    (exact, exact_gradient), (sums, gradient) = steps
+    assert (sums.cls_loss, sums.lm_loss) == pytest.approx((exact.cls_loss, exact.lm_loss), rel=1e-2)
+    assert sums.cls_loss != exact.cls_loss
+    assert (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_saved_checkpoint_loads_to_identical_outputs(model_folder, model_number, quantization, tmp_path):
     model = build(model_number, model_folder, quantization=quantization)
@@ -391,7 +407,8 @@ def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, mo
         monkeypatch.setattr(sys, "argv", ["x", *f"--model {qwen} --data-dir {ag_news} --device cpu {data}".split()])
         script.main()
         assert (seen["results"].relative_to(common.ROOT).as_posix(), seen["task"].folder) == expected
-        assert seen["config"].quantization == "none"  # what a CPU does unless it is told
+        config = seen["config"]
+        assert (config.quantization, config.compute_dtype) == ("none", "float32")  # what a CPU does unless it is told
 
 
 def test_without_a_gpu_the_default_model_is_one_sentence(run, capsys, monkeypatch):

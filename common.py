@@ -1046,11 +1046,12 @@ def build_language_model(
 
 
 class MemoryPlan:
-    """How much memory a step needs, and in how many layers it must recompute activations to fit (gradient checkpointing).
+    """How much memory a step needs, in how many layers it must recompute activations to fit (gradient checkpointing), and
+    how many layers' NF4 weights may stay unpacked.
 
-    Attributes: `layers` of the backbone; `token_bytes` that the backward pass needs kept for one token in all layers, and
-    `boundary_bytes` for one in a layer that recomputes; `weight_bytes`; `optimizer_bytes` of gradients and AdamW's moments;
-    `free_bytes` for all of it.
+    Attributes: `layers` of the backbone, `unpacked` of them; `token_bytes` that the backward pass needs kept for one token in
+    all layers, and `boundary_bytes` for one in a layer that recomputes; `weight_bytes`, and `unpacking_bytes` that a layer's
+    take more when they are unpacked; `optimizer_bytes` of gradients and AdamW's moments; `free_bytes` for all of it.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
@@ -1067,6 +1068,9 @@ class MemoryPlan:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         self.optimizer_bytes = 3 * sum(p.numel() * p.element_size() for p in model.trainable().values())
         self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device)
+        self.packed = [_packed_linears(layer) for layer in self.layers]
+        bits = [(math.prod(m.weight.quant_state.shape) * m.compute_dtype.itemsize, m.weight.nbytes) for _, _, m in self.packed[0]]
+        self.unpacked, self.unpacking_bytes = 0, sum(plain - packed for plain, packed in bits)
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
         """Peak of a step of so many tokens with so many layers recomputed."""
@@ -1086,6 +1090,43 @@ class MemoryPlan:
         for number, layer in enumerate(self.layers):
             layer.gradient_checkpointing = number < count
 
+    def unpack_what_fits(self, split: Split, batch_size: int) -> int:
+        """Choose for steps of the split's mean and greatest length, unpack, and return in how many layers."""
+        mean, longest = split.lengths.mean() * batch_size, split.lengths.max() * batch_size
+        self.unpack(self.layers_to_unpack(int(mean), int(longest)))
+        return self.unpacked
+
+    def layers_to_unpack(self, typical: int, longest: int) -> int:
+        """All that leave room for a step of `typical` tokens without recomputing, and for the longest one with it."""
+        if not self.unpacking_bytes:
+            return 0
+        needed = max(self.expected_bytes(typical, 0), self.expected_bytes(longest, len(self.layers)))
+        spare = self.free_bytes + self.unpacked * self.unpacking_bytes - needed
+        return min(len(self.layers), max(0, int(spare // self.unpacking_bytes)))
+
+    def unpack(self, count: int) -> None:
+        """Hold the NF4 weights of the first `count` layers unpacked, and all others packed.
+
+        bitsandbytes unpacks a weight for every product in training but the forward pass of short steps; here that is done
+        once. The products are the same; on a GPU those of short steps may sum in another order. The packed weights
+        wait in CPU memory.
+        """
+        from bitsandbytes.functional import dequantize_4bit
+
+        for layer in self.packed[self.unpacked : count]:
+            for parent, name, module in layer:
+                weight = dequantize_4bit(module.weight.data, module.weight.quant_state).to(module.compute_dtype)
+                plain = nn.Linear(module.in_features, module.out_features, device="meta")
+                plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
+                setattr(parent, name, plain)
+                module.weight.data = module.weight.data.cpu()
+        for layer in self.packed[count : self.unpacked]:
+            for parent, name, module in layer:
+                module.weight.data = module.weight.data.to(getattr(parent, name).weight.device)
+                setattr(parent, name, module)
+        self.weight_bytes += (count - self.unpacked) * self.unpacking_bytes
+        self.unpacked = count
+
     def describe(self, tokens: int) -> str:
         """What the longest step, of so many tokens, is expected to need."""
         count = self.layers_to_recompute(tokens)
@@ -1094,7 +1135,16 @@ class MemoryPlan:
             f"memory: about {total / gib:.1f} GiB expected ({self.weight_bytes / gib:.1f} weights, "
             f"{self.optimizer_bytes / gib:.1f} gradients and optimizer, the rest for up to {tokens:,} tokens a step), "
             f"{self.free_bytes / gib:.1f} GiB free; the longest step recomputes {count} of {len(self.layers)} layers"
+            + (f"; NF4 weights of {self.unpacked} stay unpacked" if self.unpacking_bytes else "")
         )
+
+
+def _packed_linears(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of each linear layer whose weights are in NF4."""
+    children = ((parent, name, child) for parent in layer.modules() for name, child in parent.named_children())
+    return [
+        (*place, child) for *place, child in children if isinstance(child, nn.Linear) and hasattr(child.weight, "quant_state")
+    ]
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -1322,6 +1372,21 @@ class Trainer:
         sums.correct = int(correct)
         return sums
 
+    def use_less_memory(self) -> None:
+        """Pack the weights that were kept unpacked, or else halve the micro-batch. Raises UserError when neither is left."""
+        plan = self.model.memory_plan
+        if plan and plan.unpacked:
+            plan.unpack(0)
+            tqdm.write("out of GPU memory: NF4 weights stay packed from here, the same step")
+        elif self.micro_batch_size <= self.smallest_micro_batch:
+            raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.")
+        else:
+            self.micro_batch_size //= 2
+            if plan:
+                plan.free_bytes *= 0.9  # it promised too much
+            tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
+        torch.cuda.empty_cache()
+
     def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:
         """One optimizer step. Raises FloatingPointError, before any weight changes, when a loss or gradient is not finite."""
         while True:
@@ -1330,14 +1395,8 @@ class Trainer:
                 sums = self.accumulate_gradients(rows)
                 break
             except torch.OutOfMemoryError:
-                if self.micro_batch_size <= self.smallest_micro_batch:
-                    raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.") from None
-            # outside of `except`, where the failed pass is no longer held
-            self.micro_batch_size //= 2
-            if plan := self.model.memory_plan:
-                plan.free_bytes *= 0.9  # it promised too much
-            torch.cuda.empty_cache()
-            tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
+                pass
+            self.use_less_memory()  # outside of `except`, where the failed pass is no longer held
         total_norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total_norm)
@@ -2079,6 +2138,7 @@ def run_job(
     label, parameters = f"model {number} seed {seed}", count_parameters(model)
     if plan := model.memory_plan:
         tokens = int(train.lengths.max()) * config.batch_size
+        plan.unpack_what_fits(train, config.batch_size)
         trained = f"{parameters['trainable']:,} of {parameters['total']:,} parameters train"
         tqdm.write(f"{label}: {trained}\n{label}: {plan.describe(tokens)}")
     progress, evaluation = train_model(label, trainer, validation, config, seed, job, run_bar)

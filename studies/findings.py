@@ -208,7 +208,7 @@ def collapse_rows(results: dict, columns: tuple[tuple[str, str, int], ...]) -> s
     """A row for each study and model: mean [95 % interval over seeds] of each number."""
     rows = []
     for name, result in results.items():
-        for key in [key for key in analysis.KEYS if key in result]:
+        for key in analysis.keys_of(result):
             intervals = result[key]["intervals"]
             cells = [
                 common.format_interval(intervals[number], digits) if number in intervals else "n/a"
@@ -250,8 +250,8 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     for name, result in results.items():
         for pair, found in result["changes"].items():
             cells = [common.format_interval(found["effective_rank"], 1, sign="+"), str(found["effective_rank"]["n"])]
-            half = found.get("half")
-            cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}" if half else "n/a")
+            half = found["half"]
+            cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}")
             cells += [
                 common.format_interval(found[number], digits, sign="+") for number, digits in (("stable_rank", 1), ("cdnv", 2))
             ]

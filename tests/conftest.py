@@ -1,5 +1,6 @@
 """Tiny models and data for the tests: every test runs in seconds on a CPU."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,15 @@ def fails(run, capsys, *arguments, **keywords) -> str:
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error
     return error
+
+
+def start_script(script, line: str, plots: bool = False) -> None:
+    """Run a script with this command line as a shell would, in this process; a training's plots take seconds each."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plot in () if plots else ("plot_learning_curves", "plot_engram_clusters"):
+            patch.setattr(common, plot, lambda *_: None)
+        patch.setattr(sys, "argv", [script.__name__, *line.split()])
+        common.run_script(script.main)
 
 
 def without_times(value):

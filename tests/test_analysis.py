@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import fails, random_split, tiny_config, tiny_model
+from conftest import fails, random_split, start_script, tiny_config, tiny_model
 
 import common
 import effective_rank_analysis as analysis
@@ -22,12 +21,8 @@ TINY += " --classifier-size 10 --engram-size 6"
 @pytest.fixture(scope="session")
 def trained(data_dir, tmp_path_factory):
     """A results folder of Experiment 1: three tiny models, two seeds."""
-    folder, patch = tmp_path_factory.mktemp("trained"), pytest.MonkeyPatch()
-    for plot in ("plot_learning_curves", "plot_engram_clusters"):
-        patch.setattr(common, plot, lambda *_: None)
-    patch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2".split()])
-    common.run_script(experiment.main)
-    patch.undo()
+    folder = tmp_path_factory.mktemp("trained")
+    start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2")
     return folder
 
 
@@ -38,13 +33,11 @@ def run(data_dir, tmp_path, monkeypatch, request):
         for plot in ("plot_ranks", "plot_layers", "plot_collapse"):
             monkeypatch.setattr(analysis, plot, lambda *_: None)
 
-    def start(arguments="", folder=tmp_path / "out"):
-        line = f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}"
-        monkeypatch.setattr(sys, "argv", ["effective_rank_analysis.py", *line.split()])
-        common.run_script(analysis.main)
+    def run_analysis(arguments="", folder=tmp_path / "out"):
+        start_script(analysis, f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}")
         return json.loads((folder / "effective_rank_results.json").read_text())
 
-    return start
+    return run_analysis
 
 
 class ProjectedBackbone(torch.nn.Module):
@@ -213,12 +206,8 @@ def test_a_second_run_measures_only_what_is_new(run, trained, monkeypatch):
 def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path, monkeypatch):
     """A fine-tuned language model: each seed's adapters give the rank that its training ended with; one load of the base."""
     folder, loads, load = tmp_path / "trained", [], common.load_causal_lm
-    for plot in ("plot_learning_curves", "plot_engram_clusters"):
-        monkeypatch.setattr(common, plot, lambda *_: None)
     line = f"--model {qwen} --data-dir {data_dir} --output-dir {folder} --device cpu --seeds 1 2 --epochs 1 --max-length 12"
-    line += " --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2"
-    monkeypatch.setattr(sys, "argv", ["experiment_7b.py", *line.split()])
-    common.run_script(experiment_7b.main)
+    start_script(experiment_7b, f"{line} --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2")
     monkeypatch.setattr(common, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments))
     (study,) = run(f"--folders {folder}").values()
     assert len(loads) == 1 and list(study["pretrained"]["seeds"]) == ["1"]
@@ -234,10 +223,7 @@ def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path,
 def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, data_dir, tmp_path, monkeypatch):
     """Two folders of the same data and backbone stay two studies, with a baseline each; a broken one is passed over."""
     other, wide = tmp_path / "wide", "--hidden-size 32 --seeds 1 --models 1"
-    for plot in ("plot_learning_curves", "plot_engram_clusters"):
-        monkeypatch.setattr(common, plot, lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}".split()])
-    common.run_script(experiment.main)
+    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}")
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")

@@ -1,6 +1,5 @@
 """Experiments 2 and 3: pretrained causal LMs with LoRA, on tiny Qwen2 and Llama models that are saved to a folder and loaded."""
 
-import dataclasses
 import json
 import sys
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SIZES, fails, random_split, without_times
+from conftest import SIZES, fails, random_split, start_script, without_times
 
 import common
 import experiment_7b
@@ -41,18 +40,14 @@ def ag_news(data_dir):
 
 
 @pytest.fixture
-def run(data_dir, tmp_path, monkeypatch):
+def run(data_dir, tmp_path):
     """run(model, arguments, folder, script) starts a script as a shell would, in this process; returns its results.json."""
-    for plot in ("plot_learning_curves", "plot_engram_clusters"):  # drawn in the tests of experiment.py
-        monkeypatch.setattr(common, plot, lambda *_: None)
 
-    def start(model, arguments="", folder=tmp_path / "out", script=experiment_7b):
-        line = f"--model {model} --data-dir {data_dir} --output-dir {folder} {TINY} {arguments}"
-        monkeypatch.setattr(sys, "argv", [script.__name__, *line.split()])
-        common.run_script(script.main)
+    def run_experiment(model, arguments="", folder=tmp_path / "out", script=experiment_7b):
+        start_script(script, f"--model {model} --data-dir {data_dir} --output-dir {folder} {TINY} {arguments}")
         return json.loads((folder / "results.json").read_text())
 
-    return start
+    return run_experiment
 
 
 def tiny_settings(folder, **changes) -> common.LanguageModelConfig:
@@ -511,15 +506,3 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
     after = common.evaluate(model, validation)
     assert after.record(0.5)["accuracy"] > 0.5
     assert after.lm_loss < before.lm_loss < 8  # of ln 49,152 = 10.8: it knew English from the start
-
-
-@pytest.mark.parametrize("script", [experiment_7b, experiment_agnews_7b])
-def test_help_explains_every_setting(capsys, monkeypatch, script):
-    monkeypatch.setattr(sys, "argv", ["script", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        script.main()
-    assert stopped.value.code == 0
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(script.Config):
-        start = text.index(f"--{field.name.replace('_', '-')} ")
-        assert "." in text[start : text.index("(default", start)], f"{field.name} has no help"

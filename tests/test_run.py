@@ -11,30 +11,29 @@ import time
 from pathlib import Path
 
 import pytest
+import throughput
 import torch
-from conftest import fails, tiny_model, without_times
+from conftest import fails, start_script, tiny_model, without_times
 
 import common
+import effective_rank_analysis
 import experiment
+import experiment_7b
+import experiment_agnews_7b
 
 TINY = "--epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
 TINY += " --classifier-size 10 --engram-size 6 --learning-rate 3e-3"
 
 
 @pytest.fixture
-def run(data_dir, tmp_path, monkeypatch):
+def run(data_dir, tmp_path):
     """run("--seeds 1 2", folder) starts experiment.py as a shell would, in this process; returns its results.json."""
 
-    for plot in ("plot_learning_curves", "plot_engram_clusters"):  # seconds each; `undisturbed` draws them
-        monkeypatch.setattr(common, plot, lambda *_: None)
-
-    def start(arguments="", folder=tmp_path / "out", data=data_dir):
-        line = f"--data-dir {data} --output-dir {folder} --device cpu {TINY} {arguments}"
-        monkeypatch.setattr(sys, "argv", ["experiment.py", *line.split()])
-        common.run_script(experiment.main)
+    def run_experiment(arguments="", folder=tmp_path / "out", data=data_dir):
+        start_script(experiment, f"--data-dir {data} --output-dir {folder} --device cpu {TINY} {arguments}")
         return json.loads((folder / "results.json").read_text())
 
-    return start
+    return run_experiment
 
 
 def contents(folder):
@@ -45,10 +44,7 @@ def contents(folder):
 def undisturbed(data_dir, tmp_path_factory):
     """Folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["x", *f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2".split()])
-    common.run_script(experiment.main)
-    patch.undo()
+    start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2", plots=True)
     return folder
 
 
@@ -311,13 +307,13 @@ def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, dat
         assert common.evaluate(model, split).correct() == metrics["correct"][f"{kind}_cold"]
 
 
-def test_help_explains_every_setting(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiment.py", "--help"])
+@pytest.mark.parametrize("script", [experiment, experiment_7b, experiment_agnews_7b, effective_rank_analysis, throughput])
+def test_help_explains_every_setting(capsys, script):
     with pytest.raises(SystemExit) as stopped:
-        experiment.main()
+        start_script(script, "--help")
     assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for field in dataclasses.fields(experiment.Config):
+    for field in dataclasses.fields(script.Config):
         start = text.index(f"--{field.name.replace('_', '-')} ")
         assert "." in text[start : text.index("(default", start)], f"{field.name} has no help"
 

@@ -18,7 +18,7 @@ DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 # TABLE -> its JSON file, where that is not results.json
-FILES = {"throughput": "throughput.json"}
+FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
 FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse"), "effective_rank_results.json")
 
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
@@ -32,6 +32,8 @@ REFERENCE = {
     },
     "results_7b": {
         "model": "Qwen2.5-7B, 67,349 training rows",
+        "train_rows": 67_349,
+        "minutes": {"model1": 380, "model2": 417, "model3": 635},
         "final": {"model1": 96.22, "model2": 96.56, "model3": 96.67},
         "best": {"model1": 96.22, "model2": 96.79, "model3": 96.67},
         "ari": 0.833,
@@ -41,6 +43,8 @@ REFERENCE = {
     },
     "results_agnews": {
         "model": "Qwen2.5-7B, 120,000 training rows",
+        "train_rows": 120_000,
+        "minutes": {"model1": 1358, "model2": 1488, "model3": 1953},
         "final": {"model1": 90.76, "model2": 95.54, "model3": 95.92},
         "best": {"model1": 90.76, "model2": 95.63, "model3": 95.92},
         "ari": 0.889,
@@ -272,6 +276,25 @@ def table_throughput(folder: Path, results: dict) -> str:
         f"*{data['name']}, {results['tokens_per_row']:.1f} tokens a row; medians of {results['settings']['rounds']} rounds, both "
         f"recipes in turn; {hardware['device']}, {hardware['threads']} threads; commit {short_commit(results['git_commit'])}. "
         f"Source: `{folder}/throughput.json`.*"
+    )
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def table_paper(folder: Path, results: dict) -> str:
+    """Counts beside the reference's published times, which are of its own number of training rows."""
+    theirs, rows, epochs = REFERENCE[folder.parts[0]], [], results["settings"]["epochs"]
+    for key in ("model1", "model2", "model3"):
+        rates, step = results[key]["examples_per_second"], results[key]["step"]["ours"]
+        ratios = [f"{rates['ours'] / rates[other]:.1f}" for other in ("conventional", "ecosystem")]
+        hours = [epochs * theirs["train_rows"] / rates[recipe] / 3600 for recipe in ("ours", "conventional")]
+        cells = [*ratios, f"{step['limit_share']:.0%}", f"{step['unpacked']:.0%}", *(f"{h:.1f}" for h in hours)]
+        rows.append([model_name(key), *cells, f"{theirs['minutes'][key] / 60:.1f}"])
+    header = ["model", "examples/s over conventional", "over ecosystem's", "share of the limit", "layers kept unpacked"]
+    header += [f"hours for {epochs} x {theirs['train_rows']:,} rows, ours", "conventional", "reference's published hours"]
+    card = f"{results['rates']['name']}, {results['settings']['memory_gib']:.0f} GiB"
+    note = (
+        f"*On paper, not measured: {results['data']['name']}, {results['tokens_per_row']:.1f} tokens a row, {card}; without "
+        f"evaluation. Source: `{folder}/throughput_on_paper.json`, commit {short_commit(results['git_commit'])}.*"
     )
     return f"{markdown(header, rows)}\n\n{note}"
 

@@ -11,7 +11,7 @@ ecosystem      (language models) transformers' Trainer: padding to the longest r
                gradient checkpointing, LM logits at every position
 ours           as the experiments train
 
-Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json.
+Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json and its plot.
 """
 
 import dataclasses
@@ -420,12 +420,17 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         save(config.output_dir / folder if config.output_dir else default, results)
         found[task.name] = results
     default = common.ROOT / "results_7b" / ("limit-tiny" if config.backbone == "tiny" else "")
-    plot(config.output_dir / "results_7b" / "throughput.png" if config.output_dir else default / "throughput.png", found)
+    first, model = (
+        next(iter(found.values())),
+        "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature",
+    )
+    title = f"{model}; {first['hardware']['device']}; medians of {config.rounds} rounds"
+    plot((config.output_dir / "results_7b" if config.output_dir else default) / "throughput.png", found, title)
     return found
 
 
 # Vendor's figures of the reference's card: memory bandwidth, and dense bfloat16 products with fp32 sums.
-RTX_4080 = {"bytes": 717e9, "operations": 97.5e12}
+RTX_4080 = {"name": "RTX 4080", "bytes": 717e9, "operations": 97.5e12}
 
 
 def count_step(
@@ -473,14 +478,16 @@ def count_step(
 def count_on_paper(config: Config) -> dict[str, dict]:
     """What the recipes would take on the reference's card, from counts alone; written to throughput_on_paper.json."""
     encode, results = common.load_tokenizer(config.tokenizer), {}
+    here = {key: common.environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
         rng, size, lengths = np.random.default_rng(0), settings.batch_size, split.lengths
         grouped, shuffled = common.length_grouped_batches(lengths, size, rng), rng.permutation(len(lengths))
         steps = min(len(grouped), 500)
-        found: dict[str, Any] = {"data": task.summary(), "tokens_per_row": float(lengths.mean()), "rates": RTX_4080}
+        found: dict[str, Any] = {"data": task.summary(), "tokens_per_row": float(lengths.mean()), "rates": RTX_4080, **here}
+        found["settings"] = {"steps": steps, "epochs": settings.epochs, "memory_gib": config.memory_gib}
         for number in config.models:
-            found[f"model{number}"] = {}
+            by_recipe = {}
             for recipe in RECIPES:
                 rows = grouped[:steps] if recipe != "conventional" else np.split(shuffled[: steps * size], steps)
                 memory = config.memory_gib, size * lengths.mean(), size * lengths.max()
@@ -488,23 +495,26 @@ def count_on_paper(config: Config) -> dict[str, dict]:
                 means = {key: float(np.mean([count[key] for count in counts])) for key in counts[0]}
                 means["examples_per_second"] = sum(map(len, rows)) / sum(count["seconds"] for count in counts)
                 means["hours"] = settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
-                found[f"model{number}"][recipe] = means
-            rates = {recipe: numbers["examples_per_second"] for recipe, numbers in found[f"model{number}"].items()}
+                by_recipe[recipe] = means
+            rates = {recipe: means["examples_per_second"] for recipe, means in by_recipe.items()}
+            found[f"model{number}"] = {"examples_per_second": rates, "step": by_recipe}
             line = "  ".join(f"{recipe} {rate:.0f}" for recipe, rate in rates.items())
-            ours = found[f"model{number}"]["ours"]
+            ours = by_recipe["ours"]
             ratios = ", ".join(f"{rates['ours'] / rates[other]:.1f} x {other}" for other in RECIPES[:2])
             shares = f"{ours['limit_share']:.0%} of the limit, {ours['recomputed']:.0%} of layers recomputed, "
             shares += f"{ours['unpacked']:.0%} kept unpacked"
             name, hours = common.MODEL_NAMES[number], f"{settings.epochs} epochs: {ours['hours']:.1f} h"
             print(f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}", flush=True)
-        results[folder] = found
-        target = config.output_dir / folder if config.output_dir else common.ROOT / folder
+        results[task.name] = found
+        target = (config.output_dir or common.ROOT) / folder
         target.mkdir(parents=True, exist_ok=True)
         common.write_json(target / "throughput_on_paper.json", found)
+    title = f"Qwen2.5-7B's architecture; counted on paper for an {RTX_4080['name']}, not measured"
+    plot((config.output_dir or common.ROOT) / "results_7b" / "throughput_on_paper.png", results, title)
     return results
 
 
-def plot(path: Path, found: dict[str, dict]) -> None:
+def plot(path: Path, found: dict[str, dict], title: str) -> None:
     """Examples per second of each recipe, a panel for each data set."""
     figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), layout="constrained", squeeze=False)
     for axis, (name, results) in zip(axes[0], found.items(), strict=True):
@@ -518,9 +528,7 @@ def plot(path: Path, found: dict[str, dict]) -> None:
         axis.set_xticks(range(len(keys)), [common.MODEL_NAMES[int(key[-1])] for key in keys])
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].legend()
-    first = next(iter(found.values()))
-    architecture = "Qwen2.5-7B's architecture, random NF4 weights" if first["backbone"] == "7b" else "miniature"
-    figure.suptitle(f"{architecture}; {first['hardware']['device']}; medians of {first['settings']['rounds']} rounds")
+    figure.suptitle(title)
     common.save_figure(figure, path)
 
 

@@ -2340,7 +2340,7 @@ def reproduction_table(published: dict, results: dict) -> str:
 def run_language_model_experiment(
     name: str,
     results: Path,
-    other: Path,
+    other: Path | None,
     load_task: Callable[[Path | None], Task | None],
     engram_source: Literal["pooled", "intermediate"],
     config: LanguageModelConfig,
@@ -2373,6 +2373,6 @@ def run_language_model_experiment(
         encode=encode,
         build_model=lambda number: build_language_model(number, len(task.class_names), engram_source, config, device),
         details=details,
-        other=other / subfolder,
+        other=other and other / subfolder,
     )
     return run_experiment(experiment, dataclasses.replace(config, model=name_in_results))

@@ -232,6 +232,9 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
         if record.get("made_from") != made_from:
             record = {**measure(model, split, config.draws), "made_from": made_from, **here}
             common.write_json(file, record)
+        if key == "model3" and config.weights == "final":  # the training has clustered the engrams of its last epoch
+            clusters = common.read_json(folder / "state" / f"{key}-seed{seed}" / "metrics.json")["cluster"]
+            record |= {"engram_ari": clusters["trained"]["ari"], "engram_ari_untrained": clusters["untrained"]["ari"]}
         records.setdefault(key, {})[str(seed)] = record
         times = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in record["seconds"].items())
         print(f"  {key} seed {seed}: effective rank {record['effective_rank']:.1f} ({times})", flush=True)
@@ -459,6 +462,45 @@ def plot_collapse(path: Path, results: dict[str, dict]) -> None:
     common.save_figure(figure, path)
 
 
+def plot_overview(path: Path, results: dict[str, dict]) -> None:
+    """Accuracy, effective rank and engram clusters of every study, with intervals over seeds where there are several."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 1.5 + 1.1 * len(results)), layout="constrained", sharey=True)
+
+    def point(axis: plt.Axes, place: float, interval: dict, scale: float, **look) -> None:
+        half = 0.0 if interval["low"] is None else scale * (interval["high"] - interval["mean"])
+        axis.errorbar(scale * interval["mean"], place, xerr=half, capsize=4, linestyle="none", **look)
+
+    names = [f"{name}\n{result['settings']['data']['train_rows']:,} training rows" for name, result in results.items()]
+    for row, result in enumerate(results.values()):
+        for offset, key in enumerate(keys_of(result)):
+            intervals, place = result[key]["intervals"], row + 0.18 * (offset - 1.5)
+            label = "before training" if key == "pretrained" else display_name(key, result)
+            look = {"color": COLORS[key], "marker": MARKERS[key], "label": label if row == 0 else None}
+            if key != "pretrained":
+                point(axes[0], place, intervals["accuracy"], 100, **look)
+            bound = min(result["num_samples"] - 1, result[key]["num_dimensions"])
+            point(axes[1], place, intervals["effective_rank"], 100 / bound, **look)
+            if "engram_ari" in intervals:
+                point(axes[2], row - 0.1, intervals["engram_ari"], 1, **look | {"label": "trained" if row == 0 else None})
+                look |= {
+                    "color": COLORS["pretrained"],
+                    "marker": "o",
+                    "label": "control: untrained compressor" if row == 0 else None,
+                }
+                point(axes[2], row + 0.1, intervals["engram_ari_untrained"], 1, **look)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
+    axes[1].set(xlabel="effective rank (% of the highest possible)", title="Rank of pooled hidden states", xlim=(0, 100))
+    axes[2].set(xlabel="adjusted Rand index with the classes", title="Engram clusters of model 3")
+    axes[1].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.suptitle("Last epoch; mean over seeds, bars: 95 % interval over seeds where there are several")
+    common.save_figure(figure, path)
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     common.check_bounds("rows", config.rows, 4, math.inf)  # half of them still have a rank
@@ -483,6 +525,7 @@ def main() -> None:
     plot_ranks(config.output_dir / "effective_rank.png", results)
     plot_layers(config.output_dir / "rank_by_layer.png", results)
     plot_collapse(config.output_dir / "neural_collapse.png", results)
+    plot_overview(config.output_dir / "overview.png", results)
     print(table(results))
     print(f"\nresults and plots: {config.output_dir}")
 

@@ -19,7 +19,10 @@ BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).
 
 # TABLE -> its JSON file, where that is not results.json
 FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
-FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse"), "effective_rank_results.json")
+FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "effects"), "effective_rank_results.json")
+
+# The trainings behind the effects on the hypotheses
+RUNS = ("results", "results/movie-snippets", "results_7b/smollm2-135m", "results_agnews/smollm2-135m")
 
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {
@@ -264,6 +267,56 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
 
 
+def by_seed(results: dict, key: str, number) -> dict[str, float]:
+    """number(run) of each seed of a model."""
+    return {seed: number(run) for seed, run in results["models"][key].items()}
+
+
+def difference_by_seed(results: dict, a: str, b: str, number, digits: int, scale: float = 1.0) -> str:
+    """number(run) of model b minus that of model a, paired by seed."""
+    first, second = (by_seed(results, key, number) for key in (a, b))
+    return interval([second[seed] - first[seed] for seed in first if seed in second], digits, scale, "+")
+
+
+def table_effects(folder: Path, results: dict) -> str:
+    """What bears on each hypothesis, one row for each study: mean effect, and its intervals over seeds and over rows."""
+    rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
+    for place in RUNS:
+        run = common.read_json(common.ROOT / place / "results.json")
+        settings, found = run["settings"], run["comparisons"]["final"]["model2 - model1"]
+        backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
+        study, seeds = f"{settings['data']['name']}, {backbone}", str(len(run["models"]["model2"]))
+        over_rows = common.format_bounds(found["examples"], 2, 100, "+")
+        accuracy = common.format_interval(found["seeds"], 2, 100, "+")
+        rows["H1"].append(["accuracy, points: model2 - model1", study, seeds, accuracy, over_rows])
+        loss = difference_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"], 3)
+        rows["H1"].append(["validation classification loss, nats: model2 - model1", study, seeds, loss, "n/a"])
+        if "cross_dataset" in run:
+            gains = run["cross_dataset"]["comparisons"]["model2 - model1"]["more_here"]
+            pair = f"{settings['data']['name']} less {run['cross_dataset']['other']['name']}, {backbone}"
+            rows["H2"].append(["accuracy gain, points", pair, seeds, common.format_interval(gains, 2, 100, "+"), "n/a"])
+        engrams = [r["cluster"] for r in run["models"]["model3"].values()]
+        gain = interval([c["trained"]["ari"] - c["untrained"]["ari"] for c in engrams], 3, sign="+")
+        rows["H3"].append(["engram ARI: trained - untrained compressor", study, str(len(engrams)), gain, "n/a"])
+    for study, result in results.items():
+        for pair in ("model1 - pretrained", "model2 - model1"):
+            change = result["changes"][pair]
+            half = f"{common.format_interval(change['half'], 1, sign='+')} at {change['half']['rows']:,} rows"
+            rank, n = common.format_interval(change["effective_rank"], 1, sign="+"), str(change["effective_rank"]["n"])
+            rows["H4"].append([f"effective rank: {pair}", study, n, rank, half])
+        cdnv = common.format_interval(result["changes"]["model2 - model1"]["cdnv"], 2, sign="+")
+        rows["H4"].append(["NC1 cdnv: model2 - model1", study, n, cdnv, "n/a"])
+    header = [
+        "hypothesis",
+        "effect, final epoch",
+        "data, backbone",
+        "seeds",
+        "mean [95 % over seeds]",
+        "95 % over examples or rows",
+    ]
+    return markdown(header, [[name, *row] for name, found in rows.items() for row in found])
+
+
 def table_throughput(folder: Path, results: dict) -> str:
     rows = []
     for key in [key for key in ("model1", "model2", "model3") if key in results]:
@@ -281,20 +334,24 @@ def table_throughput(folder: Path, results: dict) -> str:
 
 
 def table_paper(folder: Path, results: dict) -> str:
-    """Counts beside the reference's published times, which are of its own number of training rows."""
-    theirs, rows, epochs = REFERENCE[folder.parts[0]], [], results["settings"]["epochs"]
-    for key in ("model1", "model2", "model3"):
-        rates, step = results[key]["examples_per_second"], results[key]["step"]["ours"]
-        ratios = [f"{rates['ours'] / rates[other]:.1f}" for other in ("conventional", "ecosystem")]
-        hours = [epochs * theirs["train_rows"] / rates[recipe] / 3600 for recipe in ("ours", "conventional")]
-        cells = [*ratios, f"{step['limit_share']:.0%}", f"{step['unpacked']:.0%}", *(f"{h:.1f}" for h in hours)]
-        rows.append([model_name(key), *cells, f"{theirs['minutes'][key] / 60:.1f}"])
-    header = ["model", "examples/s over conventional", "over ecosystem's", "share of the limit", "layers kept unpacked"]
-    header += [f"hours for {epochs} x {theirs['train_rows']:,} rows, ours", "conventional", "reference's published hours"]
+    """Counts for both data sets beside the reference's published times, which are of its own number of training rows."""
+    rows, sources = [], []
+    for place in ("results_7b", "results_agnews"):
+        counts, theirs = common.read_json(common.ROOT / place / FILES["paper"]), REFERENCE[place]
+        for key in ("model1", "model2", "model3"):
+            rates, step = counts[key]["examples_per_second"], counts[key]["step"]["ours"]
+            ratios = [f"{rates['ours'] / rates[other]:.1f}" for other in ("conventional", "ecosystem")]
+            seen = counts["settings"]["epochs"] * theirs["train_rows"]
+            hours = [f"{seen / rates[recipe] / 3600:.1f}" for recipe in ("ours", "conventional")]
+            cells = [f"{step['limit_share']:.0%}", f"{step['unpacked']:.0%}", *hours, f"{theirs['minutes'][key] / 60:.1f}"]
+            rows.append([f"{counts['data']['name'].partition(',')[0]}, {model_name(key)}", *ratios, *cells])
+        sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
+    header = ["data, model", "examples/s over conventional", "over ecosystem's", "share of the limit", "layers kept unpacked"]
+    header += ["hours for the reference's rows, ours", "the same, conventional", "reference's published hours"]
     card = f"{results['rates']['name']}, {results['settings']['memory_gib']:.0f} GiB"
     note = (
-        f"*On paper, not measured: {results['data']['name']}, {results['tokens_per_row']:.1f} tokens a row, {card}; without "
-        f"evaluation. Source: `{folder}/throughput_on_paper.json`, commit {short_commit(results['git_commit'])}.*"
+        f"*On paper, not measured: {'; '.join(sources)}; {card}; without evaluation. Sources: `throughput_on_paper.json` in "
+        f"`results_7b/` and `results_agnews/`, commit {short_commit(results['git_commit'])}.*"
     )
     return f"{markdown(header, rows)}\n\n{note}"
 

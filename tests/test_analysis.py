@@ -30,7 +30,7 @@ def trained(data_dir, tmp_path_factory):
 def run(data_dir, tmp_path, monkeypatch, request):
     """run(arguments) starts the script as a shell would, in this process; returns effective_rank_results.json."""
     if "design_asks" not in request.node.name:  # seconds each; one test draws them
-        for plot in ("plot_ranks", "plot_layers", "plot_collapse"):
+        for plot in ("plot_ranks", "plot_layers", "plot_collapse", "plot_overview"):
             monkeypatch.setattr(analysis, plot, lambda *_: None)
 
     def run_analysis(arguments="", folder=tmp_path / "out"):
@@ -191,7 +191,7 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
     subsets = [np.mean([study[key]["seeds"][seed]["subsets"]["12"] for seed in "12"], axis=0) for key in ("model1", "model2")]
     assert half["rows"] == 12 and half["mean"] == pytest.approx((subsets[1] - subsets[0]).mean())
     assert half["low"] < half["mean"] < half["high"]
-    for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png"):
+    for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png", "overview.png"):
         assert (tmp_path / "out" / plot).stat().st_size > 10_000
 
 

@@ -1,5 +1,6 @@
 """Experiments 2 and 3: pretrained causal LMs with LoRA, on tiny Qwen2 and Llama models that are saved to a folder and loaded."""
 
+import importlib
 import json
 import sys
 
@@ -506,3 +507,17 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
     after = common.evaluate(model, validation)
     assert after.record(0.5)["accuracy"] > 0.5
     assert after.lm_loss < before.lm_loss < 8  # of ln 49,152 = 10.8: it knew English from the start
+
+
+def test_the_experiment_that_the_readme_shows_runs(qwen, tmp_path, monkeypatch):
+    """Its code as it stands, on three classes of lines of label, tab, text."""
+    readme = (common.ROOT / "README.md").read_text()
+    (tmp_path / "topics.py").write_text(readme.partition("```python\n")[2].partition("```")[0])
+    for name, rows in (("train.tsv", 24), ("test.tsv", 12)):
+        (tmp_path / name).write_text("\n".join(f"{i % 3}\t{('good', 'bad', 'world')[i % 3]} word{i % 2}" for i in range(rows)))
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    start_script(importlib.import_module("topics"), f"--model {qwen} --data-dir {tmp_path} {TINY}")
+    results = json.loads((tmp_path / "results_topics/tiny-qwen2/results.json").read_text())
+    assert results["settings"]["data"]["class_names"] == ["music", "politics", "sport"]
+    assert list(results["models"]) == ["model1", "model2", "model3"]

@@ -22,7 +22,7 @@ FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
 FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "effects"), "effective_rank_results.json")
 
 # The trainings behind the effects on the hypotheses
-RUNS = ("results", "results/movie-snippets", "results_7b/smollm2-135m", "results_agnews/smollm2-135m")
+RUNS = ("results", "results/movie-snippets", "results_7b/smollm2-135m")
 
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {

@@ -19,7 +19,7 @@ BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).
 
 # TABLE -> its JSON file, where that is not results.json
 FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
-FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "effects"), "effective_rank_results.json")
+FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "depth", "effects"), "effective_rank_results.json")
 
 # The trainings behind the effects on the hypotheses
 RUNS = ("results", "results/movie-snippets", "results_7b/smollm2-135m")
@@ -78,17 +78,22 @@ def short_commit(commit: str | None) -> str:
     return "unknown" if commit is None else commit[:10] + ("-modified" if commit.endswith("-modified") else "")
 
 
+def threads(run: dict) -> str:
+    count = run["hardware"]["threads"]
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def caption(folder: Path, results: dict) -> str:
     """Which data, rows, seeds, code and machine a table's numbers come from."""
     data, config = results["settings"]["data"], results["settings"]["config"]
     runs = [run for seeds in results["models"].values() for run in seeds.values()]
     commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
-    devices = ", ".join(sorted({f"{run['hardware']['device']}, {run['hardware']['threads']} threads" for run in runs}))
+    devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
     seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
     backbone = f"{config['model']}; " if "model" in config else ""
     return (
         f"*{backbone}{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
-        f"{config['epochs']} epochs; seeds {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
+        f"{config['epochs']} epochs; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
         f"made by commit {commits} on {devices}.*"
     )
 
@@ -198,6 +203,20 @@ def table_engrams(folder: Path, results: dict) -> str:
     return f"{markdown(header, rows)}\n\nShare of each class's rows in its own cluster, trained compressor, %: {purities}."
 
 
+def table_seeds(folder: Path, results: dict) -> str:
+    """What stands behind the means: each training by itself."""
+    rows = []
+    for key, runs in results["models"].items():
+        for seed, run in runs.items():
+            last, engrams = run["val"][-1], run.get("cluster")
+            cells = [f"{100 * last['accuracy']:.2f}", f"{last['cls_loss']:.3f}", f"{last['effective_rank']:.1f}"]
+            cells += [f"{max(epoch['max_grad_norm'] for epoch in run['train']):.1f}"]
+            cells += [f"{engrams[case]['ari']:.3f}" if engrams else "n/a" for case in ("trained", "untrained")]
+            rows.append([model_name(key), seed, *cells])
+    header = ["model, final epoch", "seed", "accuracy, %", "val cls loss", "effective rank", "largest gradient norm of a step"]
+    return markdown([*header, "engram ARI", "the same, untrained compressor"], rows)
+
+
 def table_cross(folder: Path, results: dict) -> str:
     cross = results["cross_dataset"]
     heads = [
@@ -252,10 +271,24 @@ def table_neural_collapse(folder: Path, results: dict) -> str:
     return collapse_rows(results, columns)
 
 
+def table_depth(folder: Path, results: dict) -> str:
+    """Effective rank of the embeddings, of the layer between where it is lowest, and of the last state; of language models."""
+    rows = []
+    for name, result in ((name, result) for name, result in results.items() if "model" in result["settings"]["config"]):
+        for key in analysis.keys_of(result):
+            ranks = np.array([[layer["effective_rank"] for layer in seed["layers"]] for seed in result[key]["seeds"].values()])
+            lowest, places = ranks[:, 1:-1].min(1), sorted({str(layer) for layer in 1 + ranks[:, 1:-1].argmin(1)})
+            cells = [interval(ranks[:, 0], 1), f"{interval(lowest, 1)} at {' or '.join(places)}", interval(ranks[:, -1], 1)]
+            rows.append([name, analysis.display_name(key, result), str(len(ranks)), *cells])
+    header = ["data, backbone", "model", "seeds", "effective rank at the embeddings", "lowest between, at layer", "at the end"]
+    return markdown(header, rows)
+
+
 def table_collapse_changes(folder: Path, results: dict) -> str:
     rows = []
     for name, result in results.items():
         for pair, found in result["changes"].items():
+            pair = pair.replace("pretrained", analysis.display_name("pretrained", result).lower())
             cells = [common.format_interval(found["effective_rank"], 1, sign="+"), str(found["effective_rank"]["n"])]
             half = found["half"]
             cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}")
@@ -291,6 +324,8 @@ def table_effects(folder: Path, results: dict) -> str:
         rows["H1"].append(["accuracy, points: model2 - model1", study, seeds, accuracy, over_rows])
         loss = difference_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"], 3)
         rows["H1"].append(["validation classification loss, nats: model2 - model1", study, seeds, loss, "n/a"])
+        overfit = difference_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"] - r["train"][-1]["cls_loss"], 3)
+        rows["H1"].append(["the same, validation less training", study, seeds, overfit, "n/a"])
         if "cross_dataset" in run:
             gains = run["cross_dataset"]["comparisons"]["model2 - model1"]["more_here"]
             pair = f"{settings['data']['name']} less {run['cross_dataset']['other']['name']}, {backbone}"
@@ -300,10 +335,13 @@ def table_effects(folder: Path, results: dict) -> str:
         rows["H3"].append(["engram ARI: trained - untrained compressor", study, str(len(engrams)), gain, "n/a"])
     for study, result in results.items():
         for pair in ("model1 - pretrained", "model2 - model1"):
-            change = result["changes"][pair]
+            change, shown = (
+                result["changes"][pair],
+                pair.replace("pretrained", analysis.display_name("pretrained", result).lower()),
+            )
             half = f"{common.format_interval(change['half'], 1, sign='+')} at {change['half']['rows']:,} rows"
             rank, n = common.format_interval(change["effective_rank"], 1, sign="+"), str(change["effective_rank"]["n"])
-            rows["H4"].append([f"effective rank: {pair}", study, n, rank, half])
+            rows["H4"].append([f"effective rank: {shown}", study, n, rank, half])
         cdnv = common.format_interval(result["changes"]["model2 - model1"]["cdnv"], 2, sign="+")
         rows["H4"].append(["NC1 cdnv: model2 - model1", study, n, cdnv, "n/a"])
     header = [
@@ -327,7 +365,7 @@ def table_throughput(folder: Path, results: dict) -> str:
     data, hardware = results["data"], results["hardware"]
     note = (
         f"*{data['name']}, {results['tokens_per_row']:.1f} tokens a row; medians of {results['settings']['rounds']} rounds, both "
-        f"recipes in turn; {hardware['device']}, {hardware['threads']} threads; commit {short_commit(results['git_commit'])}. "
+        f"recipes in turn; {hardware['device']}, {threads(results)}; commit {short_commit(results['git_commit'])}. "
         f"Source: `{folder}/throughput.json`.*"
     )
     return f"{markdown(header, rows)}\n\n{note}"

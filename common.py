@@ -1041,6 +1041,7 @@ def build_language_model(
     """Model 1, 2 or 3 on a pretrained causal LM, ready to train; a seed gives all three the same adapters and classifier."""
     causal_lm, lora = load_adapted_model(config, device)
     model = wrap_causal_lm(causal_lm, lora, number, num_classes, engram_source, config)
+    del causal_lm  # model 1 has no use for the LM head
     model.memory_plan = MemoryPlan(model, config.gradient_checkpointing)
     return model
 
@@ -1069,8 +1070,10 @@ class MemoryPlan:
         self.optimizer_bytes = 3 * sum(p.numel() * p.element_size() for p in model.trainable().values())
         self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device)
         self.packed = [_packed_linears(layer) for layer in self.layers]
-        bits = [(math.prod(m.weight.quant_state.shape) * m.compute_dtype.itemsize, m.weight.nbytes) for _, _, m in self.packed[0]]
-        self.unpacked, self.unpacking_bytes = 0, sum(plain - packed for plain, packed in bits)
+        linear = [module for _, _, module in self.packed[0]]
+        plain = sum(math.prod(module.weight.quant_state.shape) * module.compute_dtype.itemsize for module in linear)
+        leaving = sum(module.weight.nbytes for module in linear if module.weight.is_cuda)
+        self.unpacked, self.unpacking_bytes = 0, plain - leaving
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
         """Peak of a step of so many tokens with so many layers recomputed."""
@@ -1097,10 +1100,14 @@ class MemoryPlan:
         return self.unpacked
 
     def layers_to_unpack(self, typical: int, longest: int) -> int:
-        """All that leave room for a step of `typical` tokens without recomputing, and for the longest one with it."""
+        """All that leave room for a step of `typical` tokens without recomputing, for the longest one with it, where the mode
+        allows either, and for an evaluation, which keeps nothing: half as many training tokens need more."""
         if not self.unpacking_bytes:
             return 0
-        needed = max(self.expected_bytes(typical, 0), self.expected_bytes(longest, len(self.layers)))
+        none, every = 0, len(self.layers)
+        steps = [(typical, every if self.mode == "on" else none), (longest, none if self.mode == "off" else every)]
+        steps.append((max(EVALUATION_TOKENS.values()) // 2, every))
+        needed = max(self.expected_bytes(*step) for step in steps)
         spare = self.free_bytes + self.unpacked * self.unpacking_bytes - needed
         return min(len(self.layers), max(0, int(spare // self.unpacking_bytes)))
 
@@ -1375,6 +1382,8 @@ class Trainer:
     def use_less_memory(self) -> None:
         """Pack the weights that were kept unpacked, or else halve the micro-batch. Raises UserError when neither is left."""
         plan = self.model.memory_plan
+        if plan:
+            plan.free_bytes *= 0.9  # it promised too much
         if plan and plan.unpacked:
             plan.unpack(0)
             tqdm.write("out of GPU memory: NF4 weights stay packed from here, the same step")
@@ -1382,8 +1391,6 @@ class Trainer:
             raise UserError("GPU memory does not hold a single row: use a smaller model or --max-length.")
         else:
             self.micro_batch_size //= 2
-            if plan:
-                plan.free_bytes *= 0.9  # it promised too much
             tqdm.write(f"out of GPU memory: micro-batches of {self.micro_batch_size} rows from here, the same step")
         torch.cuda.empty_cache()
 

@@ -471,33 +471,36 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
         axis.errorbar(scale * interval["mean"], place, xerr=half, capsize=4, linestyle="none", **look)
 
     names = [f"{name}\n{result['settings']['data']['train_rows']:,} training rows" for name, result in results.items()]
+    shown: set[str] = set()
+
+    def once(label: str) -> str | None:  # a legend entry for the first of its kind
+        return None if label in shown else shown.add(label) or label
+
     for row, result in enumerate(results.values()):
         for offset, key in enumerate(keys_of(result)):
             intervals, place = result[key]["intervals"], row + 0.18 * (offset - 1.5)
             label = "before training" if key == "pretrained" else display_name(key, result)
-            look = {"color": COLORS[key], "marker": MARKERS[key], "label": label if row == 0 else None}
+            look = {"color": COLORS[key], "marker": MARKERS[key]}
             if key != "pretrained":
                 point(axes[0], place, intervals["accuracy"], 100, **look)
             bound = min(result["num_samples"] - 1, result[key]["num_dimensions"])
-            point(axes[1], place, intervals["effective_rank"], 100 / bound, **look)
+            point(axes[1], place, intervals["effective_rank"], 100 / bound, label=once(label), **look)
             if "engram_ari" in intervals:
-                point(axes[2], row - 0.1, intervals["engram_ari"], 1, **look | {"label": "trained" if row == 0 else None})
-                look |= {
-                    "color": COLORS["pretrained"],
-                    "marker": "o",
-                    "label": "control: untrained compressor" if row == 0 else None,
-                }
+                point(axes[2], row - 0.1, intervals["engram_ari"], 1, label=once("trained"), **look)
+                look |= {"color": COLORS["pretrained"], "marker": "o", "label": once("control: untrained compressor")}
                 point(axes[2], row + 0.1, intervals["engram_ari_untrained"], 1, **look)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
     axes[1].set(xlabel="effective rank (% of the highest possible)", title="Rank of pooled hidden states", xlim=(0, 100))
     axes[2].set(xlabel="adjusted Rand index with the classes", title="Engram clusters of model 3")
-    axes[1].legend(fontsize=8)
-    axes[2].legend(fontsize=8)
+    for axis in axes[1:]:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    figure.suptitle("Last epoch; mean over seeds, bars: 95 % interval over seeds where there are several")
+    weights = " or ".join({f"{result['weights']} epoch" for result in results.values()})
+    figure.suptitle(f"{weights}, up to 2,000 validation rows; mean over seeds, bars: 95 % over seeds where there are several")
     common.save_figure(figure, path)
 
 

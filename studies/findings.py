@@ -21,9 +21,6 @@ BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).
 FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
 FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "depth", "effects"), "effective_rank_results.json")
 
-# The trainings behind the effects on the hypotheses
-RUNS = ("results", "results/movie-snippets", "results_7b/smollm2-135m")
-
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {
     "results": {
@@ -314,8 +311,10 @@ def difference_by_seed(results: dict, a: str, b: str, number, digits: int, scale
 def table_effects(folder: Path, results: dict) -> str:
     """What bears on each hypothesis, one row for each study: mean effect, and its intervals over seeds and over rows."""
     rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
-    for place in RUNS:
-        run = common.read_json(common.ROOT / place / "results.json")
+    for path in sorted(common.ROOT.glob("results*/**/results.json")):
+        if "limit-" in str(path.relative_to(common.ROOT)):
+            continue
+        run = common.read_json(path)
         settings, found = run["settings"], run["comparisons"]["final"]["model2 - model1"]
         backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
         study, seeds = f"{settings['data']['name']}, {backbone}", str(len(run["models"]["model2"]))

@@ -301,9 +301,12 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
             if rates is not None and recipe == "ours":
                 limit = limit_seconds(model, number, rows, split, rates)
                 found |= {"limit_share": max(limit["bytes"], limit["operations"]) / seconds, "binding_limit": limit["binding"]}
+            if recipe == "ours" and model.memory_plan is not None:
+                unpacked = model.memory_plan.unpacked  # none any more, where memory ran out
             if round_number:  # the first round warms up
                 rounds[recipe].append(found)
     result = {"examples_per_second": {}, "tokens_per_second": {}, "peak_memory_bytes": {}, "ratio": {}}
+    result |= {"layers_unpacked": unpacked, "micro_batch_size": trainers["ours"].micro_batch_size}
     ours = np.array([found["examples"] for found in rounds["ours"]])
     for recipe, found in rounds.items():
         examples = np.array([f["examples"] for f in found])
@@ -431,6 +434,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
 
 # Vendor's figures of the reference's card: memory bandwidth, and dense bfloat16 products with fp32 sums.
 RTX_4080 = {"name": "RTX 4080", "bytes": 717e9, "operations": 97.5e12}
+# Tokens up to which bitsandbytes 0.50.2 multiplies packed weights of these shapes without unpacking them, on that card.
+FUSED = {"q o": 32, "k v": 23, "gate up": 256, "down": 64}
 
 
 def count_step(
@@ -438,33 +443,40 @@ def count_step(
 ) -> dict[str, float]:
     """Bytes moved, operations and seconds on paper of one optimizer step on rows of these lengths, 7B architecture.
 
-    Each pass over a layer reads its packed weights, writes them unpacked, and reads those for the product; a product waits for
-    its unpacking, so the times add up. Ours keeps layers unpacked as MemoryPlan does, for steps of `typical` and at most
-    `longest` tokens. Attention's own products, norms, copies and the optimizer are left out.
+    For a product, packed weights are read, written unpacked, and read again; in a forward pass of few tokens (FUSED) they are
+    only read, as unpacked ones are. A product waits for its weights, so the times add up. Ours keeps layers unpacked as
+    MemoryPlan does, for steps of `typical` and at most `longest` tokens. Attention's own products, norms, copies and the
+    optimizer are left out. The limit is that of limit_seconds.
     """
     h, f, kv = QWEN["hidden_size"], QWEN["intermediate_size"], QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28
-    depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h
-    weights = depth * (2 * h * h + 2 * h * kv + 3 * h * f)
+    depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h if number > 1 else 0
+    matrices = {"q o": 2 * h * h, "k v": 2 * h * kv, "gate up": 2 * h * f, "down": h * f}  # of a layer
+    layer = sum(matrices.values())
     adapters = depth * settings.lora_rank * (4 * h + 2 * (h + kv) + 3 * (h + f))
     ours, halves = recipe == "ours", 2 if number == 3 else 1
     tokens = len(lengths) * ((lengths.max() if recipe != "conventional" else settings.max_length) + (number == 3) * 1.0)
-    pieces = 2 if recipe == "conventional" else 1  # micro-batches of 8
+    pieces = halves * (2 if recipe == "conventional" else 1)  # micro-batches of 8, halves of pairs: each a pass over the weights
     # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms, attention, and the MLP's gate
     kept = 5 * (6 * h + f) + 22 * h + 6 * f
-    free = memory_gib * 2**30 - 0.52 * weights - 4 * head - 12 * adapters - common.MemoryPlan.WORKING_BYTES
+    free = memory_gib * 2**30 - 0.52 * depth * layer - 2 * (QWEN["vocab_size"] * h + head) - 12 * adapters
+    free -= common.MemoryPlan.WORKING_BYTES
     needed = max(typical * (depth + 2) * kept, longest * (2 * kept + 2 * depth * h))
-    unpacked = min(1.0, max(0.0, (free - needed) / (1.48 * weights))) if ours else 0.0
-    free -= unpacked * 1.48 * weights
+    unpacked = min(1.0, max(0.0, (free - needed) / (1.48 * depth * layer))) if ours else 0.0
+    free -= unpacked * 1.48 * depth * layer
     recomputed = min(1.0, max(0.0, 1 + 2 / depth - free / (tokens * depth * kept))) if ours else 1.0
-    passes = pieces * halves * (2 + recomputed)
-    moved = passes * ((1 - unpacked) * (0.52 + 2) + 2) * weights
-    operations = tokens * (2 * (2 + recomputed) * (weights + adapters) + 2 * adapters)
-    if number > 1:
-        predicted = lengths.sum() - len(lengths) if ours else tokens
-        operations += 4 * head * predicted
-        moved += pieces * halves * 2 * 2 * head
+    forward = sum(n * (0.52 if tokens / pieces <= FUSED[name] else 0.52 + 2 + 2) for name, n in matrices.items())
+    packed_passes, plain_passes = (1 + recomputed) * forward + (0.52 + 2 + 2) * layer, (2 + recomputed) * 2 * layer
+    moved = pieces * depth * ((1 - unpacked) * packed_passes + unpacked * plain_passes)
+    operations = tokens * (2 * (2 + recomputed) * (depth * layer + adapters) + 2 * adapters)
+    predicted = lengths.sum() - len(lengths)
+    operations += 4 * head * (predicted if ours else tokens)
+    chunks = math.ceil(predicted / pieces / common.LOGIT_CHUNK_TOKENS) if ours else 1  # each reads the LM head forward and back
+    moved += pieces * chunks * 2 * 2 * head
     seconds = moved / RTX_4080["bytes"] + operations / RTX_4080["operations"]
-    limit = max(pieces * halves * 2 * 0.52 * weights / RTX_4080["bytes"], operations / RTX_4080["operations"])
+    true_tokens = lengths.sum() + (number == 3) * len(lengths)
+    least_operations = true_tokens * (4 * depth * layer + 6 * adapters) + 4 * head * predicted
+    least_bytes = 2 * halves * (depth * layer / 2 + 2 * head)
+    limit = max(least_bytes / RTX_4080["bytes"], least_operations / RTX_4080["operations"])
     return {
         "bytes": moved,
         "operations": operations,

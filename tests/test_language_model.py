@@ -180,27 +180,46 @@ def test_weights_that_stay_unpacked_give_the_same_step_to_the_bit(model_folder, 
         assert (sums.cls_loss, sums.lm_loss) == (steps[0][0].cls_loss, steps[0][0].lm_loss)
         assert all(torch.equal(gradient, steps[0][1][name]) for name, gradient in found.items())
         assert np.array_equal(output, outputs[0])
-    plan.unpack(2)
+    plan.mode, steps = "on", []
+    for count in (0, 2):  # with dropout, and activations computed again
+        plan.unpack(count)
+        torch.manual_seed(3)
+        steps.append(gradients_of_step(model.train())[1])
+    assert all(torch.equal(gradient, steps[0][name]) for name, gradient in steps[1].items())
     common.save_weights(tmp_path, "best", model, epoch=1)
     loaded = build(model_number, model_folder, seed=7, quantization="nf4", compute_dtype=dtype)
     common.load_weights(tmp_path, "best", loaded)
     assert np.array_equal(common.evaluate(loaded, split).logits, outputs[0])
 
 
-def test_as_many_layers_stay_unpacked_as_memory_allows(qwen):
-    plan = build(2, qwen, quantization="nf4").memory_plan
-    matrices = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
-    assert plan.unpacking_bytes == matrices * 4 - matrices // 2
-    needed = max(plan.expected_bytes(100, 0), plan.expected_bytes(1000, 2))
+@pytest.mark.parametrize(
+    ("mode", "typical", "longest", "evaluation", "binding"),
+    [
+        ("auto", 1000, 1100, 16, (1000, 0)),
+        ("auto", 100, 1000, 16, (1000, 2)),
+        ("auto", 100, 100, 4000, (2000, 2)),
+        ("on", 1000, 1100, 16, (1100, 2)),
+        ("off", 100, 1000, 16, (1000, 0)),
+    ],
+)
+def test_as_many_layers_stay_unpacked_as_memory_allows(qwen, monkeypatch, mode, typical, longest, evaluation, binding):
+    """What must fit: (tokens of a step, layers that it recomputes)."""
+    monkeypatch.setattr(common, "EVALUATION_TOKENS", {"cpu": evaluation})
+    plan = build(2, qwen, quantization="nf4", gradient_checkpointing=mode).memory_plan
+    assert plan.unpacking_bytes == 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)  # on a CPU the packed weights stay too
+    needed = plan.expected_bytes(*binding)
     for count in (0, 1, 2):
         plan.free_bytes = needed + (count + 0.5) * plan.unpacking_bytes
-        assert plan.layers_to_unpack(100, 1000) == count
+        assert plan.layers_to_unpack(typical, longest) == count
         plan.unpack(count)
-        assert plan.layers_to_unpack(100, 1000) == count and plan.expected_bytes(1000, 2) <= plan.free_bytes
+        assert plan.layers_to_unpack(typical, longest) == count and plan.expected_bytes(*binding) <= plan.free_bytes
         plan.unpack(0)
     plan.free_bytes = 0
-    assert plan.layers_to_unpack(100, 1000) == 0
-    assert build(2, qwen).memory_plan.layers_to_unpack(1, 1) == 0  # nothing is packed
+    assert plan.layers_to_unpack(typical, longest) == 0
+
+
+def test_nothing_is_unpacked_where_nothing_is_packed(qwen):
+    assert build(2, qwen).memory_plan.layers_to_unpack(1, 1) == 0
 
 
 def test_out_of_memory_packs_weights_before_it_halves_the_micro_batch(qwen, monkeypatch):
@@ -216,8 +235,12 @@ def test_out_of_memory_packs_weights_before_it_halves_the_micro_batch(qwen, monk
         return accumulate(rows)
 
     monkeypatch.setattr(trainer, "accumulate_gradients", short_of_memory)
+    plan = model.memory_plan
+    plan.free_bytes = plan.expected_bytes(1000, 1)  # what the packing frees is not spent on activations
+    before = plan.expected_bytes(1000, plan.layers_to_recompute(1000))
     trainer.step(np.arange(8), 1e-3)
     assert left == [(2, 8), (0, 8), (0, 4)]
+    assert plan.expected_bytes(1000, plan.layers_to_recompute(1000)) < before
 
 
 def test_the_models_of_a_seed_start_from_the_same_adapters_and_classifier(qwen):
@@ -384,9 +407,14 @@ def test_sixteen_bit_dropout_is_dropout():
         assert torch.equal(dropout.eval()(x), x)
 
 
-def test_whole_run_on_sst2_and_resume(qwen, run, tmp_path, monkeypatch):
-    """The whole script, the results' shape, and a run that is killed in model 3 and goes on to the same numbers."""
-    expected = run(qwen, folder=tmp_path / "undisturbed")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_whole_run_on_sst2_and_resume(qwen, run, tmp_path, monkeypatch, quantization):
+    """The whole script, the results' shape, and a run that is killed in model 3 and goes on to the same numbers.
+
+    NF4 layers are unpacked while the run trains, as many as memory holds: here all.
+    """
+    quantized = f"--quantization {quantization}"
+    expected = run(qwen, quantized, folder=tmp_path / "undisturbed")
     config = expected["settings"]["config"]
     assert config["model"] == "tiny-qwen2" and len(config["model_sha256"]) == 64  # not where the folder lies, but what it holds
     assert (config["compute_dtype"], config["engram_source"]) == ("float32", "pooled")
@@ -400,6 +428,7 @@ def test_whole_run_on_sst2_and_resume(qwen, run, tmp_path, monkeypatch):
     step, calls = common.Trainer.step, []
 
     def killed(self, *arguments):
+        assert self.model.memory_plan.unpacked == (2 if quantization == "nf4" else 0)
         calls.append(1)
         if len(calls) == 27:  # 5 steps an epoch, 10 a model: epoch 2 of model 3
             raise KeyboardInterrupt
@@ -407,8 +436,8 @@ def test_whole_run_on_sst2_and_resume(qwen, run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.Trainer, "step", killed)
     with pytest.raises(SystemExit):
-        run(qwen)
-    found = run(qwen)
+        run(qwen, quantized)
+    found = run(qwen, quantized)
     assert without_times(found) == without_times(expected)
 
 

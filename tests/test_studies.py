@@ -64,12 +64,21 @@ def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, m
             torch.testing.assert_close(found[recipe][name], expected, atol=1e-5, rtol=1e-3)
 
 
-def test_throughput_measures_every_recipe(miniature, model_number):
+def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
     model, settings = miniature
+    accumulate, unpacked = common.Trainer.accumulate_gradients, {True: set(), False: set()}
+
+    def seen(trainer, rows):
+        if trainer.model is model:
+            unpacked[isinstance(trainer, throughput.Conventional)].add(model.memory_plan.unpacked)
+        return accumulate(trainer, rows)
+
+    monkeypatch.setattr(common.Trainer, "accumulate_gradients", seen)
     config, split = throughput.Config(rounds=2, steps=1), random_split(rows=48, longest=20, vocabulary=900)
     rates = throughput.device_rates(torch.device("cpu"))
     found = throughput.measure(model_number, model, split, settings, config, rates)
     assert set(found["examples_per_second"]) == set(throughput.RECIPES)
+    assert unpacked == {True: {0}, False: {2}} and (found["layers_unpacked"], found["micro_batch_size"]) == (2, 16)
     assert all(rate > 0 for rate in found["examples_per_second"].values())
     assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratio"].values())
     assert 0 < found["limit_share"] < 1 and found["binding_limit"] in ("bytes", "operations")
@@ -112,14 +121,21 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
     assert found["recomputed"] == 0
     long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, **memory)
     assert 0 < long["recomputed"] <= 1 < long["seconds"] / found["seconds"]
-    assert (
-        0 < found["unpacked"] < 1
-        and found["bytes"] < throughput.count_step(lengths, "ecosystem", model_number, settings, **memory)["bytes"]
-    )
+    assert 0 < found["unpacked"] < 1
     roomy = throughput.count_step(lengths, "ours", model_number, settings, **memory | {"memory_gib": 80})
-    assert roomy["unpacked"] == 1 and roomy["bytes"] < found["bytes"]
+    halves, head = (2 if model_number == 3 else 1), 0 if model_number == 1 else causal_lm.lm_head.weight.numel()
+    assert roomy["unpacked"] == 1  # every weight is read as bfloat16, forward and backward
+    assert roomy["bytes"] == pytest.approx(halves * (2 * 2 * weights + 2 * 2 * head))
+    least_bytes = halves * (weights + 4 * head)  # half a byte a weight, twice
+    least_operations = (28 + 4 * (model_number == 3)) * (4 * weights + 6 * adapters) + 4 * 24 * head
+    least = max(least_bytes / throughput.RTX_4080["bytes"], least_operations / throughput.RTX_4080["operations"])
+    assert roomy["limit_share"] == pytest.approx(least / roomy["seconds"])
     conventional = throughput.count_step(lengths, "conventional", model_number, settings, **memory)
-    assert conventional["operations"] > 128 / 8 * (found["operations"] - head)
+    assert conventional["operations"] > 128 / 8 * (found["operations"] - 24 * 4 * head)
+    full = throughput.count_step(np.full(16, 8), "conventional", model_number, settings, **memory)  # two micro-batches of 8 x 128
+    assert full["bytes"] == pytest.approx(2 * halves * (3 * 4.52 * weights + 4 * head))
+    ecosystem = throughput.count_step(lengths, "ecosystem", model_number, settings, **memory)  # at 32 tokens most is fused
+    assert 4.52 * weights < ecosystem["bytes"] / halves - 4 * head < 2 * 4.52 * weights
 
 
 @pytest.mark.parametrize("name", findings.DOCUMENTS)
@@ -152,3 +168,37 @@ def test_a_table_follows_its_json(tmp_path, monkeypatch):
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
     assert "seeds 7" in filled and "`some/results.json`" in filled and "abacus" in filled
     assert findings.fill(filled) == filled
+
+
+def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
+    """Signs, pairs and seeds of the effects on the hypotheses, on numbers made by hand."""
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+
+    def run(cls_loss, trained, untrained):
+        cluster = {"trained": {"ari": trained}, "untrained": {"ari": untrained}}
+        return {"val": [{"cls_loss": cls_loss}], "train": [{"cls_loss": 0.1}], "cluster": cluster}
+
+    difference = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 2}
+    results = {
+        "settings": {"data": {"name": "Data"}, "config": {"model": "some/backbone"}},
+        "models": {
+            "model1": {"1": run(0.5, 0, 0), "2": run(0.7, 0, 0)},
+            "model2": {"1": run(0.4, 0, 0), "2": run(0.4, 0, 0)},
+            "model3": {"1": run(0, 0.75, 0.25), "2": run(0, 0.75, 0.25)},
+        },
+        "comparisons": {"final": {"model2 - model1": {"seeds": difference, "examples": difference}}},
+        "cross_dataset": {"other": {"name": "Other"}, "comparisons": {"model2 - model1": {"more_here": difference}}},
+    }
+    for folder in ("results_b", "results_b/limit-4-4"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "results.json").write_text(json.dumps(results))
+    change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}, "half": difference | {"rows": 7}}
+    change["cdnv"] = difference
+    study = {"settings": results["settings"], "changes": {"model1 - pretrained": change, "model2 - model1": change}}
+    table = findings.table_effects(tmp_path, {"Data, backbone": study})
+    assert "| H1 | accuracy, points: model2 - model1 | Data, backbone | 2 | +2.00 [+1.00, +3.00] | [+1.00, +3.00] |" in table
+    assert "nats: model2 - model1 | Data, backbone | 2 | -0.200 [" in table  # -0.1 and -0.3
+    assert "| H2 | accuracy gain, points | Data less Other, backbone | 2 | +2.00" in table
+    assert "| H3 | engram ARI: trained - untrained compressor | Data, backbone | 2 | +0.500" in table
+    assert "| H4 | effective rank: model1 - pretrained | Data, backbone | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
+    assert table.count("H1") == 3  # nothing of a run on a limited number of rows

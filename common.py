@@ -2226,8 +2226,11 @@ DIFFERS_BY_DATA = ("max_length", "engram_source")  # by design, between Experime
 
 
 def find_other(folder: Path | None, results: dict) -> dict | None:
-    """The results on the other data set that were made with the same settings: of several, those with as many rows, or most."""
-    found = []
+    """The results on the other data set that were made with the same settings: of several, those with as many rows, or most.
+
+    Says why, when there are results and none of them will do.
+    """
+    found, reasons = [], []
     for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
         with contextlib.suppress(UserError):  # not ours to mend
             other = read_json(path)
@@ -2235,9 +2238,13 @@ def find_other(folder: Path | None, results: dict) -> dict | None:
                 {key: value for key, value in part["settings"]["config"].items() if key not in DIFFERS_BY_DATA}
                 for part in (results, other)
             )
-            if ours == theirs:
-                rows = other["settings"]["data"]["train_rows"]
-                found.append((rows == results["settings"]["data"]["train_rows"], rows, str(path), other))
+            if reason := settings_difference({"config": theirs, "data": {}}, {"config": ours, "data": {}}):
+                reasons.append(f"NOTE: not compared with {path}: {reason}")
+                continue
+            rows = other["settings"]["data"]["train_rows"]
+            found.append((rows == results["settings"]["data"]["train_rows"], rows, str(path), other))
+    if reasons and not found:
+        print("\n".join(reasons), flush=True)
     return max(found)[-1] if found else None
 
 

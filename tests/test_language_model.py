@@ -475,6 +475,10 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         assert cross["comparisons"][name]["there"]["mean"] == pytest.approx(np.mean(gains[0]))
         assert cross["comparisons"][name]["here"]["mean"] == pytest.approx(np.mean(gains[1]))
         assert cross["comparisons"][name]["more_here"] == pytest.approx(common.welch_interval(*gains))
+    capsys.readouterr()
+    line = "--seeds 1 --models 1 --compute-dtype bfloat16"
+    results = run(qwen, line, folder=tmp_path / "results_agnews/tiny-qwen2/subset-40/rounded", script=experiment_agnews_7b)
+    assert "cross_dataset" not in results and "is float32 there and bfloat16 here" in capsys.readouterr().out
 
 
 def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, monkeypatch):

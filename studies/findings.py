@@ -19,7 +19,8 @@ BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).
 
 # TABLE -> its JSON file, where that is not results.json
 FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
-FILES |= dict.fromkeys(("collapse", "collapse_changes", "neural_collapse", "depth", "effects"), "effective_rank_results.json")
+RANK_TABLES = ("collapse", "collapse_changes", "neural_collapse", "depth", "effects", "reference")
+FILES |= dict.fromkeys(RANK_TABLES, "effective_rank_results.json")
 
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {
@@ -51,6 +52,22 @@ REFERENCE = {
         "cluster_accuracy": 95.64,
         "within": 0.862,
         "between": 0.576,
+    },
+}
+
+# Its ranks of Qwen2.5-7B: effective rank, stable rank, participation ratio, components for 95 % of the variance.
+REFERENCE_RANKS = {
+    "SST-2, 872 rows": {
+        "Pretrained": (498.1, 5.5, 224.3, 249),
+        "Classification Only": (556.8, 1.5, 163.6, 261),
+        "Dual Head": (658.0, 5.0, 408.6, 510),
+        "Dual + Engram": (653.8, 5.4, 400.6, 506),
+    },
+    "AG News, 2,000 rows": {
+        "Pretrained": (984.0, 7.1, 375.3, 374),
+        "Classification Only": (12.6, 1.9, 5.2, 3),
+        "Dual Head": (1097.4, 8.1, 464.4, 515),
+        "Dual + Engram": (1095.9, 8.1, 466.2, 516),
     },
 }
 
@@ -266,6 +283,16 @@ def table_neural_collapse(folder: Path, results: dict) -> str:
         ("accuracy", "accuracy", 3),
     )
     return collapse_rows(results, columns)
+
+
+def table_reference(folder: Path, results: dict) -> str:
+    rows = [
+        [f"reference: {data}, Qwen2.5-7B", model, *map(str, ranks)]
+        for data, found in REFERENCE_RANKS.items()
+        for model, ranks in found.items()
+    ]
+    header = ["data, backbone", "model", "effective rank", "stable rank", "participation ratio"]
+    return markdown([*header, "components for 95 % of variance"], rows)
 
 
 def table_depth(folder: Path, results: dict) -> str:

@@ -2222,11 +2222,13 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
     return comparisons
 
 
-DIFFERS_BY_DATA = ("max_length", "engram_source")  # by design, between Experiments 2 and 3
+# Between Experiments 2 and 3: the first two by design; the last changes both of the models that a difference is of, and is told.
+DIFFERS_BY_DATA = ("max_length", "engram_source", "compute_dtype")
 
 
 def find_other(folder: Path | None, results: dict) -> dict | None:
-    """The results on the other data set that were made with the same settings: of several, those with as many rows, or most.
+    """The results on the other data set that were made with the same settings: of several, those computed in the same type,
+    with as many rows, or most.
 
     Says why, when there are results and none of them will do.
     """
@@ -2241,11 +2243,16 @@ def find_other(folder: Path | None, results: dict) -> dict | None:
             if reason := settings_difference({"config": theirs, "data": {}}, {"config": ours, "data": {}}):
                 reasons.append(f"NOTE: not compared with {path}: {reason}")
                 continue
-            rows = other["settings"]["data"]["train_rows"]
-            found.append((rows == results["settings"]["data"]["train_rows"], rows, str(path), other))
+            rows, types = other["settings"]["data"]["train_rows"], [compute_type(part) for part in (results, other)]
+            as_many = rows == results["settings"]["data"]["train_rows"]
+            found.append((types[0] == types[1], as_many, rows, str(path), other))
     if reasons and not found:
         print("\n".join(reasons), flush=True)
     return max(found)[-1] if found else None
+
+
+def compute_type(results: dict) -> str | None:
+    return results["settings"]["config"].get("compute_dtype")
 
 
 def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
@@ -2264,7 +2271,7 @@ def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
                 "more_here": welch_interval(*gains),
             }
     titles = {key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")}
-    return {"other": titles, "comparisons": comparisons}
+    return {"other": {**titles, "compute_dtype": compute_type(there)}, "comparisons": comparisons}
 
 
 def differences_by_seed(results: dict, name: str) -> list[float]:
@@ -2282,7 +2289,10 @@ def cross_dataset_table(results: dict) -> str:
     """This data set beside the other one, for the log."""
     cross = results["cross_dataset"]
     here, there = results["settings"]["data"]["name"], cross["other"]["name"]
+    types = compute_type(results), cross["other"]["compute_dtype"]
     lines = ["", f"difference in points on two data sets, final epoch [95 % over seeds]: here {here}, there {there}"]
+    if types[0] != types[1]:
+        lines.append(f"computed in {types[0]} here and in {types[1]} there")
     lines.append(f"{'models':26}{'here':24}{'there':24}here - there")
     for name, found in cross["comparisons"].items():
         cells = [format_interval(found[key], scale=100, sign="+") for key in ("here", "there", "more_here")]

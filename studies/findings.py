@@ -234,8 +234,8 @@ def table_seeds(folder: Path, results: dict) -> str:
 def table_cross(folder: Path, results: dict) -> str:
     cross = results["cross_dataset"]
     heads = [
-        f"{data['name']} ({data['train_rows']:,} / {data['validation_rows']:,} rows)"
-        for data in (results["settings"]["data"], cross["other"])
+        f"{data['name']} ({data['train_rows']:,} / {data['validation_rows']:,} rows, {data['compute_dtype']})"
+        for data in (results["settings"]["data"] | {"compute_dtype": common.compute_type(results)}, cross["other"])
     ]
     rows = [
         [name, *(common.format_interval(found[key], scale=100, sign="+") for key in ("here", "there", "more_here"))]

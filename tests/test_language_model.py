@@ -465,7 +465,7 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
     assert results["settings"]["data"]["name"] == "AG News, 40-row training subset"
     assert "here AG News, 40-row training subset, there SST-2" in capsys.readouterr().out
     cross = results["cross_dataset"]
-    assert cross["other"] == {"name": "SST-2", "train_rows": 40, "validation_rows": 24}
+    assert cross["other"] == {"name": "SST-2", "train_rows": 40, "validation_rows": 24, "compute_dtype": "float32"}
     assert set(cross["comparisons"]) == set(common.COMPARISONS)
     for name, (a, b) in {"model2 - model1": ("model1", "model2"), "model3 - model2": ("model2", "model3")}.items():
         gains = [
@@ -475,10 +475,13 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         assert cross["comparisons"][name]["there"]["mean"] == pytest.approx(np.mean(gains[0]))
         assert cross["comparisons"][name]["here"]["mean"] == pytest.approx(np.mean(gains[1]))
         assert cross["comparisons"][name]["more_here"] == pytest.approx(common.welch_interval(*gains))
-    capsys.readouterr()
-    line = "--seeds 1 --models 1 --compute-dtype bfloat16"
-    results = run(qwen, line, folder=tmp_path / "results_agnews/tiny-qwen2/subset-40/rounded", script=experiment_agnews_7b)
-    assert "cross_dataset" not in results and "is float32 there and bfloat16 here" in capsys.readouterr().out
+    for setting, said in (
+        ("--compute-dtype bfloat16", "computed in bfloat16 here and in float32 there"),
+        ("--learning-rate 5e-3", "learning_rate is 0.001 there and 0.005 here"),
+    ):
+        folder = tmp_path / "results_agnews/tiny-qwen2" / setting.split()[1]
+        results = run(qwen, f"--seeds 1 --models 1 2 {setting}", folder=folder, script=experiment_agnews_7b)
+        assert said in capsys.readouterr().out and ("cross_dataset" in results) == ("dtype" in setting)
 
 
 def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, monkeypatch):

@@ -344,6 +344,7 @@ def table_effects(folder: Path, results: dict) -> str:
         run = common.read_json(path)
         settings, found = run["settings"], run["comparisons"]["final"]["model2 - model1"]
         backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
+        backbone += f", {common.compute_type(run)}" if common.compute_type(run) else ""
         study, seeds = f"{settings['data']['name']}, {backbone}", str(len(run["models"]["model2"]))
         over_rows = common.format_bounds(found["examples"], 2, 100, "+")
         accuracy = common.format_interval(found["seeds"], 2, 100, "+")

@@ -166,7 +166,7 @@ def test_a_table_follows_its_json(tmp_path, monkeypatch):
     filled = findings.fill(text)
     assert "| 1: Classification Only | 5 | 10 | 50.00 | n/a | 75.00 |" in filled and "old" not in filled
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
-    assert "seeds 7" in filled and "`some/results.json`" in filled and "abacus" in filled
+    assert "seed 7" in filled and "`some/results.json`" in filled and "abacus" in filled
     assert findings.fill(filled) == filled
 
 

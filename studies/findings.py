@@ -176,13 +176,17 @@ def table_training(folder: Path, results: dict) -> str:
     return f"{note} features{f' of size {size}' if size else ''}.\n\n{markdown(header, rows)}"
 
 
+def differences_by_seed(results: dict, a: str, b: str, number) -> list[float]:
+    """number(run) of model b minus that of model a, for each seed that both have."""
+    first, second = (results["models"].get(key, {}) for key in (a, b))
+    return [number(second[seed]) - number(first[seed]) for seed in first if seed in second]
+
+
 def table_rank(folder: Path, results: dict) -> str:
     models, rows = results["models"], []
     for a, b in (("model1", "model2"), ("model2", "model3"), ("model1", "model3")):
-        seeds = [seed for seed in models.get(a, {}) if seed in models.get(b, {})]
-        if seeds:
-            ranks = [[models[m][seed]["val"][-1]["effective_rank"] for seed in seeds] for m in (a, b)]
-            rows.append([f"{b} - {a}", interval(np.subtract(ranks[1], ranks[0]), 1, sign="+"), str(len(seeds))])
+        if differences := differences_by_seed(results, a, b, lambda run: run["val"][-1]["effective_rank"]):
+            rows.append([f"{b} - {a}", interval(differences, 1, sign="+"), str(len(differences))])
     for key, runs in models.items():
         change = [run["val"][-1]["effective_rank"] - run["initial"]["effective_rank"] for run in runs.values()]
         rows.append([f"{key}: after training - before", interval(change, 1, sign="+"), str(len(runs))])
@@ -324,17 +328,6 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
 
 
-def by_seed(results: dict, key: str, number) -> dict[str, float]:
-    """number(run) of each seed of a model."""
-    return {seed: number(run) for seed, run in results["models"][key].items()}
-
-
-def difference_by_seed(results: dict, a: str, b: str, number, digits: int, scale: float = 1.0) -> str:
-    """number(run) of model b minus that of model a, paired by seed."""
-    first, second = (by_seed(results, key, number) for key in (a, b))
-    return interval([second[seed] - first[seed] for seed in first if seed in second], digits, scale, "+")
-
-
 def table_effects(folder: Path, results: dict) -> str:
     """What bears on each hypothesis, one row for each study: mean effect, and its intervals over seeds and over rows."""
     rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
@@ -349,10 +342,10 @@ def table_effects(folder: Path, results: dict) -> str:
         over_rows = common.format_bounds(found["examples"], 2, 100, "+")
         accuracy = common.format_interval(found["seeds"], 2, 100, "+")
         rows["H1"].append(["accuracy, points: model2 - model1", study, seeds, accuracy, over_rows])
-        loss = difference_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"], 3)
+        loss = interval(differences_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"]), 3, sign="+")
         rows["H1"].append(["validation classification loss, nats: model2 - model1", study, seeds, loss, "n/a"])
-        overfit = difference_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"] - r["train"][-1]["cls_loss"], 3)
-        rows["H1"].append(["the same, validation less training", study, seeds, overfit, "n/a"])
+        overfit = differences_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"] - r["train"][-1]["cls_loss"])
+        rows["H1"].append(["the same, validation less training", study, seeds, interval(overfit, 3, sign="+"), "n/a"])
         if "cross_dataset" in run:
             gains = run["cross_dataset"]["comparisons"]["model2 - model1"]["more_here"]
             pair = f"{settings['data']['name']} less {run['cross_dataset']['other']['name']}, {backbone}"

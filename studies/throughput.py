@@ -375,6 +375,13 @@ STUDIES = (
 )
 
 
+def results_folder(config: Config, folder: str) -> Path:
+    """Where a language-model experiment's measurements go; the miniature's into a folder that git ignores."""
+    if config.output_dir:
+        return config.output_dir / folder
+    return common.ROOT / folder / ("limit-tiny" if config.backbone == "tiny" else "")
+
+
 def load_split(script, load, encode, config: Config) -> tuple[common.Task, Any, common.Split]:
     """Task, settings and true token ids of one of the two language-model experiments."""
     task, settings = load(config.data_dir), script.Config(quantization="nf4")
@@ -419,16 +426,11 @@ def measure_language_model(config: Config) -> dict[str, dict]:
                 f"{common.MODEL_NAMES[number]:20}{describe(results[f'model{number}'])}; {settings.epochs} epochs: {epochs:.1f} h"
             )
             del model
-        default = common.ROOT / folder / ("limit-tiny" if config.backbone == "tiny" else "")
-        save(config.output_dir / folder if config.output_dir else default, results)
+        save(results_folder(config, folder), results)
         found[task.name] = results
-    default = common.ROOT / "results_7b" / ("limit-tiny" if config.backbone == "tiny" else "")
-    first, model = (
-        next(iter(found.values())),
-        "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature",
-    )
-    title = f"{model}; {first['hardware']['device']}; medians of {config.rounds} rounds"
-    plot((config.output_dir / "results_7b" if config.output_dir else default) / "throughput.png", found, title)
+    model = "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature"
+    title = f"{model}; {results['hardware']['device']}; medians of {config.rounds} rounds"
+    plot(results_folder(config, "results_7b") / "throughput.png", found, title)
     return found
 
 
@@ -518,11 +520,11 @@ def count_on_paper(config: Config) -> dict[str, dict]:
             name, hours = common.MODEL_NAMES[number], f"{settings.epochs} epochs: {ours['hours']:.1f} h"
             print(f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}", flush=True)
         results[task.name] = found
-        target = (config.output_dir or common.ROOT) / folder
+        target = results_folder(config, folder)
         target.mkdir(parents=True, exist_ok=True)
         common.write_json(target / "throughput_on_paper.json", found)
     title = f"Qwen2.5-7B's architecture; counted on paper for an {RTX_4080['name']}, not measured"
-    plot((config.output_dir or common.ROOT) / "results_7b" / "throughput_on_paper.png", results, title)
+    plot(results_folder(config, "results_7b") / "throughput_on_paper.png", results, title)
     return results
 
 

@@ -924,7 +924,7 @@ def _loading(name: str):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(
-            f"cannot load the model {name} ({reason}): give --model a folder or hub name of a causal LM, "
+            f"cannot load the model {name} ({reason}): give a folder or hub name of a causal LM, "
             f"or {STANDIN_MODEL} after `make standin`."
         ) from None
 
@@ -2255,6 +2255,14 @@ def compute_type(results: dict) -> str | None:
     return results["settings"]["config"].get("compute_dtype")
 
 
+def study_name(settings: dict) -> str:
+    """What was trained on what: data, its training rows, backbone, and the type that a language model computes in."""
+    data, config = settings["data"], settings["config"]
+    backbone = Path(config["model"]).name if "model" in config else "small transformer"
+    parts = data["name"].partition(",")[0], f"{data['train_rows']:,} training rows", backbone, config.get("compute_dtype")
+    return ", ".join(part for part in parts if part)
+
+
 def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
     """Each difference between models on this data set beside the same on the other one, final epoch, over seeds.
 
@@ -2264,17 +2272,18 @@ def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
     comparisons = {}
     for name, found in here["comparisons"]["final"].items():
         if name in there["comparisons"]["final"]:
-            gains = [differences_by_seed(part, name) for part in (there, here)]
+            gains = [accuracy_gains(part, name) for part in (there, here)]
             comparisons[name] = {
                 "here": found["seeds"],
                 "there": there["comparisons"]["final"][name]["seeds"],
                 "more_here": welch_interval(*gains),
             }
     titles = {key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")}
-    return {"other": {**titles, "compute_dtype": compute_type(there)}, "comparisons": comparisons}
+    other = {"study": study_name(there["settings"]), **titles, "compute_dtype": compute_type(there)}
+    return {"other": other, "comparisons": comparisons}
 
 
-def differences_by_seed(results: dict, name: str) -> list[float]:
+def accuracy_gains(results: dict, name: str) -> list[float]:
     """Differences in final accuracy of one pair of COMPARISONS, for each seed that both models have."""
     a, b, *kinds = COMPARISONS[name]
     runs = [results["models"][model] for model in (a, b)]
@@ -2288,11 +2297,8 @@ def differences_by_seed(results: dict, name: str) -> list[float]:
 def cross_dataset_table(results: dict) -> str:
     """This data set beside the other one, for the log."""
     cross = results["cross_dataset"]
-    here, there = results["settings"]["data"]["name"], cross["other"]["name"]
-    types = compute_type(results), cross["other"]["compute_dtype"]
-    lines = ["", f"difference in points on two data sets, final epoch [95 % over seeds]: here {here}, there {there}"]
-    if types[0] != types[1]:
-        lines.append(f"computed in {types[0]} here and in {types[1]} there")
+    here, there = study_name(results["settings"]), cross["other"]["study"]
+    lines = ["", "difference in points on two data sets, final epoch [95 % over seeds]", f"here: {here}", f"there: {there}"]
     lines.append(f"{'models':26}{'here':24}{'there':24}here - there")
     for name, found in cross["comparisons"].items():
         cells = [format_interval(found[key], scale=100, sign="+") for key in ("here", "there", "more_here")]

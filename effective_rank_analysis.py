@@ -2,7 +2,8 @@
 
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation rows through each
 model as it runs (model 3 with its cold prefix), and measures pooled hidden states of every layer and the
-classifier's intermediate features. Each finished model is kept: a run that is started again goes on.
+classifier's intermediate features. Each measured model is kept until the code changes: a run that is started again goes
+on. Studies in the output folder whose checkpoints are not here stay as they are.
 """
 
 import dataclasses
@@ -44,13 +45,13 @@ class Config:
     data_dir: Path | None = None
     # Validation rows to measure, a fixed draw.
     rows: int = 2000
-    # Random subsets of rows behind each interval over rows.
+    # Random subsets of rows behind each interval over rows, two or more.
     draws: int = 50
     # Weights to load: of the last epoch, or of the one with the best validation accuracy.
     weights: Literal["final", "best"] = "final"
     # Where to compute; auto takes a GPU when there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Measure everything anew.
+    # Measure everything anew, and replace results in the output folder that were measured otherwise.
     fresh: bool = False
 
 
@@ -70,9 +71,10 @@ def find_folders(config: Config) -> list[Path]:
         found, missing = [], []
         for top, script in SCRIPTS.items():
             states = sorted((common.ROOT / top).glob("**/state/settings.json"))
-            here = [file.parent.parent for file in states if "limit-" not in str(file.relative_to(common.ROOT))]
-            here = [folder for folder in here if trainings(folder)]
-            found += here
+            here = [file.parent.parent for file in states if trainings(file.parent.parent)]
+            limited = [folder for folder in here if "limit-" in str(folder.relative_to(common.ROOT))]
+            found += [folder for folder in here if folder not in limited]
+            missing += [f"{folder} is left out, as a run on fewer rows: --folders {folder} takes it" for folder in limited]
             if not here:
                 missing.append(f"no checkpoints under {top}/: `python {script}` makes them")
     if not found:
@@ -213,19 +215,20 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
     """The study's name, and settings, data and records (model key -> seed -> record) of one results folder."""
     settings = common.read_json(folder / "state" / "settings.json")
     task = load_task(settings, config.data_dir)
-    backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
-    name = f"{task.name}, {backbone}"
+    name = common.study_name(settings)
     split, models = models_of(folder, settings, task, config.weights, device)
     rows = common.fixed_draw(len(split.labels), config.rows)
     split = common.Split([split.token_ids[i] for i in rows], split.labels[rows])
     state = config.output_dir / "state" / str(folder.resolve()).removeprefix(str(common.ROOT)).strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
+    measured = how_measured(config)
     print(f"{name}: {len(rows):,} validation rows, {config.weights} weights of {folder}", flush=True)
     records: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
         files = (folder / "state" / f"{key}-seed{seed}").rglob("*.safetensors")  # none of a baseline
         weights = sorted(file for file in files if config.weights in str(file.relative_to(folder)))
-        made_from = [settings, common.digest_files(weights), config.weights, len(rows), config.draws, CURVE_ROWS]
+        code = [Path(module.__file__) for module in (common, experiment)] + [Path(__file__)]
+        made_from = [settings, common.digest_files(weights), common.digest_files(code), *measured.values(), CURVE_ROWS]
         made_from = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
         file = state / f"{key}-seed{seed}.json"
         record = common.read_json(file) if file.exists() and not config.fresh else {}
@@ -238,7 +241,21 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
         records.setdefault(key, {})[str(seed)] = record
         times = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in record["seconds"].items())
         print(f"  {key} seed {seed}: effective rank {record['effective_rank']:.1f} ({times})", flush=True)
-    return name, {"settings": settings, "num_samples": len(rows), "weights": config.weights, "records": records}
+    return name, {"settings": settings, "num_samples": len(rows), "measured": measured, "records": records}
+
+
+def how_measured(config: Config) -> dict[str, Any]:
+    return {"rows": config.rows, "draws": config.draws, "weights": config.weights}
+
+
+def earlier_studies(file: Path, config: Config) -> dict[str, dict]:
+    """What an earlier run measured, in the form of measure_study. Raises UserError when it measured otherwise."""
+    studies = common.read_json(file) if file.exists() and not config.fresh else {}
+    asked = how_measured(config)
+    if any(study.get("measured") != asked for study in studies.values()):
+        here = ", ".join(f"{key} {value}" for key, value in asked.items())
+        raise common.UserError(f"{file} was not measured with {here}: give another --output-dir, or --fresh to replace it.")
+    return {name: study | {"records": {key: study[key]["seeds"] for key in keys_of(study)}} for name, study in studies.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -295,7 +312,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
     results = {}
     for name, study in studies.items():
         records = study["records"]
-        result = {key: study[key] for key in ("settings", "num_samples", "weights")}
+        result = {key: study[key] for key in ("settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
         for key in keys_of(records):
             flat = [scalars(record) for record in records[key].values()]
@@ -315,6 +332,10 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
 
 def keys_of(result: dict) -> list[str]:
     return [key for key in KEYS if key in result]
+
+
+def in_two_lines(name: str) -> str:
+    return name.replace(" training rows, ", " training rows\n")
 
 
 def display_name(key: str, result: dict) -> str:
@@ -397,7 +418,9 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
             ranks = [record["effective_rank"] for record in records]
             row[3].plot([position] * len(ranks), ranks, ".", color="black")
         bound = min(result["num_samples"] - 1, len(values[0]))
-        row[0].set(xlabel="component", ylabel="share of the singular values' sum", yscale="log", xscale="log", title=name)
+        row[0].set(
+            xlabel="component", ylabel="share of the singular values' sum", yscale="log", xscale="log", title=in_two_lines(name)
+        )
         row[0].set_ylim(bottom=1e-6)
         row[1].set(xlabel="component", ylabel="cumulative variance (%)", xscale="log", title=f"N = {result['num_samples']:,}")
         row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets; band: 95 % over rows")
@@ -422,7 +445,7 @@ def plot_layers(path: Path, results: dict[str, dict]) -> None:
             xlabel="layer (0: embeddings)"
             + ("; last point: after the final norm" if "model" in result["settings"]["config"] else ""),
             ylabel="effective rank of pooled states",
-            title=f"{name}; N = {result['num_samples']:,}",
+            title=f"{in_two_lines(name)}; N = {result['num_samples']:,}",
         )
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -457,7 +480,7 @@ def plot_collapse(path: Path, results: dict[str, dict]) -> None:
             name_models(axis, result)
             axis.set_ylabel(label, fontsize=9)
             axis.grid(alpha=0.3)
-        row[0].set_title(f"{name}; N = {result['num_samples']:,}", loc="left")
+        row[0].set_title(f"{in_two_lines(name)}; N = {result['num_samples']:,}", loc="left")
     figure.suptitle("Neural collapse on validation rows (lower is more collapsed, NC4: higher); dots: seeds, bar: their mean")
     common.save_figure(figure, path)
 
@@ -470,7 +493,6 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
         half = 0.0 if interval["low"] is None else scale * (interval["high"] - interval["mean"])
         axis.errorbar(scale * interval["mean"], place, xerr=half, capsize=4, linestyle="none", **look)
 
-    names = [f"{name}\n{result['settings']['data']['train_rows']:,} training rows" for name, result in results.items()]
     shown: set[str] = set()
 
     def once(label: str) -> str | None:  # a legend entry for the first of its kind
@@ -489,7 +511,7 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
                 point(axes[2], row - 0.1, intervals["engram_ari"], 1, label=once("trained"), **look)
                 look |= {"color": COLORS["pretrained"], "marker": "o", "label": once("control: untrained compressor")}
                 point(axes[2], row + 0.1, intervals["engram_ari_untrained"], 1, **look)
-    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_yticks(range(len(results)), map(in_two_lines, results))
     axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
     axes[1].set(xlabel="effective rank (% of the highest possible)", title="Rank of pooled hidden states", xlim=(0, 100))
@@ -499,16 +521,19 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
             axis.legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
-    weights = " or ".join({f"{result['weights']} epoch" for result in results.values()})
-    figure.suptitle(f"{weights}, up to 2,000 validation rows; mean over seeds, bars: 95 % over seeds where there are several")
+    measured = next(iter(results.values()))["measured"]
+    note = f"{measured['weights']} epoch, up to {measured['rows']:,} validation rows"
+    figure.suptitle(f"{note}; mean over seeds, bars: 95 % over seeds where there are several")
     common.save_figure(figure, path)
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     common.check_bounds("rows", config.rows, 4, math.inf)  # half of them still have a rank
-    common.check_bounds("draws", config.draws, 1, math.inf)
+    common.check_bounds("draws", config.draws, 2, math.inf)
     device = common.pick_device(config.device)
+    file = config.output_dir / "effective_rank_results.json"
+    earlier = earlier_studies(file, config)
     folders, here = find_folders(config), common.environment(device)
     studies: dict[str, dict] = {}
     unusable: list[str] = []
@@ -523,8 +548,10 @@ def main() -> None:
         gc.collect()  # one base model at a time
     if not studies:
         raise common.UserError(f"nothing could be analysed; {' '.join(unusable)}")
-    results = summarize(studies)
-    common.write_json(config.output_dir / "effective_rank_results.json", results)
+    for name in earlier.keys() - studies.keys():
+        print(f"NOTE: {name} stays as {file} has it: measured by an earlier run")
+    results = summarize(earlier | studies)
+    common.write_json(file, results)
     plot_ranks(config.output_dir / "effective_rank.png", results)
     plot_layers(config.output_dir / "rank_by_layer.png", results)
     plot_collapse(config.output_dir / "neural_collapse.png", results)

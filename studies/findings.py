@@ -328,17 +328,19 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
 
 
+def studied_folders() -> list[str]:
+    """Results folders that FINDINGS.md has a section on."""
+    blocks = BLOCK.finditer((common.ROOT / "FINDINGS.md").read_text())
+    return sorted({match["folder"] for match in blocks if match["table"] == "accuracy"})
+
+
 def table_effects(folder: Path, results: dict) -> str:
     """What bears on each hypothesis, one row for each study: mean effect, and its intervals over seeds and over rows."""
     rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
-    for path in sorted(common.ROOT.glob("results*/**/results.json")):
-        if "limit-" in str(path.relative_to(common.ROOT)):
-            continue
-        run = common.read_json(path)
-        settings, found = run["settings"], run["comparisons"]["final"]["model2 - model1"]
-        backbone = Path(settings["config"]["model"]).name if "model" in settings["config"] else "small transformer"
-        backbone += f", {common.compute_type(run)}" if common.compute_type(run) else ""
-        study, seeds = f"{settings['data']['name']}, {backbone}", str(len(run["models"]["model2"]))
+    for study_folder in studied_folders():
+        run = common.read_json(common.ROOT / study_folder / "results.json")
+        study, found = common.study_name(run["settings"]), run["comparisons"]["final"]["model2 - model1"]
+        seeds = str(found["seeds"]["n"])
         over_rows = common.format_bounds(found["examples"], 2, 100, "+")
         accuracy = common.format_interval(found["seeds"], 2, 100, "+")
         rows["H1"].append(["accuracy, points: model2 - model1", study, seeds, accuracy, over_rows])
@@ -348,7 +350,7 @@ def table_effects(folder: Path, results: dict) -> str:
         rows["H1"].append(["the same, validation less training", study, seeds, interval(overfit, 3, sign="+"), "n/a"])
         if "cross_dataset" in run:
             gains = run["cross_dataset"]["comparisons"]["model2 - model1"]["more_here"]
-            pair = f"{settings['data']['name']} less {run['cross_dataset']['other']['name']}, {backbone}"
+            pair = f"{study}, less {run['cross_dataset']['other']['study']}"
             rows["H2"].append(["accuracy gain, points", pair, seeds, common.format_interval(gains, 2, 100, "+"), "n/a"])
         engrams = [r["cluster"] for r in run["models"]["model3"].values()]
         gain = interval([c["trained"]["ari"] - c["untrained"]["ari"] for c in engrams], 3, sign="+")
@@ -379,8 +381,9 @@ def table_throughput(folder: Path, results: dict) -> str:
     rows = []
     for key in [key for key in ("model1", "model2", "model3") if key in results]:
         found = results[key]
-        rates, spread = found["examples_per_second"], f"{found['lowest_ratio']:.1f} to {found['highest_ratio']:.1f}"
-        rows.append([model_name(key), f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{found['ratio']:.1f}", spread])
+        rates, ratio = found["examples_per_second"], found["ratio"]["conventional"]
+        cells = [f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{ratio['median']:.1f}"]
+        rows.append([model_name(key), *cells, f"{ratio['low']:.1f} to {ratio['high']:.1f}"])
     header = ["model", "conventional, examples/s", "ours, examples/s", "ratio", "lowest to highest round"]
     data, hardware = results["data"], results["hardware"]
     note = (

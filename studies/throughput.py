@@ -7,8 +7,8 @@ one process:
 
 conventional   every row padded to the maximum length, batches at random, LM logits at every position; on a language
                model also micro-batches of 8 x accumulation 2 and gradient checkpointing
-ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like length together,
-               gradient checkpointing, LM logits at every position
+ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like length together as its
+               sampler groups a whole epoch, gradient checkpointing, LM logits at every position
 ours           as the experiments train
 
 Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json and its plot.
@@ -17,6 +17,7 @@ Writes throughput.json, and for a language model throughput.png; on paper throug
 import dataclasses
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -53,7 +54,7 @@ class Config:
     backbone: Literal["small", "7b", "tiny", "paper"] = "small"
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
-    # Tokenizer that gives the language models' true token lengths: a hub name or a folder.
+    # Tokenizer that gives the language models' true token lengths: a hub name, a folder or smollm2-135m.
     tokenizer: str = common.DEFAULT_MODEL
     # Folder for the results. Default: the experiment's own; for the miniature, a folder that git ignores.
     output_dir: Path | None = None
@@ -150,16 +151,15 @@ def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings
         return {"input_ids": batch.input_ids, "text_mask": batch.text_mask, "labels": batch.labels}
 
     device = next(model.parameters()).device
-    table = datasets.Dataset.from_dict({"row": rows.tolist(), "length": split.lengths[rows].tolist()})
-    times = StepTimes()
+    times, folder = StepTimes(), tempfile.TemporaryDirectory()  # the Trainer makes a folder, though it saves nothing
     arguments = transformers.TrainingArguments(
-        output_dir="unused",
+        output_dir=folder.name,
         per_device_train_batch_size=settings.batch_size,
         num_train_epochs=1,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip_norm,
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="sequential",  # the rows are grouped: a few steps' rows alone it would group coarsely
         remove_unused_columns=False,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
@@ -168,11 +168,13 @@ def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings
         report_to="none",
         disable_tqdm=True,
     )
+    table = datasets.Dataset.from_dict({"row": rows.tolist()})
     trainer = transformers.Trainer(
         EcosystemLoss(model, settings.lm_weight), arguments, data_collator=collate, train_dataset=table, callbacks=[times]
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    with folder:
+        trainer.train()
     return times.stamps[-1] - times.stamps[0]
 
 
@@ -271,7 +273,7 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
     batches = {"conventional": [shuffled[i : i + size] for i in range(0, len(shuffled), size)]}
     batches["ours"] = common.length_grouped_batches(lengths, size, rng)[:needed]
     if model.memory_plan is not None:
-        batches["ecosystem"] = batches["conventional"]  # its sampler groups them
+        batches["ecosystem"] = common.length_grouped_batches(lengths, size, rng)[:needed]
     recipes = [recipe for recipe in RECIPES if recipe in batches]
     trainers = {r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"}
     rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
@@ -401,7 +403,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         common.pick_device("cuda")
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
-    encode, rates, found = common.load_tokenizer(config.tokenizer), device_rates(device), {}
+    encode, rates, found = common.load_tokenizer(common.find_model(config.tokenizer)), device_rates(device), {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
@@ -491,7 +493,7 @@ def count_step(
 
 def count_on_paper(config: Config) -> dict[str, dict]:
     """What the recipes would take on the reference's card, from counts alone; written to throughput_on_paper.json."""
-    encode, results = common.load_tokenizer(config.tokenizer), {}
+    encode, results = common.load_tokenizer(common.find_model(config.tokenizer)), {}
     here = {key: common.environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)

@@ -161,7 +161,7 @@ def test_the_interval_over_rows_is_as_wide_as_samples_scatter(rows):
 def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
     results = run(f"--folders {trained}")
     (study,) = results.values()
-    assert list(results) == ["SST-2, small transformer"] and study["num_samples"] == 24
+    assert list(results) == ["SST-2, 40 training rows, small transformer"] and study["num_samples"] == 24
     metrics = json.loads((trained / "results.json").read_text())["models"]
     for key in ("pretrained", "model1", "model2", "model3"):
         assert list(study[key]["seeds"]) == ["1", "2"]
@@ -199,8 +199,29 @@ def test_a_second_run_measures_only_what_is_new(run, trained, monkeypatch):
     first, measured, measure = run(f"--folders {trained}"), [], analysis.measure
     monkeypatch.setattr(analysis, "measure", lambda *arguments: measured.append(1) or measure(*arguments))
     assert run(f"--folders {trained}") == first and not measured
-    run(f"--folders {trained} --weights best")
-    assert len(measured) == 8
+    code = common.digest_files
+    monkeypatch.setattr(common, "digest_files", lambda files: code(files) + "*" * any(f.suffix == ".py" for f in files))
+    run(f"--folders {trained}")
+    assert len(measured) == 8  # what other code measured is measured anew
+
+
+def test_results_that_were_measured_otherwise_are_not_replaced_unasked(run, capsys, trained, tmp_path):
+    first = run(f"--folders {trained}")
+    error = fails(run, capsys, f"--folders {trained} --weights best")
+    assert "weights best" in error and "--fresh" in error
+    assert json.loads((tmp_path / "out/effective_rank_results.json").read_text()) == first
+    (study,) = run(f"--folders {trained} --weights best --fresh").values()
+    assert study["measured"] == {"rows": 2000, "draws": 5, "weights": "best"}
+
+
+def test_studies_without_checkpoints_here_stay(run, capsys, trained, data_dir, tmp_path):
+    """As in a fresh clone, where only one of the published studies is trained again."""
+    other = tmp_path / "other"
+    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1 --train-limit 20")
+    both = run(f"--folders {other} {trained}")
+    assert len(both) == 2
+    assert run(f"--folders {trained}") == both
+    assert "SST-2, 20 training rows, small transformer stays" in capsys.readouterr().out
 
 
 def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path, monkeypatch):
@@ -229,7 +250,8 @@ def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, dat
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")
     monkeypatch.setattr(analysis, "CURVE_ROWS", (6, 9, 50))
     results = run(f"--folders {trained} {other} {broken}")
-    assert list(results) == ["SST-2, small transformer", "SST-2, small transformer, wide"]
+    name = "SST-2, 40 training rows, small transformer"
+    assert list(results) == [name, f"{name}, wide"]
     assert [study["pretrained"]["num_dimensions"] for study in results.values()] == [16, 24]
     for study in results.values():
         assert study["matched_rows"] == 9
@@ -246,6 +268,10 @@ def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, caps
     run()
     notes = capsys.readouterr().out
     assert "python experiment_7b.py" in notes and "python experiment.py" not in notes
+    (tmp_path / "results").rename(tmp_path / "results-of-tests")
+    (tmp_path / "results").mkdir()
+    shutil.copytree(trained, tmp_path / "results/limit-20-24")
+    assert f"--folders {tmp_path / 'results/limit-20-24'} takes it" in fails(run, capsys)
     assert "holds no finished training" in fails(run, capsys, f"--folders {tmp_path / 'nowhere'}")
 
 

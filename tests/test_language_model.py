@@ -463,8 +463,9 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
     capsys.readouterr()
     results = run(qwen, "--seeds 1 2", folder=tmp_path / "results_agnews/tiny-qwen2/subset-40", script=experiment_agnews_7b)
     assert results["settings"]["data"]["name"] == "AG News, 40-row training subset"
-    assert "here AG News, 40-row training subset, there SST-2" in capsys.readouterr().out
+    assert "here: AG News, 40 training rows, " in capsys.readouterr().out
     cross = results["cross_dataset"]
+    assert cross["other"].pop("study").startswith("SST-2, 40 training rows, ")
     assert cross["other"] == {"name": "SST-2", "train_rows": 40, "validation_rows": 24, "compute_dtype": "float32"}
     assert set(cross["comparisons"]) == set(common.COMPARISONS)
     for name, (a, b) in {"model2 - model1": ("model1", "model2"), "model3 - model2": ("model2", "model3")}.items():

@@ -55,8 +55,6 @@ def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, m
         else:
             trainer = throughput.make_trainer(model_number, recipe, model, split, settings)
             assert trainer.micro_batch_size == (16 if recipe == "ours" else 8)
-            if model_number == 3:
-                trainer.micro_batch_size = 16  # cut into micro-batches, pairs are other pairs
             trainer.accumulate_gradients(rows)
         found[recipe] = {name: p.grad.clone() for name, p in model.trainable().items()}
     for name, expected in found["conventional"].items():
@@ -84,6 +82,10 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
     assert 0 < found["limit_share"] < 1 and found["binding_limit"] in ("bytes", "operations")
     small = throughput.measure(model_number, tiny_model(model_number), random_split(rows=60), tiny_config(), config, None)
     assert set(small["examples_per_second"]) == {"conventional", "ours"}
+    hardware, data = {"device": "abacus", "threads": 1}, {"name": "Data"}
+    results = {"tokens_per_row": 5.0, "hardware": hardware, "git_commit": None, "data": data, "settings": {"rounds": 2}}
+    row = findings.table_throughput("some", results | {"model1": small}).splitlines()[2]
+    assert row.split("|")[4].strip() == f"{small['ratio']['conventional']['median']:.1f}"
 
 
 def test_the_limit_counts_weights_and_tokens(miniature, model_number):
@@ -180,25 +182,28 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
 
     difference = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 2}
     results = {
-        "settings": {"data": {"name": "Data"}, "config": {"model": "some/backbone"}},
+        "settings": {"data": {"name": "Data, in part", "train_rows": 1000}, "config": {"model": "some/backbone"}},
         "models": {
             "model1": {"1": run(0.5, 0, 0), "2": run(0.7, 0, 0)},
             "model2": {"1": run(0.4, 0, 0), "2": run(0.4, 0, 0)},
             "model3": {"1": run(0, 0.75, 0.25), "2": run(0, 0.75, 0.25)},
         },
         "comparisons": {"final": {"model2 - model1": {"seeds": difference, "examples": difference}}},
-        "cross_dataset": {"other": {"name": "Other"}, "comparisons": {"model2 - model1": {"more_here": difference}}},
+        "cross_dataset": {"other": {"study": "Other, as large"}, "comparisons": {"model2 - model1": {"more_here": difference}}},
     }
-    for folder in ("results_b", "results_b/limit-4-4"):
+    (tmp_path / "FINDINGS.md").write_text("<!-- begin results_b accuracy -->\n<!-- end -->\n")
+    for folder in ("results_b", "results_b/of a user"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
     change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}, "half": difference | {"rows": 7}}
     change["cdnv"] = difference
     study = {"settings": results["settings"], "changes": {"model1 - pretrained": change, "model2 - model1": change}}
-    table = findings.table_effects(tmp_path, {"Data, backbone": study})
-    assert "| H1 | accuracy, points: model2 - model1 | Data, backbone | 2 | +2.00 [+1.00, +3.00] | [+1.00, +3.00] |" in table
-    assert "nats: model2 - model1 | Data, backbone | 2 | -0.200 [" in table  # -0.1 and -0.3
-    assert "| H2 | accuracy gain, points | Data less Other, backbone | 2 | +2.00" in table
-    assert "| H3 | engram ARI: trained - untrained compressor | Data, backbone | 2 | +0.500" in table
-    assert "| H4 | effective rank: model1 - pretrained | Data, backbone | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
-    assert table.count("H1") == 3  # nothing of a run on a limited number of rows
+    name = common.study_name(results["settings"])
+    assert name == "Data, 1,000 training rows, backbone"
+    table = findings.table_effects(tmp_path, {name: study})
+    assert f"| H1 | accuracy, points: model2 - model1 | {name} | 2 | +2.00 [+1.00, +3.00] | [+1.00, +3.00] |" in table
+    assert f"nats: model2 - model1 | {name} | 2 | -0.200 [" in table  # -0.1 and -0.3
+    assert f"| H2 | accuracy gain, points | {name}, less Other, as large | 2 | +2.00" in table
+    assert f"| H3 | engram ARI: trained - untrained compressor | {name} | 2 | +0.500" in table
+    assert f"| H4 | effective rank: model1 - pretrained | {name} | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
+    assert table.count("H1") == 3  # nothing of a run that has no section in FINDINGS.md

@@ -70,8 +70,8 @@ def find_folders(config: Config) -> list[Path]:
     else:
         found, missing = [], []
         for top, script in SCRIPTS.items():
-            states = sorted((common.ROOT / top).glob("**/state/settings.json"))
-            here = [file.parent.parent for file in states if trainings(file.parent.parent)]
+            states = (common.ROOT / top).glob("**/state/settings.json")
+            here = sorted(file.parent.parent for file in states if trainings(file.parent.parent))
             limited = [folder for folder in here if "limit-" in str(folder.relative_to(common.ROOT))]
             found += [folder for folder in here if folder not in limited]
             missing += [f"{folder} is left out, as a run on fewer rows: --folders {folder} takes it" for folder in limited]

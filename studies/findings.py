@@ -329,9 +329,9 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
 
 
 def studied_folders() -> list[str]:
-    """Results folders that FINDINGS.md has a section on."""
+    """Results folders that FINDINGS.md has a section on, in its order."""
     blocks = BLOCK.finditer((common.ROOT / "FINDINGS.md").read_text())
-    return sorted({match["folder"] for match in blocks if match["table"] == "accuracy"})
+    return [match["folder"] for match in blocks if match["table"] == "accuracy"]
 
 
 def table_effects(folder: Path, results: dict) -> str:

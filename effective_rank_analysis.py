@@ -353,10 +353,9 @@ def table(results: dict[str, dict]) -> str:
     lines = []
     for name, result in results.items():
         lines += ["", f"{name}: {result['num_samples']:,} rows; mean over seeds [95 % interval over seeds]"]
-        width = 26
-        lines.append(
-            f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + f"effective rank at {result['matched_rows']} rows"
-        )
+        width, rows = 28, result["matched_rows"]
+        last = f"effective rank at {rows} rows" if rows else ""
+        lines.append(f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + last)
         for key in keys_of(result):
             intervals = result[key]["intervals"]
             cells = "".join(f"{common.format_interval(intervals[number], digits):{width}}" for number, digits in TABLE)

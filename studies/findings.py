@@ -349,9 +349,11 @@ def table_effects(folder: Path, results: dict) -> str:
         overfit = differences_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"] - r["train"][-1]["cls_loss"])
         rows["H1"].append(["the same, validation less training", study, seeds, interval(overfit, 3, sign="+"), "n/a"])
         if "cross_dataset" in run:
-            gains = run["cross_dataset"]["comparisons"]["model2 - model1"]["more_here"]
+            gains = run["cross_dataset"]["comparisons"]["model2 - model1"]
             pair = f"{study}, less {run['cross_dataset']['other']['study']}"
-            rows["H2"].append(["accuracy gain, points", pair, seeds, common.format_interval(gains, 2, 100, "+"), "n/a"])
+            both = f"{gains['here']['n']} and {gains['there']['n']}"
+            more = common.format_interval(gains["more_here"], 2, 100, "+")
+            rows["H2"].append(["accuracy gain, points", pair, both, more, "n/a"])
         engrams = [r["cluster"] for r in run["models"]["model3"].values()]
         gain = interval([c["trained"]["ari"] - c["untrained"]["ari"] for c in engrams], 3, sign="+")
         rows["H3"].append(["engram ARI: trained - untrained compressor", study, str(len(engrams)), gain, "n/a"])
@@ -364,6 +366,8 @@ def table_effects(folder: Path, results: dict) -> str:
             half = f"{common.format_interval(change['half'], 1, sign='+')} at {change['half']['rows']:,} rows"
             rank, n = common.format_interval(change["effective_rank"], 1, sign="+"), str(change["effective_rank"]["n"])
             rows["H4"].append([f"effective rank: {shown}", study, n, rank, half])
+            stable = common.format_interval(change["stable_rank"], 1, sign="+")
+            rows["H4"].append([f"stable rank: {shown}", study, n, stable, "n/a"])
         cdnv = common.format_interval(result["changes"]["model2 - model1"]["cdnv"], 2, sign="+")
         rows["H4"].append(["NC1 cdnv: model2 - model1", study, n, cdnv, "n/a"])
     header = [

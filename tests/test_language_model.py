@@ -477,7 +477,7 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         assert cross["comparisons"][name]["here"]["mean"] == pytest.approx(np.mean(gains[1]))
         assert cross["comparisons"][name]["more_here"] == pytest.approx(common.welch_interval(*gains))
     for setting, said in (
-        ("--compute-dtype bfloat16", "computed in bfloat16 here and in float32 there"),
+        ("--compute-dtype bfloat16", "tiny-qwen2, bfloat16\nthere: SST-2, 40 training rows, tiny-qwen2, float32"),
         ("--learning-rate 5e-3", "learning_rate is 0.001 there and 0.005 here"),
     ):
         folder = tmp_path / "results_agnews/tiny-qwen2" / setting.split()[1]

@@ -181,6 +181,7 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
         return {"val": [{"cls_loss": cls_loss}], "train": [{"cls_loss": 0.1}], "cluster": cluster}
 
     difference = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 2}
+    gains = {"here": difference, "there": difference | {"n": 3}, "more_here": difference}
     results = {
         "settings": {"data": {"name": "Data, in part", "train_rows": 1000}, "config": {"model": "some/backbone"}},
         "models": {
@@ -189,21 +190,21 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
             "model3": {"1": run(0, 0.75, 0.25), "2": run(0, 0.75, 0.25)},
         },
         "comparisons": {"final": {"model2 - model1": {"seeds": difference, "examples": difference}}},
-        "cross_dataset": {"other": {"study": "Other, as large"}, "comparisons": {"model2 - model1": {"more_here": difference}}},
+        "cross_dataset": {"other": {"study": "Other, as large"}, "comparisons": {"model2 - model1": gains}},
     }
     (tmp_path / "FINDINGS.md").write_text("<!-- begin results_b accuracy -->\n<!-- end -->\n")
     for folder in ("results_b", "results_b/of a user"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
     change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}, "half": difference | {"rows": 7}}
-    change["cdnv"] = difference
+    change |= {"cdnv": difference, "stable_rank": difference}
     study = {"settings": results["settings"], "changes": {"model1 - pretrained": change, "model2 - model1": change}}
     name = common.study_name(results["settings"])
     assert name == "Data, 1,000 training rows, backbone"
     table = findings.table_effects(tmp_path, {name: study})
     assert f"| H1 | accuracy, points: model2 - model1 | {name} | 2 | +2.00 [+1.00, +3.00] | [+1.00, +3.00] |" in table
     assert f"nats: model2 - model1 | {name} | 2 | -0.200 [" in table  # -0.1 and -0.3
-    assert f"| H2 | accuracy gain, points | {name}, less Other, as large | 2 | +2.00" in table
+    assert f"| H2 | accuracy gain, points | {name}, less Other, as large | 2 and 3 | +2.00" in table
     assert f"| H3 | engram ARI: trained - untrained compressor | {name} | 2 | +0.500" in table
     assert f"| H4 | effective rank: model1 - pretrained | {name} | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
     assert table.count("H1") == 3  # nothing of a run that has no section in FINDINGS.md

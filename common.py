@@ -933,6 +933,7 @@ def load_tokenizer(name: str) -> Callable[[list[str]], list[list[int]]]:
     """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text."""
     from transformers import AutoTokenizer
 
+    name = find_model(name)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
     return lambda texts: tokenizer(texts)["input_ids"]
@@ -2389,7 +2390,7 @@ def run_language_model_experiment(
         raise UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir a folder with a download.")
     task = limit_task(task, config.train_limit, config.eval_limit)
     found = find_model(config.model)
-    encode = load_tokenizer(found)
+    encode = load_tokenizer(config.model)
     details = {"engram_source": engram_source}
     name_in_results, short_name = config.model, Path(config.model).name
     if Path(found).exists() and config.model != STANDIN_MODEL:  # where a folder lies is no part of the study, what it holds is

@@ -130,7 +130,7 @@ def models_of(
         if "/" not in config.model and config.model != common.STANDIN_MODEL:  # a folder: results keep its name alone
             config.model = common.read_json(adapter_file)["base_model_name_or_path"]
         source = stored["engram_source"]
-        encode, seeds = common.load_tokenizer(common.find_model(config.model)), seeds[:1]
+        encode, seeds = common.load_tokenizer(config.model), seeds[:1]
         causal_lm, lora = common.load_adapted_model(config, device)
 
         def build(number: int) -> common.DualHeadModel:
@@ -222,13 +222,13 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
     state = config.output_dir / "state" / str(folder.resolve()).removeprefix(str(common.ROOT)).strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
     measured = how_measured(config)
+    code = common.digest_files([Path(file) for file in (common.__file__, experiment.__file__, __file__)])
     print(f"{name}: {len(rows):,} validation rows, {config.weights} weights of {folder}", flush=True)
     records: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
         files = (folder / "state" / f"{key}-seed{seed}").rglob("*.safetensors")  # none of a baseline
         weights = sorted(file for file in files if config.weights in str(file.relative_to(folder)))
-        code = [Path(module.__file__) for module in (common, experiment)] + [Path(__file__)]
-        made_from = [settings, common.digest_files(weights), common.digest_files(code), *measured.values(), CURVE_ROWS]
+        made_from = [settings, common.digest_files(weights), code, *measured.values(), CURVE_ROWS]
         made_from = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
         file = state / f"{key}-seed{seed}.json"
         record = common.read_json(file) if file.exists() and not config.fresh else {}

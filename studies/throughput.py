@@ -403,7 +403,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         common.pick_device("cuda")
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
-    encode, rates, found = common.load_tokenizer(common.find_model(config.tokenizer)), device_rates(device), {}
+    encode, rates, found = common.load_tokenizer(config.tokenizer), device_rates(device), {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
@@ -493,7 +493,7 @@ def count_step(
 
 def count_on_paper(config: Config) -> dict[str, dict]:
     """What the recipes would take on the reference's card, from counts alone; written to throughput_on_paper.json."""
-    encode, results = common.load_tokenizer(common.find_model(config.tokenizer)), {}
+    encode, results = common.load_tokenizer(config.tokenizer), {}
     here = {key: common.environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)

@@ -26,11 +26,12 @@ import tarfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import matplotlib
 
 matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
@@ -202,7 +203,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         message = str(error)
     except torch.OutOfMemoryError:
-        message = "GPU memory is full: end other programs that use the GPU, or use a smaller --batch-size, --max-length or model."
+        message = "GPU memory is full: end other programs that use the GPU, or use a smaller model."
     except KeyboardInterrupt:
         message, code = "stopped; the same command, without --fresh, goes on from the last checkpoint.", 130
     except OSError as error:
@@ -278,9 +279,33 @@ def digest_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def digest_weights(folder: str | Path) -> str:
+    """SHA-256 of the safetensors files of a model's folder."""
+    return digest_files(sorted(Path(folder).glob("*.safetensors")))
+
+
 def through_json(value: Any) -> Any:
     """value as it looks after a trip through JSON, so that stored and fresh settings compare equal."""
     return json.loads(json.dumps(value, default=str))
+
+
+@contextlib.contextmanager
+def sole_run_in(path: Path) -> Iterator[None]:
+    """Keep other runs out of a results folder. Raises UserError when one is in it, or the folder cannot be written."""
+    lock = filelock.FileLock(path / ".lock", blocking=False)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {path}: wait for its end, or choose another --output-dir.") from None
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(f"cannot write to {path} ({error.strerror}): choose another folder with --output-dir.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class RunFolder:
@@ -292,18 +317,10 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict, fresh: bool):
         """settings define the study (configuration and data); a folder holds the results of one such study.
 
-        Raises UserError when the folder holds another study's results and fresh is not set, or cannot be written.
+        Raises UserError when the folder holds another study's results and fresh is not set.
         """
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
-        self.published = None
-        try:
-            self._open(through_json(settings), fresh)
-        except OSError as error:
-            if error.errno in DISK_FULL:
-                raise
-            raise UserError(f"cannot write to {path} ({error.strerror}): choose another folder with --output-dir.") from None
-
-    def _open(self, settings: dict, fresh: bool) -> None:
+        self.published, settings = None, through_json(settings)
         settings_file, published_file = self.state / "settings.json", self.state / "published.json"
         if not fresh:
             for file in (settings_file, self.results_file):
@@ -324,6 +341,8 @@ class RunFolder:
             shutil.rmtree(discarded, ignore_errors=True)
             self.state.rename(discarded)  # at once: a kill in rmtree must not leave half of another run
             shutil.rmtree(discarded)
+        if fresh and self.published is None:  # of another study: it would bar the way to a run that goes on
+            self.results_file.unlink(missing_ok=True)
         self.state.mkdir(parents=True, exist_ok=True)
         if self.published:
             write_json(published_file, self.published)
@@ -958,7 +977,9 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
     with _loading(name):
-        causal_lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=packing, device_map={"": device})
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=packing, device_map={"": device}, use_safetensors=True
+        )
     causal_lm.config.use_cache = False  # no generation here
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -1233,7 +1254,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of a linear layer's logits, without ever holding them all.
 
     Logits are made for LOGIT_CHUNK_TOKENS tokens at a time and turned into their gradient at once, so nothing
-    of size T x V is kept for the backward pass or computed again in it. Differentiable once.
+    of size T x V is kept for the backward pass or computed again in it. Differentiable once. The sum is fp32 whatever the
+    states are; that of torch.nn.functional.linear_cross_entropy has their type, three digits of a sum in bfloat16.
     """
 
     @staticmethod
@@ -1410,7 +1432,7 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, total_norm)
         sums.grad_norm = sums.max_grad_norm = norm = total_norm.item()
         if not math.isfinite(sums.cls_loss + sums.lm_loss + norm):
-            raise FloatingPointError(f"loss {sums.cls_loss / sums.rows}, gradient norm {norm}")
+            raise FloatingPointError(f"sums of losses {sums.cls_loss} and, LM, {sums.lm_loss}, gradient norm {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -1555,7 +1577,7 @@ def _end_epoch(label, trainer, validation, config, progress: Progress, job: Path
     model = trainer.model
     evaluation = evaluate(model, validation)
     if not (np.isfinite(evaluation.pooled).all() and math.isfinite(evaluation.cls_loss + (evaluation.lm_loss or 0))):
-        raise FloatingPointError(f"validation loss {evaluation.cls_loss}")
+        raise FloatingPointError(f"validation loss {evaluation.cls_loss}, LM {evaluation.lm_loss}")
     train = progress.sums.record(model.lm_head is not None, config.lm_weight)
     val = validation_record(evaluation, config)
     progress.correct.setdefault("cold", []).append(evaluation.correct())
@@ -1867,8 +1889,7 @@ def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | 
     engram has cosine 0 with everything.
     """
     engrams, labels = np.asarray(engrams, dtype=np.float64), np.asarray(labels)
-    norms = np.linalg.norm(engrams, axis=1, keepdims=True)
-    unit = np.divide(engrams, norms, out=np.zeros_like(engrams), where=norms > 0)
+    unit = _unit(engrams, 0.0)
 
     def pair_sum(rows: np.ndarray) -> float:
         return float(((rows.sum(0) ** 2).sum() - (rows**2).sum()) / 2)
@@ -1952,7 +1973,10 @@ def format_interval(interval: dict, digits: int = 2, scale: float = 1.0, sign: s
     return f"{scale * interval['mean']:{sign}.{digits}f} {format_bounds(interval, digits, scale, sign)}".rstrip()
 
 
-def compare_models(correct_a: np.ndarray, correct_b: np.ndarray, resamples: int = 10_000) -> dict[str, Any]:
+BOOTSTRAP_DRAWS = 10_000
+
+
+def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
     """How much better is b than a? From right-or-wrong arrays (S, N): S seeds trained alike, the same N rows.
 
     `difference` is b's mean accuracy minus a's. `seeds` gives its 95 % t interval over seeds, paired by seed
@@ -1966,7 +1990,7 @@ def compare_models(correct_a: np.ndarray, correct_b: np.ndarray, resamples: int 
     rng = np.random.default_rng(0)
     # A resample draws N rows with replacement; only how many rows of each distinct difference it holds matters.
     differences, counts = np.unique(per_row, return_counts=True)
-    means = rng.multinomial(len(per_row), counts / len(per_row), size=resamples) @ differences / len(per_row)
+    means = rng.multinomial(len(per_row), counts / len(per_row), size=BOOTSTRAP_DRAWS) @ differences / len(per_row)
     low, high = np.quantile(means, [0.025, 0.975])
     only_b, only_a = ((b > a).sum(1), (a > b).sum(1))  # (S,) discordant rows
     return {
@@ -2029,7 +2053,8 @@ def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> Non
     axes[0].plot([], [], "k--", label="training (with dropout)")
     axes[0].legend(fontsize=8)
     counts = sorted({len(runs) for runs in models.values()})
-    spread = f"mean of {' to '.join(map(str, counts))} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    spread = f"mean of {seeds} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"
     figure.suptitle(f"{title}; {spread}")
     save_figure(figure, path)
 
@@ -2096,32 +2121,34 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
         | experiment.details,
         "data": task.summary(),
     }
-    folder = RunFolder(config.output_dir or experiment.results / task.folder, settings, config.fresh)
-    print(f"{experiment.name} on {task.title()}\ndata: {task.source}\nresults: {folder.path}\ndevice: {device}", flush=True)
-    train = encode_rows(task.train, experiment.encode, config.max_length)
-    validation = encode_rows(task.validation, experiment.encode, config.max_length)
-    here = environment(device)  # now: the code may be edited while a long run goes on
-    jobs = list(itertools.product(config.seeds, config.models))
-    steps = config.epochs * math.ceil(len(train.labels) / config.batch_size)
-    run_bar, results = RunBar(len(jobs) * steps), None
-    for seed, number in jobs:
-        job = folder.job(number, seed)
-        if (job / "metrics.json").exists():
+    path = config.output_dir or experiment.results / task.folder
+    with sole_run_in(path):
+        folder = RunFolder(path, settings, config.fresh)
+        print(f"{experiment.name} on {task.title()}\ndata: {task.source}\nresults: {folder.path}\ndevice: {device}", flush=True)
+        train = encode_rows(task.train, experiment.encode, config.max_length)
+        validation = encode_rows(task.validation, experiment.encode, config.max_length)
+        here = environment(device)  # now: the code may be edited while a long run goes on
+        jobs = list(itertools.product(config.seeds, config.models))
+        steps = config.epochs * math.ceil(len(train.labels) / config.batch_size)
+        run_bar, results = RunBar(len(jobs) * steps), None
+        for seed, number in jobs:
+            job = folder.job(number, seed)
+            if (job / "metrics.json").exists():
+                (job / "training.safetensors").unlink(missing_ok=True)
+                run_bar.skip(steps)
+                continue
+            metrics = run_job(experiment, number, train, validation, config, seed, device, job, run_bar)
+            write_json(job / "metrics.json", {**metrics, **here})
             (job / "training.safetensors").unlink(missing_ok=True)
-            run_bar.skip(steps)
-            continue
-        metrics = run_job(experiment, number, train, validation, config, seed, device, job, run_bar)
-        write_json(job / "metrics.json", {**metrics, **here})
-        (job / "training.safetensors").unlink(missing_ok=True)
-        results = publish(experiment, settings, folder, here)
-    run_bar.bar.close()
-    results = results or publish(experiment, settings, folder, here)
-    print(summary_table(results), flush=True)
-    if "cross_dataset" in results:
-        print(cross_dataset_table(results), flush=True)
-    if folder.published:
-        print(reproduction_table(folder.published, results), flush=True)
-    return results
+            results = publish(experiment, settings, folder, here)
+        run_bar.bar.close()
+        results = results or publish(experiment, settings, folder, here)
+        print(summary_table(results), flush=True)
+        if "cross_dataset" in results:
+            print(cross_dataset_table(results), flush=True)
+        if folder.published:
+            print(reproduction_table(folder.published, results), flush=True)
+        return results
 
 
 def run_job(
@@ -2395,7 +2422,7 @@ def run_language_model_experiment(
     name_in_results, short_name = config.model, Path(config.model).name
     if Path(found).exists() and config.model != STANDIN_MODEL:  # where a folder lies is no part of the study, what it holds is
         name_in_results = short_name = Path(found).name
-        details["model_sha256"] = digest_files(sorted(Path(found).glob("*.safetensors")))
+        details["model_sha256"] = digest_weights(found)
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     experiment = Experiment(
         name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),

@@ -3,7 +3,7 @@
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation rows through each
 model as it runs (model 3 with its cold prefix), and measures pooled hidden states of every layer and the
 classifier's intermediate features. Each measured model is kept until the code changes: a run that is started again goes
-on. Studies in the output folder whose checkpoints are not here stay as they are.
+on. Studies in the output folder of results folders that have no checkpoints here stay as they are.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import scipy.stats
 import torch
@@ -27,8 +28,10 @@ import common
 import experiment
 
 KEYS = ("pretrained", "model1", "model2", "model3")
-CHANGES = (("pretrained", "model1"), ("model1", "model2"), ("model2", "model3"), ("pretrained", "model2"))
+CHANGES = (("pretrained", "model1"), ("model1", "model2"), ("model2", "model3"), ("model1", "model3"))
+CHANGES += (("pretrained", "model2"), ("pretrained", "model3"))
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
+LEAST_ROWS = 4  # half of them still have a rank
 COLORS = {"pretrained": "#666666", **{f"model{number}": color for number, color in common.MODEL_COLORS.items()}}
 MARKERS = {"pretrained": "D", **{f"model{number}": marker for number, marker in common.MODEL_MARKERS.items()}}
 
@@ -75,10 +78,13 @@ def find_folders(config: Config) -> list[Path]:
             limited = [folder for folder in here if "limit-" in str(folder.relative_to(common.ROOT))]
             found += [folder for folder in here if folder not in limited]
             missing += [f"{folder} is left out, as a run on fewer rows: --folders {folder} takes it" for folder in limited]
-            if not here:
-                missing.append(f"no checkpoints under {top}/: `python {script}` makes them")
+            if common.ROOT / top not in here:
+                missing.append(f"no checkpoints in {top}/ itself: `python {script}` makes them")
     if not found:
         raise common.UserError(f"nothing to analyse; {'; '.join(missing)}.")
+    for folder in found:
+        if lacking := [key for key in KEYS[1:] if key not in dict(trainings(folder))]:
+            missing.append(f"{folder} lacks {', '.join(lacking)}: the command that made it adds them by --models 1 2 3")
     for sentence in missing:
         print(f"NOTE: {sentence}")
     return found
@@ -131,6 +137,8 @@ def models_of(
             config.model = common.read_json(adapter_file)["base_model_name_or_path"]
         source = stored["engram_source"]
         encode, seeds = common.load_tokenizer(config.model), seeds[:1]
+        if stored.get("model_sha256") not in (None, common.digest_weights(config.model)):
+            raise common.UserError(f"{config.model} holds other weights than the models were trained on.")
         causal_lm, lora = common.load_adapted_model(config, device)
 
         def build(number: int) -> common.DualHeadModel:
@@ -218,8 +226,11 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
     name = common.study_name(settings)
     split, models = models_of(folder, settings, task, config.weights, device)
     rows = common.fixed_draw(len(split.labels), config.rows)
+    if len(rows) < LEAST_ROWS:
+        raise common.UserError(f"{len(rows)} validation rows are too few: {LEAST_ROWS} or more are needed.")
     split = common.Split([split.token_ids[i] for i in rows], split.labels[rows])
-    state = config.output_dir / "state" / str(folder.resolve()).removeprefix(str(common.ROOT)).strip("/").replace("/", "-")
+    where = str(folder.resolve()).removeprefix(f"{common.ROOT}/")
+    state = config.output_dir / "state" / where.strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
     measured = how_measured(config)
     code = common.digest_files([Path(file) for file in (common.__file__, experiment.__file__, __file__)])
@@ -241,7 +252,7 @@ def measure_study(folder: Path, config: Config, device: torch.device, here: dict
         records.setdefault(key, {})[str(seed)] = record
         times = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in record["seconds"].items())
         print(f"  {key} seed {seed}: effective rank {record['effective_rank']:.1f} ({times})", flush=True)
-    return name, {"settings": settings, "num_samples": len(rows), "measured": measured, "records": records}
+    return name, {"folder": where, "settings": settings, "num_samples": len(rows), "measured": measured, "records": records}
 
 
 def how_measured(config: Config) -> dict[str, Any]:
@@ -249,13 +260,14 @@ def how_measured(config: Config) -> dict[str, Any]:
 
 
 def earlier_studies(file: Path, config: Config) -> dict[str, dict]:
-    """What an earlier run measured, in the form of measure_study. Raises UserError when it measured otherwise."""
-    studies = common.read_json(file) if file.exists() and not config.fresh else {}
+    """Name -> study, as measure_study returns it, that an earlier run measured. Raises UserError when it measured otherwise."""
+    studies = common.read_json(file) if file.exists() else {}
     asked = how_measured(config)
-    if any(study.get("measured") != asked for study in studies.values()):
+    alike = {name: study for name, study in studies.items() if study.get("measured") == asked}
+    if len(alike) < len(studies) and not config.fresh:
         here = ", ".join(f"{key} {value}" for key, value in asked.items())
         raise common.UserError(f"{file} was not measured with {here}: give another --output-dir, or --fresh to replace it.")
-    return {name: study | {"records": {key: study[key]["seeds"] for key in keys_of(study)}} for name, study in studies.items()}
+    return {name: study | {"records": {key: study[key]["seeds"] for key in keys_of(study)}} for name, study in alike.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -299,10 +311,8 @@ def interval_over_rows(draws: np.ndarray, rows: int, total: int) -> dict[str, fl
     The interval is for other samples of `total` rows. Small subsets scatter more than their mean is uncertain, large ones
     overlap and scatter less: deviations count sqrt(rows / (total - rows)) times (delete-d jackknife, Shao & Wu 1989).
     """
-    mean, half = float(np.mean(draws)), 0.0
-    if len(draws) > 1:
-        spread = np.std(draws, ddof=1) * math.sqrt(rows / (total - rows))
-        half = float(scipy.stats.t.ppf(0.975, len(draws) - 1) * spread)
+    mean, spread = float(np.mean(draws)), np.std(draws, ddof=1) * math.sqrt(rows / (total - rows))
+    half = float(scipy.stats.t.ppf(0.975, len(draws) - 1) * spread)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -312,7 +322,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
     results = {}
     for name, study in studies.items():
         records = study["records"]
-        result = {key: study[key] for key in ("settings", "num_samples", "measured")}
+        result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
         for key in keys_of(records):
             flat = [scalars(record) for record in records[key].values()]
@@ -344,6 +354,10 @@ def display_name(key: str, result: dict) -> str:
     return "Pretrained" if "model" in result["settings"]["config"] else "Untrained"
 
 
+def display_change(pair: str, result: dict) -> str:
+    return pair.replace("pretrained", display_name("pretrained", result).lower())
+
+
 TABLE = (("effective_rank", 1), ("effective_rank_share", 3), ("stable_rank", 1), ("participation_ratio", 1), ("dims_95pct", 0))
 TABLE += (("cdnv", 2), ("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
 
@@ -365,9 +379,8 @@ def table(results: dict[str, dict]) -> str:
             lines.append(f"{display_name(key, result):22}{cells}{matched}")
         for pair, found in result["changes"].items():
             over_seeds, over_rows = (common.format_interval(found[kind], 1, sign="+") for kind in ("effective_rank", "half"))
-            lines.append(
-                f"effective rank, {pair}: {over_seeds} over seeds; at {found['half']['rows']:,} rows {over_rows} over rows"
-            )
+            half = f"at {found['half']['rows']:,} rows {over_rows} over rows"
+            lines.append(f"effective rank, {display_change(pair, result)}: {over_seeds} over seeds; {half}")
     return "\n".join(lines)
 
 
@@ -390,19 +403,20 @@ def each_model(result: dict) -> Iterator[tuple[str, list[dict], str]]:
 
 
 def name_models(axis: plt.Axes, result: dict) -> None:
-    names = [display_name(key, result) for key in keys_of(result)]
-    axis.set_xticks(range(len(names)), names, rotation=15, fontsize=8)
+    names = [display_name(key, result) if key == "pretrained" else f"Model {key[-1]}" for key in keys_of(result)]
+    axis.set_xticks(range(len(names)), names, fontsize=7)
+    axis.set_xlim(-0.6, len(names) - 0.4)
 
 
 def plot_ranks(path: Path, results: dict[str, dict]) -> None:
     """A row for each study: singular spectrum, cumulative variance, effective rank over rows, effective rank at all rows."""
-    figure, axes = plt.subplots(len(results), 4, figsize=(20, 4 * len(results)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(results), 4, figsize=(14, 3.2 * len(results)), layout="constrained", squeeze=False)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         for position, (key, records, label) in enumerate(each_model(result)):
             values = np.array([record["singular_values"] for record in records])  # (S, min(N, D))
-            components = np.arange(1, values.shape[1] + 1)
-            seed_band(row[0], components, values / values.sum(1, keepdims=True), key, label)
-            seed_band(row[1], components, 100 * np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True), key, label)
+            components, look = np.arange(1, values.shape[1] + 1), {"marker": MARKERS[key], "markersize": 4, "markevery": 0.15}
+            seed_band(row[0], components, values / values.sum(1, keepdims=True), key, label, **look)
+            seed_band(row[1], components, 100 * np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True), key, label, **look)
             sizes = sorted(map(int, records[0]["subsets"]))
             draws = np.mean([[record["subsets"][str(size)] for size in sizes] for record in records], axis=0)  # (sizes, draws)
             points = [interval_over_rows(d, size, result["num_samples"]) for d, size in zip(draws, sizes, strict=True)]
@@ -422,8 +436,8 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
         )
         row[0].set_ylim(bottom=1e-6)
         row[1].set(xlabel="component", ylabel="cumulative variance (%)", xscale="log", title=f"N = {result['num_samples']:,}")
-        row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets; band: 95 % over rows")
-        row[3].set(ylabel="effective rank", title=f"at most {bound:,}; dots: seeds, bars: 95 % over seeds")
+        row[2].set(xlabel="rows", ylabel="effective rank", title="random subsets\nband: 95 % over rows")
+        row[3].set(ylabel="effective rank", title=f"at most {bound:,}; dots: seeds\nbars: 95 % over seeds")
         name_models(row[3], result)
         row[0].legend(fontsize=8)
         for axis in row:
@@ -433,9 +447,13 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
 
 
 def plot_layers(path: Path, results: dict[str, dict]) -> None:
-    """Effective rank by depth, a panel for each study."""
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.5), layout="constrained", squeeze=False)
-    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+    """Effective rank by depth, a panel for each study, two abreast."""
+    columns = min(2, len(results))
+    lines = math.ceil(len(results) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.8 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(results) :]:
+        axis.remove()
+    for axis, (name, result) in zip(axes.flat, results.items(), strict=False):
         for key, records, label in each_model(result):
             ranks = [[layer["effective_rank"] for layer in record["layers"]] for record in records]
             look = {"marker": MARKERS[key], "markersize": 3}
@@ -449,7 +467,7 @@ def plot_layers(path: Path, results: dict[str, dict]) -> None:
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7, loc="lower left", handlelength=1)
     figure.suptitle("Where does the rank go? Mean over seeds; band: lowest to highest seed")
     common.save_figure(figure, path)
 
@@ -465,27 +483,37 @@ COLLAPSE_PANELS = (
 
 def plot_collapse(path: Path, results: dict[str, dict]) -> None:
     """Neural-collapse measures: a row for each study, a dot for each seed."""
-    figure, axes = plt.subplots(len(results), 5, figsize=(20, 3.6 * len(results)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(results), 5, figsize=(14, 2.9 * len(results)), layout="constrained", squeeze=False)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         for axis, (number, label) in zip(row, COLLAPSE_PANELS, strict=True):
             for position, (key, records, _) in enumerate(each_model(result)):
                 values = [scalars(record)[number] for record in records]
-                axis.plot(position, np.mean(values), "_", color=COLORS[key], markersize=26, markeredgewidth=2)
+                axis.plot(position, np.mean(values), "_", color=COLORS[key], markersize=20, markeredgewidth=2)
                 axis.plot([position] * len(values), values, MARKERS[key], color=COLORS[key], markersize=5, alpha=0.7)
             if "cdnv" in number:
                 axis.set_yscale("log")
+                axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter("")
+                low, high = axis.get_ylim()
+                axis.set_ylim(low / 1.3, high * 1.3)  # room for more than one label
             elif axis.get_ylim()[1] < 1e-6:  # two classes always form a simplex: what is left is rounding
                 axis.set_ylim(-0.05, 1)
             name_models(axis, result)
             axis.set_ylabel(label, fontsize=9)
             axis.grid(alpha=0.3)
         row[0].set_title(f"{in_two_lines(name)}; N = {result['num_samples']:,}", loc="left")
-    figure.suptitle("Neural collapse on validation rows (lower is more collapsed, NC4: higher); dots: seeds, bar: their mean")
+    models = ", ".join(f"{number}: {name}" for number, name in common.MODEL_NAMES.items())
+    meaning = "lower is more collapsed, NC4: higher; dots: seeds, bar: their mean"
+    figure.suptitle(f"Neural collapse on validation rows: {meaning}\nmodels {models}")
     common.save_figure(figure, path)
 
 
 def plot_overview(path: Path, results: dict[str, dict]) -> None:
-    """Accuracy, effective rank and engram clusters of every study, with intervals over seeds where there are several."""
+    """Accuracy, effective rank and engram clusters of every study, with intervals over seeds where there are several.
+
+    Ranks are of as many rows in every study, unless one has too few: a rank rises with the rows.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(15, 1.5 + 1.1 * len(results)), layout="constrained", sharey=True)
 
     def point(axis: plt.Axes, place: float, interval: dict, scale: float, **look) -> None:
@@ -504,8 +532,9 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
             look = {"color": COLORS[key], "marker": MARKERS[key]}
             if key != "pretrained":
                 point(axes[0], place, intervals["accuracy"], 100, **look)
-            bound = min(result["num_samples"] - 1, result[key]["num_dimensions"])
-            point(axes[1], place, intervals["effective_rank"], 100 / bound, label=once(label), **look)
+            rank = "effective_rank_matched" if result["matched_rows"] else "effective_rank"
+            bound = min((result["matched_rows"] or result["num_samples"]) - 1, result[key]["num_dimensions"])
+            point(axes[1], place, intervals[rank], 100 / bound, label=once(label), **look)
             if "engram_ari" in intervals:
                 point(axes[2], row - 0.1, intervals["engram_ari"], 1, label=once("trained"), **look)
                 look |= {"color": COLORS["pretrained"], "marker": "o", "label": once("control: untrained compressor")}
@@ -513,7 +542,9 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
     axes[0].set_yticks(range(len(results)), map(in_two_lines, results))
     axes[0].invert_yaxis()
     axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
-    axes[1].set(xlabel="effective rank (% of the highest possible)", title="Rank of pooled hidden states", xlim=(0, 100))
+    matched = next(iter(results.values()))["matched_rows"]
+    rows = f"{matched:,} rows" if matched else "the rows of each"
+    axes[1].set(xlabel="effective rank (% of the highest possible)", title=f"Rank of pooled states, {rows}", xlim=(0, 100))
     axes[2].set(xlabel="adjusted Rand index with the classes", title="Engram clusters of model 3")
     for axis in axes[1:]:
         if axis.get_legend_handles_labels()[0]:
@@ -528,13 +559,14 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    common.check_bounds("rows", config.rows, 4, math.inf)  # half of them still have a rank
+    common.check_bounds("rows", config.rows, LEAST_ROWS, math.inf)
     common.check_bounds("draws", config.draws, 2, math.inf)
     device = common.pick_device(config.device)
     file = config.output_dir / "effective_rank_results.json"
     earlier = earlier_studies(file, config)
     folders, here = find_folders(config), common.environment(device)
-    studies: dict[str, dict] = {}
+    studies, names = dict(earlier), {study["folder"]: name for name, study in earlier.items()}
+    measured: set[str] = set()
     unusable: list[str] = []
     for folder in folders:
         try:
@@ -543,13 +575,15 @@ def main() -> None:
             unusable.append(f"{folder}: {error}")
             print(f"NOTE: {unusable[-1]}", flush=True)
             continue
-        studies[name if name not in studies else f"{name}, {folder.name}"] = study
+        name = names.setdefault(study["folder"], name if name not in studies else f"{name}, {study['folder']}")
+        studies[name] = study
+        measured.add(name)
         gc.collect()  # one base model at a time
-    if not studies:
+    if not measured:
         raise common.UserError(f"nothing could be analysed; {' '.join(unusable)}")
-    for name in earlier.keys() - studies.keys():
+    for name in studies.keys() - measured:
         print(f"NOTE: {name} stays as {file} has it: measured by an earlier run")
-    results = summarize(earlier | studies)
+    results = summarize(studies)
     common.write_json(file, results)
     plot_ranks(config.output_dir / "effective_rank.png", results)
     plot_layers(config.output_dir / "rank_by_layer.png", results)

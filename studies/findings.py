@@ -316,14 +316,13 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     rows = []
     for name, result in results.items():
         for pair, found in result["changes"].items():
-            pair = pair.replace("pretrained", analysis.display_name("pretrained", result).lower())
             cells = [common.format_interval(found["effective_rank"], 1, sign="+"), str(found["effective_rank"]["n"])]
             half = found["half"]
             cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}")
             cells += [
                 common.format_interval(found[number], digits, sign="+") for number, digits in (("stable_rank", 1), ("cdnv", 2))
             ]
-            rows.append([name, pair, *cells])
+            rows.append([name, analysis.display_change(pair, result), *cells])
     header = ["data, backbone", "change", "effective rank, mean [95 % over seeds]", "seeds", "at half the rows [95 % over rows]"]
     return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
 
@@ -339,7 +338,9 @@ def table_effects(folder: Path, results: dict) -> str:
     rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
     for study_folder in studied_folders():
         run = common.read_json(common.ROOT / study_folder / "results.json")
-        study, found = common.study_name(run["settings"]), run["comparisons"]["final"]["model2 - model1"]
+        study, found = common.study_name(run["settings"]), run["comparisons"]["final"].get("model2 - model1")
+        if not found or "model3" not in run["models"]:
+            continue  # not all three models are trained
         seeds = str(found["seeds"]["n"])
         over_rows = common.format_bounds(found["examples"], 2, 100, "+")
         accuracy = common.format_interval(found["seeds"], 2, 100, "+")
@@ -359,17 +360,17 @@ def table_effects(folder: Path, results: dict) -> str:
         rows["H3"].append(["engram ARI: trained - untrained compressor", study, str(len(engrams)), gain, "n/a"])
     for study, result in results.items():
         for pair in ("model1 - pretrained", "model2 - model1"):
-            change, shown = (
-                result["changes"][pair],
-                pair.replace("pretrained", analysis.display_name("pretrained", result).lower()),
-            )
+            if pair not in result["changes"]:
+                continue
+            change, shown = result["changes"][pair], analysis.display_change(pair, result)
             half = f"{common.format_interval(change['half'], 1, sign='+')} at {change['half']['rows']:,} rows"
             rank, n = common.format_interval(change["effective_rank"], 1, sign="+"), str(change["effective_rank"]["n"])
             rows["H4"].append([f"effective rank: {shown}", study, n, rank, half])
             stable = common.format_interval(change["stable_rank"], 1, sign="+")
             rows["H4"].append([f"stable rank: {shown}", study, n, stable, "n/a"])
-        cdnv = common.format_interval(result["changes"]["model2 - model1"]["cdnv"], 2, sign="+")
-        rows["H4"].append(["NC1 cdnv: model2 - model1", study, n, cdnv, "n/a"])
+            if pair == "model2 - model1":
+                cdnv = common.format_interval(change["cdnv"], 2, sign="+")
+                rows["H4"].append([f"NC1 cdnv: {shown}", study, n, cdnv, "n/a"])
     header = [
         "hypothesis",
         "effect, final epoch",

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import fails, random_split, start_script, tiny_config, tiny_model
@@ -16,6 +17,7 @@ import experiment_7b
 
 TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
 TINY += " --classifier-size 10 --engram-size 6"
+STUDY, BACKBONE = "SST-2, ", " training rows, small transformer"
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +103,7 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
         assert np.abs(common.evaluate(model, split).pooled - features.pooled).max() > 1e-2  # the prefix was there
 
 
+@pytest.mark.parametrize("model_number", [1, 3])
 def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
     """Against Hugging Face's output_hidden_states, row by row: its last entry is behind the final norm, as our last is."""
     torch.manual_seed(0)
@@ -161,7 +164,8 @@ def test_the_interval_over_rows_is_as_wide_as_samples_scatter(rows):
 def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
     results = run(f"--folders {trained}")
     (study,) = results.values()
-    assert list(results) == ["SST-2, 40 training rows, small transformer"] and study["num_samples"] == 24
+    assert list(results) == [f"{STUDY}40{BACKBONE}"] and study["folder"] == str(trained)
+    assert study["num_samples"] == 24
     metrics = json.loads((trained / "results.json").read_text())["models"]
     for key in ("pretrained", "model1", "model2", "model3"):
         assert list(study[key]["seeds"]) == ["1", "2"]
@@ -180,7 +184,7 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
         study["model1"]["seeds"][seed]["effective_rank"] - study["pretrained"]["seeds"][seed]["effective_rank"] for seed in "12"
     ]
     assert study["changes"]["model1 - pretrained"]["effective_rank"] == common.mean_interval(seeds)
-    assert {"model2 - model1", "model3 - model2"} <= study["changes"].keys()
+    assert study["changes"].keys() == {f"{b} - {a}" for a, b in analysis.CHANGES}
     assert study["model2"]["intermediate"]["ncc_agreement"] == pytest.approx(
         np.mean([record["intermediate"]["ncc_agreement"] for record in study["model2"]["seeds"].values()])
     )
@@ -214,17 +218,36 @@ def test_results_that_were_measured_otherwise_are_not_replaced_unasked(run, caps
     assert study["measured"] == {"rows": 2000, "draws": 5, "weights": "best"}
 
 
+def test_too_few_rows_are_refused(run, capsys, data_dir, tmp_path):
+    folder = tmp_path / "few"
+    line = f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --models 1 --eval-limit 3"
+    start_script(experiment, line)
+    assert "3 validation rows are too few" in fails(run, capsys, f"--folders {folder}")
+
+
 def test_studies_without_checkpoints_here_stay(run, capsys, trained, data_dir, tmp_path):
     """As in a fresh clone, where only one of the published studies is trained again."""
     other = tmp_path / "other"
     start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1 --train-limit 20")
     both = run(f"--folders {other} {trained}")
     assert len(both) == 2
-    assert run(f"--folders {trained}") == both
-    assert "SST-2, 20 training rows, small transformer stays" in capsys.readouterr().out
+    for fresh in ("", "--fresh"):
+        found = run(f"--folders {trained} {fresh}")
+        assert found.keys() == both.keys() and found[f"{STUDY}20{BACKBONE}"] == both[f"{STUDY}20{BACKBONE}"]
+        assert f"{STUDY}20{BACKBONE} stays" in capsys.readouterr().out
 
 
-def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path, monkeypatch):
+def test_a_study_is_replaced_by_its_own_folder_alone(run, trained, data_dir, tmp_path):
+    """Two folders of the same data and backbone: neither order nor absence makes one take the other's place."""
+    other = tmp_path / "other"
+    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1 --learning-rate 0.1")
+    both = run(f"--folders {trained} {other}")
+    assert list(both) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
+    assert run(f"--folders {other}") == both
+    assert run(f"--folders {other} {trained}") == both
+
+
+def test_adapters_are_exchanged_on_one_base_model(run, capsys, qwen, data_dir, tmp_path, monkeypatch):
     """A fine-tuned language model: each seed's adapters give the rank that its training ended with; one load of the base."""
     folder, loads, load = tmp_path / "trained", [], common.load_causal_lm
     line = f"--model {qwen} --data-dir {data_dir} --output-dir {folder} --device cpu --seeds 1 2 --epochs 1 --max-length 12"
@@ -239,6 +262,13 @@ def test_adapters_are_exchanged_on_one_base_model(run, qwen, data_dir, tmp_path,
             assert record["effective_rank"] != pytest.approx(study["pretrained"]["effective_rank"], rel=1e-3)
     assert study["pretrained"]["effective_rank"] == pytest.approx(metrics["model1"]["1"]["initial"]["effective_rank"], rel=1e-4)
     assert study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2  # the one baseline serves both seeds
+    other = tmp_path / "other-weights"
+    shutil.copytree(qwen, other)
+    tensors = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, other / "model.safetensors")
+    for config in folder.glob("state/*/*/adapter_config.json"):
+        config.write_text(config.read_text().replace(str(qwen), str(other)))
+    assert "other weights than the models were trained on" in fails(run, capsys, f"--folders {folder}")
 
 
 def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, data_dir, tmp_path, monkeypatch):
@@ -250,8 +280,7 @@ def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, dat
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")
     monkeypatch.setattr(analysis, "CURVE_ROWS", (6, 9, 50))
     results = run(f"--folders {trained} {other} {broken}")
-    name = "SST-2, 40 training rows, small transformer"
-    assert list(results) == [name, f"{name}, wide"]
+    assert list(results) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
     assert [study["pretrained"]["num_dimensions"] for study in results.values()] == [16, 24]
     for study in results.values():
         assert study["matched_rows"] == 9
@@ -270,6 +299,13 @@ def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, caps
     assert "python experiment_7b.py" in notes and "python experiment.py" not in notes
     (tmp_path / "results").rename(tmp_path / "results-of-tests")
     (tmp_path / "results").mkdir()
+    shutil.copytree(trained, tmp_path / "results/movie-snippets")
+    shutil.rmtree(tmp_path / "results/movie-snippets/state/model2-seed1")
+    shutil.rmtree(tmp_path / "results/movie-snippets/state/model2-seed2")
+    run()
+    notes = capsys.readouterr().out
+    assert "python experiment.py" in notes and "movie-snippets lacks model2: " in notes
+    shutil.rmtree(tmp_path / "results/movie-snippets")
     shutil.copytree(trained, tmp_path / "results/limit-20-24")
     assert f"--folders {tmp_path / 'results/limit-20-24'} takes it" in fails(run, capsys)
     assert "holds no finished training" in fails(run, capsys, f"--folders {tmp_path / 'nowhere'}")

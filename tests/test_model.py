@@ -77,6 +77,19 @@ def test_lm_loss_is_over_text_tokens_but_the_first_and_the_same_for_models_2_and
         torch.testing.assert_close(common.lm_loss_sum(output.hidden, batch, model.lm_head), expected)
 
 
+def test_linear_cross_entropy_in_bfloat16_is_that_of_the_same_numbers_in_float32(monkeypatch):
+    monkeypatch.setattr(common, "LOGIT_CHUNK_TOKENS", 100)
+    torch.manual_seed(0)
+    states, targets = torch.randn(1000, 32).bfloat16().requires_grad_(), torch.randint(300, (1000,))
+    head = torch.nn.Linear(32, 300).bfloat16().requires_grad_(False)
+    loss = common.LinearCrossEntropy.apply(states, head.weight, head.bias, targets, True)
+    exact_states = states.detach().float().requires_grad_()
+    exact = F.cross_entropy(F.linear(exact_states, head.weight.float(), head.bias.float()), targets, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-4)  # a bfloat16 sum is off by 4e-3
+    gradients = [torch.autograd.grad(*pair)[0].float() for pair in ((loss, states), (exact, exact_states))]
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("trainable_head", [True, False])
 def test_linear_cross_entropy_equals_the_plain_computation(with_bias, trainable_head, monkeypatch):
@@ -125,9 +138,10 @@ def test_step_gradients_are_those_of_one_big_batch_whatever_the_micro_batch(mode
             torch.testing.assert_close(found[name], reference[1][name], atol=1e-6, rtol=1e-4)
 
 
-def test_step_loss_is_half_the_mean_over_targets_plus_half_the_mean_over_rows():
+@pytest.mark.parametrize("lm_weight", [0.5, 0.2])
+def test_step_loss_is_the_weighted_mean_over_targets_plus_the_rest_of_the_mean_over_rows(lm_weight):
     split, rows = random_split(), np.arange(11)
-    trainer = trainer_for(2, split)
+    trainer = trainer_for(2, split, lm_weight=lm_weight)
     trainer.micro_batch_size = 2
     trainer.accumulate_gradients(rows)
     found = gradients(trainer.model)
@@ -135,7 +149,7 @@ def test_step_loss_is_half_the_mean_over_targets_plus_half_the_mean_over_rows():
     output, batch = run(trainer.model, split, rows)
     targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]
     lm = F.cross_entropy(trainer.model.lm_head(output.hidden)[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
-    (0.5 * lm + 0.5 * F.cross_entropy(output.logits, batch.labels)).backward()
+    (lm_weight * lm + (1 - lm_weight) * F.cross_entropy(output.logits, batch.labels)).backward()
     for name, expected in gradients(trainer.model).items():
         torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
 
@@ -277,6 +291,27 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert rates[10] == pytest.approx(1.0) and rates[105] == pytest.approx(0.5)
     assert 0 < rates[-1] < 1e-3 and all(np.diff(rates[10:]) < 0)
     assert {common.learning_rate_at(step, 200, tiny_config(learning_rate=1.0)) for step in range(200)} == {1.0}
+
+
+def test_a_step_is_taken_at_the_rate_it_is_given():
+    """Adam's first step moves every weight that has a gradient by the learning rate."""
+    for rate in (0.0, 1e-3, 0.1):
+        trainer = trainer_for(1, random_split())
+        before = [p.detach().clone() for p in trainer.parameters]
+        trainer.step(np.arange(8), rate)
+        moved = max((p - b).abs().max().item() for p, b in zip(trainer.parameters, before, strict=True))
+        assert moved == pytest.approx(rate, rel=1e-2)
+
+
+def test_the_control_is_a_compressor_that_no_training_has_touched():
+    model, split = tiny_model(3), random_split()
+    evaluation = common.evaluate(model, split)
+    torch.manual_seed(5)
+    fresh = common.EngramCompressor(16, 6)
+    expected = fresh(torch.from_numpy(evaluation.pooled)).detach().numpy()
+    found = common.untrained_engrams(model, evaluation, seed=5)
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found - evaluation.engrams).max() > 0.1
 
 
 def test_evaluation_is_in_row_order_without_dropout_and_leaves_the_generators_alone(model_number):

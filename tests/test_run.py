@@ -99,6 +99,30 @@ def test_a_seed_reproduces_and_seeds_and_models_are_added(run, undisturbed):
     assert without_times(last) == without_times(json.loads((undisturbed / "results.json").read_text()))
 
 
+def test_every_weight_of_every_model_is_trained_in_a_whole_run(undisturbed):
+    for number in (1, 2, 3):
+        weights, _ = common.read_tensors(undisturbed / f"state/model{number}-seed1/final.safetensors")
+        start = tiny_model(number, seed=1, vocabulary_size=60).state_dict()
+        assert not [name for name, weight in weights.items() if torch.equal(weight, start[name])]
+
+
+def test_all_models_see_the_same_batches_at_the_scheduled_rates(run, monkeypatch):
+    steps, step = [], common.Trainer.step
+    monkeypatch.setattr(
+        common.Trainer, "step", lambda self, rows, rate: steps.append((list(rows), rate)) or step(self, rows, rate)
+    )
+    run("--seeds 1 2 --models 1 3 --schedule cosine --warmup-fraction 0.2")
+    config = experiment.Config(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.2)
+    trainings = [steps[i : i + 10] for i in range(0, 40, 10)]  # seed 1: models 1 and 3, seed 2: the same; 2 epochs of 5 steps
+    for training in trainings:
+        assert [rate for _, rate in training] == [common.learning_rate_at(number, 10, config) for number in range(10)]
+    batches = [[rows for rows, _ in training] for training in trainings]
+    assert batches[0] == batches[1] and batches[2] == batches[3] and batches[0] != batches[2]
+    for epochs in ((b[:5], b[5:]) for b in batches):
+        assert all(sorted(row for rows in epoch for row in rows) == list(range(40)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code may catch it."""
 
@@ -170,6 +194,22 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(run, capsys
     assert "train_rows is 40 there and 9 here" in fails(run, capsys, "--models 1 --train-limit 9")
     assert contents(tmp_path / "out") == before
     assert run("--models 1 --lm-weight 0.25 --fresh")["settings"]["config"]["lm_weight"] == 0.25
+
+
+def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_fresh(run, monkeypatch):
+    run("--models 1")
+    kill_once(monkeypatch, 8)
+    with pytest.raises(Killed):
+        run("--models 1 --lm-weight 0.25 --fresh")
+    assert run("--models 1 --lm-weight 0.25")["settings"]["config"]["lm_weight"] == 0.25
+
+
+def test_one_run_at_a_time_writes_to_a_folder(run, capsys, tmp_path):
+    with common.sole_run_in(tmp_path / "out"):
+        error = fails(run, capsys, "--models 1")
+        assert "another run is writing to" in error and "--output-dir" in error
+        assert run("--models 1", folder=tmp_path / "elsewhere")
+    assert run("--models 1")
 
 
 def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(run, capsys, undisturbed, tmp_path):
@@ -304,7 +344,13 @@ def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, dat
         model.load_state_dict(weights)
         metrics = results["models"]["model3"]["42"]
         assert metadata["epoch"] == metrics[kind]["epoch"]
-        assert common.evaluate(model, split).correct() == metrics["correct"][f"{kind}_cold"]
+        cold = common.evaluate(model, split)
+        carried = common.evaluate(model, split, common.carried_engrams(cold.engrams))
+        recorded = metrics["val"][metadata["epoch"] - 1]
+        for name, found, record in (("cold", cold, recorded), ("carried", carried, recorded["carried"])):
+            assert found.correct() == metrics["correct"][f"{kind}_{name}"]
+            assert (found.cls_loss, found.lm_loss) == pytest.approx((record["cls_loss"], record["lm_loss"]), rel=1e-6)
+        assert carried.lm_loss != pytest.approx(cold.lm_loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("script", [experiment, experiment_7b, experiment_agnews_7b, effective_rank_analysis, throughput])

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import findings
 import numpy as np
@@ -13,6 +14,7 @@ import transformers
 from conftest import random_split, tiny_config, tiny_model
 
 import common
+import effective_rank_analysis as analysis
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
@@ -208,3 +210,87 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
     assert f"| H3 | engram ARI: trained - untrained compressor | {name} | 2 | +0.500" in table
     assert f"| H4 | effective rank: model1 - pretrained | {name} | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
     assert table.count("H1") == 3  # nothing of a run that has no section in FINDINGS.md
+
+
+def cells(table: str, *row: str) -> dict[str, str]:
+    """Head -> cell of the one row of a table that holds these cells."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    (found,) = [line for line in lines if set(row) <= set(line)]
+    return dict(zip(lines[0], found, strict=True))
+
+
+def test_each_table_of_experiment_4_puts_each_number_below_its_head():
+    keys = ["effective_rank", "effective_rank_share", "stable_rank", "participation_ratio", "participation_ratio_eigen"]
+    keys += ["dims_95pct", "cdnv", "accuracy"]
+    inner = ["cdnv", "etf_error", "self_duality_error", "ncc_agreement"]
+
+    def record(base):
+        found = {key: base + place for place, key in enumerate(keys)}
+        found |= {"intermediate": {key: base + 20 + place for place, key in enumerate(inner)}, "num_samples": 100}
+        found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
+        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}}
+
+    records = {"pretrained": {"1": record(100)}, "model1": {"1": record(200)}, "model2": {"1": record(300)}}
+    records["model3"] = {"1": record(500)}
+    settings = {"config": {"model": "some/backbone"}}
+    study = {"folder": "f", "settings": settings, "num_samples": 100, "measured": {}, "records": records}
+    results = analysis.summarize({"S": study})
+    row = cells(findings.table_collapse("f", results), "Classification Only")
+    heads = ["effective rank", "over N - 1", "stable rank", "participation ratio", "the same, eigenvalues"]
+    expected = ["200.0", "201.000", "202.0", "203.0", "204.0"]
+    assert [row[head] for head in heads] == expected and row["components for 95 % of variance"] == "205"
+    assert (row["rows"], row["seeds"], row["effective rank at 50 rows"]) == ("100", "1", "240.0")
+    row = cells(findings.table_neural_collapse("f", results), "Dual Head")
+    heads = ["NC1 cdnv, pooled", "NC1 cdnv, intermediate", "NC2 etf_error", "NC3 self_duality_error", "NC4 ncc_agreement"]
+    assert [float(row[head]) for head in [*heads, "accuracy"]] == [306, 320, 321, 322, 323, 307]
+    row = cells(findings.table_depth("f", results), "Dual + Engram")
+    assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
+    for change, difference in (("model1 - pretrained", 100), ("model3 - model1", 300), ("model3 - model2", 200)):
+        row = cells(findings.table_collapse_changes("f", results), change)
+        assert row["effective rank, mean [95 % over seeds]"] == f"+{difference}.0" and row["stable rank"] == f"+{difference}.0"
+        assert row["at half the rows [95 % over rows]"] == f"+{difference}.0 [+{difference}.0, +{difference}.0] at 50"
+        assert row["NC1 cdnv, pooled"] == f"+{difference}.00"
+
+
+def test_each_table_of_a_training_puts_each_number_below_its_head():
+    def run(base):
+        train = {"accuracy": base / 1000, "cls_loss": base + 1, "lm_loss": base + 2, "grad_norm": base + 3}
+        val = {"accuracy": base / 500, "cls_loss": base + 4, "lm_loss": base + 5, "effective_rank": base + 6}
+        earlier = {"max_grad_norm": base + 9}
+        names = ("trained", "chance", "untrained")
+        cluster = {
+            name: {"ari": base + 10 + i, "cluster_accuracy": (base + 13 + i) / 100, "purity": {"0": 0.25, "1": 0.75}}
+            for i, name in enumerate(names)
+        }
+        cosines = {name: {"within": base + 16 + i, "between": base + 19 + i} for i, name in enumerate(names)}
+        initial = {"effective_rank": base + 7}
+        train = [train | earlier, train | {"max_grad_norm": base + 8}]
+        return {"train": train, "val": [{}, val], "initial": initial, "cluster": cluster, "engram_cos": cosines}
+
+    interval = {"mean": 0.01, "low": -0.02, "high": 0.03, "n": 2}
+    found = {"difference": 0.01, "seeds": interval, "examples": interval | {"low": -0.04}, "mcnemar_p": [0.5, 0.125]}
+    data = {"name": "Data", "train_rows": 9, "validation_rows": 8, "class_names": ["no", "yes"], "compute_dtype": "float32"}
+    results = {
+        "settings": {"config": {"model": "m", "compute_dtype": "bfloat16"}, "data": data},
+        "models": {"model1": {"7": run(100)}, "model2": {"7": run(200)}, "model3": {"7": run(300)}},
+        "comparisons": {"final": {"model2 - model1": found}, "best": {}},
+        "cross_dataset": {
+            "other": data | {"name": "Other"},
+            "comparisons": {"model2 - model1": {"here": interval, "there": interval | {"mean": 0.0}, "more_here": interval}},
+        },
+    }
+    own, theirs = Path("results_b"), Path("results_7b")
+    row = cells(findings.table_comparisons(own, results), "model2 - model1, final epoch")
+    assert list(row.values())[1:] == ["+1.00", "[-2.00, +3.00]", "[-4.00, +3.00]", "0.5, 0.12"]
+    assert list(cells(findings.table_comparisons(theirs, results), "model2 - model1, final epoch").values())[-1] == "+0.34"
+    row = cells(findings.table_training(own, results), "2: Dual Head")
+    assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
+    assert "Ranks of 8 pooled" in findings.table_training(own, results)
+    row = cells(findings.table_seeds(own, results), "3: Dual + Engram")
+    assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
+    row = cells(findings.table_engrams(own, results), "control: untrained compressor, trained backbone")
+    assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
+    assert "no 25.0; yes 75.0" in findings.table_engrams(own, results)
+    row = cells(findings.table_cross(own, results), "model2 - model1")
+    assert list(row)[1:3] == ["Data (9 / 8 rows, bfloat16)", "Other (9 / 8 rows, float32)"]
+    assert [cell.split()[0] for cell in list(row.values())[1:]] == ["+1.00", "+0.00", "+1.00"]

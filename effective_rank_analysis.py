@@ -31,6 +31,7 @@ KEYS = ("pretrained", "model1", "model2", "model3")
 CHANGES = (("pretrained", "model1"), ("model1", "model2"), ("model2", "model3"), ("model1", "model3"))
 CHANGES += (("pretrained", "model2"), ("pretrained", "model3"))
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
+HALVED = ("effective_rank", "stable_rank", "cdnv")  # numbers whose changes have an interval over rows, from random halves
 LEAST_ROWS = 4  # half of them still have a rank
 COLORS = {"pretrained": "#666666", **{f"model{number}": color for number, color in common.MODEL_COLORS.items()}}
 MARKERS = {"pretrained": "D", **{f"model{number}": marker for number, marker in common.MODEL_MARKERS.items()}}
@@ -168,19 +169,19 @@ def models_of(
 # ---------------------------------------------------------------------------------------------------------
 
 
-def rank_of_subsets(features: np.ndarray, rows: int, draws: int) -> list[float]:
-    """Effective rank of random subsets of so many rows; the subsets are the same for every model on the same split.
+def random_subsets(total: int, rows: int, draws: int) -> list[np.ndarray]:
+    """Row numbers of random subsets, the same for every model on a split; without replacement: a row drawn twice adds no rank."""
+    rng = np.random.default_rng([0, rows])
+    return [rng.permutation(total)[:rows] for _ in range(draws)]
 
-    Drawn without replacement: a row drawn twice would add no rank. From the smaller Gram matrix, to about six digits.
-    """
-    features, rng, found = features.astype(np.float64), np.random.default_rng([0, rows]), []
-    for _ in range(draws):
-        subset = features[rng.permutation(len(features))[:rows]]
-        subset = subset - subset.mean(0)
-        gram = subset @ subset.T if len(subset) < subset.shape[1] else subset.T @ subset
-        s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
-        found.append(common.effective_rank(np.where(s > 1e-7 * s.max(), s, 0)))
-    return found
+
+def ranks_from_gram(features: np.ndarray) -> dict[str, float]:
+    """Two of rank_metrics, from the smaller Gram matrix of features (N, D): faster, to about six digits."""
+    features = features - features.mean(0, dtype=np.float64)
+    gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
+    s = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    s = np.where(s > 1e-7 * s.max(), s, 0)
+    return {"effective_rank": common.effective_rank(s), "stable_rank": float((s**2).sum() / (s.max() ** 2 or 1))}
 
 
 def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dict[str, Any]:
@@ -194,8 +195,16 @@ def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dic
     singular_values = common.singular_values(evaluation.pooled)
     ranks_done = time.perf_counter()
     n = len(labels)
-    sizes = sorted({n // 2, *(size for size in CURVE_ROWS if size < n)} - {0, 1})
-    curve = {str(size): rank_of_subsets(evaluation.pooled, size, draws) for size in sizes}
+    curve = {
+        str(size): [ranks_from_gram(evaluation.pooled[rows])["effective_rank"] for rows in random_subsets(n, size, draws)]
+        for size in CURVE_ROWS
+        if size < n
+    }
+    halves = [
+        ranks_from_gram(evaluation.pooled[rows])
+        | {"cdnv": common.neural_collapse_metrics(evaluation.pooled[rows], labels[rows])["cdnv"]}
+        for rows in random_subsets(n, n // 2, draws)
+    ]
     subsets_done = time.perf_counter()
     record = {
         **layers[-1],
@@ -209,6 +218,7 @@ def measure(model: common.DualHeadModel, split: common.Split, draws: int) -> dic
         "layers": layers,
         "singular_values": singular_values.tolist(),
         "subsets": curve,
+        "halves": {"rows": n // 2, **{number: [half[number] for half in halves] for number in HALVED}},
     }
     record["seconds"] = {
         "forward": forward_done - started,
@@ -290,18 +300,20 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
 
 
 def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """How much each number changes from model a to the other one: over seeds, and for the effective rank over rows.
+    """How much each number changes from model a to the other one, over seeds.
 
-    `half` is the change of the effective rank at half the rows, with an interval over rows, given these seeds.
+    `half` holds the changes of HALVED at half the rows, with intervals over rows, given these seeds.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
     keys = [key for key in flat[0][0] if key in flat[0][1] and not key.rpartition(".")[2].startswith("num_")]
     if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
         keys = [key for key in keys if not key.startswith("intermediate.") and key != "accuracy"]
     found = {key: common.mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
-    rows = pairs[0][0]["num_samples"] // 2
-    draws = [np.subtract(second["subsets"][str(rows)], first["subsets"][str(rows)]) for first, second in pairs]
-    found["half"] = {"rows": rows, **interval_over_rows(np.mean(draws, axis=0), rows, pairs[0][0]["num_samples"])}
+    rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
+    found["half"] = {"rows": rows}
+    for key in HALVED:
+        draws = [np.subtract(second["halves"][key], first["halves"][key]) for first, second in pairs]
+        found["half"][key] = interval_over_rows(np.mean(draws, axis=0), rows, total)
     return found
 
 
@@ -378,7 +390,9 @@ def table(results: dict[str, dict]) -> str:
             )
             lines.append(f"{display_name(key, result):22}{cells}{matched}")
         for pair, found in result["changes"].items():
-            over_seeds, over_rows = (common.format_interval(found[kind], 1, sign="+") for kind in ("effective_rank", "half"))
+            over_seeds, over_rows = (
+                common.format_interval(kind["effective_rank"], 1, sign="+") for kind in (found, found["half"])
+            )
             half = f"at {found['half']['rows']:,} rows {over_rows} over rows"
             lines.append(f"effective rank, {display_change(pair, result)}: {over_seeds} over seeds; {half}")
     return "\n".join(lines)
@@ -417,8 +431,11 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
             components, look = np.arange(1, values.shape[1] + 1), {"marker": MARKERS[key], "markersize": 4, "markevery": 0.15}
             seed_band(row[0], components, values / values.sum(1, keepdims=True), key, label, **look)
             seed_band(row[1], components, 100 * np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True), key, label, **look)
-            sizes = sorted(map(int, records[0]["subsets"]))
-            draws = np.mean([[record["subsets"][str(size)] for size in sizes] for record in records], axis=0)  # (sizes, draws)
+            curves = [
+                record["subsets"] | {str(record["halves"]["rows"]): record["halves"]["effective_rank"]} for record in records
+            ]
+            sizes = sorted(map(int, curves[0]))
+            draws = np.mean([[curve[str(size)] for size in sizes] for curve in curves], axis=0)  # (sizes, draws)
             points = [interval_over_rows(d, size, result["num_samples"]) for d, size in zip(draws, sizes, strict=True)]
             row[2].plot(sizes, [point["mean"] for point in points], color=COLORS[key], marker=MARKERS[key], markersize=4)
             low, high = ([point[end] for point in points] for end in ("low", "high"))

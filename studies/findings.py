@@ -316,15 +316,14 @@ def table_collapse_changes(folder: Path, results: dict) -> str:
     rows = []
     for name, result in results.items():
         for pair, found in result["changes"].items():
-            cells = [common.format_interval(found["effective_rank"], 1, sign="+"), str(found["effective_rank"]["n"])]
-            half = found["half"]
-            cells.append(f"{common.format_interval(half, 1, sign='+')} at {half['rows']:,}")
-            cells += [
-                common.format_interval(found[number], digits, sign="+") for number, digits in (("stable_rank", 1), ("cdnv", 2))
-            ]
+            cells = [str(found["effective_rank"]["n"]), f"{found['half']['rows']:,}"]
+            for number, digits in (("effective_rank", 1), ("stable_rank", 1), ("cdnv", 2)):
+                cells += [common.format_interval(kind[number], digits, sign="+") for kind in (found, found["half"])]
             rows.append([name, analysis.display_change(pair, result), *cells])
-    header = ["data, backbone", "change", "effective rank, mean [95 % over seeds]", "seeds", "at half the rows [95 % over rows]"]
-    return markdown([*header, "stable rank", "NC1 cdnv, pooled"], rows)
+    header = ["data, backbone", "change", "seeds", "half the rows"]
+    numbers = ("effective rank", "stable rank", "NC1 cdnv, pooled")
+    kinds = ("mean [95 % over seeds]", "at half the rows [95 % over rows]")
+    return markdown([*header, *(f"{number}, {kind}" for number in numbers for kind in kinds)], rows)
 
 
 def studied_folders() -> list[str]:
@@ -363,14 +362,11 @@ def table_effects(folder: Path, results: dict) -> str:
             if pair not in result["changes"]:
                 continue
             change, shown = result["changes"][pair], analysis.display_change(pair, result)
-            half = f"{common.format_interval(change['half'], 1, sign='+')} at {change['half']['rows']:,} rows"
-            rank, n = common.format_interval(change["effective_rank"], 1, sign="+"), str(change["effective_rank"]["n"])
-            rows["H4"].append([f"effective rank: {shown}", study, n, rank, half])
-            stable = common.format_interval(change["stable_rank"], 1, sign="+")
-            rows["H4"].append([f"stable rank: {shown}", study, n, stable, "n/a"])
-            if pair == "model2 - model1":
-                cdnv = common.format_interval(change["cdnv"], 2, sign="+")
-                rows["H4"].append([f"NC1 cdnv: {shown}", study, n, cdnv, "n/a"])
+            numbers = [("effective_rank", "effective rank", 1), ("stable_rank", "stable rank", 1)]
+            for number, label, digits in numbers + [("cdnv", "NC1 cdnv", 2)] * (pair == "model2 - model1"):
+                over_seeds, half = (common.format_interval(kind[number], digits, sign="+") for kind in (change, change["half"]))
+                n = str(change[number]["n"])
+                rows["H4"].append([f"{label}: {shown}", study, n, over_seeds, f"{half} at {change['half']['rows']:,} rows"])
     header = [
         "hypothesis",
         "effect, final epoch",

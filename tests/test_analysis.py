@@ -79,8 +79,8 @@ def test_a_planted_collapse_is_found_and_none_where_there_is_none():
     assert collapsed["cdnv"] < healthy["cdnv"]
     assert healthy["effective_rank"] > 5
     assert collapsed["layers"][-2]["effective_rank"] > 5  # and it sits where it was planted: behind the last layer
-    for subset in collapsed["subsets"].values():
-        assert max(subset) <= 2 + 1e-3
+    assert max(collapsed["halves"]["effective_rank"]) <= 2 + 1e-3 < min(healthy["halves"]["effective_rank"])
+    assert np.mean(collapsed["halves"]["cdnv"]) < np.mean(healthy["halves"]["cdnv"])
 
 
 def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_dir):
@@ -136,16 +136,17 @@ def test_no_hook_stays_behind():
 
 
 @pytest.mark.parametrize("shape", [(40, 9), (9, 40), (30, 30)])
-def test_the_rank_of_subsets_is_the_effective_rank_of_their_rows(shape):
-    features = np.random.default_rng(0).normal(size=shape) * np.geomspace(1, 1e-3, shape[1])
-    found = analysis.rank_of_subsets(features, rows=6, draws=3)
-    rng = np.random.default_rng([0, 6])
-    expected = [common.rank_metrics(features[rng.permutation(len(features))[:6]])["effective_rank"] for _ in range(3)]
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert analysis.rank_of_subsets(features, len(features), 1)[0] == pytest.approx(
-        common.rank_metrics(features)["effective_rank"], rel=1e-5
-    )
-    assert analysis.rank_of_subsets(np.ones(shape), 6, 1) == [0.0]
+def test_ranks_from_the_gram_matrix_are_those_from_singular_values(shape):
+    features = np.random.default_rng(0).normal(size=shape) * np.geomspace(1, 1e-3, shape[1]) + 5
+    found, expected = analysis.ranks_from_gram(features.astype(np.float32)), common.rank_metrics(features)
+    assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-4)
+    assert analysis.ranks_from_gram(np.ones(shape)) == {"effective_rank": 0.0, "stable_rank": 0.0}
+
+
+def test_random_subsets_are_of_different_rows_and_the_same_for_every_model():
+    first, second = analysis.random_subsets(40, 20, 3), analysis.random_subsets(40, 20, 3)
+    assert np.array_equal(first, second) and all(len(set(rows)) == 20 for rows in first)
+    assert not np.array_equal(first[0], first[1])
 
 
 @pytest.mark.parametrize("rows", [20, 100, 180])
@@ -192,9 +193,11 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
     assert not [name for name in study["changes"]["model1 - pretrained"] if name.startswith("intermediate") or name == "accuracy"]
     assert "intermediate.cdnv" in study["changes"]["model2 - model1"]
     half = study["changes"]["model2 - model1"]["half"]
-    subsets = [np.mean([study[key]["seeds"][seed]["subsets"]["12"] for seed in "12"], axis=0) for key in ("model1", "model2")]
-    assert half["rows"] == 12 and half["mean"] == pytest.approx((subsets[1] - subsets[0]).mean())
-    assert half["low"] < half["mean"] < half["high"]
+    assert half["rows"] == 12
+    for number in analysis.HALVED:
+        halves = [np.mean([study[key]["seeds"][seed]["halves"][number] for seed in "12"]) for key in ("model1", "model2")]
+        assert half[number]["mean"] == pytest.approx(halves[1] - halves[0])
+        assert half[number]["low"] < half[number]["mean"] < half[number]["high"]
     for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png", "overview.png"):
         assert (tmp_path / "out" / plot).stat().st_size > 10_000
 

@@ -198,8 +198,8 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
     for folder in ("results_b", "results_b/of a user"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
-    change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}, "half": difference | {"rows": 7}}
-    change |= {"cdnv": difference, "stable_rank": difference}
+    change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}}
+    change |= {"cdnv": difference, "stable_rank": difference, "half": dict.fromkeys(analysis.HALVED, difference) | {"rows": 7}}
     study = {"settings": results["settings"], "changes": {"model1 - pretrained": change, "model2 - model1": change}}
     name = common.study_name(results["settings"])
     assert name == "Data, 1,000 training rows, backbone"
@@ -228,7 +228,8 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         found = {key: base + place for place, key in enumerate(keys)}
         found |= {"intermediate": {key: base + 20 + place for place, key in enumerate(inner)}, "num_samples": 100}
         found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
-        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}}
+        halves = {key: [base * (2 + i) + draw for draw in (-1, 0, 1)] for i, key in enumerate(analysis.HALVED)}
+        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}, "halves": {"rows": 50, **halves}}
 
     records = {"pretrained": {"1": record(100)}, "model1": {"1": record(200)}, "model2": {"1": record(300)}}
     records["model3"] = {"1": record(500)}
@@ -247,9 +248,11 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
     for change, difference in (("model1 - pretrained", 100), ("model3 - model1", 300), ("model3 - model2", 200)):
         row = cells(findings.table_collapse_changes("f", results), change)
-        assert row["effective rank, mean [95 % over seeds]"] == f"+{difference}.0" and row["stable rank"] == f"+{difference}.0"
-        assert row["at half the rows [95 % over rows]"] == f"+{difference}.0 [+{difference}.0, +{difference}.0] at 50"
-        assert row["NC1 cdnv, pooled"] == f"+{difference}.00"
+        assert row["half the rows"] == "50"
+        for factor, number in ((2, "effective rank"), (3, "stable rank"), (4, "NC1 cdnv, pooled")):
+            assert float(row[f"{number}, mean [95 % over seeds]"]) == difference
+            over_rows = row[f"{number}, at half the rows [95 % over rows]"].split(" [")
+            assert float(over_rows[0]) == factor * difference and len(over_rows) == 2
 
 
 def test_each_table_of_a_training_puts_each_number_below_its_head():

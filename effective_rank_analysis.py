@@ -561,7 +561,8 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
     axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
     matched = next(iter(results.values()))["matched_rows"]
     rows = f"{matched:,} rows" if matched else "the rows of each"
-    axes[1].set(xlabel="effective rank (% of the highest possible)", title=f"Rank of pooled states, {rows}", xlim=(0, 100))
+    label = "effective rank (% of the highest possible)\nto be compared within a study: backbones differ in width"
+    axes[1].set(xlabel=label, title=f"Rank of pooled states, {rows}", xlim=(0, 100))
     axes[2].set(xlabel="adjusted Rand index with the classes", title="Engram clusters of model 3")
     for axis in axes[1:]:
         if axis.get_legend_handles_labels()[0]:

@@ -57,13 +57,13 @@ REFERENCE = {
 
 # Its ranks of Qwen2.5-7B: effective rank, stable rank, participation ratio, components for 95 % of the variance.
 REFERENCE_RANKS = {
-    "SST-2, 872 rows": {
+    "SST-2, 67,349 training rows, Qwen2.5-7B; 872 rows": {
         "Pretrained": (498.1, 5.5, 224.3, 249),
         "Classification Only": (556.8, 1.5, 163.6, 261),
         "Dual Head": (658.0, 5.0, 408.6, 510),
         "Dual + Engram": (653.8, 5.4, 400.6, 506),
     },
-    "AG News, 2,000 rows": {
+    "AG News, 120,000 training rows, Qwen2.5-7B; 2,000 rows": {
         "Pretrained": (984.0, 7.1, 375.3, 374),
         "Classification Only": (12.6, 1.9, 5.2, 3),
         "Dual Head": (1097.4, 8.1, 464.4, 515),
@@ -109,6 +109,20 @@ def caption(folder: Path, results: dict) -> str:
         f"*{backbone}{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
         f"{config['epochs']} epochs; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
         f"made by commit {commits} on {devices}.*"
+    )
+
+
+def analysis_caption(folder: Path, results: dict) -> str:
+    """How the records of Experiment 4 were measured, and by which code on which machine."""
+    records = [
+        record for result in results.values() for key in analysis.keys_of(result) for record in result[key]["seeds"].values()
+    ]
+    commits = ", ".join(sorted({short_commit(record["git_commit"]) for record in records}))
+    devices = ", ".join(sorted({f"{record['hardware']['device']}, {threads(record)}" for record in records}))
+    measured = next(iter(results.values()))["measured"]
+    return (
+        f"*Weights of the {measured['weights']} epoch, {measured['draws']} random subsets for an interval over rows. "
+        f"Source: `{folder}/{FILES['collapse']}`, measured by commit {commits} on {devices}.*"
     )
 
 
@@ -291,7 +305,7 @@ def table_neural_collapse(folder: Path, results: dict) -> str:
 
 def table_reference(folder: Path, results: dict) -> str:
     rows = [
-        [f"reference: {data}, Qwen2.5-7B", model, *map(str, ranks)]
+        [f"reference: {data}", model, *map(str, ranks)]
         for data, found in REFERENCE_RANKS.items()
         for model, ranks in found.items()
     ]
@@ -375,7 +389,10 @@ def table_effects(folder: Path, results: dict) -> str:
         "mean [95 % over seeds]",
         "95 % over examples or rows",
     ]
-    return markdown(header, [[name, *row] for name, found in rows.items() for row in found])
+    files = [*(f"`{study_folder}/results.json`" for study_folder in studied_folders()), f"`{folder}/{FILES['effects']}`"]
+    return (
+        f"{markdown(header, [[name, *row] for name, found in rows.items() for row in found])}\n\n*Sources: {', '.join(files)}.*"
+    )
 
 
 def table_throughput(folder: Path, results: dict) -> str:
@@ -428,6 +445,8 @@ def fill(text: str) -> str:
         content = globals()[f"table_{table}"](folder, results)
         if file == "results.json":
             content += f"\n\n{caption(folder, results)}"
+        elif table in ("collapse", "collapse_changes", "neural_collapse", "depth"):
+            content += f"\n\n{analysis_caption(folder, results)}"
         return f"{match['begin']}\n{content}\n\n{match['end']}"
 
     return BLOCK.sub(replace, text)

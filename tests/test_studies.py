@@ -224,18 +224,22 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     keys += ["dims_95pct", "cdnv", "accuracy"]
     inner = ["cdnv", "etf_error", "self_duality_error", "ncc_agreement"]
 
+    origin = {"git_commit": "c0ffee0123456789", "hardware": {"device": "abacus", "threads": 2}}
+
     def record(base):
         found = {key: base + place for place, key in enumerate(keys)}
         found |= {"intermediate": {key: base + 20 + place for place, key in enumerate(inner)}, "num_samples": 100}
         found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
         halves = {key: [base * (2 + i) + draw for draw in (-1, 0, 1)] for i, key in enumerate(analysis.HALVED)}
-        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}, "halves": {"rows": 50, **halves}}
+        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}, "halves": {"rows": 50, **halves}} | origin
 
     records = {"pretrained": {"1": record(100)}, "model1": {"1": record(200)}, "model2": {"1": record(300)}}
     records["model3"] = {"1": record(500)}
     settings = {"config": {"model": "some/backbone"}}
-    study = {"folder": "f", "settings": settings, "num_samples": 100, "measured": {}, "records": records}
+    measured = {"weights": "final", "draws": 3, "rows": 2000}
+    study = {"folder": "f", "settings": settings, "num_samples": 100, "measured": measured, "records": records}
     results = analysis.summarize({"S": study})
+    assert "measured by commit c0ffee0123 on abacus, 2 threads" in findings.analysis_caption("f", results)
     row = cells(findings.table_collapse("f", results), "Classification Only")
     heads = ["effective rank", "over N - 1", "stable rank", "participation ratio", "the same, eigenvalues"]
     expected = ["200.0", "201.000", "202.0", "203.0", "204.0"]

@@ -19,8 +19,8 @@ BLOCK = re.compile(r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).
 
 # TABLE -> its JSON file, where that is not results.json
 FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
-RANK_TABLES = ("collapse", "collapse_changes", "neural_collapse", "depth", "effects", "reference")
-FILES |= dict.fromkeys(RANK_TABLES, "effective_rank_results.json")
+RANK_TABLES = ("collapse", "collapse_changes", "neural_collapse", "depth")  # of records of Experiment 4 alone
+FILES |= dict.fromkeys((*RANK_TABLES, "effects", "reference"), "effective_rank_results.json")
 
 # Published numbers of the documents this study starts from: one seed each, their own code. Accuracies in %.
 REFERENCE = {
@@ -97,18 +97,23 @@ def threads(run: dict) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
+def origin(runs: list[dict]) -> str:
+    """By which code on which machines trainings or records were made."""
+    commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
+    devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
+    return f"by commit {commits} on {devices}"
+
+
 def caption(folder: Path, results: dict) -> str:
     """Which data, rows, seeds, code and machine a table's numbers come from."""
     data, config = results["settings"]["data"], results["settings"]["config"]
     runs = [run for seeds in results["models"].values() for run in seeds.values()]
-    commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
-    devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
     seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
     backbone = f"{config['model']}; " if "model" in config else ""
     return (
         f"*{backbone}{data['name']}: {data['train_rows']:,} training, {data['validation_rows']:,} validation rows; "
         f"{config['epochs']} epochs; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Source: `{folder}/results.json`, "
-        f"made by commit {commits} on {devices}.*"
+        f"made {origin(runs)}.*"
     )
 
 
@@ -117,12 +122,10 @@ def analysis_caption(folder: Path, results: dict) -> str:
     records = [
         record for result in results.values() for key in analysis.keys_of(result) for record in result[key]["seeds"].values()
     ]
-    commits = ", ".join(sorted({short_commit(record["git_commit"]) for record in records}))
-    devices = ", ".join(sorted({f"{record['hardware']['device']}, {threads(record)}" for record in records}))
     measured = next(iter(results.values()))["measured"]
     return (
         f"*Weights of the {measured['weights']} epoch, {measured['draws']} random subsets for an interval over rows. "
-        f"Source: `{folder}/{FILES['collapse']}`, measured by commit {commits} on {devices}.*"
+        f"Source: `{folder}/{FILES['collapse']}`, measured {origin(records)}.*"
     )
 
 
@@ -349,7 +352,8 @@ def studied_folders() -> list[str]:
 def table_effects(folder: Path, results: dict) -> str:
     """What bears on each hypothesis, one row for each study: mean effect, and its intervals over seeds and over rows."""
     rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
-    for study_folder in studied_folders():
+    folders = studied_folders()
+    for study_folder in folders:
         run = common.read_json(common.ROOT / study_folder / "results.json")
         study, found = common.study_name(run["settings"]), run["comparisons"]["final"].get("model2 - model1")
         if not found or "model3" not in run["models"]:
@@ -389,7 +393,7 @@ def table_effects(folder: Path, results: dict) -> str:
         "mean [95 % over seeds]",
         "95 % over examples or rows",
     ]
-    files = [*(f"`{study_folder}/results.json`" for study_folder in studied_folders()), f"`{folder}/{FILES['effects']}`"]
+    files = [*(f"`{study_folder}/results.json`" for study_folder in folders), f"`{folder}/{FILES['effects']}`"]
     return (
         f"{markdown(header, [[name, *row] for name, found in rows.items() for row in found])}\n\n*Sources: {', '.join(files)}.*"
     )
@@ -445,7 +449,7 @@ def fill(text: str) -> str:
         content = globals()[f"table_{table}"](folder, results)
         if file == "results.json":
             content += f"\n\n{caption(folder, results)}"
-        elif table in ("collapse", "collapse_changes", "neural_collapse", "depth"):
+        elif table in RANK_TABLES:
             content += f"\n\n{analysis_caption(folder, results)}"
         return f"{match['begin']}\n{content}\n\n{match['end']}"
 

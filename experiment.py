@@ -1,7 +1,7 @@
 """Experiment 1: a small causal transformer trained from scratch on SST-2 as models 1, 2 and 3.
 
-Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs on 10,568 movie-review
-snippets (9,473 to train, 1,095 to validate) and writes to results/movie-snippets/.
+Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs on 10,568
+movie-review snippets (9,473 to train, 1,095 to validate) and writes to results/movie-snippets/.
 """
 
 import collections
@@ -17,21 +17,34 @@ import tyro
 from torch import Tensor, nn
 
 import common
+from collapse.data import Task, limit_task, load_movie_snippets, load_sst2
+from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
+from collapse.settings import check_config as check_run_config
 
 
 @dataclass
-class Config(common.RunConfig):
+class Config(RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
-    epochs: int = 8  # Passes over the training split.
-    batch_size: int = 64  # Examples per optimizer step.
-    max_length: int = 64  # Longest input in words; the rest of a row is cut off.
-    learning_rate: float = 3e-4  # Peak learning rate of AdamW.
-    weight_decay: float = 0.0  # Decoupled weight decay; 0 makes AdamW plain Adam.
-    schedule: Literal["constant", "cosine"] = "constant"  # Learning rate after the warm-up: held, or cosine to zero.
-    warmup_fraction: float = 0.0  # Share of all steps over which the learning rate rises linearly.
-    clip_norm: float = 0.0  # Gradients are scaled down to this total norm; 0 leaves them alone.
-    # Words in the vocabulary: the most frequent of the training split, and one entry each for padding and unknown words.
+    # Passes over the training split.
+    epochs: int = 8
+    # Examples per optimizer step.
+    batch_size: int = 64
+    # Longest input in words; the rest of a row is cut off.
+    max_length: int = 64
+    # Peak learning rate of AdamW.
+    learning_rate: float = 3e-4
+    # Decoupled weight decay; 0 makes AdamW plain Adam.
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = (
+        "constant"  # Learning rate after the warm-up: held, or cosine to zero.
+    )
+    # Share of all steps over which the learning rate rises linearly.
+    warmup_fraction: float = 0.0
+    # Gradients are scaled down to this total norm; 0 leaves them alone.
+    clip_norm: float = 0.0
+    # Words in the vocabulary: the most frequent of the training split, and one entry each for
+    # padding and unknown words.
     vocabulary_size: int = 8000
     # Size of the hidden states.
     hidden_size: int = 128
@@ -41,7 +54,8 @@ class Config(common.RunConfig):
     heads: int = 4
     # Inner size of the feed-forward layers.
     feed_forward_size: int = 256
-    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier; attention weights get none.
+    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier; attention weights get
+    # none.
     dropout: float = 0.1
     # Size of the classifier's intermediate layer.
     classifier_size: int = 64
@@ -50,40 +64,59 @@ class Config(common.RunConfig):
 
 
 class WordVocabulary:
-    """Lower-cased words and runs of punctuation; id 0 pads, id 1 stands for every word that is not in it."""
+    """Lower-cased words and runs of punctuation; id 0 pads, id 1 stands for every word that is not
+    in it.
+    """
 
     WORD = re.compile(r"\w+(?:['\-]\w+)*|'\w+|[^\w\s]+")
 
     def __init__(self, texts: list[str], size: int):
-        counts = collections.Counter(word for text in texts for word in self.WORD.findall(text.lower()))
-        by_rank = sorted(counts, key=lambda word: (-counts[word], word))  # ties in alphabetical order
+        counts = collections.Counter(
+            word for text in texts for word in self.WORD.findall(text.lower())
+        )
+        by_rank = sorted(
+            counts, key=lambda word: (-counts[word], word)
+        )  # ties in alphabetical order
         self.ids = {word: number for number, word in enumerate(by_rank[: size - 2], 2)}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [[self.ids.get(word, 1) for word in self.WORD.findall(text.lower())] for text in texts]
+        return [
+            [self.ids.get(word, 1) for word in self.WORD.findall(text.lower())] for text in texts
+        ]
 
 
 class Layer(nn.Module):
-    """Causal self-attention and feed-forward, each followed by residual and LayerNorm (post-norm, Vaswani et al. 2017)."""
+    """Causal self-attention and feed-forward, each followed by residual and LayerNorm (post-norm,
+    Vaswani et al. 2017).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         size = config.hidden_size
         self.heads = config.heads
         self.qkv, self.attention_out = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.inner, self.outer = nn.Linear(size, config.feed_forward_size), nn.Linear(config.feed_forward_size, size)
+        self.inner, self.outer = (
+            nn.Linear(size, config.feed_forward_size),
+            nn.Linear(config.feed_forward_size, size),
+        )
         self.attention_norm, self.feed_forward_norm = nn.LayerNorm(size), nn.LayerNorm(size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D) -> (B, L, D)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, L, D / heads)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)  # (B, L, D)
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, L, D / heads)
+        attended = (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )  # (B, L, D)
         x = self.attention_norm(x + self.dropout(self.attention_out(attended)))
-        return self.feed_forward_norm(x + self.dropout(self.outer(self.dropout(F.gelu(self.inner(x))))))
+        return self.feed_forward_norm(
+            x + self.dropout(self.outer(self.dropout(F.gelu(self.inner(x)))))
+        )
 
 
 class SmallTransformer(nn.Module):
-    """Causal transformer with the interface of a Hugging Face base model (see common.DualHeadModel)."""
+    """Causal transformer, called as Hugging Face's base models are (see common.DualHeadModel)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -107,34 +140,52 @@ class SmallTransformer(nn.Module):
         return SimpleNamespace(last_hidden_state=x)  # (B, L, D)
 
 
-def build_model(number: int, num_classes: int, config: Config) -> common.DualHeadModel:
-    """Model 1, 2 or 3 with fresh weights; backbone and classifier are drawn first, so a seed gives all three the same."""
+def build_model(arm: common.Arm, num_classes: int, config: Config) -> common.DualHeadModel:
+    """Model 1, 2 or 3 with fresh weights; backbone and classifier are drawn first, so a seed gives
+    all three the same.
+    """
     return common.DualHeadModel(
         SmallTransformer(config),
         config.hidden_size,
-        common.ClassificationHead(config.hidden_size, config.classifier_size, num_classes, config.dropout),
-        lm_head=nn.Linear(config.hidden_size, config.vocabulary_size) if number > 1 else None,
-        engram_size=config.engram_size if number == 3 else None,
+        common.ClassificationHead(
+            config.hidden_size, config.classifier_size, num_classes, config.dropout
+        ),
+        lm_head=nn.Linear(config.hidden_size, config.vocabulary_size)
+        if arm.needs_lm_head
+        else None,
+        engram_size=config.engram_size if arm.prefix == "engram" else None,
     )
 
 
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run."""
-    common.check_config(config)
-    for name, low in (("vocabulary_size", 3), ("layers", 1), ("heads", 1), ("feed_forward_size", 1), ("classifier_size", 1)):
-        common.check_bounds(name, getattr(config, name), low, math.inf)
-    common.check_bounds("engram_size", config.engram_size, 2, math.inf)  # two, for a plane to plot them in
-    common.check_bounds("dropout", config.dropout, 0, 0.99)
+    check_run_config(config)
+    for name, low in (
+        ("vocabulary_size", 3),
+        ("layers", 1),
+        ("heads", 1),
+        ("feed_forward_size", 1),
+        ("classifier_size", 1),
+    ):
+        check_bounds(name, getattr(config, name), low, math.inf)
+    check_bounds("engram_size", config.engram_size, 2, math.inf)  # two, for a plane to plot them in
+    check_bounds("dropout", config.dropout, 0, 0.99)
     if config.hidden_size % (2 * config.heads):
-        raise common.UserError(f"--hidden-size is {config.hidden_size}: it must be a multiple of twice the {config.heads} heads.")
+        raise UserError(
+            f"--hidden-size is {config.hidden_size}: "
+            f"it must be a multiple of twice the {config.heads} heads."
+        )
 
 
-def load_task(config: Config) -> common.Task:
-    task = common.load_sst2(config.data_dir)
+def load_task(config: Config) -> Task:
+    task = load_sst2(config.data_dir)
     if task is None:
-        print("NOTE: running on the MOVIE-REVIEW SNIPPETS instead. These are NOT SST-2 results; for those use --data-dir.")
-        task = common.load_movie_snippets()
-    return common.limit_task(task, config.train_limit, config.eval_limit)
+        print(
+            "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "
+            "These are NOT SST-2 results; for those use --data-dir."
+        )
+        task = load_movie_snippets()
+    return limit_task(task, config.train_limit, config.eval_limit)
 
 
 def main() -> None:
@@ -144,13 +195,13 @@ def main() -> None:
     vocabulary = WordVocabulary(task.train.texts, config.vocabulary_size)
     experiment = common.Experiment(
         name="Experiment 1: small transformer",
-        results=common.ROOT / "results",
+        results=ROOT / "results",
         task=task,
         encode=vocabulary.encode,
-        build_model=lambda number: build_model(number, len(task.class_names), config),
+        build_model=lambda arm: build_model(arm, len(task.class_names), config),
     )
     common.run_experiment(experiment, config)
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import tyro
 
 import common
+from collapse.data import load_sst2
+from collapse.settings import ROOT, LanguageModelConfig, run_script
 
 
 @dataclass
-class Config(common.LanguageModelConfig):
+class Config(LanguageModelConfig):
     """Settings of Experiment 2; the comment above a field is its --help text."""
 
     max_length: int = 128  # Longest input in tokens; the rest of a row is cut off.
@@ -21,13 +23,13 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     common.run_language_model_experiment(
         "Experiment 2",
-        results=common.ROOT / "results_7b",
-        other=common.ROOT / "results_agnews",
-        load_task=common.load_sst2,
+        results=ROOT / "results_7b",
+        other=ROOT / "results_agnews",
+        load_task=load_sst2,
         engram_source="pooled",
         config=config,
     )
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

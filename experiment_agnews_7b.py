@@ -1,7 +1,8 @@
 """Experiment 3: Qwen2.5-7B with QLoRA on AG News as models 1, 2 and 3, on one GPU of 16 GB.
 
-The engram of model 3 is made from the classifier's intermediate features, where Experiment 2 takes the pooled
-hidden state. Another causal LM goes by --model. Without a GPU: `make standin`, then --model smollm2-135m.
+The engram of model 3 is made from the classifier's intermediate features, where Experiment 2 takes
+the pooled hidden state. Another causal LM goes by --model. Without a GPU: `make standin`, then
+--model smollm2-135m.
 """
 
 from dataclasses import dataclass
@@ -9,10 +10,12 @@ from dataclasses import dataclass
 import tyro
 
 import common
+from collapse.data import load_ag_news
+from collapse.settings import ROOT, LanguageModelConfig, run_script
 
 
 @dataclass
-class Config(common.LanguageModelConfig):
+class Config(LanguageModelConfig):
     """Settings of Experiment 3; the comment above a field is its --help text."""
 
     max_length: int = 256  # Longest input in tokens; the rest of a row is cut off.
@@ -22,13 +25,13 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     common.run_language_model_experiment(
         "Experiment 3",
-        results=common.ROOT / "results_agnews",
-        other=common.ROOT / "results_7b",
-        load_task=common.load_ag_news,
+        results=ROOT / "results_agnews",
+        other=ROOT / "results_7b",
+        load_task=load_ag_news,
         engram_source="intermediate",
         config=config,
     )
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

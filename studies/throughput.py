@@ -1,17 +1,20 @@
 """How fast does training run, against two yardsticks on the same model and the same rows?
 
-`--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random NF4 weights and true
-token lengths, for which it needs a GPU; `--backbone tiny` is that in miniature, for a CPU; `--backbone paper` only counts
-what the 7B architecture's steps move and compute, and times nothing. The recipes run in turn, a few steps of each, in
-one process:
+`--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random
+NF4 weights and true token lengths, for which it needs a GPU; `--backbone tiny` is that in
+miniature, for a CPU; `--backbone paper` only counts what the 7B architecture's steps move and
+compute, and times nothing. The recipes run in turn, a few steps of each, in one process:
 
-conventional   every row padded to the maximum length, batches at random, LM logits at every position; on a language
-               model also micro-batches of 8 x accumulation 2 and gradient checkpointing
-ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like length together as its
-               sampler groups a whole epoch, gradient checkpointing, LM logits at every position
+conventional   every row padded to the maximum length, batches at random, LM logits at every
+    position; on a language model also micro-batches of 8 x accumulation 2 and gradient
+    checkpointing
+ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like
+    length together as its sampler groups a whole epoch, gradient checkpointing, LM logits at every
+    position
 ours           as the experiments train
 
-Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json and its plot.
+Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json
+and its plot.
 """
 
 import dataclasses
@@ -37,12 +40,46 @@ import common
 import experiment
 import experiment_7b
 import experiment_agnews_7b
+from collapse.batches import (
+    Batch,
+    Split,
+    collate,
+    count_targets,
+    encode_rows,
+    length_grouped_batches,
+)
+from collapse.data import Task, load_ag_news, load_sst2
+from collapse.files import environment, write_json
+from collapse.language_models import add_lora, fill_in_for, load_tokenizer
+from collapse.losses import LOGIT_CHUNK_TOKENS, combined_loss
+from collapse.memory import MemoryPlan, count_parameters
+from collapse.plots import save_figure
+from collapse.settings import (
+    DEFAULT_MODEL,
+    ROOT,
+    LanguageModelConfig,
+    UserError,
+    check_bounds,
+    pick_device,
+    run_script,
+)
 
 RECIPES = ("conventional", "ecosystem", "ours")
 RECIPE_COLORS = {"conventional": "#999999", "ecosystem": "#56B4E9", "ours": "#009E73"}
-QWEN = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+QWEN = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+}
 QWEN |= {"num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TINY |= {"vocab_size": 1000, "tie_word_embeddings": False}
 
 
@@ -50,13 +87,16 @@ TINY |= {"vocab_size": 1000, "tie_word_embeddings": False}
 class Config:
     """Settings of the measurement; the comment above a field is its --help text."""
 
-    # What is trained: Experiment 1, the 7B architecture with random weights, that in miniature, or that on paper.
+    # What is trained: Experiment 1, the 7B architecture with random weights, that in miniature, or
+    # that on paper.
     backbone: Literal["small", "7b", "tiny", "paper"] = "small"
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
-    # Tokenizer that gives the language models' true token lengths: a hub name, a folder or smollm2-135m.
-    tokenizer: str = common.DEFAULT_MODEL
-    # Folder for the results. Default: the experiment's own; for the miniature, a folder that git ignores.
+    # Tokenizer that gives the language models' true token lengths: a hub name, a folder or
+    # smollm2-135m.
+    tokenizer: str = DEFAULT_MODEL
+    # Folder for the results. Default: the experiment's own; for the miniature, a folder that git
+    # ignores.
     output_dir: Path | None = None
     # Models to time.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
@@ -68,28 +108,32 @@ class Config:
     memory_gib: float = 16.0
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Recipes
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Conventional:
-    """Mixed into a trainer: pads to the maximum length and makes logits at every position, pads included."""
+    """Mixed into a trainer: pads to the maximum length and makes logits at every position, pads
+    included.
+    """
 
-    def collate(self, rows: np.ndarray) -> common.Batch:
+    def collate(self, rows: np.ndarray) -> Batch:
         batch = super().collate(rows)
         missing = self.config.max_length - batch.input_ids.shape[1]
         ids, mask = F.pad(batch.input_ids, (0, missing)), F.pad(batch.text_mask, (0, missing))
         return dataclasses.replace(batch, input_ids=ids, text_mask=mask)
 
-    def lm_loss_sum(self, hidden: Tensor, batch: common.Batch) -> Tensor:
+    def lm_loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         return logits_everywhere_loss_sum(self.model.lm_head, hidden, batch)
 
 
-def logits_everywhere_loss_sum(lm_head: nn.Linear, hidden: Tensor, batch: common.Batch) -> Tensor:
+def logits_everywhere_loss_sum(lm_head: nn.Linear, hidden: Tensor, batch: Batch) -> Tensor:
     targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]  # (B, L - 1)
     logits = lm_head(hidden)[:, :-1].float()  # (B, L - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 class ConventionalTrainer(Conventional, common.Trainer):
@@ -100,17 +144,23 @@ class ConventionalPairTrainer(Conventional, common.SequentialPairTrainer):
     pass
 
 
-def make_trainer(number: int, recipe: str, model: common.DualHeadModel, split: common.Split, settings) -> common.Trainer:
+def make_trainer(
+    number: int, recipe: str, model: common.DualHeadModel, split: Split, settings
+) -> common.Trainer:
+    arm = common.find_arm(str(number))
     if recipe == "ours":
-        return (common.SequentialPairTrainer if number == 3 else common.Trainer)(model, split, settings)
-    trainer = (ConventionalPairTrainer if number == 3 else ConventionalTrainer)(model, split, settings)
-    if isinstance(settings, common.LanguageModelConfig):
+        return common.make_trainer(model, split, settings, arm)
+    kind = ConventionalPairTrainer if number == 3 else ConventionalTrainer
+    trainer = kind(model, split, settings, arm)
+    if isinstance(settings, LanguageModelConfig):
         trainer.micro_batch_size = 8
     return trainer
 
 
 class EcosystemLoss(nn.Module):
-    """What transformers' Trainer trains: a batch's loss, logits at every position; model 3's pairs are the batch's halves."""
+    """What transformers' Trainer trains: a batch's loss, logits at every position; model 3's pairs
+    are the batch's halves.
+    """
 
     def __init__(self, model: common.DualHeadModel, lm_weight: float):
         super().__init__()
@@ -120,16 +170,26 @@ class EcosystemLoss(nn.Module):
         half = (len(labels) + 1) // 2 if self.model.compressor is not None else len(labels)
         cls_loss, lm_loss, engram = 0.0, 0.0, None
         for part in (slice(0, half), slice(half, None)):
-            batch = common.Batch(input_ids[part], text_mask[part], labels[part], labels[:0])
+            batch = Batch(input_ids[part], text_mask[part], labels[part], labels[:0])
             if not len(batch.labels):
                 continue
-            output = self.model(batch.input_ids, batch.text_mask, None if engram is None else engram[: len(batch.labels)])
+            output = self.model(
+                batch.input_ids,
+                batch.text_mask,
+                None if engram is None else engram[: len(batch.labels)],
+            )
             cls_loss = cls_loss + F.cross_entropy(output.logits, batch.labels, reduction="sum")
             if self.model.lm_head is not None:
-                lm_loss = lm_loss + logits_everywhere_loss_sum(self.model.lm_head, output.hidden, batch)
+                lm_loss = lm_loss + logits_everywhere_loss_sum(
+                    self.model.lm_head, output.hidden, batch
+                )
             engram = output.engram
-        lm_loss = lm_loss / text_mask[:, 1:].sum().clamp(min=1) if self.model.lm_head is not None else None
-        return {"loss": common.combined_loss(cls_loss / len(labels), lm_loss, self.lm_weight)}
+        lm_loss = (
+            lm_loss / text_mask[:, 1:].sum().clamp(min=1)
+            if self.model.lm_head is not None
+            else None
+        )
+        return {"loss": combined_loss(cls_loss / len(labels), lm_loss, self.lm_weight)}
 
 
 class StepTimes(transformers.TrainerCallback):
@@ -143,15 +203,22 @@ class StepTimes(transformers.TrainerCallback):
         self.stamps.append(now())
 
 
-def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings, rows: np.ndarray) -> float:
-    """Seconds that transformers' Trainer takes for the rows, between its first step's start and its last one's end."""
+def ecosystem_seconds(
+    model: common.DualHeadModel, split: Split, settings, rows: np.ndarray
+) -> float:
+    """Seconds that transformers' Trainer takes for the rows, between its first step's start and its
+    last one's end.
+    """
 
-    def collate(items: list[dict]) -> dict[str, Tensor]:
-        batch = common.collate(split, [item["row"] for item in items], torch.device("cpu"))
+    def collate_items(items: list[dict]) -> dict[str, Tensor]:
+        batch = collate(split, [item["row"] for item in items], torch.device("cpu"))
         return {"input_ids": batch.input_ids, "text_mask": batch.text_mask, "labels": batch.labels}
 
     device = next(model.parameters()).device
-    times, folder = StepTimes(), tempfile.TemporaryDirectory()  # the Trainer makes a folder, though it saves nothing
+    times, folder = (
+        StepTimes(),
+        tempfile.TemporaryDirectory(),
+    )  # the Trainer makes a folder, though it saves nothing
     arguments = transformers.TrainingArguments(
         output_dir=folder.name,
         per_device_train_batch_size=settings.batch_size,
@@ -159,7 +226,8 @@ def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.clip_norm,
-        train_sampling_strategy="sequential",  # the rows are grouped: a few steps' rows alone it would group coarsely
+        # the rows are grouped: a few steps' rows alone it would group coarsely
+        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
@@ -170,7 +238,11 @@ def ecosystem_seconds(model: common.DualHeadModel, split: common.Split, settings
     )
     table = datasets.Dataset.from_dict({"row": rows.tolist()})
     trainer = transformers.Trainer(
-        EcosystemLoss(model, settings.lm_weight), arguments, data_collator=collate, train_dataset=table, callbacks=[times]
+        EcosystemLoss(model, settings.lm_weight),
+        arguments,
+        data_collator=collate_items,
+        train_dataset=table,
+        callbacks=[times],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     with folder:
@@ -184,13 +256,17 @@ def now() -> float:
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A language model of random weights
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def random_language_model(sizes: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Qwen2 of these sizes, packed as load_causal_lm packs it, one layer after another: it never exists unpacked."""
+def random_language_model(
+    sizes: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Qwen2 of these sizes, packed as load_causal_lm packs it, one layer after another: it never
+    exists unpacked.
+    """
     import bitsandbytes
 
     config = transformers.Qwen2Config(**sizes, rope_theta=1e6, rms_norm_eps=1e-6, use_cache=False)
@@ -200,13 +276,24 @@ def random_language_model(sizes: dict[str, Any], dtype: torch.dtype, device: tor
     for name, module in [*causal_lm.named_modules()]:
         if isinstance(module, nn.Linear) and name != "lm_head":
             packed = bitsandbytes.nn.Linear4bit(
-                module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype, quant_type="nf4"
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                compute_dtype=dtype,
+                quant_type="nf4",
             )
-            values = torch.randn(module.out_features, module.in_features, dtype=dtype, device=device) * 0.02
-            packed.weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4").to(device)
+            values = (
+                torch.randn(module.out_features, module.in_features, dtype=dtype, device=device)
+                * 0.02
+            )
+            packed.weight = bitsandbytes.nn.Params4bit(
+                values, requires_grad=False, quant_type="nf4"
+            ).to(device)
             packed.support_avx512bf16_for_cpu = False
             if packed.bias is not None:
-                packed.bias = nn.Parameter(torch.zeros(module.out_features, dtype=dtype, device=device))
+                packed.bias = nn.Parameter(
+                    torch.zeros(module.out_features, dtype=dtype, device=device)
+                )
             causal_lm.set_submodule(name, packed)
     for module in causal_lm.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -217,16 +304,18 @@ def random_language_model(sizes: dict[str, Any], dtype: torch.dtype, device: tor
     return causal_lm.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Limits
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def device_rates(device: torch.device) -> dict[str, float]:
-    """Bytes a second that a copy moves, and operations a second of a large matrix product, measured."""
+    """Measured bytes a second of a copy, and operations a second of a large matrix product."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    source = torch.empty(
+        2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device
+    )
 
     def fastest(work) -> float:
         seconds = []
@@ -236,17 +325,32 @@ def device_rates(device: torch.device) -> dict[str, float]:
             seconds.append(now() - started)
         return min(seconds)
 
-    return {"bytes": 2 * source.numel() / fastest(source.clone), "operations": 2 * size**3 / fastest(lambda: a @ b)}
+    return {
+        "bytes": 2 * source.numel() / fastest(source.clone),
+        "operations": 2 * size**3 / fastest(lambda: a @ b),
+    }
 
 
-def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarray], split: common.Split, rates: dict) -> dict:
-    """The least that these steps need: packed weights read once a pass, and the operations of true tokens, at measured rates.
+def limit_seconds(
+    model: common.DualHeadModel,
+    number: int,
+    rows: list[np.ndarray],
+    split: Split,
+    rates: dict,
+) -> dict:
+    """The least that these steps need: packed weights read once a pass, and the operations of true
+    tokens, at measured rates.
 
-    A step passes forward and backward over the weights; model 3 does both twice, since its second half waits for the first
-    half's engrams. The backward pass needs gradients of the inputs alone, and of the adapters.
+    A step passes forward and backward over the weights; model 3 does both twice, since its second
+    half waits for the first half's engrams. The backward pass needs gradients of the inputs alone,
+    and of the adapters.
     """
-    linear = [m for m in model.backbone.layers.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    count = common.count_parameters(model.backbone.layers)
+    linear = [
+        m
+        for m in model.backbone.layers.modules()
+        if isinstance(m, nn.Linear) and not m.weight.requires_grad
+    ]
+    count = count_parameters(model.backbone.layers)
     lengths = split.lengths
     tokens = sum(lengths[batch].sum() + (len(batch) if number == 3 else 0) for batch in rows)
     passes = len(rows) * (4 if number == 3 else 2)
@@ -255,36 +359,54 @@ def limit_seconds(model: common.DualHeadModel, number: int, rows: list[np.ndarra
     if model.lm_head is not None:
         head = model.lm_head.weight
         moved += passes * head.numel() * head.element_size()
-        operations += 4 * head.numel() * sum(common.count_targets(split, batch) for batch in rows)
-    seconds = {"bytes": moved / rates["bytes"], "operations": float(operations) / rates["operations"]}
+        operations += 4 * head.numel() * sum(count_targets(split, batch) for batch in rows)
+    seconds = {
+        "bytes": moved / rates["bytes"],
+        "operations": float(operations) / rates["operations"],
+    }
     return {**seconds, "binding": max(seconds, key=seconds.get)}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measuring
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def measure(number: int, model: common.DualHeadModel, split: common.Split, settings, config: Config, rates: dict | None) -> dict:
-    """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of rounds; peak memory; limits."""
+def measure(
+    number: int,
+    model: common.DualHeadModel,
+    split: Split,
+    settings,
+    config: Config,
+    rates: dict | None,
+) -> dict:
+    """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of
+    rounds; peak memory; limits.
+    """
     size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
     shuffled = rng.permutation(len(split.labels))[: needed * size]
     batches = {"conventional": [shuffled[i : i + size] for i in range(0, len(shuffled), size)]}
-    batches["ours"] = common.length_grouped_batches(lengths, size, rng)[:needed]
+    batches["ours"] = length_grouped_batches(lengths, size, rng)[:needed]
     if model.memory_plan is not None:
-        batches["ecosystem"] = common.length_grouped_batches(lengths, size, rng)[:needed]
+        batches["ecosystem"] = length_grouped_batches(lengths, size, rng)[:needed]
     recipes = [recipe for recipe in RECIPES if recipe in batches]
-    trainers = {r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"}
+    trainers = {
+        r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"
+    }
     rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
-    unpacked = model.memory_plan.unpack_what_fits(split, size) if model.memory_plan is not None else 0
+    unpacked = (
+        model.memory_plan.unpack_what_fits(split, size) if model.memory_plan is not None else 0
+    )
     model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
         for recipe in recipes:
             rows = batches[recipe][round_number * config.steps : (round_number + 1) * config.steps]
             if model.memory_plan is not None:
                 model.memory_plan.mode = "auto" if recipe == "ours" else "on"
-                model.memory_plan.recompute(0 if recipe == "ours" else len(model.memory_plan.layers))
+                model.memory_plan.recompute(
+                    0 if recipe == "ours" else len(model.memory_plan.layers)
+                )
                 model.memory_plan.unpack(unpacked if recipe == "ours" else 0)
             if on_gpu:
                 torch.cuda.empty_cache()
@@ -302,12 +424,20 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
                 found["peak_bytes"] = torch.cuda.max_memory_allocated()
             if rates is not None and recipe == "ours":
                 limit = limit_seconds(model, number, rows, split, rates)
-                found |= {"limit_share": max(limit["bytes"], limit["operations"]) / seconds, "binding_limit": limit["binding"]}
+                found |= {
+                    "limit_share": max(limit["bytes"], limit["operations"]) / seconds,
+                    "binding_limit": limit["binding"],
+                }
             if recipe == "ours" and model.memory_plan is not None:
                 unpacked = model.memory_plan.unpacked  # none any more, where memory ran out
             if round_number:  # the first round warms up
                 rounds[recipe].append(found)
-    result = {"examples_per_second": {}, "tokens_per_second": {}, "peak_memory_bytes": {}, "ratio": {}}
+    result = {
+        "examples_per_second": {},
+        "tokens_per_second": {},
+        "peak_memory_bytes": {},
+        "ratio": {},
+    }
     result |= {"layers_unpacked": unpacked, "micro_batch_size": trainers["ours"].micro_batch_size}
     ours = np.array([found["examples"] for found in rounds["ours"]])
     for recipe, found in rounds.items():
@@ -327,16 +457,25 @@ def measure(number: int, model: common.DualHeadModel, split: common.Split, setti
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
         result["binding_limit"] = rounds["ours"][-1]["binding_limit"]
     rows = len(split.labels)
-    result["epoch_seconds"] = {recipe: rows / rate for recipe, rate in result["examples_per_second"].items()}
+    result["epoch_seconds"] = {
+        recipe: rows / rate for recipe, rate in result["examples_per_second"].items()
+    }
     return result
 
 
 def describe(found: dict) -> str:
-    rates = "  ".join(f"{recipe} {rate:,.0f}" for recipe, rate in found["examples_per_second"].items())
-    ratios = ", ".join(f"{r['median']:.1f} [{r['low']:.1f}, {r['high']:.1f}] x {recipe}" for recipe, r in found["ratio"].items())
+    rates = "  ".join(
+        f"{recipe} {rate:,.0f}" for recipe, rate in found["examples_per_second"].items()
+    )
+    ratios = ", ".join(
+        f"{r['median']:.1f} [{r['low']:.1f}, {r['high']:.1f}] x {recipe}"
+        for recipe, r in found["ratio"].items()
+    )
     line = f"examples/s: {rates}; ratio [lowest, highest round]: {ratios}"
     if found["peak_memory_bytes"]:
-        line += "; peak GiB: " + ", ".join(f"{recipe} {b / 2**30:.1f}" for recipe, b in found["peak_memory_bytes"].items())
+        line += "; peak GiB: " + ", ".join(
+            f"{recipe} {b / 2**30:.1f}" for recipe, b in found["peak_memory_bytes"].items()
+        )
     if "limit_share" in found:
         line += f"; {found['limit_share']:.0%} of the limit ({found['binding_limit']})"
     return line
@@ -346,53 +485,70 @@ def measure_small(config: Config) -> dict:
     settings = experiment.Config(data_dir=config.data_dir)
     task = experiment.load_task(settings)
     vocabulary = experiment.WordVocabulary(task.train.texts, settings.vocabulary_size)
-    split = common.encode_rows(task.train, vocabulary.encode, settings.max_length)
+    split = encode_rows(task.train, vocabulary.encode, settings.max_length)
     check_rows(config, split, settings)
-    print(f"{task.title()}, {split.lengths.mean():.1f} tokens a row, padded to {settings.max_length} by the conventional recipe")
-    results = {"data": task.summary(), "tokens_per_row": float(split.lengths.mean()), **common.environment(torch.device("cpu"))}
-    results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
+    mean, padded = float(split.lengths.mean()), settings.max_length
+    print(f"{task.title()}, {mean:.1f} tokens a row, padded to {padded} by the conventional recipe")
+    here = environment(torch.device("cpu"))
+    results = {"data": task.summary(), "tokens_per_row": mean, **here}
+    results["settings"] = {
+        "rounds": config.rounds,
+        "steps": config.steps,
+        "batch_size": settings.batch_size,
+    }
     for number in config.models:
         torch.manual_seed(0)
-        results[f"model{number}"] = measure(number, experiment.build_model(number, 2, settings), split, settings, config, None)
-        print(f"{common.MODEL_NAMES[number]:20}{describe(results[f'model{number}'])}", flush=True)
-    save(config.output_dir or common.ROOT / "results" / task.folder, results)
+        arm = common.find_arm(str(number))
+        model = experiment.build_model(arm, 2, settings)
+        found = results[arm.name] = measure(number, model, split, settings, config, None)
+        print(f"{arm.title:20}{describe(found)}", flush=True)
+    save(config.output_dir or ROOT / "results" / task.folder, results)
     return results
 
 
-def check_rows(config: Config, split: common.Split, settings) -> None:
+def check_rows(config: Config, split: Split, settings) -> None:
     for name in ("rounds", "steps"):
-        common.check_bounds(name, getattr(config, name), 1, math.inf)
+        check_bounds(name, getattr(config, name), 1, math.inf)
     if (config.rounds + 1) * config.steps * settings.batch_size > len(split.labels):
-        raise common.UserError("--rounds times --steps needs more rows than the training split has: lower one of them.")
+        raise UserError(
+            "--rounds times --steps needs more rows than the training split has: lower one of them."
+        )
 
 
 def save(folder: Path, results: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    common.write_json(folder / "throughput.json", results)
+    write_json(folder / "throughput.json", results)
 
 
 STUDIES = (
-    (experiment_7b, common.load_sst2, "pooled", "results_7b"),
-    (experiment_agnews_7b, common.load_ag_news, "intermediate", "results_agnews"),
+    (experiment_7b, load_sst2, "pooled", "results_7b"),
+    (experiment_agnews_7b, load_ag_news, "intermediate", "results_agnews"),
 )
 
 
 def results_folder(config: Config, folder: str) -> Path:
-    """Where a language-model experiment's measurements go; the miniature's into a folder that git ignores."""
+    """Where a language-model experiment's measurements go; the miniature's into a folder that git
+    ignores.
+    """
     if config.output_dir:
         return config.output_dir / folder
-    return common.ROOT / folder / ("limit-tiny" if config.backbone == "tiny" else "")
+    return ROOT / folder / ("limit-tiny" if config.backbone == "tiny" else "")
 
 
-def load_split(script, load, encode, config: Config) -> tuple[common.Task, Any, common.Split]:
+def load_split(script, load, encode, config: Config) -> tuple[Task, Any, Split]:
     """Task, settings and true token ids of one of the two language-model experiments."""
     task, settings = load(config.data_dir), script.Config(quantization="nf4")
     if task is None:
-        raise common.UserError("the data is neither in the Hugging Face cache nor on the hub: give --data-dir.")
-    split = common.encode_rows(task.train, encode, settings.max_length)
+        raise UserError(
+            "the data is neither in the Hugging Face cache nor on the hub: give --data-dir."
+        )
+    split = encode_rows(task.train, encode, settings.max_length)
     check_rows(config, split, settings)
     mean, limit = split.lengths.mean(), settings.max_length
-    print(f"{task.title()}, {mean:.1f} tokens a row, padded to {limit} by the conventional recipe", flush=True)
+    print(
+        f"{task.title()}, {mean:.1f} tokens a row, padded to {limit} by the conventional recipe",
+        flush=True,
+    )
     return task, settings, split
 
 
@@ -400,81 +556,136 @@ def measure_language_model(config: Config) -> dict[str, dict]:
     """Both data sets on one architecture; a throughput.json for each, and a plot of both."""
     device = torch.device("cuda" if config.backbone == "7b" else "cpu")
     if config.backbone == "7b":
-        common.pick_device("cuda")
+        pick_device("cuda")
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
-    encode, rates, found = common.load_tokenizer(config.tokenizer), device_rates(device), {}
+    encode, rates, found = load_tokenizer(config.tokenizer), device_rates(device), {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
-        settings, sizes = common.fill_in_for(device, settings), QWEN if config.backbone == "7b" else TINY
+        settings, sizes = (
+            fill_in_for(device, settings),
+            QWEN if config.backbone == "7b" else TINY,
+        )
         if config.backbone == "tiny":
             settings = dataclasses.replace(settings, lora_rank=4, classifier_size=16, engram_size=8)
-            split = common.Split([ids % TINY["vocab_size"] for ids in split.token_ids], split.labels)  # true lengths, few words
+            split = Split(
+                [ids % TINY["vocab_size"] for ids in split.token_ids], split.labels
+            )  # true lengths, few words
         mean = float(split.lengths.mean())
-        results = {"backbone": config.backbone, "data": task.summary(), "tokens_per_row": mean, **common.environment(device)}
-        results |= {"rates": rates, "memory_gib": config.memory_gib if device.type == "cuda" else None}
-        results["settings"] = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
+        results = {
+            "backbone": config.backbone,
+            "data": task.summary(),
+            "tokens_per_row": mean,
+            **environment(device),
+        }
+        results |= {
+            "rates": rates,
+            "memory_gib": config.memory_gib if device.type == "cuda" else None,
+        }
+        results["settings"] = {
+            "rounds": config.rounds,
+            "steps": config.steps,
+            "batch_size": settings.batch_size,
+        }
         for number in config.models:
             torch.manual_seed(0)
             causal_lm = random_language_model(sizes, getattr(torch, settings.compute_dtype), device)
-            lora = common.add_lora(causal_lm, settings)
-            model = common.wrap_causal_lm(causal_lm, lora, number, len(task.class_names), source, settings)
-            del causal_lm
-            model.memory_plan = common.MemoryPlan(model, "auto")
-            results[f"model{number}"] = measure(number, model, split, settings, config, rates)
-            epochs = settings.epochs * results[f"model{number}"]["epoch_seconds"]["ours"] / 3600
-            print(
-                f"{common.MODEL_NAMES[number]:20}{describe(results[f'model{number}'])}; {settings.epochs} epochs: {epochs:.1f} h"
-            )
+            arm, classes = common.find_arm(str(number)), len(task.class_names)
+            adapters = add_lora(causal_lm, settings)
+            model = common.wrap_causal_lm(adapters, arm, classes, source, settings)
+            del causal_lm, adapters
+            model.memory_plan = MemoryPlan(model, "auto")
+            result = results[arm.name] = measure(number, model, split, settings, config, rates)
+            hours = settings.epochs * result["epoch_seconds"]["ours"] / 3600
+            print(f"{arm.title:20}{describe(result)}; {settings.epochs} epochs: {hours:.1f} h")
             del model
         save(results_folder(config, folder), results)
         found[task.name] = results
-    model = "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature"
+    model = (
+        "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature"
+    )
     title = f"{model}; {results['hardware']['device']}; medians of {config.rounds} rounds"
     plot(results_folder(config, "results_7b") / "throughput.png", found, title)
     return found
 
 
-# Vendor's figures of the reference's card: memory bandwidth, and dense bfloat16 products with fp32 sums.
+# Vendor's figures of the reference's card: memory bandwidth, and dense bfloat16 products with fp32
+# sums.
 RTX_4080 = {"name": "RTX 4080", "bytes": 717e9, "operations": 97.5e12}
-# Tokens up to which bitsandbytes 0.50.2 multiplies packed weights of these shapes without unpacking them, on that card.
+# Tokens up to which bitsandbytes 0.50.2 multiplies packed weights of these shapes without unpacking
+# them, on that card.
 FUSED = {"q o": 32, "k v": 23, "gate up": 256, "down": 64}
 
 
 def count_step(
-    lengths: np.ndarray, recipe: str, number: int, settings, memory_gib: float, typical: float, longest: float
+    lengths: np.ndarray,
+    recipe: str,
+    number: int,
+    settings,
+    memory_gib: float,
+    typical: float,
+    longest: float,
 ) -> dict[str, float]:
-    """Bytes moved, operations and seconds on paper of one optimizer step on rows of these lengths, 7B architecture.
+    """Bytes moved, operations and seconds on paper of one optimizer step on rows of these lengths,
+    7B architecture.
 
-    For a product, packed weights are read, written unpacked, and read again; in a forward pass of few tokens (FUSED) they are
-    only read, as unpacked ones are. A product waits for its weights, so the times add up. Ours keeps layers unpacked as
-    MemoryPlan does, for steps of `typical` and at most `longest` tokens. Attention's own products, norms, copies and the
-    optimizer are left out. The limit is that of limit_seconds.
+    For a product, packed weights are read, written unpacked, and read again; in a forward pass of
+    few tokens (FUSED) they are only read, as unpacked ones are. A product waits for its weights, so
+    the times add up. Ours keeps layers unpacked as MemoryPlan does, for steps of `typical` and at
+    most `longest` tokens. Attention's own products, norms, copies and the optimizer are left out.
+    The limit is that of limit_seconds.
     """
-    h, f, kv = QWEN["hidden_size"], QWEN["intermediate_size"], QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28
+    h, f, kv = (
+        QWEN["hidden_size"],
+        QWEN["intermediate_size"],
+        QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28,
+    )
     depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h if number > 1 else 0
-    matrices = {"q o": 2 * h * h, "k v": 2 * h * kv, "gate up": 2 * h * f, "down": h * f}  # of a layer
+    matrices = {
+        "q o": 2 * h * h,
+        "k v": 2 * h * kv,
+        "gate up": 2 * h * f,
+        "down": h * f,
+    }  # of a layer
     layer = sum(matrices.values())
     adapters = depth * settings.lora_rank * (4 * h + 2 * (h + kv) + 3 * (h + f))
     ours, halves = recipe == "ours", 2 if number == 3 else 1
-    tokens = len(lengths) * ((lengths.max() if recipe != "conventional" else settings.max_length) + (number == 3) * 1.0)
-    pieces = halves * (2 if recipe == "conventional" else 1)  # micro-batches of 8, halves of pairs: each a pass over the weights
-    # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms, attention, and the MLP's gate
+    tokens = len(lengths) * (
+        (lengths.max() if recipe != "conventional" else settings.max_length) + (number == 3) * 1.0
+    )
+    pieces = halves * (
+        2 if recipe == "conventional" else 1
+    )  # micro-batches of 8, halves of pairs: each a pass over the weights
+    # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms,
+    # attention, and the MLP's gate
     kept = 5 * (6 * h + f) + 22 * h + 6 * f
-    free = memory_gib * 2**30 - 0.52 * depth * layer - 2 * (QWEN["vocab_size"] * h + head) - 12 * adapters
-    free -= common.MemoryPlan.WORKING_BYTES
+    free = (
+        memory_gib * 2**30
+        - 0.52 * depth * layer
+        - 2 * (QWEN["vocab_size"] * h + head)
+        - 12 * adapters
+    )
+    free -= MemoryPlan.WORKING_BYTES
     needed = max(typical * (depth + 2) * kept, longest * (2 * kept + 2 * depth * h))
     unpacked = min(1.0, max(0.0, (free - needed) / (1.48 * depth * layer))) if ours else 0.0
     free -= unpacked * 1.48 * depth * layer
     recomputed = min(1.0, max(0.0, 1 + 2 / depth - free / (tokens * depth * kept))) if ours else 1.0
-    forward = sum(n * (0.52 if tokens / pieces <= FUSED[name] else 0.52 + 2 + 2) for name, n in matrices.items())
-    packed_passes, plain_passes = (1 + recomputed) * forward + (0.52 + 2 + 2) * layer, (2 + recomputed) * 2 * layer
+    forward = sum(
+        n * (0.52 if tokens / pieces <= FUSED[name] else 0.52 + 2 + 2)
+        for name, n in matrices.items()
+    )
+    packed_passes, plain_passes = (
+        (1 + recomputed) * forward + (0.52 + 2 + 2) * layer,
+        (2 + recomputed) * 2 * layer,
+    )
     moved = pieces * depth * ((1 - unpacked) * packed_passes + unpacked * plain_passes)
     operations = tokens * (2 * (2 + recomputed) * (depth * layer + adapters) + 2 * adapters)
     predicted = lengths.sum() - len(lengths)
     operations += 4 * head * (predicted if ours else tokens)
-    chunks = math.ceil(predicted / pieces / common.LOGIT_CHUNK_TOKENS) if ours else 1  # each reads the LM head forward and back
+    chunks = (
+        math.ceil(predicted / pieces / LOGIT_CHUNK_TOKENS) if ours else 1
+    )  # each reads the LM head forward and back
     moved += pieces * chunks * 2 * 2 * head
     seconds = moved / RTX_4080["bytes"] + operations / RTX_4080["operations"]
     true_tokens = lengths.sum() + (number == 3) * len(lengths)
@@ -492,39 +703,72 @@ def count_step(
 
 
 def count_on_paper(config: Config) -> dict[str, dict]:
-    """What the recipes would take on the reference's card, from counts alone; written to throughput_on_paper.json."""
-    encode, results = common.load_tokenizer(config.tokenizer), {}
-    here = {key: common.environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
+    """What the recipes would take on the reference's card, from counts alone; written to
+    throughput_on_paper.json.
+    """
+    encode, results = load_tokenizer(config.tokenizer), {}
+    here = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
         rng, size, lengths = np.random.default_rng(0), settings.batch_size, split.lengths
-        grouped, shuffled = common.length_grouped_batches(lengths, size, rng), rng.permutation(len(lengths))
+        grouped, shuffled = (
+            length_grouped_batches(lengths, size, rng),
+            rng.permutation(len(lengths)),
+        )
         steps = min(len(grouped), 500)
-        found: dict[str, Any] = {"data": task.summary(), "tokens_per_row": float(lengths.mean()), "rates": RTX_4080, **here}
-        found["settings"] = {"steps": steps, "epochs": settings.epochs, "memory_gib": config.memory_gib}
+        found: dict[str, Any] = {
+            "data": task.summary(),
+            "tokens_per_row": float(lengths.mean()),
+            "rates": RTX_4080,
+            **here,
+        }
+        found["settings"] = {
+            "steps": steps,
+            "epochs": settings.epochs,
+            "memory_gib": config.memory_gib,
+        }
         for number in config.models:
             by_recipe = {}
             for recipe in RECIPES:
-                rows = grouped[:steps] if recipe != "conventional" else np.split(shuffled[: steps * size], steps)
+                rows = (
+                    grouped[:steps]
+                    if recipe != "conventional"
+                    else np.split(shuffled[: steps * size], steps)
+                )
                 memory = config.memory_gib, size * lengths.mean(), size * lengths.max()
-                counts = [count_step(lengths[batch], recipe, number, settings, *memory) for batch in rows]
+                counts = [
+                    count_step(lengths[batch], recipe, number, settings, *memory) for batch in rows
+                ]
                 means = {key: float(np.mean([count[key] for count in counts])) for key in counts[0]}
-                means["examples_per_second"] = sum(map(len, rows)) / sum(count["seconds"] for count in counts)
-                means["hours"] = settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
+                means["examples_per_second"] = sum(map(len, rows)) / sum(
+                    count["seconds"] for count in counts
+                )
+                means["hours"] = (
+                    settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
+                )
                 by_recipe[recipe] = means
             rates = {recipe: means["examples_per_second"] for recipe, means in by_recipe.items()}
             found[f"model{number}"] = {"examples_per_second": rates, "step": by_recipe}
             line = "  ".join(f"{recipe} {rate:.0f}" for recipe, rate in rates.items())
             ours = by_recipe["ours"]
-            ratios = ", ".join(f"{rates['ours'] / rates[other]:.1f} x {other}" for other in RECIPES[:2])
-            shares = f"{ours['limit_share']:.0%} of the limit, {ours['recomputed']:.0%} of layers recomputed, "
+            ratios = ", ".join(
+                f"{rates['ours'] / rates[other]:.1f} x {other}" for other in RECIPES[:2]
+            )
+            shares = f"{ours['limit_share']:.0%} of the limit, "
+            shares += f"{ours['recomputed']:.0%} of layers recomputed, "
             shares += f"{ours['unpacked']:.0%} kept unpacked"
-            name, hours = common.MODEL_NAMES[number], f"{settings.epochs} epochs: {ours['hours']:.1f} h"
-            print(f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}", flush=True)
+            name, hours = (
+                common.find_arm(str(number)).title,
+                f"{settings.epochs} epochs: {ours['hours']:.1f} h",
+            )
+            print(
+                f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}",
+                flush=True,
+            )
         results[task.name] = found
         target = results_folder(config, folder)
         target.mkdir(parents=True, exist_ok=True)
-        common.write_json(target / "throughput_on_paper.json", found)
+        write_json(target / "throughput_on_paper.json", found)
     title = f"Qwen2.5-7B's architecture; counted on paper for an {RTX_4080['name']}, not measured"
     plot(results_folder(config, "results_7b") / "throughput_on_paper.png", results, title)
     return results
@@ -532,7 +776,9 @@ def count_on_paper(config: Config) -> dict[str, dict]:
 
 def plot(path: Path, found: dict[str, dict], title: str) -> None:
     """Examples per second of each recipe, a panel for each data set."""
-    figure, axes = plt.subplots(1, len(found), figsize=(6 * len(found), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(6 * len(found), 4), layout="constrained", squeeze=False
+    )
     for axis, (name, results) in zip(axes[0], found.items(), strict=True):
         keys = [key for key in ("model1", "model2", "model3") if key in results]
         for offset, recipe in enumerate(RECIPES):
@@ -540,18 +786,23 @@ def plot(path: Path, found: dict[str, dict], title: str) -> None:
             places = np.arange(len(keys)) + 0.27 * (offset - 1)
             bars = axis.bar(places, rates, 0.25, label=recipe, color=RECIPE_COLORS[recipe])
             axis.bar_label(bars, fmt="%.3g", fontsize=8)
-        axis.set(ylabel="training examples per second", title=f"{name}, {results['tokens_per_row']:.0f} tokens a row")
-        axis.set_xticks(range(len(keys)), [common.MODEL_NAMES[int(key[-1])] for key in keys])
+        axis.set(
+            ylabel="training examples per second",
+            title=f"{name}, {results['tokens_per_row']:.0f} tokens a row",
+        )
+        axis.set_xticks(range(len(keys)), [common.find_arm(key).title for key in keys])
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].legend()
     figure.suptitle(title)
-    common.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    {"small": measure_small, "paper": count_on_paper}.get(config.backbone, measure_language_model)(config)
+    {"small": measure_small, "paper": count_on_paper}.get(config.backbone, measure_language_model)(
+        config
+    )
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

@@ -1,5 +1,6 @@
 """Tiny models and data for the tests: every test runs in seconds on a CPU."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,31 +12,56 @@ import transformers
 
 import common
 import experiment
+from collapse import plots
+from collapse.batches import Split
+from collapse.settings import ROOT, run_script
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-SHARED_DATA = common.ROOT.parent / "shared" / "data"
+# Options of experiment.py for runs of a second or two.
+TINY = "--device cpu --workers 1 --epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60"
+TINY += " --hidden-size 16 --heads 2 --feed-forward-size 24 --classifier-size 10 --engram-size 6"
+TINY += " --learning-rate 3e-3"
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def tiny_config(**changes) -> experiment.Config:
-    settings = {"epochs": 2, "batch_size": 8, "max_length": 12, "vocabulary_size": 40, "hidden_size": 16, "heads": 2}
+    settings = {
+        "epochs": 2,
+        "batch_size": 8,
+        "max_length": 12,
+        "vocabulary_size": 40,
+        "hidden_size": 16,
+        "heads": 2,
+    }
     settings |= {"feed_forward_size": 24, "classifier_size": 10, "engram_size": 6} | changes
     return experiment.Config(**settings)
 
 
-def random_split(rows: int = 30, seed: int = 0, longest: int = 12, vocabulary: int = 40, classes: int = 2) -> common.Split:
-    """Random rows of 1 to `longest` tokens; the label is the class of the row's first token, which is learnable."""
+def random_split(
+    rows: int = 30, seed: int = 0, longest: int = 12, vocabulary: int = 40, classes: int = 2
+) -> Split:
+    """Random rows of 1 to `longest` tokens; the label is the class of the row's first token, which
+    is learnable.
+    """
     rng = np.random.default_rng(seed)
-    ids = [torch.from_numpy(rng.integers(2, vocabulary, length)) for length in rng.integers(1, longest + 1, rows)]
-    return common.Split(ids, torch.tensor([int(i[0]) % classes for i in ids]))
+    ids = [
+        torch.from_numpy(rng.integers(2, vocabulary, length))
+        for length in rng.integers(1, longest + 1, rows)
+    ]
+    return Split(ids, torch.tensor([int(i[0]) % classes for i in ids]))
 
 
-def tiny_model(number: int, seed: int = 0, **changes) -> common.DualHeadModel:
+def arm_of(number: int | str) -> common.Arm:
+    return common.find_arm(str(number))
+
+
+def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadModel:
     """A small model in evaluation mode, so that dropout does not hide what a test looks for."""
     torch.manual_seed(seed)
-    return experiment.build_model(number, 2, tiny_config(**changes)).eval()
+    return experiment.build_model(arm_of(number), 2, tiny_config(**changes)).eval()
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -46,7 +72,10 @@ def model_number(request) -> int:
 @pytest.fixture
 def shared_data() -> Path:
     if not SHARED_DATA.exists():
-        pytest.skip(f"needs the full data sets in {SHARED_DATA.relative_to(common.ROOT.parent)} beside the repository")
+        pytest.skip(
+            f"needs the full data sets in {SHARED_DATA.relative_to(ROOT.parent)} "
+            "beside the repository"
+        )
     return SHARED_DATA
 
 
@@ -58,7 +87,10 @@ def data_dir(tmp_path_factory):
     for name, rows in (("train", 40), ("dev", 24)):
         lines = ["sentence\tlabel"]
         for _ in range(rows):
-            words, label = [f"word{i}" for i in rng.integers(0, 50, rng.integers(1, 14))], rng.integers(0, 2)
+            words, label = (
+                [f"word{i}" for i in rng.integers(0, 50, rng.integers(1, 14))],
+                rng.integers(0, 2),
+            )
             lines.append(" ".join([*words, ("bad", "good")[label]]) + f"\t{label}")
         (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder
@@ -75,13 +107,40 @@ def fails(run, capsys, *arguments, **keywords) -> str:
     return error
 
 
-def start_script(script, line: str, plots: bool = False) -> None:
-    """Run a script with this command line as a shell would, in this process; a training's plots take seconds each."""
+def start_script(script, line: str, with_plots: bool = False) -> None:
+    """Run a script with this command line as a shell would, in this process; a training's plots
+    take seconds each.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        for plot in () if plots else ("plot_learning_curves", "plot_engram_clusters"):
-            patch.setattr(common, plot, lambda *_: None)
+        for plot in () if with_plots else ("plot_learning_curves", "plot_engram_clusters"):
+            patch.setattr(plots, plot, lambda *_: None)
         patch.setattr(sys, "argv", [script.__name__, *line.split()])
-        common.run_script(script.main)
+        run_script(script.main)
+
+
+@pytest.fixture
+def run(data_dir, tmp_path):
+    """run("--seeds 1 2", folder) starts experiment.py as a shell would, in this process; returns
+    its results.json.
+    """
+
+    def run_experiment(arguments="", folder=tmp_path / "out", data=data_dir):
+        start_script(experiment, f"--data-dir {data} --output-dir {folder} {TINY} {arguments}")
+        return json.loads((folder / "results.json").read_text())
+
+    return run_experiment
+
+
+@pytest.fixture(scope="session")
+def undisturbed(data_dir, tmp_path_factory):
+    """Folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    start_script(
+        experiment,
+        f"--data-dir {data_dir} --output-dir {folder} {TINY} --seeds 1 2",
+        with_plots=True,
+    )
+    return folder
 
 
 def without_times(value):
@@ -96,7 +155,9 @@ def save_tiny(model, folder):
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     text = "good bad world sports business science word0 word1"
     tokenizer.train_from_iterator([text] * 9, SIZES["vocab_size"], show_progress=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -104,7 +165,9 @@ def save_tiny(model, folder):
 def qwen(tmp_path_factory):
     """Its LM head is a matrix of its own, as in Qwen2.5-7B."""
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**SIZES, tie_word_embeddings=False)
+    )
     return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-qwen2")
 
 
@@ -112,5 +175,7 @@ def qwen(tmp_path_factory):
 def llama(tmp_path_factory):
     """Its LM head is the embedding, as in SmolLM2."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+    )
     return save_tiny(model, tmp_path_factory.mktemp("models") / "tiny-llama")

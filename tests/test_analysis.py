@@ -1,4 +1,6 @@
-"""Experiment 4: what is measured is what the models compute, planted collapse is found, and the script's runs."""
+"""Experiment 4: what is measured is what the models compute, planted collapse is found, and the
+script's runs.
+"""
 
 import json
 import shutil
@@ -8,15 +10,30 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import fails, random_split, start_script, tiny_config, tiny_model, without_times
+from conftest import (
+    arm_of,
+    fails,
+    random_split,
+    start_script,
+    tiny_config,
+    tiny_model,
+    without_times,
+)
 
 import common
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
+from collapse import rank_plots, records
+from collapse.batches import length_grouped_batches
+from collapse.data import load_again
+from collapse.files import read_json
+from collapse.language_models import load_causal_lm
+from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
+from collapse.statistics import interval_over_rows, mean_interval
 
-TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
-TINY += " --classifier-size 10 --engram-size 6"
+TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2"
+TINY += " --workers 1 --feed-forward-size 24 --classifier-size 10 --engram-size 6"
 STUDY, BACKBONE = "SST-2, ", " training rows, small transformer"
 
 
@@ -24,19 +41,25 @@ STUDY, BACKBONE = "SST-2, ", " training rows, small transformer"
 def trained(data_dir, tmp_path_factory):
     """A results folder of Experiment 1: three tiny models, two seeds."""
     folder = tmp_path_factory.mktemp("trained")
-    start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2")
+    start_script(
+        experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2"
+    )
     return folder
 
 
 @pytest.fixture
 def run(data_dir, tmp_path, monkeypatch, request):
-    """run(arguments) starts the script as a shell would, in this process; returns effective_rank_results.json."""
+    """run(arguments) starts the script as a shell would, in this process; returns
+    effective_rank_results.json.
+    """
     if "design_asks" not in request.node.name:  # seconds each; one test draws them
-        for plot in ("plot_ranks", "plot_layers", "plot_collapse", "plot_overview"):
-            monkeypatch.setattr(analysis, plot, lambda *_: None)
+        monkeypatch.setattr(rank_plots, "plot_all", lambda *_: None)
 
     def run_analysis(arguments="", folder=tmp_path / "out"):
-        start_script(analysis, f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}")
+        start_script(
+            analysis,
+            f"--data-dir {data_dir} --output-dir {folder} --device cpu --draws 5 {arguments}",
+        )
         return json.loads((folder / "effective_rank_results.json").read_text())
 
     return run_analysis
@@ -62,39 +85,52 @@ class ProjectedBackbone(torch.nn.Module):
 
 def test_a_planted_collapse_is_found_and_none_where_there_is_none():
     split = random_split(rows=64, longest=6, classes=3)
-    records = []
+    found = []
     for planted in (False, True):
         torch.manual_seed(0)
-        model = experiment.build_model(1, 3, tiny_config())
+        model = experiment.build_model(arm_of(1), 3, tiny_config())
         if planted:
             model.backbone = ProjectedBackbone(model.backbone, dimensions=2)
-        trainer = common.Trainer(model.train(), split, tiny_config(learning_rate=3e-3))
+        trainer = common.make_trainer(
+            model.train(), split, tiny_config(learning_rate=3e-3), arm_of(1)
+        )
         for epoch in range(30):
-            for rows in common.length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
+            for rows in length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
                 trainer.step(rows, 3e-3)
-        records.append(analysis.measure(model, split, draws=3))
-    healthy, collapsed = records
+        found.append(analysis.measure(model, split, draws=3))
+    healthy, collapsed = found
     assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
     assert collapsed["effective_rank"] <= 2 + 1e-6 and collapsed["dims_99pct"] <= 2
     assert collapsed["cdnv"] < healthy["cdnv"]
     assert healthy["effective_rank"] > 5
-    assert collapsed["layers"][-2]["effective_rank"] > 5  # and it sits where it was planted: behind the last layer
+    assert (
+        collapsed["layers"][-2]["effective_rank"] > 5
+    )  # and it sits where it was planted: behind the last layer
     for subset in collapsed["subsets"].values():
         assert max(subset) <= 2 + 1e-3
-    assert max(collapsed["halves"]["effective_rank"]) <= 2 + 1e-3 < min(healthy["halves"]["effective_rank"])
+    assert (
+        max(collapsed["halves"]["effective_rank"])
+        <= 2 + 1e-3
+        < min(healthy["halves"]["effective_rank"])
+    )
     assert np.mean(collapsed["halves"]["cdnv"]) < np.mean(healthy["halves"]["cdnv"])
 
 
 def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_dir):
-    """The loaded model's features equal what a training step pools, first half of the pair: the cold prefix included."""
-    settings = common.read_json(trained / "state" / "settings.json")
-    task = analysis.load_task(settings, data_dir)
+    """The loaded model's features equal what a training step pools, first half of the pair: the
+    cold prefix included.
+    """
+    settings = read_json(trained / "state" / "settings.json")
+    task = load_again(settings["data"], data_dir)
     split, models = analysis.models_of(trained, settings, task, "final", torch.device("cpu"))
     model = next(model for key, seed, model in models if (key, seed) == (f"model{model_number}", 2))
     features = common.evaluate(model, split, with_layers=True)
     pooled = []
-    model.register_forward_hook(lambda module, inputs, output: pooled.append(output.pooled.detach()))
-    trainer = (common.SequentialPairTrainer if model_number == 3 else common.Trainer)(model, split, tiny_config(batch_size=24))
+    model.register_forward_hook(
+        lambda module, inputs, output: pooled.append(output.pooled.detach())
+    )
+    config = tiny_config(batch_size=24)
+    trainer = common.make_trainer(model, split, config, arm_of(model_number))
     trainer.accumulate_gradients(np.arange(24))  # evaluation mode: no dropout
     first = pooled[0].numpy()
     assert len(first) == (12 if model_number == 3 else 24)
@@ -102,17 +138,29 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
     assert np.array_equal(features.layers[-1], features.pooled)
     if model_number == 3:
         model.projector = model.compressor = None
-        assert np.abs(common.evaluate(model, split).pooled - features.pooled).max() > 1e-2  # the prefix was there
+        assert (
+            np.abs(common.evaluate(model, split).pooled - features.pooled).max() > 1e-2
+        )  # the prefix was there
 
 
 @pytest.mark.parametrize("model_number", [1, 3])
 def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
-    """Against Hugging Face's output_hidden_states, row by row: its last entry is behind the final norm, as our last is."""
+    """Against Hugging Face's output_hidden_states, row by row: its last entry is behind the final
+    norm, as our last is.
+    """
     torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+    }
     causal_lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     engram_size = 6 if model_number == 3 else None
-    model = common.DualHeadModel(causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size).eval()
+    model = common.DualHeadModel(
+        causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size
+    ).eval()
     split = random_split(9)
     found = common.evaluate(model, split, with_layers=True).layers
     assert found.shape == (5, 9, 16)  # embeddings, three layers, final norm
@@ -125,10 +173,14 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
         np.testing.assert_allclose(np.delete(found[:, row], -2, axis=0), expected, atol=1e-5)
         last_layer = causal_lm.model.layers[-1]
         raw = []
-        handle = last_layer.register_forward_hook(lambda module, inputs, output, raw=raw: raw.append(output))
+        handle = last_layer.register_forward_hook(
+            lambda module, inputs, output, raw=raw: raw.append(output)
+        )
         causal_lm.model(inputs_embeds=embeddings)
         handle.remove()
-        np.testing.assert_allclose(found[-2, row], raw[0][0, -len(ids) :].mean(0).detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            found[-2, row], raw[0][0, -len(ids) :].mean(0).detach().numpy(), atol=1e-5
+        )
 
 
 def test_no_hook_stays_behind():
@@ -141,25 +193,25 @@ def test_no_hook_stays_behind():
 def test_ranks_from_the_gram_matrix_are_those_from_singular_values(shape):
     features = np.random.default_rng(0).normal(size=shape) * np.geomspace(1, 1e-3, shape[1]) + 5
     for given in (features, features.astype(np.float32)):
-        found, expected = analysis.ranks_from_gram(given), common.rank_metrics(given)
+        found, expected = ranks_from_gram(given), rank_metrics(given)
         assert found == pytest.approx({key: expected[key] for key in found}, rel=1e-5)
-    assert analysis.ranks_from_gram(np.ones(shape)) == {"effective_rank": 0.0, "stable_rank": 0.0}
+    assert ranks_from_gram(np.ones(shape)) == {"effective_rank": 0.0, "stable_rank": 0.0}
 
 
 def test_random_subsets_are_of_different_rows_and_the_same_for_every_model():
-    first, second = analysis.random_subsets(40, 20, 3), analysis.random_subsets(40, 20, 3)
+    first, second = random_subsets(40, 20, 3), random_subsets(40, 20, 3)
     assert np.array_equal(first, second) and all(len(set(rows)) == 20 for rows in first)
     assert not np.array_equal(first[0], first[1])
 
 
 @pytest.mark.parametrize("rows", [20, 100, 180])
 def test_the_interval_over_rows_is_as_wide_as_samples_scatter(rows):
-    """The mean of squares of 200 draws: its standard error is known, whatever the size of the subsets."""
+    """The mean of squares of 200 draws: its standard error is known, for subsets of any size."""
     rng, widths = np.random.default_rng(0), []
     for _ in range(30):
         sample = rng.normal(size=200) ** 2
         draws = np.array([sample[rng.permutation(200)[:rows]].mean() for _ in range(50)])
-        interval = analysis.interval_over_rows(draws, rows, 200)
+        interval = interval_over_rows(draws, rows, 200)
         assert interval["mean"] == pytest.approx(draws.mean())
         widths.append((interval["high"] - interval["low"]) / 2)
     assert np.mean(widths) == pytest.approx(2.01 * np.sqrt(2 / 200), rel=0.15)
@@ -176,29 +228,49 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
         ranks = []
         for seed, record in study[key]["seeds"].items():
             assert len(record["layers"]) == 3  # embeddings and two layers
-            expected = metrics["model1"][seed]["initial"] if key == "pretrained" else metrics[key][seed]["val"][-1]
+            expected = (
+                metrics["model1"][seed]["initial"]
+                if key == "pretrained"
+                else metrics[key][seed]["val"][-1]
+            )
             assert record["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-4)
             assert record["accuracy"] == expected["accuracy"]
-            assert {"etf_error", "cdnv"} <= record.keys() and "ncc_agreement" in record["intermediate"]
+            assert {"etf_error", "cdnv"} <= record.keys() and "ncc_agreement" in record[
+                "intermediate"
+            ]
             ranks.append(record["effective_rank"])
         assert study[key]["effective_rank"] == pytest.approx(np.mean(ranks))
         assert study[key]["effective_rank_share"] == pytest.approx(np.mean(ranks) / 23)
-        assert study[key]["intervals"]["effective_rank"] == common.mean_interval(ranks)
+        assert study[key]["intervals"]["effective_rank"] == mean_interval(ranks)
     seeds = [
-        study["model1"]["seeds"][seed]["effective_rank"] - study["pretrained"]["seeds"][seed]["effective_rank"] for seed in "12"
+        study["model1"]["seeds"][seed]["effective_rank"]
+        - study["pretrained"]["seeds"][seed]["effective_rank"]
+        for seed in "12"
     ]
-    assert study["changes"]["model1 - pretrained"]["effective_rank"] == common.mean_interval(seeds)
-    assert study["changes"].keys() == {f"{b} - {a}" for a, b in analysis.CHANGES}
+    assert study["changes"]["model1 - pretrained"]["effective_rank"] == mean_interval(seeds)
+    assert study["changes"].keys() == {f"{b} - {a}" for a, b in records.changes_of(())}
     assert study["model2"]["intermediate"]["ncc_agreement"] == pytest.approx(
-        np.mean([record["intermediate"]["ncc_agreement"] for record in study["model2"]["seeds"].values()])
+        np.mean(
+            [
+                record["intermediate"]["ncc_agreement"]
+                for record in study["model2"]["seeds"].values()
+            ]
+        )
     )
     # the baseline's classifier is a fresh draw: nothing of it enters a change
-    assert not [name for name in study["changes"]["model1 - pretrained"] if name.startswith("intermediate") or name == "accuracy"]
+    assert not [
+        name
+        for name in study["changes"]["model1 - pretrained"]
+        if name.startswith("intermediate") or name == "accuracy"
+    ]
     assert "intermediate.cdnv" in study["changes"]["model2 - model1"]
     half = study["changes"]["model2 - model1"]["half"]
     assert half["rows"] == 12
-    for number in analysis.HALVED:
-        halves = [np.mean([study[key]["seeds"][seed]["halves"][number] for seed in "12"]) for key in ("model1", "model2")]
+    for number in records.HALVED:
+        halves = [
+            np.mean([study[key]["seeds"][seed]["halves"][number] for seed in "12"])
+            for key in ("model1", "model2")
+        ]
         assert half[number]["mean"] == pytest.approx(halves[1] - halves[0])
         assert half[number]["low"] < half[number]["mean"] < half[number]["high"]
     for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png", "overview.png"):
@@ -206,16 +278,19 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
 
 
 def test_a_second_run_measures_only_what_is_new(run, trained, monkeypatch):
-    first, measured, measure = run(f"--folders {trained}"), [], analysis.measure
-    monkeypatch.setattr(analysis, "measure", lambda *arguments: measured.append(1) or measure(*arguments))
+    first, measured = run(f"--folders {trained}"), []
+    monkeypatch.setattr(  # once for each model that is measured
+        analysis, "singular_values", lambda states: measured.append(1) or singular_values(states)
+    )
     assert run(f"--folders {trained}") == first and not measured
-    code = common.digest_files
-    monkeypatch.setattr(common, "digest_files", lambda files: code(files) + "*" * any(f.suffix == ".py" for f in files))
+    monkeypatch.setattr(analysis, "digest_of_code", lambda *functions: "other code")
     run(f"--folders {trained}")
     assert len(measured) == 8  # what other code measured is measured anew
 
 
-def test_results_that_were_measured_otherwise_are_not_replaced_unasked(run, capsys, trained, tmp_path):
+def test_results_that_were_measured_otherwise_are_not_replaced_unasked(
+    run, capsys, trained, tmp_path
+):
     first = run(f"--folders {trained}")
     error = fails(run, capsys, f"--folders {trained} --weights best")
     assert "weights best" in error and "--fresh" in error
@@ -226,7 +301,9 @@ def test_results_that_were_measured_otherwise_are_not_replaced_unasked(run, caps
 
 def test_too_few_rows_are_refused(run, capsys, data_dir, tmp_path):
     folder = tmp_path / "few"
-    line = f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --models 1 --eval-limit 3"
+    line = (
+        f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --models 1 --eval-limit 3"
+    )
     start_script(experiment, line)
     assert "3 validation rows are too few" in fails(run, capsys, f"--folders {folder}")
 
@@ -234,69 +311,117 @@ def test_too_few_rows_are_refused(run, capsys, data_dir, tmp_path):
 def test_studies_without_checkpoints_here_stay(run, capsys, trained, data_dir, tmp_path):
     """As in a fresh clone, where only one of the published studies is trained again."""
     other = tmp_path / "other"
-    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1 --train-limit 20")
+    start_script(
+        experiment,
+        f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1"
+        " --train-limit 20",
+    )
     both = run(f"--folders {other} {trained}")
     assert len(both) == 2
     assert run(f"--folders {trained}") == both
     assert f"{STUDY}20{BACKBONE} stays" in capsys.readouterr().out
     found = run(f"--folders {trained} --fresh")  # measures the one anew and keeps the other
-    assert without_times(found) == without_times(both) and found[f"{STUDY}20{BACKBONE}"] == both[f"{STUDY}20{BACKBONE}"]
+    assert (
+        without_times(found) == without_times(both)
+        and found[f"{STUDY}20{BACKBONE}"] == both[f"{STUDY}20{BACKBONE}"]
+    )
     assert f"{STUDY}20{BACKBONE} stays" in capsys.readouterr().out
 
 
 def test_a_study_is_replaced_by_its_own_folder_alone(run, trained, data_dir, tmp_path):
-    """Two folders of the same data and backbone: neither order nor absence makes one take the other's place."""
+    """Two folders of the same data and backbone: neither order nor absence makes one take the
+    other's place.
+    """
     other = tmp_path / "other"
-    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1 --learning-rate 0.1")
+    start_script(
+        experiment,
+        f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1"
+        " --learning-rate 0.1",
+    )
     both = run(f"--folders {trained} {other}")
     assert list(both) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
     assert run(f"--folders {other}") == both
     assert run(f"--folders {other} {trained}") == both
 
 
-def test_adapters_are_exchanged_on_one_base_model(run, capsys, qwen, data_dir, tmp_path, monkeypatch):
-    """A fine-tuned language model: each seed's adapters give the rank that its training ended with; one load of the base."""
-    folder, loads, load = tmp_path / "trained", [], common.load_causal_lm
-    line = f"--model {qwen} --data-dir {data_dir} --output-dir {folder} --device cpu --seeds 1 2 --epochs 1 --max-length 12"
-    start_script(experiment_7b, f"{line} --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2")
-    monkeypatch.setattr(common, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments))
+def test_adapters_are_exchanged_on_one_base_model(
+    run, capsys, qwen, data_dir, tmp_path, monkeypatch
+):
+    """A fine-tuned language model: each seed's adapters give the rank that its training ended with;
+    one load of the base.
+    """
+    folder, loads, load = tmp_path / "trained", [], load_causal_lm
+    line = f"--model {qwen} --data-dir {data_dir} --output-dir {folder} --device cpu --seeds 1 2"
+    line += " --epochs 1 --max-length 12 --workers 1"
+    start_script(
+        experiment_7b,
+        f"{line} --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2",
+    )
+    monkeypatch.setattr(
+        analysis, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments)
+    )
     (study,) = run(f"--folders {folder}").values()
     assert len(loads) == 1 and list(study["pretrained"]["seeds"]) == ["1"]
     metrics = json.loads((folder / "results.json").read_text())["models"]
     for key in ("model1", "model2", "model3"):
         for seed, record in study[key]["seeds"].items():
-            assert record["effective_rank"] == pytest.approx(metrics[key][seed]["val"][-1]["effective_rank"], rel=1e-4)
-            assert record["effective_rank"] != pytest.approx(study["pretrained"]["effective_rank"], rel=1e-3)
-    assert study["pretrained"]["effective_rank"] == pytest.approx(metrics["model1"]["1"]["initial"]["effective_rank"], rel=1e-4)
-    assert study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2  # the one baseline serves both seeds
+            assert record["effective_rank"] == pytest.approx(
+                metrics[key][seed]["val"][-1]["effective_rank"], rel=1e-4
+            )
+            assert record["effective_rank"] != pytest.approx(
+                study["pretrained"]["effective_rank"], rel=1e-3
+            )
+    assert study["pretrained"]["effective_rank"] == pytest.approx(
+        metrics["model1"]["1"]["initial"]["effective_rank"], rel=1e-4
+    )
+    assert (
+        study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2
+    )  # the one baseline serves both seeds
     other = tmp_path / "other-weights"
     shutil.copytree(qwen, other)
     tensors = safetensors.torch.load_file(other / "model.safetensors")
-    safetensors.torch.save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, other / "model.safetensors")
+    safetensors.torch.save_file(
+        tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1},
+        other / "model.safetensors",
+    )
     for config in folder.glob("state/*/*/adapter_config.json"):
         config.write_text(config.read_text().replace(str(qwen), str(other)))
-    assert "other weights than the models were trained on" in fails(run, capsys, f"--folders {folder}")
+    assert "other weights than the models were trained on" in fails(
+        run, capsys, f"--folders {folder}"
+    )
 
 
-def test_ranks_of_several_studies_are_compared_at_matched_rows(run, trained, data_dir, tmp_path, monkeypatch):
-    """Two folders of the same data and backbone stay two studies, with a baseline each; a broken one is passed over."""
+def test_ranks_of_several_studies_are_compared_at_matched_rows(
+    run, trained, data_dir, tmp_path, monkeypatch
+):
+    """Two folders of the same data and backbone stay two studies, with a baseline each; a broken
+    one is passed over.
+    """
     other, wide = tmp_path / "wide", "--hidden-size 32 --seeds 1 --models 1"
-    start_script(experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}")
+    start_script(
+        experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}"
+    )
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")
-    monkeypatch.setattr(analysis, "CURVE_ROWS", (6, 9, 50))
+    monkeypatch.setattr(records, "CURVE_ROWS", (6, 9, 50))
     results = run(f"--folders {trained} {other} {broken}")
     assert list(results) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
     assert [study["pretrained"]["num_dimensions"] for study in results.values()] == [16, 24]
     for study in results.values():
         assert study["matched_rows"] == 9
-        expected = np.mean([np.mean(record["subsets"]["9"]) for record in study["model1"]["seeds"].values()])
-        assert study["model1"]["intervals"]["effective_rank_matched"]["mean"] == pytest.approx(expected)
+        expected = np.mean(
+            [np.mean(record["subsets"]["9"]) for record in study["model1"]["seeds"].values()]
+        )
+        assert study["model1"]["intervals"]["effective_rank_matched"]["mean"] == pytest.approx(
+            expected
+        )
 
 
-def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, capsys, monkeypatch, tmp_path, trained):
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(
+    run, capsys, monkeypatch, tmp_path, trained
+):
+    monkeypatch.setattr(analysis, "ROOT", tmp_path)
     error = fails(run, capsys)
     for script in analysis.SCRIPTS.values():
         assert f"python {script}" in error
@@ -318,7 +443,9 @@ def test_missing_checkpoints_are_listed_by_the_command_that_makes_them(run, caps
     assert "holds no finished training" in fails(run, capsys, f"--folders {tmp_path / 'nowhere'}")
 
 
-def test_other_rows_than_those_of_the_training_are_refused(run, capsys, trained, data_dir, tmp_path):
+def test_other_rows_than_those_of_the_training_are_refused(
+    run, capsys, trained, data_dir, tmp_path
+):
     (tmp_path / "SST-2").mkdir()
     for name in ("train", "dev"):
         text = (data_dir / "SST-2" / f"{name}.tsv").read_text().replace("word1", "word2")

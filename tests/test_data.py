@@ -1,5 +1,6 @@
 """Loaders and batches: every row once, nothing swapped, bad input named by file and line."""
 
+import hashlib
 import io
 import tarfile
 import threading
@@ -13,6 +14,26 @@ from conftest import tiny_config
 
 import common
 import experiment
+from collapse import data, hub
+from collapse.batches import (
+    Split,
+    collate,
+    encode_rows,
+    length_grouped_batches,
+    token_budget_batches,
+)
+from collapse.data import (
+    MOVIE_SNIPPETS_ARCHIVE,
+    Rows,
+    Task,
+    check_task,
+    limit_task,
+    load_ag_news,
+    load_movie_snippets,
+    load_sst2,
+)
+from collapse.hub import _hub_answers
+from collapse.settings import UserError
 
 
 def write_sst2(folder, train="good\t1\nbad\t0\n", dev="fine\t1\n"):
@@ -24,13 +45,13 @@ def write_sst2(folder, train="good\t1\nbad\t0\n", dev="fine\t1\n"):
 
 
 def test_sst2_is_read_as_glue_ships_it(tmp_path):
-    task = common.load_sst2(write_sst2(tmp_path, 'a "quoted " one \t1\nbad\t0\r\n'))
-    assert task.train == common.Rows(['a "quoted " one', "bad"], [1, 0])
-    assert task.validation == common.Rows(["fine"], [1]) and task.name == "SST-2" and task.folder == ""
+    task = load_sst2(write_sst2(tmp_path, 'a "quoted " one \t1\nbad\t0\r\n'))
+    assert task.train == Rows(['a "quoted " one', "bad"], [1, 0])
+    assert task.validation == Rows(["fine"], [1]) and task.name == "SST-2" and task.folder == ""
 
 
 def test_the_whole_of_sst2(shared_data):
-    task = common.load_sst2(shared_data)
+    task = load_sst2(shared_data)
     assert (len(task.train), len(task.validation)) == (67_349, 872)
     assert (sum(task.train.labels), sum(task.validation.labels)) == (37_569, 444)
 
@@ -50,34 +71,38 @@ def test_the_whole_of_sst2(shared_data):
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, train, message):
-    with pytest.raises(common.UserError, match=message):
-        common.load_sst2(write_sst2(tmp_path, train))
+    with pytest.raises(UserError, match=message):
+        load_sst2(write_sst2(tmp_path, train))
 
 
-def write_ag_news(folder, train='"3","A title","A \\$5 story, ""quoted""."\n', test='"1","Other","News"\n'):
+def write_ag_news(
+    folder, train='"3","A title","A \\$5 story, ""quoted""."\n', test='"1","Other","News"\n'
+):
     (folder / "ag_news_csv").mkdir()
     for name, text in (("train", train), ("test", test)):
-        (folder / "ag_news_csv" / f"{name}.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+        (folder / "ag_news_csv" / f"{name}.csv").write_bytes(
+            text if isinstance(text, bytes) else text.encode()
+        )
     return folder
 
 
 def test_ag_news_is_read_as_its_authors_ship_it(tmp_path):
-    task = common.load_ag_news(write_ag_news(tmp_path))
-    assert task.train == common.Rows(['A title A \\$5 story, "quoted".'], [2])
-    assert task.validation == common.Rows(["Other News"], [0])
+    task = load_ag_news(write_ag_news(tmp_path))
+    assert task.train == Rows(['A title A \\$5 story, "quoted".'], [2])
+    assert task.validation == Rows(["Other News"], [0])
     assert task.class_names == ("World", "Sports", "Business", "Sci/Tech")
     # not the official 120,000 rows: the name says so, and the results have a folder of their own
     assert task.name == "AG News, 1-row training subset" and task.folder == "subset-1"
 
 
 def test_the_whole_training_split_of_ag_news_is_named_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "AG_NEWS_ROWS", 1)
-    task = common.load_ag_news(write_ag_news(tmp_path))
+    monkeypatch.setattr(data, "AG_NEWS_ROWS", 1)
+    task = load_ag_news(write_ag_news(tmp_path))
     assert task.name == "AG News" and task.folder == ""
 
 
 def test_ag_news_at_hand(shared_data):
-    task = common.load_ag_news(shared_data)
+    task = load_ag_news(shared_data)
     assert task.name == "AG News, 9,983-row training subset"
     assert (len(task.train), len(task.validation)) == (9983, 7600)
     assert np.bincount(task.validation.labels).tolist() == [1900] * 4
@@ -95,34 +120,34 @@ def test_ag_news_at_hand(shared_data):
     ],
 )
 def test_a_bad_row_of_ag_news_is_named_by_file_and_line(tmp_path, train, message):
-    with pytest.raises(common.UserError, match=message):
-        common.load_ag_news(write_ag_news(tmp_path, train))
+    with pytest.raises(UserError, match=message):
+        load_ag_news(write_ag_news(tmp_path, train))
 
 
 def test_a_data_dir_without_the_files_is_an_error_not_another_data_set(tmp_path):
-    with pytest.raises(common.UserError, match=r"train\.tsv is not there: point --data-dir"):
-        common.load_sst2(tmp_path)
+    with pytest.raises(UserError, match=r"train\.tsv is not there: point --data-dir"):
+        load_sst2(tmp_path)
 
 
 def test_labels_out_of_range_from_any_source_are_refused():
-    task = common.Task("x", "", "somewhere", ("a", "b"), common.Rows(["t"], [0]), common.Rows(["t", "u"], [1, -1]))
-    with pytest.raises(common.UserError, match=r"row 2 of the validation split .* label -1"):
-        common.check_task(task)
+    task = Task("x", "", "somewhere", ("a", "b"), Rows(["t"], [0]), Rows(["t", "u"], [1, -1]))
+    with pytest.raises(UserError, match=r"row 2 of the validation split .* label -1"):
+        check_task(task)
 
 
-@pytest.mark.parametrize("hub", ["silent", "refusing", "failing", "answering"])
-def test_a_hub_that_does_not_answer_costs_little(monkeypatch, hub):
+@pytest.mark.parametrize("answer", ["silent", "refusing", "failing", "answering"])
+def test_a_hub_that_does_not_answer_costs_little(monkeypatch, answer):
     class Session:
         def head(self, url, timeout):
-            if hub == "silent":
+            if answer == "silent":
                 threading.Event().wait(30)
-            if hub == "refusing":
+            if answer == "refusing":
                 raise ConnectionError("refused")
-            return types.SimpleNamespace(status_code=503 if hub == "failing" else 200)
+            return types.SimpleNamespace(status_code=503 if answer == "failing" else 200)
 
     monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    monkeypatch.setattr(common, "HUB_SECONDS", 0.2)
-    assert common._hub_answers() == (hub == "answering")
+    monkeypatch.setattr(hub, "HUB_SECONDS", 0.2)
+    assert _hub_answers() == (answer == "answering")
 
 
 def snippets_archive(path, monkeypatch, table):
@@ -135,50 +160,63 @@ def snippets_archive(path, monkeypatch, table):
         return buffer.getvalue()
 
     inner = tar("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", table.encode())
-    path.write_bytes(tar("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner))
-    monkeypatch.setattr(common, "MOVIE_SNIPPETS_SHA256", common.hashlib.sha256(path.read_bytes()).hexdigest())
+    path.write_bytes(
+        tar("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
+    )
+    monkeypatch.setattr(
+        data, "MOVIE_SNIPPETS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     return path
 
 
 def test_movie_snippets_are_labelled_by_sign_and_split_by_text(tmp_path, monkeypatch):
-    lines = [f"{i}\t{'-' if i % 4 == 3 else ''}{i % 5}.5\t{'bad' if i % 4 == 3 else 'good'} {i // 8}" for i in range(400)]
+    lines = [
+        f"{i}\t{'-' if i % 4 == 3 else ''}{i % 5}.5\t{'bad' if i % 4 == 3 else 'good'} {i // 8}"
+        for i in range(400)
+    ]
     lines.append("400\t0.0\tneither")
-    archive = snippets_archive(tmp_path / "package.tar.gz", monkeypatch, "\r\n".join(lines) + "\r\n")
-    task = common.load_movie_snippets(archive)
+    archive = snippets_archive(
+        tmp_path / "package.tar.gz", monkeypatch, "\r\n".join(lines) + "\r\n"
+    )
+    task = load_movie_snippets(archive)
     assert len(task.train) + len(task.validation) == 400
-    assert not set(task.train.texts) & set(task.validation.texts)  # every text stands twice or more, on one side
+    assert not set(task.train.texts) & set(
+        task.validation.texts
+    )  # every text stands twice or more, on one side
     assert 10 <= len(task.validation) <= 80
     for rows in (task.train, task.validation):
-        assert [text.split()[0] for text in rows.texts] == [("bad", "good")[label] for label in rows.labels]
+        assert [text.split()[0] for text in rows.texts] == [
+            ("bad", "good")[label] for label in rows.labels
+        ]
     assert task.folder == "movie-snippets"
 
 
 def test_movie_snippets_missing_or_damaged(tmp_path, monkeypatch):
-    with pytest.raises(common.UserError, match="make data"):
-        common.load_movie_snippets(tmp_path / "absent.tar.gz")
+    with pytest.raises(UserError, match="make data"):
+        load_movie_snippets(tmp_path / "absent.tar.gz")
     archive = snippets_archive(tmp_path / "package.tar.gz", monkeypatch, "1\t1.0\tx\r\n")
     archive.write_bytes(archive.read_bytes()[:-20])
-    with pytest.raises(common.UserError, match="damaged"):
-        common.load_movie_snippets(archive)
+    with pytest.raises(UserError, match="damaged"):
+        load_movie_snippets(archive)
 
 
 def test_the_real_movie_snippets():
-    if not common.MOVIE_SNIPPETS_ARCHIVE.exists():
+    if not MOVIE_SNIPPETS_ARCHIVE.exists():
         pytest.skip("needs the movie-review snippets: `make data` fetches them")
-    task = common.load_movie_snippets()
+    task = load_movie_snippets()
     assert (len(task.train), len(task.validation)) == (9_473, 1_095)
     assert sum(task.train.labels) + sum(task.validation.labels) == 5_242
 
 
 def test_a_limited_task_is_a_fixed_draw_in_a_folder_of_its_own(tmp_path):
-    rows = common.Rows([f"row {i}" for i in range(50)], [i % 2 for i in range(50)])
-    task = common.Task("x", "", "somewhere", ("a", "b"), rows, rows)
-    cut = common.limit_task(task, 10, 20)
-    assert cut == common.limit_task(task, 10, 20) and cut.folder == "limit-10-20"
+    rows = Rows([f"row {i}" for i in range(50)], [i % 2 for i in range(50)])
+    task = Task("x", "", "somewhere", ("a", "b"), rows, rows)
+    cut = limit_task(task, 10, 20)
+    assert cut == limit_task(task, 10, 20) and cut.folder == "limit-10-20"
     assert len(set(cut.train.texts)) == 10 and len(cut.validation) == 20
     for text, label in zip(cut.train.texts, cut.train.labels, strict=True):
         assert label == int(text.split()[1]) % 2
-    assert common.limit_task(task, 50, None) is task and common.limit_task(task, 99, 99) is task
+    assert limit_task(task, 50, None) is task and limit_task(task, 99, 99) is task
     assert cut.summary()["sha256"] != task.summary()["sha256"]
 
 
@@ -189,16 +227,20 @@ def test_vocabulary_keeps_the_most_frequent_words_and_knows_unknown_ones():
 
 
 def test_encoding_cuts_long_rows_and_refuses_empty_ones():
-    rows = common.Rows(["abc", "defgh"], [0, 1])
-    split = common.encode_rows(rows, lambda texts: [[ord(c) for c in text] for text in texts], max_length=4)
+    rows = Rows(["abc", "defgh"], [0, 1])
+    split = encode_rows(
+        rows, lambda texts: [[ord(c) for c in text] for text in texts], max_length=4
+    )
     assert [ids.tolist() for ids in split.token_ids] == [[97, 98, 99], [100, 101, 102, 103]]
-    with pytest.raises(common.UserError, match="'abc' has no token"):
-        common.encode_rows(rows, lambda texts: [[] for _ in texts], max_length=4)
+    with pytest.raises(UserError, match="'abc' has no token"):
+        encode_rows(rows, lambda texts: [[] for _ in texts], max_length=4)
 
 
 def test_collate_pads_to_the_longest_row_of_the_batch():
-    split = common.Split([torch.tensor([5, 6, 7]), torch.tensor([8]), torch.arange(2, 12)], torch.tensor([0, 1, 1]))
-    batch = common.collate(split, [1, 0], torch.device("cpu"))
+    split = Split(
+        [torch.tensor([5, 6, 7]), torch.tensor([8]), torch.arange(2, 12)], torch.tensor([0, 1, 1])
+    )
+    batch = collate(split, [1, 0], torch.device("cpu"))
     assert batch.input_ids.tolist() == [[8, 0, 0], [5, 6, 7]] and batch.labels.tolist() == [1, 0]
     assert batch.text_mask.tolist() == [[True, False, False], [True, True, True]]
     assert batch.target_index.tolist() == [4, 5]
@@ -207,38 +249,57 @@ def test_collate_pads_to_the_longest_row_of_the_batch():
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 3333])
 def test_length_grouped_batches_hold_every_row_once(rows):
     lengths = np.random.default_rng(0).integers(1, 60, rows)
-    batches = common.length_grouped_batches(lengths, 16, np.random.default_rng(1))
+    batches = length_grouped_batches(lengths, 16, np.random.default_rng(1))
     assert sorted(np.concatenate(batches)) == list(range(rows))
     assert len(batches) == -(-rows // 16) and sum(len(batch) != 16 for batch in batches) <= 1
 
 
 def test_length_grouped_batches_pad_little_and_pair_without_bias():
     lengths = np.random.default_rng(0).integers(1, 60, 6400)
-    batches = common.length_grouped_batches(lengths, 16, np.random.default_rng(1))
+    batches = length_grouped_batches(lengths, 16, np.random.default_rng(1))
     assert sum(len(b) * lengths[b].max() for b in batches) < 1.05 * lengths.sum()
     # model 3 pairs halves: the second must not be the longer one
     halves = [lengths[b[8:]].mean() - lengths[b[:8]].mean() for b in batches]
     assert abs(np.mean(halves)) < 3 * np.std(halves) / len(halves) ** 0.5 + 1e-9
-    other = common.length_grouped_batches(lengths, 16, np.random.default_rng(2))
+    other = length_grouped_batches(lengths, 16, np.random.default_rng(2))
     assert not np.array_equal(batches[0], other[0])
 
 
 def test_token_budget_batches_hold_every_row_once_within_the_budget():
     lengths = np.array([3, 60, 1, 7, 7, 30, 100])
-    batches = common.token_budget_batches(lengths, 64)
+    batches = token_budget_batches(lengths, 64)
     assert sorted(np.concatenate(batches)) == list(range(7))
     assert all(len(b) * lengths[b].max() <= 64 or len(b) == 1 for b in batches)
 
 
 def test_settings_that_cannot_be_run_are_refused():
-    bad = {"seeds": (), "models": (), "epochs": 0, "train_limit": 0, "batch_size": 1, "lm_weight": 1.0, "clip_norm": -1.0}
-    bad |= {"learning_rate": float("nan"), "warmup_fraction": 3.0, "heads": 3, "hidden_size": 15, "dropout": 2.0}
+    with pytest.raises(UserError, match="--batch-size is 1: model 3 trains on pairs"):
+        common.chosen_arms(tiny_config(batch_size=1))
+    common.chosen_arms(tiny_config(batch_size=1, models=("1", "2")))
+    bad = {
+        "seeds": (),
+        "models": (),
+        "epochs": 0,
+        "train_limit": 0,
+        "batch_size": 0,
+        "threads": 0,
+        "workers": 0,
+        "lm_weight": 1.0,
+        "clip_norm": -1.0,
+    }
+    bad |= {
+        "learning_rate": float("nan"),
+        "warmup_fraction": 3.0,
+        "heads": 3,
+        "hidden_size": 15,
+        "dropout": 2.0,
+    }
     bad |= {"engram_size": 1, "vocabulary_size": 1}
     for name, value in bad.items():
         option = "hidden-size" if name == "heads" else name.replace("_", "-")
-        with pytest.raises(common.UserError, match=f"--{option} is"):
+        with pytest.raises(UserError, match=f"--{option} is"):
             experiment.check_config(tiny_config(**{name: value}))
     for seed in (-1, 2**32):
-        with pytest.raises(common.UserError, match="--seeds is"):
+        with pytest.raises(UserError, match="--seeds is"):
             experiment.check_config(tiny_config(seeds=(1, seed)))
-    experiment.check_config(tiny_config(lm_weight=0.0, batch_size=1, models=(1, 2)))
+    experiment.check_config(tiny_config(lm_weight=0.0, batch_size=1, models=("1", "2")))

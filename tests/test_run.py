@@ -10,83 +10,106 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 import throughput
 import torch
-from conftest import fails, start_script, tiny_model, without_times
+from conftest import TINY, fails, start_script, tiny_model, without_times
 
 import common
 import effective_rank_analysis
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-
-TINY = "--epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2 --feed-forward-size 24"
-TINY += " --classifier-size 10 --engram-size 6 --learning-rate 3e-3"
-
-
-@pytest.fixture
-def run(data_dir, tmp_path):
-    """run("--seeds 1 2", folder) starts experiment.py as a shell would, in this process; returns its results.json."""
-
-    def run_experiment(arguments="", folder=tmp_path / "out", data=data_dir):
-        start_script(experiment, f"--data-dir {data} --output-dir {folder} --device cpu {TINY} {arguments}")
-        return json.loads((folder / "results.json").read_text())
-
-    return run_experiment
+from collapse import files, loop, publishing
+from collapse.batches import encode_rows
+from collapse.data import load_sst2
+from collapse.files import read_tensors, write_file
+from collapse.metrics import rank_metrics
+from collapse.optimizer import learning_rate_at
+from collapse.reports import COMPARISONS
+from collapse.settings import ROOT
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(data_dir, tmp_path_factory):
-    """Folder of a run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2", plots=True)
-    return folder
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def initial_rank(number, seed, data_dir):
     """Effective rank of an untrained model's validation features."""
-    task = common.load_sst2(data_dir)
-    split = common.encode_rows(task.validation, experiment.WordVocabulary(task.train.texts, 60).encode, 12)
-    return common.rank_metrics(common.evaluate(tiny_model(number, seed, vocabulary_size=60), split).pooled)["effective_rank"]
+    task = load_sst2(data_dir)
+    split = encode_rows(task.validation, experiment.WordVocabulary(task.train.texts, 60).encode, 12)
+    return rank_metrics(
+        common.evaluate(tiny_model(number, seed, vocabulary_size=60), split).pooled
+    )["effective_rank"]
 
 
 def test_results_hold_everything_that_the_design_asks_for(undisturbed, data_dir):
     results = json.loads((undisturbed / "results.json").read_text())
-    assert results["settings"]["data"]["train_rows"] == 40 and results["settings"]["config"]["epochs"] == 2
-    assert {"versions", "hardware", "git_commit", "experiment", "models", "comparisons"} <= results.keys()
+    assert (
+        results["settings"]["data"]["train_rows"] == 40
+        and results["settings"]["config"]["epochs"] == 2
+    )
+    assert {
+        "versions",
+        "hardware",
+        "git_commit",
+        "experiment",
+        "models",
+        "comparisons",
+    } <= results.keys()
     for number in (1, 2, 3):
         assert list(results["models"][f"model{number}"]) == ["1", "2"]
         for seed, metrics in results["models"][f"model{number}"].items():
-            assert metrics["initial"]["effective_rank"] == pytest.approx(initial_rank(number, int(seed), data_dir), rel=1e-4)
+            assert metrics["initial"]["effective_rank"] == pytest.approx(
+                initial_rank(number, int(seed), data_dir), rel=1e-4
+            )
             for split in ("train", "val"):
                 assert [record["epoch"] for record in metrics[split]] == [1, 2]
                 for record in metrics[split]:
                     assert {"loss", "cls_loss", "lm_loss", "accuracy"} <= record.keys()
                     assert (record["lm_loss"] is None) == (number == 1)
                     if number > 1:
-                        assert record["loss"] == pytest.approx(0.5 * record["lm_loss"] + 0.5 * record["cls_loss"])
+                        assert record["loss"] == pytest.approx(
+                            0.5 * record["lm_loss"] + 0.5 * record["cls_loss"]
+                        )
             assert all(record["grad_norm"] > 0 for record in metrics["train"])
-            assert all(record["effective_rank"] > 0 for record in [metrics["initial"], *metrics["val"]])
+            assert all(
+                record["effective_rank"] > 0 for record in [metrics["initial"], *metrics["val"]]
+            )
             assert len(metrics["correct"]["final_cold"]) == 24
-            assert metrics["final"]["accuracy"] == pytest.approx(metrics["correct"]["final_cold"].count("1") / 24)
-            assert metrics["best"]["accuracy"] == max(record["accuracy"] for record in metrics["val"])
+            assert metrics["final"]["accuracy"] == pytest.approx(
+                metrics["correct"]["final_cold"].count("1") / 24
+            )
+            assert metrics["best"]["accuracy"] == max(
+                record["accuracy"] for record in metrics["val"]
+            )
             assert ("cluster" in metrics) == ("engram_cos" in metrics) == (number == 3)
             if number == 3:
-                assert metrics["cluster"].keys() == metrics["engram_cos"].keys() == {"trained", "chance", "untrained"}
-                assert all({"accuracy", "lm_loss", "cls_loss"} <= record["carried"].keys() for record in metrics["val"])
+                assert (
+                    metrics["cluster"].keys()
+                    == metrics["engram_cos"].keys()
+                    == {"trained", "chance", "untrained"}
+                )
+                assert all(
+                    {"accuracy", "lm_loss", "cls_loss"} <= record["carried"].keys()
+                    for record in metrics["val"]
+                )
     for epoch in ("final", "best"):
-        assert results["comparisons"][epoch].keys() == common.COMPARISONS.keys()
-        for name, (a, b, kind_a, kind_b) in common.COMPARISONS.items():
+        assert results["comparisons"][epoch].keys() == COMPARISONS.keys()
+        for name, (a, b, kind_a, kind_b) in COMPARISONS.items():
             count = [
-                sum(m["correct"][f"{epoch}_{kind}"].count("1") for m in results["models"][model].values())
+                sum(
+                    m["correct"][f"{epoch}_{kind}"].count("1")
+                    for m in results["models"][model].values()
+                )
                 for model, kind in ((a, kind_a), (b, kind_b))
             ]
-            assert results["comparisons"][epoch][name]["difference"] == pytest.approx((count[1] - count[0]) / 48)
+            assert results["comparisons"][epoch][name]["difference"] == pytest.approx(
+                (count[1] - count[0]) / 48
+            )
     for plot in ("learning_curves.png", "engram_clusters.png"):
         assert (undisturbed / plot).read_bytes().startswith(b"\x89PNG")
 
@@ -96,12 +119,14 @@ def test_a_seed_reproduces_and_seeds_and_models_are_added(run, undisturbed):
     assert list(first["models"]) == ["model3"] and list(first["models"]["model3"]) == ["2"]
     run("--seeds 1 --models 3 1")
     last = run("--seeds 1 2")
-    assert without_times(last) == without_times(json.loads((undisturbed / "results.json").read_text()))
+    assert without_times(last) == without_times(
+        json.loads((undisturbed / "results.json").read_text())
+    )
 
 
 def test_every_weight_of_every_model_is_trained_in_a_whole_run(undisturbed):
     for number in (1, 2, 3):
-        weights, _ = common.read_tensors(undisturbed / f"state/model{number}-seed1/final.safetensors")
+        weights, _ = read_tensors(undisturbed / f"state/model{number}-seed1/final.safetensors")
         start = tiny_model(number, seed=1, vocabulary_size=60).state_dict()
         assert not [name for name, weight in weights.items() if torch.equal(weight, start[name])]
 
@@ -109,17 +134,25 @@ def test_every_weight_of_every_model_is_trained_in_a_whole_run(undisturbed):
 def test_all_models_see_the_same_batches_at_the_scheduled_rates(run, monkeypatch):
     steps, step = [], common.Trainer.step
     monkeypatch.setattr(
-        common.Trainer, "step", lambda self, rows, rate: steps.append((list(rows), rate)) or step(self, rows, rate)
+        common.Trainer,
+        "step",
+        lambda self, rows, rate: steps.append((list(rows), rate)) or step(self, rows, rate),
     )
     run("--seeds 1 2 --models 1 3 --schedule cosine --warmup-fraction 0.2")
     config = experiment.Config(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.2)
-    trainings = [steps[i : i + 10] for i in range(0, 40, 10)]  # seed 1: models 1 and 3, seed 2: the same; 2 epochs of 5 steps
+    trainings = [
+        steps[i : i + 10] for i in range(0, 40, 10)
+    ]  # seed 1: models 1 and 3, seed 2: the same; 2 epochs of 5 steps
     for training in trainings:
-        assert [rate for _, rate in training] == [common.learning_rate_at(number, 10, config) for number in range(10)]
+        assert [rate for _, rate in training] == [
+            learning_rate_at(number, 10, config) for number in range(10)
+        ]
     batches = [[rows for rows, _ in training] for training in trainings]
     assert batches[0] == batches[1] and batches[2] == batches[3] and batches[0] != batches[2]
     for epochs in ((b[:5], b[5:]) for b in batches):
-        assert all(sorted(row for rows in epoch for row in rows) == list(range(40)) for epoch in epochs)
+        assert all(
+            sorted(row for rows in epoch for row in rows) == list(range(40)) for epoch in epochs
+        )
         assert epochs[0] != epochs[1]
 
 
@@ -149,7 +182,9 @@ def same_model3(results, undisturbed) -> bool:
 
 @pytest.mark.parametrize("step", range(1, 11))
 def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, monkeypatch, step):
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0 if step % 2 else 600)  # after every step, or every epoch
+    monkeypatch.setattr(
+        loop, "CHECKPOINT_SECONDS", -1.0 if step % 2 else 600
+    )  # after every step, or every epoch
     kill_once(monkeypatch, step)
     with pytest.raises(Killed):
         run("--seeds 1 --models 3")
@@ -157,8 +192,10 @@ def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, 
 
 
 @pytest.mark.parametrize("write", range(1, 9))
-def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(run, undisturbed, monkeypatch, write):
-    count, whole_write = 0, common.write_file
+def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(
+    run, undisturbed, monkeypatch, write
+):
+    count, whole_write = 0, write_file
 
     def killed_write(path, content):
         nonlocal count
@@ -168,16 +205,20 @@ def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(run, un
             raise Killed
         whole_write(path, content)
 
-    monkeypatch.setattr(common, "write_file", killed_write)
+    for module in (files, publishing):
+        monkeypatch.setattr(module, "write_file", killed_write)
     with pytest.raises(Killed):
         run("--seeds 1 --models 3")
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
 
 
 def test_a_process_killed_by_the_system_goes_on(run, undisturbed, data_dir, tmp_path):
-    line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} --device cpu {TINY} --seeds 1 --models 3"
+    line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} {TINY}"
+    line += " --seeds 1 --models 3"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(common.ROOT / "experiment.py"), *line.split()], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "experiment.py"), *line.split()], env=environment
+    )
     while not list((tmp_path / "out").glob("state/model*/training.safetensors")):
         assert process.poll() is None
         time.sleep(0.01)
@@ -190,13 +231,19 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(run, capsys
     run("--models 1")
     before = contents(tmp_path / "out")
     error = fails(run, capsys, "--models 1 --lm-weight 0.25")
-    assert "lm_weight is 0.5 there and 0.25 here" in error and "--output-dir" in error and "--fresh" in error
+    assert (
+        "lm_weight is 0.5 there and 0.25 here" in error
+        and "--output-dir" in error
+        and "--fresh" in error
+    )
     assert "train_rows is 40 there and 9 here" in fails(run, capsys, "--models 1 --train-limit 9")
     assert contents(tmp_path / "out") == before
     assert run("--models 1 --lm-weight 0.25 --fresh")["settings"]["config"]["lm_weight"] == 0.25
 
 
-def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_fresh(run, monkeypatch):
+def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_fresh(
+    run, monkeypatch
+):
     run("--models 1")
     kill_once(monkeypatch, 8)
     with pytest.raises(Killed):
@@ -204,15 +251,18 @@ def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_f
     assert run("--models 1 --lm-weight 0.25")["settings"]["config"]["lm_weight"] == 0.25
 
 
-def test_one_run_at_a_time_writes_to_a_folder(run, capsys, tmp_path):
-    with common.sole_run_in(tmp_path / "out"):
-        error = fails(run, capsys, "--models 1")
-        assert "another run is writing to" in error and "--output-dir" in error
-        assert run("--models 1", folder=tmp_path / "elsewhere")
-    assert run("--models 1")
+def test_fresh_does_not_delete_what_another_command_trains(run, capsys, tmp_path):
+    run("--models 1")
+    with filelock.FileLock(tmp_path / "out/state/model1-seed42/.lock"):
+        error = fails(run, capsys, "--models 1 --fresh")
+        assert "another command trains in" in error and "--output-dir" in error
+        assert run("--models 1 --fresh", folder=tmp_path / "elsewhere")
+    assert run("--models 1 --fresh")
 
 
-def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(run, capsys, undisturbed, tmp_path):
+def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(
+    run, capsys, undisturbed, tmp_path
+):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "results.json").write_bytes((undisturbed / "results.json").read_bytes())
@@ -240,7 +290,9 @@ def test_fresh_trains_anew_and_still_compares(run, capsys, tmp_path):
         run("--models 1 --seeds 1 --fresh")
 
 
-def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(run, capsys, undisturbed, tmp_path, monkeypatch):
+def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(
+    run, capsys, undisturbed, tmp_path, monkeypatch
+):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.json").write_bytes((undisturbed / "results.json").read_bytes())
     kill_once(monkeypatch, 13)  # model 1 is done and published, model 2 is not
@@ -252,9 +304,12 @@ def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(run, c
     assert all(f"model{number}" in table for number in (1, 2, 3)) and table.count("(n=2)") == 3
 
 
-@pytest.mark.parametrize("arguments", ["--train-limit 1", "--eval-limit 1", "--max-length 1", "--batch-size 7", "--seeds 3 3"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["--train-limit 1", "--eval-limit 1", "--max-length 1", "--batch-size 7", "--seeds 3 3"],
+)
 def test_the_smallest_sizes_run_and_resume(run, monkeypatch, arguments):
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
     kill_once(monkeypatch, 2)
     with pytest.raises(Killed):
         run(arguments)
@@ -262,8 +317,15 @@ def test_the_smallest_sizes_run_and_resume(run, monkeypatch, arguments):
 
 
 def test_weights_that_overflow_in_the_last_step_are_a_divergence_too(run, capsys, tmp_path):
-    error = fails(run, capsys, "--models 2 --epochs 1 --train-limit 8 --learning-rate 1000 --weight-decay 1000 --batch-size 1")
-    assert "diverged at step" in error and not list((tmp_path / "out").glob("state/model2*/training.safetensors"))
+    error = fails(
+        run,
+        capsys,
+        "--models 2 --epochs 1 --train-limit 8 --batch-size 1"
+        " --learning-rate 1000 --weight-decay 1000",
+    )
+    assert "diverged at step" in error and not list(
+        (tmp_path / "out").glob("state/model2*/training.safetensors")
+    )
 
 
 def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
@@ -285,7 +347,7 @@ def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
 
 
 def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
     kill_once(monkeypatch, 3)
     with pytest.raises(Killed):
         run("--models 1")
@@ -295,13 +357,19 @@ def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
         checkpoint.write_bytes(damaged)
         before = contents(tmp_path / "out")
         error = fails(run, capsys, "--models 1")
-        assert str(checkpoint) in error and "damaged" in error and f"delete the folder {checkpoint.parent}" in error
+        assert (
+            str(checkpoint) in error
+            and "damaged" in error
+            and f"delete the folder {checkpoint.parent}" in error
+        )
         assert contents(tmp_path / "out") == before
     shutil.rmtree(checkpoint.parent)
     assert len(run("--models 1")["models"]["model1"]["42"]["val"]) == 2
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(run, capsys, undisturbed, monkeypatch):
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
+    run, capsys, undisturbed, monkeypatch
+):
     whole_replace, count = os.replace, 0
 
     def full_disk(source, target):
@@ -328,18 +396,22 @@ def test_a_diverging_run_names_step_model_rate_and_checkpoint(run, capsys, tmp_p
     monkeypatch.setattr(common.Trainer, "accumulate_gradients", poisoned)
     error = fails(run, capsys, "--models 2")
     checkpoint = tmp_path / "out/state/model2-seed42/training.safetensors"
-    assert "model 2 seed 42 diverged at step 8" in error and "learning rate 0.003" in error and str(checkpoint) in error
-    assert common.read_tensors(checkpoint)[1]["progress"]["epoch"] == 1
+    assert (
+        "model 2 seed 42 diverged at step 8" in error
+        and "learning rate 0.003" in error
+        and str(checkpoint) in error
+    )
+    assert read_tensors(checkpoint)[1]["history"]["epoch"] == 1
     assert not (tmp_path / "out/results.json").exists()
 
 
 def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, data_dir):
     results = run("--models 3")
-    task = common.load_sst2(data_dir)
+    task = load_sst2(data_dir)
     vocabulary = experiment.WordVocabulary(task.train.texts, 60)
-    split = common.encode_rows(task.validation, vocabulary.encode, 12)
+    split = encode_rows(task.validation, vocabulary.encode, 12)
     for kind in ("best", "final"):
-        weights, metadata = common.read_tensors(tmp_path / f"out/state/model3-seed42/{kind}.safetensors")
+        weights, metadata = read_tensors(tmp_path / f"out/state/model3-seed42/{kind}.safetensors")
         model = tiny_model(3, vocabulary_size=60)
         model.load_state_dict(weights)
         metrics = results["models"]["model3"]["42"]
@@ -347,13 +419,20 @@ def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, dat
         cold = common.evaluate(model, split)
         carried = common.evaluate(model, split, common.carried_engrams(cold.engrams))
         recorded = metrics["val"][metadata["epoch"] - 1]
-        for name, found, record in (("cold", cold, recorded), ("carried", carried, recorded["carried"])):
+        for name, found, record in (
+            ("cold", cold, recorded),
+            ("carried", carried, recorded["carried"]),
+        ):
             assert found.correct() == metrics["correct"][f"{kind}_{name}"]
-            assert (found.cls_loss, found.lm_loss) == pytest.approx((record["cls_loss"], record["lm_loss"]), rel=1e-6)
+            assert (found.cls_loss, found.lm_loss) == pytest.approx(
+                (record["cls_loss"], record["lm_loss"]), rel=1e-6
+            )
         assert carried.lm_loss != pytest.approx(cold.lm_loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("script", [experiment, experiment_7b, experiment_agnews_7b, effective_rank_analysis, throughput])
+@pytest.mark.parametrize(
+    "script", [experiment, experiment_7b, experiment_agnews_7b, effective_rank_analysis, throughput]
+)
 def test_help_explains_every_setting(capsys, script):
     with pytest.raises(SystemExit) as stopped:
         start_script(script, "--help")
@@ -366,12 +445,24 @@ def test_help_explains_every_setting(capsys, script):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached):
-    """Offline, with the cache that `datasets` leaves behind, the run is on SST-2; without it, on the snippets, loudly."""
+    """Offline, with the cache that `datasets` leaves behind, the run is on SST-2; without it, on
+    the snippets, loudly.
+    """
     if cached:
         write_hub_cache(tmp_path / "datasets/stanfordnlp___sst2/default/0.0.0/0123")
     code = "import experiment; print('TASK', experiment.load_task(experiment.Config()).name)"
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens there
-    done = subprocess.run([sys.executable, "-c", code], cwd=common.ROOT, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+    }  # nothing listens there
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     if cached:
         assert "TASK SST-2" in done.stdout
     else:
@@ -385,9 +476,15 @@ def write_hub_cache(folder):
 
     folder.mkdir(parents=True)
     labels = datasets.ClassLabel(names=["negative", "positive"])
-    features = datasets.Features({"idx": datasets.Value("int32"), "sentence": datasets.Value("string"), "label": labels})
+    features = datasets.Features(
+        {"idx": datasets.Value("int32"), "sentence": datasets.Value("string"), "label": labels}
+    )
     info = datasets.DatasetInfo(
-        features=features, builder_name="parquet", dataset_name="sst2", config_name="default", version="0.0.0"
+        features=features,
+        builder_name="parquet",
+        dataset_name="sst2",
+        config_name="default",
+        version="0.0.0",
     )
     info.splits = datasets.SplitDict(dataset_name="sst2")
     for name in ("train", "validation"):

@@ -11,20 +11,29 @@ import pytest
 import throughput
 import torch
 import transformers
-from conftest import random_split, tiny_config, tiny_model
+from conftest import arm_of, random_split, tiny_config, tiny_model
 
 import common
-import effective_rank_analysis as analysis
+from collapse import records
+from collapse.batches import Split, collate
+from collapse.language_models import add_lora
+from collapse.memory import MemoryPlan
+from collapse.reports import study_name
+from collapse.settings import ROOT, LanguageModelConfig
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
     split, rows, found = random_split(), np.arange(11), {}
     for recipe in ("conventional", "ours"):
-        trainer = throughput.make_trainer(model_number, recipe, tiny_model(model_number), split, tiny_config())
+        trainer = throughput.make_trainer(
+            model_number, recipe, tiny_model(model_number), split, tiny_config()
+        )
         sums = trainer.accumulate_gradients(rows)
         found[recipe] = sums.cls_loss, sums.lm_loss, [p.grad for p in trainer.model.parameters()]
         length = trainer.collate(rows[:2]).input_ids.shape[1]
-        assert length == (12 if recipe == "conventional" else max(len(split.token_ids[i]) for i in rows[:2]))
+        assert length == (
+            12 if recipe == "conventional" else max(len(split.token_ids[i]) for i in rows[:2])
+        )
     assert found["ours"][:2] == pytest.approx(found["conventional"][:2], rel=1e-5)
     for ours, conventional in zip(found["ours"][2], found["conventional"][2], strict=True):
         torch.testing.assert_close(ours, conventional, atol=1e-6, rtol=1e-4)
@@ -34,14 +43,20 @@ def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
 def miniature(model_number):
     """The tiny language model of the throughput study, without dropout."""
     torch.manual_seed(0)
-    settings = common.LanguageModelConfig(lora_rank=4, classifier_size=16, engram_size=8, batch_size=16, max_length=20)
-    causal_lm = throughput.random_language_model(throughput.TINY, torch.float32, torch.device("cpu"))
-    lora = common.add_lora(causal_lm, settings)
+    settings = LanguageModelConfig(
+        lora_rank=4, classifier_size=16, engram_size=8, batch_size=16, max_length=20
+    )
+    causal_lm = throughput.random_language_model(
+        throughput.TINY, torch.float32, torch.device("cpu")
+    )
+    adapters = add_lora(causal_lm, settings)
     for name, parameter in causal_lm.named_parameters():
         if ".lora_B" in name:
             parameter.data.normal_(0, 0.1)
-    model = common.wrap_causal_lm(causal_lm, lora, model_number, 2, "intermediate", settings).eval()
-    model.memory_plan = common.MemoryPlan(model, "auto")
+    model = common.wrap_causal_lm(
+        adapters, arm_of(model_number), 2, "intermediate", settings
+    ).eval()
+    model.memory_plan = MemoryPlan(model, "auto")
     return model, settings
 
 
@@ -52,8 +67,10 @@ def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, m
     for recipe in throughput.RECIPES:
         model.zero_grad()
         if recipe == "ecosystem":
-            batch = common.collate(split, rows, torch.device("cpu"))
-            throughput.EcosystemLoss(model, 0.5)(batch.input_ids, batch.text_mask, batch.labels)["loss"].backward()
+            batch = collate(split, rows, torch.device("cpu"))
+            throughput.EcosystemLoss(model, 0.5)(batch.input_ids, batch.text_mask, batch.labels)[
+                "loss"
+            ].backward()
         else:
             trainer = throughput.make_trainer(model_number, recipe, model, split, settings)
             assert trainer.micro_batch_size == (16 if recipe == "ours" else 8)
@@ -74,46 +91,76 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         return accumulate(trainer, rows)
 
     monkeypatch.setattr(common.Trainer, "accumulate_gradients", seen)
-    config, split = throughput.Config(rounds=2, steps=1), random_split(rows=48, longest=20, vocabulary=900)
+    config, split = (
+        throughput.Config(rounds=2, steps=1),
+        random_split(rows=48, longest=20, vocabulary=900),
+    )
     rates = throughput.device_rates(torch.device("cpu"))
     found = throughput.measure(model_number, model, split, settings, config, rates)
     assert set(found["examples_per_second"]) == set(throughput.RECIPES)
-    assert unpacked == {True: {0}, False: {2}} and (found["layers_unpacked"], found["micro_batch_size"]) == (2, 16)
+    assert unpacked == {True: {0}, False: {2}} and (
+        found["layers_unpacked"],
+        found["micro_batch_size"],
+    ) == (2, 16)
     assert all(rate > 0 for rate in found["examples_per_second"].values())
-    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratio"].values())
+    assert all(
+        ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratio"].values()
+    )
     assert 0 < found["limit_share"] < 1 and found["binding_limit"] in ("bytes", "operations")
-    small = throughput.measure(model_number, tiny_model(model_number), random_split(rows=60), tiny_config(), config, None)
+    small = throughput.measure(
+        model_number, tiny_model(model_number), random_split(rows=60), tiny_config(), config, None
+    )
     assert set(small["examples_per_second"]) == {"conventional", "ours"}
     hardware, data = {"device": "abacus", "threads": 1}, {"name": "Data"}
-    results = {"tokens_per_row": 5.0, "hardware": hardware, "git_commit": None, "data": data, "settings": {"rounds": 2}}
+    results = {
+        "tokens_per_row": 5.0,
+        "hardware": hardware,
+        "git_commit": None,
+        "data": data,
+        "settings": {"rounds": 2},
+    }
     row = findings.table_throughput("some", results | {"model1": small}).splitlines()[2]
     assert row.split("|")[4].strip() == f"{small['ratio']['conventional']['median']:.1f}"
 
 
 def test_the_limit_counts_weights_and_tokens(miniature, model_number):
-    """Two batches of known length against a count by hand, at one byte and one operation a second."""
+    """Two batches of known length against a count by hand, one byte and operation a second."""
     model, _ = miniature
-    split = common.Split([torch.arange(n) for n in (3, 5, 7, 9)], torch.zeros(4, dtype=torch.int64))
+    split = Split([torch.arange(n) for n in (3, 5, 7, 9)], torch.zeros(4, dtype=torch.int64))
     rates = {"bytes": 1.0, "operations": 1.0}
-    found = throughput.limit_seconds(model, model_number, [np.array([0, 1]), np.array([2, 3])], split, rates)
-    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # q and o, k and v (two heads of 16), gate, up and down
+    found = throughput.limit_seconds(
+        model, model_number, [np.array([0, 1]), np.array([2, 3])], split, rates
+    )
+    layer = (
+        2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    )  # q and o, k and v (two heads of 16), gate, up and down
     passes = 8 if model_number == 3 else 4
     head = 0 if model_number == 1 else 1000 * 64
-    assert found["bytes"] == passes * (2 * layer // 2 + 4 * head)  # two layers, half a byte a weight; the head in fp32
+    assert found["bytes"] == passes * (
+        2 * layer // 2 + 4 * head
+    )  # two layers, half a byte a weight; the head in fp32
     adapters = sum(p.numel() for name, p in model.trainable().items() if ".lora_" in name)
-    frozen = sum(math.prod(getattr(p, "quant_state", p).shape) for p in model.backbone.layers.parameters() if not p.requires_grad)
+    frozen = sum(
+        math.prod(getattr(p, "quant_state", p).shape)
+        for p in model.backbone.layers.parameters()
+        if not p.requires_grad
+    )
     tokens = 24 + (4 if model_number == 3 else 0)
     assert found["operations"] == tokens * (4 * frozen + 6 * adapters) + 20 * 4 * head
 
 
 def test_steps_on_paper_count_the_real_architecture(model_number):
-    """Operations of one step against the parameters of Qwen2.5-7B's architecture, built without memory."""
+    """Operations of one step against the parameters of Qwen2.5-7B's architecture, built without
+    memory.
+    """
     with torch.device("meta"):
-        causal_lm = transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**throughput.QWEN))
+        causal_lm = transformers.AutoModelForCausalLM.from_config(
+            transformers.Qwen2Config(**throughput.QWEN)
+        )
     assert causal_lm.num_parameters() == pytest.approx(7.6e9, rel=0.01)
-    settings = common.LanguageModelConfig()
+    settings = LanguageModelConfig()
     weights = sum(p.numel() for p in causal_lm.model.layers.parameters() if p.ndim == 2)
-    common.add_lora(causal_lm, settings)
+    add_lora(causal_lm, settings)
     adapters = sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" in name)
     assert adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
     lengths = np.array([5, 7, 8, 8])
@@ -126,34 +173,51 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
     long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, **memory)
     assert 0 < long["recomputed"] <= 1 < long["seconds"] / found["seconds"]
     assert 0 < found["unpacked"] < 1
-    roomy = throughput.count_step(lengths, "ours", model_number, settings, **memory | {"memory_gib": 80})
-    halves, head = (2 if model_number == 3 else 1), 0 if model_number == 1 else causal_lm.lm_head.weight.numel()
+    roomy = throughput.count_step(
+        lengths, "ours", model_number, settings, **memory | {"memory_gib": 80}
+    )
+    halves, head = (
+        (2 if model_number == 3 else 1),
+        0 if model_number == 1 else causal_lm.lm_head.weight.numel(),
+    )
     assert roomy["unpacked"] == 1  # every weight is read as bfloat16, forward and backward
     assert roomy["bytes"] == pytest.approx(halves * (2 * 2 * weights + 2 * 2 * head))
     least_bytes = halves * (weights + 4 * head)  # half a byte a weight, twice
     least_operations = (28 + 4 * (model_number == 3)) * (4 * weights + 6 * adapters) + 4 * 24 * head
-    least = max(least_bytes / throughput.RTX_4080["bytes"], least_operations / throughput.RTX_4080["operations"])
+    least = max(
+        least_bytes / throughput.RTX_4080["bytes"],
+        least_operations / throughput.RTX_4080["operations"],
+    )
     assert roomy["limit_share"] == pytest.approx(least / roomy["seconds"])
     conventional = throughput.count_step(lengths, "conventional", model_number, settings, **memory)
     assert conventional["operations"] > 128 / 8 * (found["operations"] - 24 * 4 * head)
-    full = throughput.count_step(np.full(16, 8), "conventional", model_number, settings, **memory)  # two micro-batches of 8 x 128
+    full = throughput.count_step(
+        np.full(16, 8), "conventional", model_number, settings, **memory
+    )  # two micro-batches of 8 x 128
     assert full["bytes"] == pytest.approx(2 * halves * (3 * 4.52 * weights + 4 * head))
-    ecosystem = throughput.count_step(lengths, "ecosystem", model_number, settings, **memory)  # at 32 tokens most is fused
+    ecosystem = throughput.count_step(
+        lengths, "ecosystem", model_number, settings, **memory
+    )  # at 32 tokens most is fused
     assert 4.52 * weights < ecosystem["bytes"] / halves - 4 * head < 2 * 4.52 * weights
 
 
 @pytest.mark.parametrize("name", findings.DOCUMENTS)
 def test_the_tables_of_the_documents_are_those_of_the_json(name):
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.json"], cwd=common.ROOT, check=False).returncode
+    changed = subprocess.run(
+        ["git", "diff", "--quiet", "HEAD", "--", "*.json"], cwd=ROOT, check=False
+    ).returncode
     if changed == 1:
-        pytest.skip("results are a run of your own, not the published ones; `make findings` fills the tables from them")
-    text = (common.ROOT / name).read_text()
+        pytest.skip(
+            "results are a run of your own, not the published ones; "
+            "`make findings` fills the tables from them"
+        )
+    text = (ROOT / name).read_text()
     assert findings.BLOCK.search(text), f"{name} has no marked table"
     assert findings.fill(text) == text, "run `make findings`"
 
 
 def test_a_table_follows_its_json(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(findings, "ROOT", tmp_path)
     (tmp_path / "some").mkdir()
     run = {
         "parameters": {"trainable": 5},
@@ -164,11 +228,17 @@ def test_a_table_follows_its_json(tmp_path, monkeypatch):
     }
     run["hardware"] = {"device": "abacus", "threads": 1}
     data = {"name": "Data", "train_rows": 4, "validation_rows": 4}
-    results = {"settings": {"data": data, "config": {"epochs": 1}}, "models": {"model1": {"7": run}}}
+    results = {
+        "settings": {"data": data, "config": {"epochs": 1}},
+        "models": {"model1": {"7": run}},
+    }
     (tmp_path / "some/results.json").write_text(json.dumps(results))
     text = "before\n<!-- begin some accuracy -->\nold\n<!-- end -->\nafter\n"
     filled = findings.fill(text)
-    assert "| 1: Classification Only | 5 | 10 | 50.00 | n/a | 75.00 |" in filled and "old" not in filled
+    assert (
+        "| 1: Classification Only | 5 | 10 | 50.00 | n/a | 75.00 |" in filled
+        and "old" not in filled
+    )
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
     assert "seed 7" in filled and "`some/results.json`" in filled and "abacus" in filled
     assert findings.fill(filled) == filled
@@ -176,7 +246,7 @@ def test_a_table_follows_its_json(tmp_path, monkeypatch):
 
 def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
     """Signs, pairs and seeds of the effects on the hypotheses, on numbers made by hand."""
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(findings, "ROOT", tmp_path)
 
     def run(cls_loss, trained, untrained):
         cluster = {"trained": {"ari": trained}, "untrained": {"ari": untrained}}
@@ -185,42 +255,69 @@ def test_effects_are_those_of_the_json(tmp_path, monkeypatch):
     difference = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 2}
     gains = {"here": difference, "there": difference | {"n": 3}, "more_here": difference}
     results = {
-        "settings": {"data": {"name": "Data, in part", "train_rows": 1000}, "config": {"model": "some/backbone"}},
+        "settings": {
+            "data": {"name": "Data, in part", "train_rows": 1000},
+            "config": {"model": "some/backbone"},
+        },
         "models": {
             "model1": {"1": run(0.5, 0, 0), "2": run(0.7, 0, 0)},
             "model2": {"1": run(0.4, 0, 0), "2": run(0.4, 0, 0)},
             "model3": {"1": run(0, 0.75, 0.25), "2": run(0, 0.75, 0.25)},
         },
-        "comparisons": {"final": {"model2 - model1": {"seeds": difference, "examples": difference}}},
-        "cross_dataset": {"other": {"study": "Other, as large"}, "comparisons": {"model2 - model1": gains}},
+        "comparisons": {
+            "final": {"model2 - model1": {"seeds": difference, "examples": difference}}
+        },
+        "cross_dataset": {
+            "other": {"study": "Other, as large"},
+            "comparisons": {"model2 - model1": gains},
+        },
     }
     (tmp_path / "FINDINGS.md").write_text("<!-- begin results_b accuracy -->\n<!-- end -->\n")
     for folder in ("results_b", "results_b/of a user"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "results.json").write_text(json.dumps(results))
     change = {"effective_rank": {"mean": -3.0, "low": None, "high": None, "n": 1}}
-    change |= {"cdnv": difference, "stable_rank": difference, "half": dict.fromkeys(analysis.HALVED, difference) | {"rows": 7}}
-    study = {"settings": results["settings"], "changes": {"model1 - pretrained": change, "model2 - model1": change}}
-    name = common.study_name(results["settings"])
+    change |= {
+        "cdnv": difference,
+        "stable_rank": difference,
+        "half": dict.fromkeys(records.HALVED, difference) | {"rows": 7},
+    }
+    study = {
+        "settings": results["settings"],
+        "changes": {"model1 - pretrained": change, "model2 - model1": change},
+    }
+    name = study_name(results["settings"])
     assert name == "Data, 1,000 training rows, backbone"
     table = findings.table_effects(tmp_path, {name: study})
-    assert f"| H1 | accuracy, points: model2 - model1 | {name} | 2 | +2.00 [+1.00, +3.00] | [+1.00, +3.00] |" in table
+    gain = "+2.00 [+1.00, +3.00] | [+1.00, +3.00]"
+    assert f"| H1 | accuracy, points: model2 - model1 | {name} | 2 | {gain} |" in table
     assert f"nats: model2 - model1 | {name} | 2 | -0.200 [" in table  # -0.1 and -0.3
     assert f"| H2 | accuracy gain, points | {name}, less Other, as large | 2 and 3 | +2.00" in table
     assert f"| H3 | engram ARI: trained - untrained compressor | {name} | 2 | +0.500" in table
-    assert f"| H4 | effective rank: model1 - pretrained | {name} | 1 | -3.0 | +0.0 [+0.0, +0.0] at 7 rows |" in table
+    rank = "-3.0 | +0.0 [+0.0, +0.0] at 7 rows"
+    assert f"| H4 | effective rank: model1 - pretrained | {name} | 1 | {rank} |" in table
     assert table.count("H1") == 3  # nothing of a run that has no section in FINDINGS.md
 
 
 def cells(table: str, *row: str) -> dict[str, str]:
     """Head -> cell of the one row of a table that holds these cells."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
     (found,) = [line for line in lines if set(row) <= set(line)]
     return dict(zip(lines[0], found, strict=True))
 
 
 def test_each_table_of_experiment_4_puts_each_number_below_its_head():
-    keys = ["effective_rank", "effective_rank_share", "stable_rank", "participation_ratio", "participation_ratio_eigen"]
+    keys = [
+        "effective_rank",
+        "effective_rank_share",
+        "stable_rank",
+        "participation_ratio",
+        "participation_ratio_eigen",
+    ]
     keys += ["dims_95pct", "cdnv", "accuracy"]
     inner = ["cdnv", "etf_error", "self_duality_error", "ncc_agreement"]
 
@@ -228,29 +325,67 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
 
     def record(base):
         found = {key: base + place for place, key in enumerate(keys)}
-        found |= {"intermediate": {key: base + 20 + place for place, key in enumerate(inner)}, "num_samples": 100}
+        found |= {
+            "intermediate": {key: base + 20 + place for place, key in enumerate(inner)},
+            "num_samples": 100,
+        }
         found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
-        halves = {key: [base * (2 + i) + draw for draw in (-1, 0, 1)] for i, key in enumerate(analysis.HALVED)}
-        return found | {"subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]}, "halves": {"rows": 50, **halves}} | origin
+        halves = {
+            key: [base * (2 + i) + draw for draw in (-1, 0, 1)]
+            for i, key in enumerate(records.HALVED)
+        }
+        return (
+            found
+            | {
+                "subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]},
+                "halves": {"rows": 50, **halves},
+            }
+            | origin
+        )
 
-    records = {"pretrained": {"1": record(100)}, "model1": {"1": record(200)}, "model2": {"1": record(300)}}
-    records["model3"] = {"1": record(500)}
+    bases = {"pretrained": 100, "model1": 200, "model2": 300, "model3": 500}
     settings = {"config": {"model": "some/backbone"}}
     measured = {"weights": "final", "draws": 3, "rows": 2000}
-    study = {"folder": "f", "settings": settings, "num_samples": 100, "measured": measured, "records": records}
-    results = analysis.summarize({"S": study})
-    assert "measured by commit c0ffee0123 on abacus, 2 threads" in findings.analysis_caption("f", results)
+    study = {
+        "folder": "f",
+        "settings": settings,
+        "num_samples": 100,
+        "measured": measured,
+        "records": {key: {"1": record(base)} for key, base in bases.items()},
+    }
+    results = records.summarize({"S": study}, common.find_arm)
+    assert "measured by commit c0ffee0123 on abacus, 2 threads" in findings.analysis_caption(
+        "f", results
+    )
     row = cells(findings.table_collapse("f", results), "Classification Only")
-    heads = ["effective rank", "over N - 1", "stable rank", "participation ratio", "the same, eigenvalues"]
+    heads = [
+        "effective rank",
+        "over N - 1",
+        "stable rank",
+        "participation ratio",
+        "the same, eigenvalues",
+    ]
     expected = ["200.0", "201.000", "202.0", "203.0", "204.0"]
-    assert [row[head] for head in heads] == expected and row["components for 95 % of variance"] == "205"
+    assert [row[head] for head in heads] == expected and row[
+        "components for 95 % of variance"
+    ] == "205"
     assert (row["rows"], row["seeds"], row["effective rank at 50 rows"]) == ("100", "1", "240.0")
     row = cells(findings.table_neural_collapse("f", results), "Dual Head")
-    heads = ["NC1 cdnv, pooled", "NC1 cdnv, intermediate", "NC2 etf_error", "NC3 self_duality_error", "NC4 ncc_agreement"]
+    heads = [
+        "NC1 cdnv, pooled",
+        "NC1 cdnv, intermediate",
+        "NC2 etf_error",
+        "NC3 self_duality_error",
+        "NC4 ncc_agreement",
+    ]
     assert [float(row[head]) for head in [*heads, "accuracy"]] == [306, 320, 321, 322, 323, 307]
     row = cells(findings.table_depth("f", results), "Dual + Engram")
     assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
-    for change, difference in (("model1 - pretrained", 100), ("model3 - model1", 300), ("model3 - model2", 200)):
+    for change, difference in (
+        ("model1 - pretrained", 100),
+        ("model3 - model1", 300),
+        ("model3 - model2", 200),
+    ):
         row = cells(findings.table_collapse_changes("f", results), change)
         assert row["half the rows"] == "50"
         for factor, number in ((2, "effective rank"), (3, "stable rank"), (4, "NC1 cdnv, pooled")):
@@ -261,41 +396,90 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
 
 def test_each_table_of_a_training_puts_each_number_below_its_head():
     def run(base):
-        train = {"accuracy": base / 1000, "cls_loss": base + 1, "lm_loss": base + 2, "grad_norm": base + 3}
-        val = {"accuracy": base / 500, "cls_loss": base + 4, "lm_loss": base + 5, "effective_rank": base + 6}
+        train = {
+            "accuracy": base / 1000,
+            "cls_loss": base + 1,
+            "lm_loss": base + 2,
+            "grad_norm": base + 3,
+        }
+        val = {
+            "accuracy": base / 500,
+            "cls_loss": base + 4,
+            "lm_loss": base + 5,
+            "effective_rank": base + 6,
+        }
         earlier = {"max_grad_norm": base + 9}
         names = ("trained", "chance", "untrained")
         cluster = {
-            name: {"ari": base + 10 + i, "cluster_accuracy": (base + 13 + i) / 100, "purity": {"0": 0.25, "1": 0.75}}
+            name: {
+                "ari": base + 10 + i,
+                "cluster_accuracy": (base + 13 + i) / 100,
+                "purity": {"0": 0.25, "1": 0.75},
+            }
             for i, name in enumerate(names)
         }
-        cosines = {name: {"within": base + 16 + i, "between": base + 19 + i} for i, name in enumerate(names)}
+        cosines = {
+            name: {"within": base + 16 + i, "between": base + 19 + i}
+            for i, name in enumerate(names)
+        }
         initial = {"effective_rank": base + 7}
         train = [train | earlier, train | {"max_grad_norm": base + 8}]
-        return {"train": train, "val": [{}, val], "initial": initial, "cluster": cluster, "engram_cos": cosines}
+        return {
+            "train": train,
+            "val": [{}, val],
+            "initial": initial,
+            "cluster": cluster,
+            "engram_cos": cosines,
+        }
 
     interval = {"mean": 0.01, "low": -0.02, "high": 0.03, "n": 2}
-    found = {"difference": 0.01, "seeds": interval, "examples": interval | {"low": -0.04}, "mcnemar_p": [0.5, 0.125]}
-    data = {"name": "Data", "train_rows": 9, "validation_rows": 8, "class_names": ["no", "yes"], "compute_dtype": "float32"}
+    found = {
+        "difference": 0.01,
+        "seeds": interval,
+        "examples": interval | {"low": -0.04},
+        "mcnemar_p": [0.5, 0.125],
+    }
+    data = {
+        "name": "Data",
+        "train_rows": 9,
+        "validation_rows": 8,
+        "class_names": ["no", "yes"],
+        "compute_dtype": "float32",
+    }
     results = {
         "settings": {"config": {"model": "m", "compute_dtype": "bfloat16"}, "data": data},
         "models": {"model1": {"7": run(100)}, "model2": {"7": run(200)}, "model3": {"7": run(300)}},
         "comparisons": {"final": {"model2 - model1": found}, "best": {}},
         "cross_dataset": {
             "other": data | {"name": "Other"},
-            "comparisons": {"model2 - model1": {"here": interval, "there": interval | {"mean": 0.0}, "more_here": interval}},
+            "comparisons": {
+                "model2 - model1": {
+                    "here": interval,
+                    "there": interval | {"mean": 0.0},
+                    "more_here": interval,
+                }
+            },
         },
     }
     own, theirs = Path("results_b"), Path("results_7b")
     row = cells(findings.table_comparisons(own, results), "model2 - model1, final epoch")
     assert list(row.values())[1:] == ["+1.00", "[-2.00, +3.00]", "[-4.00, +3.00]", "0.5, 0.12"]
-    assert list(cells(findings.table_comparisons(theirs, results), "model2 - model1, final epoch").values())[-1] == "+0.34"
+    assert (
+        list(
+            cells(
+                findings.table_comparisons(theirs, results), "model2 - model1, final epoch"
+            ).values()
+        )[-1]
+        == "+0.34"
+    )
     row = cells(findings.table_training(own, results), "2: Dual Head")
     assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
     assert "Ranks of 8 pooled" in findings.table_training(own, results)
     row = cells(findings.table_seeds(own, results), "3: Dual + Engram")
     assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
-    row = cells(findings.table_engrams(own, results), "control: untrained compressor, trained backbone")
+    row = cells(
+        findings.table_engrams(own, results), "control: untrained compressor, trained backbone"
+    )
     assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
     assert "no 25.0; yes 75.0" in findings.table_engrams(own, results)
     row = cells(findings.table_cross(own, results), "model2 - model1")

@@ -1,0 +1,59 @@
+"""Hugging Face's hub: its cache when it does not answer, a data set's rows."""
+
+import contextlib
+import threading
+
+from collapse.settings import DISK_FULL
+
+# An unreachable hub may cost this much, not the minutes of its client's own retries.
+HUB_SECONDS = 5.0
+
+
+def load_from_hub(
+    dataset: str, text_column: str, splits: tuple[str, ...]
+) -> list[tuple[list[str], list[int]]] | None:
+    """(texts, labels) of splits of a hub data set with a `label` column, also from the cache.
+
+    None, with the reason printed, when neither hub nor cache gives them.
+    """
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    if use_cache_if_hub_is_silent():
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        tables = [datasets.load_dataset(dataset, split=split) for split in splits]
+    except Exception as error:  # each of these libraries raises its own kinds for "not there"
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        print(f"NOTE: no {dataset} from the Hugging Face cache or hub ({reason})")
+        return None
+    return [([t.strip() for t in table[text_column]], list(table["label"])) for table in tables]
+
+
+def use_cache_if_hub_is_silent() -> bool:
+    """Keep Hugging Face's libraries to their cache when the hub is silent; True when it is."""
+    import huggingface_hub
+
+    if not _hub_answers():
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def _hub_answers() -> bool:
+    """Does the hub answer one short question within seconds?"""
+    import huggingface_hub
+
+    answers = []
+
+    def ask() -> None:
+        session, url = huggingface_hub.get_session(), huggingface_hub.constants.ENDPOINT
+        with contextlib.suppress(Exception):
+            answers.append(session.head(url, timeout=HUB_SECONDS).status_code < 500)
+
+    # A name lookup knows no time limit, so it has a thread of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers == [True]

@@ -1,0 +1,229 @@
+"""One training through its epochs: evaluations, checkpoints, a log, going on after a kill."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from collapse.batches import length_grouped_batches
+from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.files import append_line, drop_lines_after, read_tensors, write_tensors
+from collapse.optimizer import learning_rate_at
+from collapse.progress import Progress
+from collapse.settings import RunConfig, UserError
+
+CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
+LOG_STEPS = 25  # optimizer steps that one line of metrics.jsonl sums up
+
+
+@dataclass
+class StepSums:
+    """What one optimizer step, or many of them, add up to."""
+
+    rows: int = 0
+    targets: int = 0
+    cls_loss: float = 0.0  # summed over rows
+    lm_loss: float = 0.0  # summed over targets
+    anchor_loss: float = 0.0  # weighed, and summed over steps
+    correct: int = 0
+    steps: int = 0
+    grad_norm: float = 0.0  # summed over steps, before clipping
+    max_grad_norm: float = 0.0
+
+    def add(self, other: "StepSums") -> None:
+        largest = max(self.max_grad_norm, other.max_grad_norm)
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        self.max_grad_norm = largest
+
+
+@dataclass
+class History:
+    """Where a training stands: all that a resumed run needs beside tensors."""
+
+    epoch: int = 0  # finished epochs
+    batch: int = 0  # finished batches of the current epoch
+    sums: StepSums = field(default_factory=StepSums)  # of the current epoch
+    unlogged: StepSums = field(default_factory=StepSums)  # since the last line of metrics.jsonl
+    initial: dict = field(default_factory=dict)  # validation record before the first step
+    train: list[dict] = field(default_factory=list)
+    val: list[dict] = field(default_factory=list)
+    # Evaluation -> per epoch, a 0 or 1 for each row.
+    correct: dict[str, list[str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> "History":
+        sums = {key: StepSums(**stored[key]) for key in ("sums", "unlogged")}
+        return cls(**stored | sums)
+
+    def best_epoch(self) -> int:
+        """The first epoch (from 1) with the highest validation accuracy."""
+        return max(self.val, key=lambda record: (record["accuracy"], -record["epoch"]))["epoch"]
+
+
+@dataclass
+class Validation:
+    """What a model is found to be between two epochs."""
+
+    record: dict[str, Any]  # accuracy, losses, rank: what results.json holds
+    correct: dict[str, str]  # evaluation -> a character for each row, 1 where it is right
+    details: Any  # whatever the caller wants of the last one
+
+
+@dataclass
+class TrainingLoop:
+    """One training from its first step, or its last checkpoint, to its last epoch.
+
+    Args:
+        label: as messages name it, "model 2 seed 43".
+        trainer: has model, split, optimizer; `step(rows, learning_rate)` returns StepSums and
+            `record(sums)` their means.
+        validate: the model's Validation as it stands.
+        progress: is told of every step and evaluation; of those behind it after a kill, too.
+    """
+
+    label: str
+    trainer: Any
+    validate: Callable[[], Validation]
+    config: RunConfig
+    seed: int
+    folder: Path
+    progress: Progress
+
+    def run(self) -> tuple[History, Any]:
+        """Train, with a validation after each epoch.
+
+        Saves the weights of the epoch with the best validation accuracy and of the last one.
+        Returns the history and the details of the last validation. Raises UserError when training
+        diverges.
+        """
+        self.folder.mkdir(exist_ok=True)
+        self.batches_per_epoch = math.ceil(len(self.trainer.split.labels) / self.config.batch_size)
+        self.started = self.saved = time.monotonic()
+        history = self.history = self.resume() if self.checkpoint.exists() else self.begin()
+        details = None
+        while history.epoch < self.config.epochs:
+            try:
+                self.train_epoch()
+                details = self.end_epoch()
+            except FloatingPointError as error:
+                good = "no checkpoint was written yet"
+                if self.checkpoint.exists():
+                    good = f"the last good checkpoint is {self.checkpoint}"
+                raise UserError(
+                    f"{self.label} diverged at step {self.step + 1} (learning rate "
+                    f"{self.rate:.2g}: {error}); {good}. "
+                    "Try a smaller --learning-rate with another --output-dir."
+                ) from None
+            self.save()
+        if details is None:  # killed between the last epoch and the end
+            details = self.validate().details
+        save_weights(self.folder, "final", self.trainer.model, history.epoch)
+        return history, details
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "training.safetensors"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def begin(self) -> History:
+        self.log.unlink(missing_ok=True)
+        initial = self.timed_validation().record
+        append_line(self.log, {"step": 0, "epoch": 0, "validation": initial})
+        return History(initial=initial)
+
+    def resume(self) -> History:
+        tensors, metadata = read_tensors(self.checkpoint)
+        history = History.from_dict(metadata["history"])
+        restore_optimizer(self.trainer.model, self.trainer.optimizer, tensors)
+        steps = history.epoch * self.batches_per_epoch + history.batch
+        drop_lines_after(self.log, steps)
+        self.progress.go_on_after(steps, 1 + history.epoch)
+        done = f"{history.epoch} epochs and {history.batch} batches"
+        self.progress.say(f"{self.label}: going on after {done}")
+        return history
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        self.history.seconds += self.saved - self.started
+        self.started = self.saved
+        tensors = optimizer_tensors(self.trainer.model, self.trainer.optimizer)
+        write_tensors(self.checkpoint, tensors, {"history": dataclasses.asdict(self.history)})
+
+    def train_epoch(self) -> None:
+        history, trainer = self.history, self.trainer
+        # From seed and epoch alone: the order is the same for every arm, and a resumed run finds
+        # its place in it.
+        rng = np.random.default_rng([self.seed, history.epoch])
+        batches = length_grouped_batches(trainer.split.lengths, self.config.batch_size, rng)
+        title = f"{self.label} epoch {history.epoch + 1}"
+        hidden = None if self.progress.alone else True  # None: hidden where no terminal shows it
+        total_steps = self.config.epochs * len(batches)
+        trainer.model.train()
+        for number in tqdm(range(history.batch, len(batches)), title, leave=False, disable=hidden):
+            self.step = history.epoch * len(batches) + number
+            self.rate = learning_rate_at(self.step, total_steps, self.config)
+            sums = trainer.step(batches[number], self.rate)
+            history.sums.add(sums)
+            history.unlogged.add(sums)
+            history.batch = number + 1
+            self.progress.step()
+            if (self.step + 1) % LOG_STEPS == 0:
+                self.log_steps()
+            if time.monotonic() - self.saved > CHECKPOINT_SECONDS and number + 1 < len(batches):
+                self.save()
+
+    def log_steps(self) -> None:
+        """A line of metrics.jsonl: means over the steps since the last one."""
+        place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
+        append_line(self.log, place | self.trainer.record(self.history.unlogged))
+        self.history.unlogged = StepSums()
+
+    def end_epoch(self) -> Any:
+        """Validate, append the epoch's records, keep the weights if they are the best so far."""
+        history = self.history
+        validation = self.timed_validation()
+        train = self.trainer.record(history.sums)
+        for name, rows in validation.correct.items():
+            history.correct.setdefault(name, []).append(rows)
+        history.epoch, history.batch, history.sums = history.epoch + 1, 0, StepSums()
+        history.train.append({"epoch": history.epoch, **train})
+        history.val.append({"epoch": history.epoch, **validation.record})
+        place = {"step": history.epoch * self.batches_per_epoch, "epoch": history.epoch}
+        append_line(self.log, place | {"validation": validation.record})
+        if history.best_epoch() == history.epoch:
+            save_weights(self.folder, "best", self.trainer.model, history.epoch)
+        self.progress.say(epoch_line(self.label, history, self.config.epochs), time_left=True)
+        return validation.details
+
+    def timed_validation(self) -> Validation:
+        started = time.monotonic()
+        validation = self.validate()
+        self.progress.evaluation(time.monotonic() - started)
+        return validation
+
+
+def epoch_line(label: str, history: History, epochs: int) -> str:
+    """The epoch that has just ended, for the log."""
+
+    def losses(record: dict) -> str:
+        lm = "" if record["lm_loss"] is None else f", LM {record['lm_loss']:.4f}"
+        return f"cls {record['cls_loss']:.4f}{lm}"
+
+    train, val = history.train[-1], history.val[-1]
+    carried = f" (carried {val['carried']['accuracy']:.2%})" if "carried" in val else ""
+    return (
+        f"{label}  epoch {history.epoch}/{epochs}  train: accuracy {train['accuracy']:.2%}, "
+        f"{losses(train)}, gradient norm {train['grad_norm']:.2f}  validation: accuracy "
+        f"{val['accuracy']:.2%}{carried}, {losses(val)}, effective rank {val['effective_rank']:.1f}"
+    )

@@ -1,0 +1,112 @@
+"""Losses as sums: the mean over an optimizer step can be cut into micro-batches of any size."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from collapse.batches import Batch
+
+LOGIT_CHUNK_TOKENS = 256  # tokens whose logits exist at one time
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of a linear layer's logits, without ever holding them all.
+
+    Logits are made for LOGIT_CHUNK_TOKENS tokens at a time and turned into their gradient at once,
+    so nothing of size T x V is kept for the backward pass or computed again in it. Differentiable
+    once. The sum is fp32 whatever the states are; that of torch.nn.functional.linear_cross_entropy
+    has their type, three digits of a sum in bfloat16.
+
+    Given `start`, other states with the linear layer above them, targets are ignored: the sum is
+    that of the divergence KL(start's distribution || distribution of the logits). Its slope is
+    p - q where the cross-entropy's is p - one_hot(target).
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        states: Tensor,  # (T, D)
+        weight: Tensor,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        targets: Tensor,  # (T,)
+        with_gradients: bool,
+        start: tuple[Tensor, nn.Linear] | None = None,  # (T, D) and the layer
+    ) -> Tensor:  # scalar, fp32
+        needed = [with_gradients and n for n in ctx.needs_input_grad[:3]]
+        of_states, of_weight, of_bias = (
+            torch.zeros_like(tensor) if n else None
+            for tensor, n in zip((states, weight, bias), needed, strict=True)
+        )
+        total = states.new_zeros((), dtype=torch.float32)
+        for first in range(0, len(states), LOGIT_CHUNK_TOKENS):
+            part = slice(first, first + LOGIT_CHUNK_TOKENS)
+            log_p = _log_softmax(F.linear(states[part], weight, bias))  # (chunk, V)
+            if start is None:
+                here = targets[part].unsqueeze(1)
+                total -= log_p.gather(1, here).sum()
+                slope = log_p.exp_()
+                slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
+            else:
+                log_q = _log_softmax(start[1](start[0][part]))
+                q = log_q.exp()
+                total += (q * (log_q - log_p)).sum()
+                slope = log_p.exp_() - q
+            slope = slope.to(states.dtype)  # d loss / d logits
+            if of_states is not None:
+                of_states[part] = slope @ weight
+            if of_weight is not None:
+                of_weight.addmm_(slope.T, states[part])
+            if of_bias is not None:
+                of_bias += slope.sum(0)
+        ctx.gradients = of_states, of_weight, of_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        # In fp32: rounded to bfloat16, the scale would be off by up to 0.2 % for a whole step.
+        scaled = (None if g is None else (g.float() * upstream).to(g.dtype) for g in ctx.gradients)
+        return *scaled, None, None, None
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def lm_loss_sum(
+    hidden: Tensor, batch: Batch, lm_head: nn.Linear, targets: Tensor | None = None
+) -> Tensor:
+    """Next-token cross-entropy in nats, summed over the batch's targets; hidden is (B, L, D).
+
+    targets (T,) stand in for the true tokens where they are given.
+    """
+    if targets is None:
+        targets = batch.input_ids.flatten()[batch.target_index]  # (T,)
+    states = predicting_states(hidden, batch)
+    # Inside the function gradients always look disabled, so it is told if anyone will want them.
+    wanted = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, targets, wanted)
+
+
+def kl_from_start_sum(
+    hidden: Tensor, batch: Batch, lm_head: nn.Linear, start_hidden: Tensor, start_head: nn.Linear
+) -> Tensor:
+    """KL(start || now) of the next-token distributions in nats, summed over the batch's targets.
+
+    What the LM loss does, with the distribution that the model began with in place of the token
+    that came: learning without forgetting (Li & Hoiem 2016). hidden and start_hidden are (B, L, D).
+    """
+    states, start = (predicting_states(h, batch) for h in (hidden, start_hidden))
+    wanted = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(
+        states, lm_head.weight, lm_head.bias, None, wanted, (start, start_head)
+    )
+
+
+def predicting_states(hidden: Tensor, batch: Batch) -> Tensor:
+    """(T, D): of hidden (B, L, D) the state before each target, which predicts it."""
+    return hidden.flatten(0, 1)[batch.target_index - 1]
+
+
+def combined_loss(cls_loss, other_loss, weight: float):
+    """weight * other + (1 - weight) * cls; the classification loss alone where other is None."""
+    return cls_loss if other_loss is None else weight * other_loss + (1 - weight) * cls_loss

@@ -1,0 +1,119 @@
+"""Every figure: fit to print, in colours that colour-blind readers can tell apart."""
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
+import matplotlib.pyplot as plt
+import numpy as np
+from sklearn.manifold import TSNE
+
+from collapse.data import fixed_draw
+from collapse.files import write_file
+from collapse.metrics import k_means, match_clusters, shuffled_labels
+
+# Okabe & Ito 2008.
+CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
+CLASS_COLORS += ("#56B4E9", "#D55E00", "#F0E442", "#000000")
+CLASS_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
+    """Write a figure as PNG, without date and version, which would make two equal plots differ."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    write_file(path, buffer.getvalue())
+
+
+CURVES = (
+    ("accuracy", "accuracy (%)", 100),
+    ("cls_loss", "classification loss (nats)", 1),
+    ("lm_loss", "LM loss (nats per token)", 1),
+    ("effective_rank", "effective rank of pooled features", 1),
+)
+
+
+def plot_learning_curves(
+    path: Path, title: str, models: dict[str, dict], find_arm: Callable[[str], Any]
+) -> None:
+    """Accuracy, losses and effective rank over epochs: mean over seeds, band lowest to highest.
+
+    models: key -> seed -> metrics; find_arm gives title, color and marker of a key.
+    """
+    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    for axis, (key, label, scale) in zip(axes, CURVES, strict=True):
+        for model_key, runs in models.items():
+            arm = find_arm(model_key)
+            for split, style in (("val", "-"), ("train", "--")):
+                values = [[record.get(key) for record in run[split]] for run in runs.values()]
+                if values[0][0] is None:  # no LM loss in model 1, no effective rank in training
+                    continue
+                if split == "val":  # start from the model before its first step
+                    values = [
+                        [run["initial"][key], *row]
+                        for run, row in zip(runs.values(), values, strict=True)
+                    ]
+                values = scale * np.array(values, dtype=float)  # (S, epochs)
+                epochs = np.arange(values.shape[1]) + (split == "train")
+                look = {"color": arm.color, "linestyle": style}
+                if split == "val":
+                    look |= {"marker": arm.marker, "label": arm.title}
+                    band = {"color": arm.color, "alpha": 0.2, "linewidth": 0}
+                    axis.fill_between(epochs, values.min(0), values.max(0), **band)
+                axis.plot(epochs, values.mean(0), markersize=4, **look)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    axes[0].plot([], [], "k-", label="validation")
+    axes[0].plot([], [], "k--", label="training (with dropout)")
+    axes[0].legend(fontsize=8)
+    counts = sorted({len(runs) for runs in models.values()})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    spread = f"mean of {seeds} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"
+    figure.suptitle(f"{title}; {spread}")
+    save_figure(figure, path)
+
+
+def plot_engram_clusters(
+    path: Path,
+    title: str,
+    engrams: np.ndarray,
+    untrained: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    seed: int,
+) -> None:
+    """t-SNE of up to 2,000 engrams by true class and by matched cluster; chance and the control."""
+    shown = fixed_draw(len(engrams), 2000)
+    if len(shown) < 3:  # t-SNE of a point or two says nothing
+        path.unlink(missing_ok=True)
+        return
+    clusters = k_means(engrams, len(class_names), seed)
+    mapping = match_clusters(clusters, labels, len(class_names))["mapping"]
+    matched = np.array([mapping[c] for c in clusters])
+    perplexity = min(30.0, (len(shown) - 1) / 3)
+    trained_points, untrained_points = (
+        TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(points[shown])
+        for points in (engrams, untrained)
+    )
+    panels = (
+        ("engrams, true class", trained_points, labels),
+        ("engrams, k-means cluster matched to a class", trained_points, matched),
+        ("chance: engrams, class labels shuffled", trained_points, shuffled_labels(labels, seed)),
+        ("control: untrained compressor, true class", untrained_points, labels),
+    )
+    figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
+    for axis, (name, points, colouring) in zip(axes, panels, strict=True):
+        for c, class_name in enumerate(class_names):
+            chosen = colouring[shown] == c
+            look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
+            axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=class_name, **look)
+        axis.set(title=name, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+    axes[0].legend(markerscale=2)
+    figure.suptitle(f"{title}; {len(shown):,} of {len(engrams):,} validation rows shown")
+    save_figure(figure, path)

@@ -1,0 +1,170 @@
+"""Experiment 4: from records of single models to a study's means, changes and table."""
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collapse.files import read_json
+from collapse.settings import UserError
+from collapse.statistics import format_interval, interval_over_rows, mean_interval
+
+CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
+# Numbers whose changes have an interval over rows, from random halves.
+HALVED = ("effective_rank", "stable_rank", "cdnv")
+
+
+def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[str, dict]:
+    """What effective_rank_results.json holds: study -> settings, changes, means, intervals, seeds.
+
+    studies: name -> folder, settings, num_samples, measured, records (model -> seed -> record).
+    """
+    rows_of_all = [study["num_samples"] for study in studies.values()]
+    shared = [size for size in CURVE_ROWS if size < min(rows_of_all, default=0)]
+    results = {}
+    for name, study in studies.items():
+        records = study["records"]
+        result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
+        result["matched_rows"] = shared[-1] if shared else None
+        keys = sorted(records, key=lambda key: place_of(key, find_arm))
+        for key in keys:
+            result[key] = summarize_model(records[key], result["matched_rows"])
+        pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
+        result["changes"] = {name: change(a, found) for name, (a, found) in pairs.items() if found}
+        results[name] = result
+    return results
+
+
+def place_of(key: str, find_arm: Callable[[str], Any]) -> tuple:
+    """Sorts the keys of models: the one before training, then the arms as they stand."""
+    return (-1,) if key == "pretrained" else find_arm(key).place
+
+
+def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
+    """(a, b) for every change from a to b that is told."""
+    pairs = [("pretrained", "model1"), ("model1", "model2"), ("model2", "model3")]
+    pairs += [("model1", "model3"), ("pretrained", "model2"), ("pretrained", "model3")]
+    controls = [key for key in keys if key != "pretrained" and not key.startswith("model")]
+    return pairs + [(a, b) for b in controls for a in ("pretrained", "model1", "model2")]
+
+
+def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[str, Any]:
+    """Means over seeds, their intervals, and the records themselves."""
+    flat = [scalars(record) for record in records.values()]
+    intervals = {number: mean_interval(f[number] for f in flat) for number in flat[0]}
+    if matched_rows:
+        draws = [record["subsets"][str(matched_rows)] for record in records.values()]
+        intervals["effective_rank_matched"] = mean_interval(map(np.mean, draws))
+    means: dict[str, Any] = {"intermediate": {}}
+    for number, interval in intervals.items():
+        part, _, last = number.rpartition(".")
+        (means[part] if part else means)[last] = interval["mean"]
+    return {**means, "intervals": intervals, "seeds": records}
+
+
+def scalars(record: dict) -> dict[str, float]:
+    """Numbers of a record under flat names, those of intermediate features as intermediate.NAME."""
+    flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    return flat | {f"intermediate.{key}": value for key, value in record["intermediate"].items()}
+
+
+def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
+    """Records of two models with the same seed.
+
+    A pretrained model that has one record stands for every seed.
+    """
+    first, second = records.get(a, {}), records.get(b, {})
+    if a == "pretrained" and len(first) == 1:
+        return [(next(iter(first.values())), record) for record in second.values()]
+    return [(first[seed], record) for seed, record in second.items() if seed in first]
+
+
+def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+    """How much each number changes from model a to the other one, over seeds.
+
+    `half` holds the changes of HALVED at half the rows, with intervals over rows, given these
+    seeds.
+    """
+    flat = [(scalars(first), scalars(second)) for first, second in pairs]
+    keys = [key for key in flat[0][0] if key in flat[0][1]]
+    keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
+    if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
+        keys = [key for key in keys if not key.startswith("intermediate.") and key != "accuracy"]
+    found = {key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
+    rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
+    found["half"] = {"rows": rows}
+    for key in HALVED:
+        draws = [
+            np.subtract(second["halves"][key], first["halves"][key]) for first, second in pairs
+        ]
+        found["half"][key] = interval_over_rows(np.mean(draws, axis=0), rows, total)
+    return found
+
+
+def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict[str, dict]:
+    """Name -> study, as summarize takes it, of a results file that an earlier run wrote.
+
+    measured is how this run measures. What was measured otherwise is left out to be replaced, or
+    UserError is raised.
+    """
+    studies = read_json(file) if file.exists() else {}
+    alike = {name: study for name, study in studies.items() if study.get("measured") == measured}
+    if len(alike) < len(studies) and not replace:
+        here = ", ".join(f"{key} {value}" for key, value in measured.items())
+        raise UserError(
+            f"{file} was not measured with {here}: "
+            "give another --output-dir, or --fresh to replace it."
+        )
+    return {
+        name: study | {"records": {key: study[key]["seeds"] for key in keys_of(study)}}
+        for name, study in alike.items()
+    }
+
+
+def keys_of(result: dict) -> list[str]:
+    """The models of a study, in order."""
+    return [key for key, value in result.items() if isinstance(value, dict) and "seeds" in value]
+
+
+def title_of(key: str, result: dict, find_arm: Callable[[str], Any]) -> str:
+    if key != "pretrained":
+        return find_arm(key).title
+    return "Pretrained" if "model" in result["settings"]["config"] else "Untrained"
+
+
+def title_of_change(pair: str, result: dict) -> str:
+    before = "pretrained" if "model" in result["settings"]["config"] else "untrained"
+    return pair.replace("pretrained", before)
+
+
+TABLE = (("effective_rank", 1), ("effective_rank_share", 3), ("stable_rank", 1))
+TABLE += (("participation_ratio", 1), ("dims_95pct", 0), ("cdnv", 2))
+TABLE += (("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
+
+
+def table(results: dict[str, dict], find_arm: Callable[[str], Any]) -> str:
+    """The outcome for the log."""
+    return "\n".join(line for name, r in results.items() for line in _lines(name, r, find_arm))
+
+
+def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[str]:
+    yield ""
+    yield f"{name}: {result['num_samples']:,} rows; mean over seeds [95 % interval over seeds]"
+    width, rows = 28, result["matched_rows"]
+    last = f"effective rank at {rows} rows" if rows else ""
+    yield f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + last
+    for key in keys_of(result):
+        intervals = result[key]["intervals"]
+        cells = [format_interval(intervals[number], digits) for number, digits in TABLE]
+        matched = intervals.get("effective_rank_matched")
+        last = format_interval(matched, 1) if matched else ""
+        row = "".join(f"{cell:{width}}" for cell in cells)
+        yield f"{title_of(key, result, find_arm):22}{row}{last}"
+    for pair, found in result["changes"].items():
+        over_seeds, over_rows = (
+            format_interval(kind["effective_rank"], 1, sign="+") for kind in (found, found["half"])
+        )
+        half = f"at {found['half']['rows']:,} rows {over_rows} over rows"
+        shown = title_of_change(pair, result)
+        yield f"effective rank, {shown}: {over_seeds} over seeds; {half}"

@@ -1,0 +1,256 @@
+"""From results.json files to comparisons and the tables of the log."""
+
+import contextlib
+import csv
+import io
+import itertools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collapse.files import read_json, settings_difference
+from collapse.settings import UserError
+from collapse.statistics import (
+    compare_models,
+    difference_interval,
+    format_bounds,
+    format_interval,
+    mean_interval,
+    welch_interval,
+)
+
+# Name -> (a, b, which correctness of a, which of b): b is compared with a.
+COMPARISONS = {
+    "model2 - model1": ("model1", "model2", "cold", "cold"),
+    "model3 - model2": ("model2", "model3", "cold", "cold"),
+    "model3 - model1": ("model1", "model3", "cold", "cold"),
+    "model3 carried - model2": ("model2", "model3", "cold", "carried"),
+    "model3 carried - model3": ("model3", "model3", "cold", "carried"),
+}
+
+
+def pairs_of(models: Iterable[str]) -> dict[str, tuple[str, str, str, str]]:
+    """COMPARISONS, and each control beside models 1 and 2."""
+    controls = [name for name in models if name not in ("model1", "model2", "model3")]
+    against = itertools.product(controls, ("model1", "model2"))
+    return COMPARISONS | {f"{b} - {a}": (a, b, "cold", "cold") for b, a in against}
+
+
+def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
+    """compare_models for every pair at the final and the best epoch, over the seeds of both."""
+    comparisons: dict[str, dict] = {"final": {}, "best": {}}
+    pairs = pairs_of(models).items()
+    for epoch, (name, (a, b, kind_a, kind_b)) in itertools.product(comparisons, pairs):
+        seeds = [seed for seed in models.get(a, {}) if seed in models.get(b, {})]
+        if seeds:
+            rows = [
+                [list(map(int, models[m][s]["correct"][f"{epoch}_{kind}"])) for s in seeds]
+                for m, kind in ((a, kind_a), (b, kind_b))
+            ]
+            comparisons[epoch][name] = compare_models(*map(np.array, rows))
+    return comparisons
+
+
+# Between Experiments 2 and 3: the first two by design; the last changes both of the models that a
+# difference is of, and is told.
+DIFFERS_BY_DATA = ("max_length", "engram_source", "compute_dtype")
+
+
+def find_other(folder: Path | None, results: dict) -> dict | None:
+    """The results on the other data set that were made with the same settings.
+
+    Of several, those computed in the same type, with as many rows, or most. Says why, when there
+    are results and none of them will do.
+    """
+    found, reasons = [], []
+    for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
+        with contextlib.suppress(UserError):  # not ours to mend
+            other = read_json(path)
+            theirs, ours = (alike_on_both(part["settings"]) for part in (other, results))
+            if reason := settings_difference(theirs, ours):
+                reasons.append(f"NOTE: not compared with {path}: {reason}")
+                continue
+            rows = other["settings"]["data"]["train_rows"]
+            types = [compute_type(part) for part in (results, other)]
+            as_many = rows == results["settings"]["data"]["train_rows"]
+            found.append((types[0] == types[1], as_many, rows, str(path), other))
+    if reasons and not found:
+        print("\n".join(reasons), flush=True)
+    return max(found)[-1] if found else None
+
+
+def alike_on_both(settings: dict) -> dict:
+    config = {k: v for k, v in settings["config"].items() if k not in DIFFERS_BY_DATA}
+    return {"config": config, "data": {}}
+
+
+def compute_type(results: dict) -> str | None:
+    return results["settings"]["config"].get("compute_dtype")
+
+
+def study_name(settings: dict) -> str:
+    """What was trained on what: data, its training rows, backbone, a language model's type."""
+    data, config = settings["data"], settings["config"]
+    backbone = Path(config["model"]).name if "model" in config else "small transformer"
+    parts = (
+        data["name"].partition(",")[0],
+        f"{data['train_rows']:,} training rows",
+        backbone,
+        config.get("compute_dtype"),
+    )
+    return ", ".join(part for part in parts if part)
+
+
+def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
+    """Each difference between models on this data set beside the same on the other one.
+
+    At the final epoch, over seeds. `more_here` is this data set's difference minus the other's,
+    with Welch's t interval: seeds of two data sets are not paired, and small validation splits
+    scatter more.
+    """
+    comparisons = {}
+    for name, found in here["comparisons"]["final"].items():
+        if name in there["comparisons"]["final"]:
+            gains = [accuracy_gains(part, name) for part in (there, here)]
+            comparisons[name] = {
+                "here": found["seeds"],
+                "there": there["comparisons"]["final"][name]["seeds"],
+                "more_here": welch_interval(*gains),
+            }
+    titles = {
+        key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")
+    }
+    other = {"study": study_name(there["settings"]), **titles, "compute_dtype": compute_type(there)}
+    return {"other": other, "comparisons": comparisons}
+
+
+def accuracy_gains(results: dict, name: str) -> list[float]:
+    """Differences in final accuracy of one pair, for each seed that both models have."""
+    a, b, *kinds = pairs_of(results["models"])[name]
+    runs = [results["models"][model] for model in (a, b)]
+    accuracy = [
+        {
+            seed: np.mean(list(map(int, run["correct"][f"final_{kind}"])))
+            for seed, run in found.items()
+        }
+        for found, kind in zip(runs, kinds, strict=True)
+    ]
+    return [
+        float(accuracy[1][seed] - accuracy[0][seed]) for seed in accuracy[0] if seed in accuracy[1]
+    ]
+
+
+def cross_dataset_table(results: dict) -> str:
+    """This data set beside the other one, for the log."""
+    cross = results["cross_dataset"]
+    here, there = study_name(results["settings"]), cross["other"]["study"]
+    lines = [
+        "",
+        "difference in points on two data sets, final epoch [95 % over seeds]",
+        f"here: {here}",
+        f"there: {there}",
+    ]
+    lines.append(f"{'models':26}{'here':24}{'there':24}here - there")
+    for name, found in cross["comparisons"].items():
+        cells = [
+            format_interval(found[key], scale=100, sign="+")
+            for key in ("here", "there", "more_here")
+        ]
+        lines.append(f"{name:26}{cells[0]:24}{cells[1]:24}{cells[2]}")
+    return "\n".join(lines)
+
+
+def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
+    """The run's outcome for the log; find_arm gives the title of a key of the results."""
+    lines = [
+        "",
+        "validation accuracy in %, mean over seeds [95 % interval over seeds]",
+        f"{'model':32}{'final epoch':26}best epoch (flatters: chosen on this split)",
+    ]
+    for key, runs in results["models"].items():
+        final, best = (
+            mean_interval(run[epoch]["accuracy"] for run in runs.values())
+            for epoch in ("final", "best")
+        )
+        name = f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
+        lines.append(
+            f"{name:32}{format_interval(final, scale=100):26}{format_interval(best, scale=100)}"
+        )
+    comparisons = results["comparisons"]["final"]
+    if comparisons:
+        heads = f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed"
+        lines += ["", "difference in points, final epoch [95 % intervals]", heads]
+    for name, comparison in comparisons.items():
+        seeds = format_interval(comparison["seeds"], scale=100, sign="+")
+        examples = format_bounds(comparison["examples"], scale=100, sign="+")
+        p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
+        lines.append(f"{name:26}{seeds:30}{examples:20}{p}")
+    lines.append("")
+    for seed, run in results["models"].get("model3", {}).items():
+        for case, cluster in run["cluster"].items():
+            pairs = (
+                f"{kind} {value:.3f}"
+                for kind, value in run["engram_cos"][case].items()
+                if value is not None
+            )
+            accuracy, cosine = f"{cluster['cluster_accuracy']:.1%}", ", ".join(pairs)
+            found = f"ARI {cluster['ari']:.3f}, cluster accuracy {accuracy}, cosine {cosine}"
+            lines.append(f"engrams, seed {seed}, {case + ':':12}{found}")
+    return "\n".join(lines)
+
+
+def reproduction_table(published: dict, results: dict) -> str:
+    """The published results that stood in this folder beside this run's."""
+    lines = [
+        "",
+        "published results beside this run's: final validation accuracy in %",
+        f"{'model':10}{'published':14}{'yours':14}difference [95 % interval]",
+    ]
+    for key in [key for key in results["models"] if key in published["models"]]:
+        theirs, yours = (
+            [run["final"]["accuracy"] for run in part["models"][key].values()]
+            for part in (published, results)
+        )
+        difference = difference_interval(theirs, yours)
+        if difference["low"] is None:
+            verdict = "one seed each: no interval"
+        elif difference["low"] <= 0 <= difference["high"]:
+            verdict = "no difference found"
+        else:
+            verdict = "yours differ from the published ones"
+        columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
+        shown = format_interval(difference, scale=100, sign="+")
+        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
+    return "\n".join(lines)
+
+
+def tidy_table(results: dict) -> str:
+    """A CSV with a row for each study, model, seed and epoch; epoch 0 is before the first step."""
+    data, study = results["settings"]["data"], study_name(results["settings"])
+    rows = []
+    for model, runs in results["models"].items():
+        for seed, run in runs.items():
+            place = {"study": study, "data": data["name"], "model": model, "seed": seed}
+            rows.append(place | {"epoch": 0} | _flat("val", run["initial"]))
+            for train, val in zip(run["train"], run["val"], strict=True):
+                epoch = {"epoch": val["epoch"]}
+                rows.append(place | epoch | _flat("train", train) | _flat("val", val))
+    columns = dict.fromkeys(column for row in rows for column in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(prefix: str, record: dict) -> dict:
+    """Numbers of a record, also of one inside it, under names with the prefix; None stays out."""
+    flat = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(f"{prefix}_{key}", value)
+        elif key != "epoch" and value is not None:
+            flat[f"{prefix}_{key}"] = value
+    return flat

@@ -1,0 +1,221 @@
+"""Settings of the training scripts, their checks, errors a person can mend, how a script starts."""
+
+import errno
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend; its message is one sentence that says how."""
+
+
+@dataclass
+class RunConfig:
+    """Settings that every training script has; the comment above a field is its --help text."""
+
+    # Folder for results.json, plots and checkpoints. Default: one named after the data, so that
+    # results on other data or fewer rows never land on published ones.
+    output_dir: Path | None = None
+    # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
+    # cache, then the hub, and for Experiment 1 then the movie-review snippets.
+    data_dir: Path | None = None
+    # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by
+    # name: shuffled-lm, kl, l2-start, shared-scale. NAME@WEIGHT gives a weight of its own: 2@0.1.
+    models: tuple[str, ...] = ("1", "2", "3")
+    # Seeds, each one a full training of each model; more can be added to a finished run later.
+    seeds: tuple[int, ...] = (42,)
+    # Passes over the training split.
+    epochs: int = 3
+    # Use this many training rows, the same fixed draw for every model and seed. Default: all.
+    train_limit: int | None = None
+    # Use this many validation rows, a fixed draw. Default: all.
+    eval_limit: int | None = None
+    # Where to compute; auto takes a GPU when there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # Trainings side by side, each in a process of its own. Default: one for each core, at most one
+    # for each training; on a GPU one.
+    workers: int | None = None
+    # Threads of one training on the CPU. Part of the study: with more, sums differ in their last
+    # digits.
+    threads: int = 1
+    # Where trainings run: on this machine, or each as a job of a Slurm cluster that shares this
+    # folder.
+    cluster: Literal["none", "slurm"] = "none"
+    # Longest time of a job on the cluster, in minutes; what that cuts short goes on at the next
+    # start.
+    cluster_minutes: int = 240
+    # Memory of a job on the cluster, in GiB.
+    cluster_memory_gib: int = 16
+    # Partition of the cluster. Default: the cluster's own.
+    cluster_partition: str | None = None
+    # Delete what this output folder holds of earlier runs, every model and seed of it, and train
+    # anew.
+    fresh: bool = False
+    # Examples per optimizer step.
+    batch_size: int = 16
+    # Longest input in tokens; the rest of a row is cut off.
+    max_length: int = 128
+    # Peak learning rate of AdamW.
+    learning_rate: float = 2e-4
+    # Decoupled weight decay; 0 makes AdamW plain Adam.
+    weight_decay: float = 0.01
+    # Learning rate after the warm-up: held, or cosine to zero.
+    schedule: Literal["constant", "cosine"] = "cosine"
+    # Share of all steps over which the learning rate rises linearly.
+    warmup_fraction: float = 0.05
+    # Gradients are scaled down to this total norm; 0 leaves them alone.
+    clip_norm: float = 1.0
+    # Weight of the LM loss, in kl of the KL divergence; the classification loss gets the rest.
+    lm_weight: float = 0.5
+
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-7B"
+
+
+STANDIN_MODEL = "smollm2-135m"
+
+
+@dataclass
+class LanguageModelConfig(RunConfig):
+    """Settings of the experiments that fine-tune a pretrained causal LM with (Q)LoRA."""
+
+    # Pretrained causal LM: a name on the Hugging Face hub, a folder, or smollm2-135m, the small
+    # stand-in of `make standin`.
+    model: str = DEFAULT_MODEL
+    # Frozen weights in 4 bits (NF4, double quantization), or as they are. Default: nf4 on a GPU,
+    # none on a CPU.
+    quantization: Literal["nf4", "none"] | None = None
+    # Type of activations and of weights that are not packed. Default: bfloat16 on a GPU, float32 on
+    # a CPU; on a CPU that multiplies bfloat16 in hardware (AMX) that is the faster one too.
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    # Recompute activations in the backward pass instead of keeping them: auto does so in as many
+    # layers as memory asks for.
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    # Rank of the LoRA adapters.
+    lora_rank: int = 16
+    # Adapters' outputs are scaled by alpha / rank.
+    lora_alpha: int = 32
+    # Dropout on the adapters' inputs.
+    lora_dropout: float = 0.05
+    # Size of the classifier's intermediate layer.
+    classifier_size: int = 256
+    # Size of the engram of model 3.
+    engram_size: int = 128
+
+
+# Settings that say where, or how much of, a study is run; the others define the study itself. The
+# limits show in the data.
+NOT_IN_FINGERPRINT = (
+    "output_dir",
+    "data_dir",
+    "models",
+    "seeds",
+    "train_limit",
+    "eval_limit",
+    "device",
+    "workers",
+    "cluster",
+    "cluster_minutes",
+    "cluster_memory_gib",
+    "cluster_partition",
+    "fresh",
+    "gradient_checkpointing",
+)
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise UserError for settings that cannot be run."""
+    if not config.seeds:
+        raise UserError("--seeds is empty: name at least one, as in --seeds 42.")
+    if not config.models:
+        raise UserError("--models is empty: name at least one of 1 2 3.")
+    bounds = {
+        "epochs": (1, math.inf),
+        "batch_size": (1, math.inf),
+        "threads": (1, 1024),
+        "workers": (1, 1024),
+        "cluster_minutes": (1, math.inf),
+        "cluster_memory_gib": (1, math.inf),
+        "max_length": (1, math.inf),
+        "train_limit": (1, math.inf),
+        "eval_limit": (1, math.inf),
+        "learning_rate": (1e-12, 1e3),
+        "weight_decay": (0, 1e3),
+        "warmup_fraction": (0, 1),
+        "clip_norm": (0, math.inf),
+        "lm_weight": (0, 0.999),
+    }
+    if isinstance(config, LanguageModelConfig):
+        bounds |= {
+            "lora_rank": (1, math.inf),
+            "lora_alpha": (1, math.inf),
+            "lora_dropout": (0, 0.99),
+        }
+        bounds |= {"classifier_size": (1, math.inf), "engram_size": (2, math.inf)}
+    for name, (low, high) in bounds.items():
+        check_bounds(name, getattr(config, name), low, high)
+    for seed in config.seeds:
+        check_bounds("seeds", seed, 0, 2**32 - 1)
+
+
+def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise UserError when the setting is out of [low, high]; None is a limit that is not set."""
+    if value is not None and not low <= value <= high:
+        wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+        raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}.")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for --device: a CUDA device that is asked for and absent is an error."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda, but torch sees no CUDA device: "
+            "use --device auto, or install a CUDA build of torch."
+        )
+    return torch.device(name)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main: what a person can mend ends in one sentence and exit code 2."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        message = "stopped; the same command, without --fresh, goes on from the last checkpoint."
+        code = 130
+    except Exception as error:
+        message, code = what_to_do(error), 2
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def what_to_do(error: Exception) -> str | None:
+    """The sentence for a person who can mend what was raised; None for an error of the code."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU memory is full: end other programs that use the GPU, or use a smaller model."
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in DISK_FULL:
+        go_on = "the same command, without --fresh, goes on from the last checkpoint."
+        return f"the disk is full: free some space; {go_on}"
+    if (
+        isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+        or error.errno == errno.EROFS
+    ):
+        where = f"{error.filename} ({error.strerror})"
+        return f"cannot write {where}: choose another folder with --output-dir."
+    return None

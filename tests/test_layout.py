@@ -1,0 +1,147 @@
+"""The floor plan: what may import what, how large files are, and which code a cache depends on."""
+
+import ast
+import importlib
+import re
+import sys
+
+import pytest
+
+from collapse import source
+from collapse.settings import ROOT
+from collapse.source import digest_of_code
+
+SCRIPTS = ("common", "experiment", "experiment_7b", "experiment_agnews_7b")
+SCRIPTS += ("effective_rank_analysis", "studies")
+
+
+def imported(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_nothing_in_collapse_imports_common_or_a_script():
+    rooms = list((ROOT / "collapse").glob("*.py"))
+    assert len(rooms) > 10
+    for path in rooms:
+        assert not imported(path) & {*SCRIPTS, "tests"}, path.name
+
+
+def test_files_and_functions_keep_their_sizes():
+    limits = {"common.py": 1000, "effective_rank_analysis.py": 320}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "collapse").glob("*.py")]:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= limits.get(path.name, 350), path.name
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+def test_the_metrics_of_the_contract_are_pure_functions_of_one_module():
+    metrics = importlib.import_module("collapse.metrics")
+    for name in ("rank_metrics", "neural_collapse_metrics", "cluster_engrams", "engram_cosine"):
+        assert callable(getattr(metrics, name))
+    assert callable(importlib.import_module("collapse.statistics").compare_models)
+    assert not imported(ROOT / "collapse/metrics.py") & {"torch", "collapse", "matplotlib"}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A small one, whose one function is measured; change(file, old, new) edits a file of it."""
+    (tmp_path / "rooms").mkdir()
+    (tmp_path / "rooms/__init__.py").touch()
+    files = {
+        "rooms/numbers.py": "SCALE = 2\n\n\ndef scaled(x):\n    return SCALE * x\n\n\n"
+        "def unused(x):\n    return -x\n",
+        "rooms/shapes.py": "from rooms import numbers\n\n\nclass Shape:\n    def size(self):\n"
+        "        return numbers.scaled(1)\n",
+        "rooms/plots.py": "COLOR = 'red'\n\n\ndef draw():\n    return COLOR\n",
+        "entry_of_test.py": "from rooms import plots\nfrom rooms.shapes import Shape\n\n\n"
+        'def measure():\n    """Says so."""\n    return Shape().size()\n\n\n'
+        "def publish():\n    return plots.draw()\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "entry_of_test", raising=False)
+    measure = importlib.import_module("entry_of_test").measure
+
+    def change(file, old, new):
+        text = (tmp_path / file).read_text()
+        assert old in text
+        (tmp_path / file).write_text(text.replace(old, new))
+        source._module.cache_clear()
+        return digest_of_code(measure)
+
+    source._module.cache_clear()
+    yield digest_of_code(measure), change
+    source._module.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "depends"),
+    [
+        ("rooms/numbers.py", "SCALE = 2", "SCALE = 3", True),
+        ("rooms/numbers.py", "SCALE * x", "SCALE + x", True),
+        ("rooms/shapes.py", "scaled(1)", "scaled(7)", True),
+        ("entry_of_test.py", "return Shape", "return 2 * Shape", True),
+        ("rooms/numbers.py", "return -x", "return +x", False),
+        ("rooms/plots.py", "red", "blue", False),
+        ("entry_of_test.py", "Says so.", "Says more.", False),
+        ("rooms/numbers.py", "SCALE = 2", "SCALE = 2  # the scale", False),
+        ("entry_of_test.py", "return plots.draw()", "return None", False),
+    ],
+)
+def test_a_digest_follows_the_code_that_is_used_and_no_other(repository, file, old, new, depends):
+    before, change = repository
+    assert (change(file, old, new) != before) == depends
+
+
+def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jobs(monkeypatch):
+    analysis = importlib.import_module("effective_rank_analysis")
+    before = digest_of_code(analysis.measure, analysis.models_of)
+    whole = source._module
+
+    def edited(module, name):
+        def _module(path):
+            definitions, imports = whole(path)
+            if path == ROOT / module:
+                assert name in definitions
+                definitions = definitions | {name: [ast.parse("changed = True")]}
+            return definitions, imports
+
+        monkeypatch.setattr(source, "_module", _module)
+        return digest_of_code(analysis.measure, analysis.models_of) != before
+
+    for module, name in (
+        ("common.py", "pool"),
+        ("common.py", "evaluate"),
+        ("experiment.py", "Layer"),
+        ("collapse/metrics.py", "effective_rank"),
+        ("collapse/batches.py", "token_budget_batches"),
+        ("collapse/language_models.py", "load_causal_lm"),
+        ("collapse/checkpoints.py", "load_weights"),
+    ):
+        assert edited(module, name), name
+    for module, name in (
+        ("collapse/plots.py", "CLASS_COLORS"),
+        ("collapse/rank_plots.py", "plot_layers"),
+        ("collapse/records.py", "table"),
+        ("collapse/jobs.py", "run_all"),
+        ("common.py", "Trainer"),
+        ("collapse/reports.py", "summary_table"),
+    ):
+        assert not edited(module, name), name
+
+
+def test_readme_names_files_that_exist():
+    for name in re.findall(
+        r"`((?:collapse|studies|tests)/[\w.]+\.\w+)`", (ROOT / "README.md").read_text()
+    ):
+        assert (ROOT / name).exists(), name

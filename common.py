@@ -4,6 +4,8 @@ Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden siz
 E engram size, T target tokens, V vocabulary, N rows of a split, S seeds.
 """
 
+import collapse  # isort: skip  # noqa: F401  # before torch: it sets the allocator
+
 import contextlib
 import copy
 import dataclasses
@@ -29,7 +31,6 @@ from collapse.batches import (
     collate,
     count_targets,
     encode_rows,
-    token_budget_batches,
 )
 from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw, limit_task
@@ -43,14 +44,22 @@ from collapse.files import (
 )
 from collapse.language_models import (
     add_lora,
+    check_lm_loss,
     fill_in_for,
     find_model,
     load_causal_lm,
     load_tokenizer,
+    without_mask,
 )
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
-from collapse.memory import MemoryPlan, count_parameters
+from collapse.memory import (
+    DOES_NOT_FIT,
+    MemoryPlan,
+    count_parameters,
+    in_batches_that_fit,
+    is_out_of_memory,
+)
 from collapse.metrics import analyse_engrams, rank_metrics
 from collapse.optimizer import SharedScaleAdamW
 from collapse.progress import Progress, Training
@@ -279,7 +288,7 @@ class DualHeadModel(nn.Module):
                 engram = embeddings.new_zeros(size, dtype=torch.float32)
             prefix = self.projector(engram).to(embeddings.dtype)
             embeddings = torch.cat([prefix, embeddings], dim=1)  # (B, 1 + L, D)
-        hidden = self.backbone(inputs_embeds=embeddings).last_hidden_state
+        hidden = self.run_backbone(embeddings)
         hidden = hidden[:, -input_ids.shape[1] :]  # (B, L, D): the prefix does not predict
         pooled = pool(hidden, text_mask)
         logits, intermediate = self.classifier(pooled)
@@ -287,6 +296,11 @@ class DualHeadModel(nn.Module):
         if self.compressor is not None:
             new_engram = self.compressor(self.engram_input(pooled, intermediate))
         return ModelOutput(hidden, pooled, intermediate, logits, new_engram)
+
+    def run_backbone(self, embeddings: Tensor) -> Tensor:
+        """Last hidden states (B, L, D) of embeddings (B, L, D)."""
+        output = self.backbone(inputs_embeds=embeddings, **without_mask(self.backbone))
+        return output.last_hidden_state
 
     def engram_input(self, pooled, intermediate):
         """What the compressor reads of the two, tensors or arrays."""
@@ -328,7 +342,10 @@ def build_language_model(
 
     A seed gives all arms the same adapters and classifier.
     """
-    adapters = add_lora(load_causal_lm(config, device), config)
+    causal_lm = load_causal_lm(config, device)
+    if arm.needs_lm_head:
+        check_lm_loss(causal_lm, config.model)
+    adapters = add_lora(causal_lm, config)
     model = wrap_causal_lm(adapters, arm, num_classes, engram_source, config)
     model.memory_plan = MemoryPlan(
         model, config.gradient_checkpointing, share=1 / (config.workers or 1)
@@ -438,8 +455,8 @@ class Trainer:
         engram, numbers = None, []
         batches = [self.collate(part) for part in sequence]
         if plan := self.model.memory_plan:
-            tokens = sum(batch.input_ids.numel() for batch in batches)
-            plan.recompute(plan.layers_to_recompute(tokens))
+            prefixes = plan.prefix_tokens * sum(len(part) for part in sequence)
+            plan.fit(sum(batch.input_ids.numel() for batch in batches) + prefixes)
         for part, batch in zip(sequence, batches, strict=True):
             # Model 3's engrams are not detached: this part's losses train the compressor.
             carried = None if engram is None else engram[: len(part)]
@@ -508,24 +525,20 @@ class Trainer:
         return 0.5 * self.weight * float(distance)
 
     def use_less_memory(self) -> None:
-        """Pack the weights that were kept unpacked, or else halve the micro-batch.
+        """Plan with less memory, or else halve the micro-batch: the last that ran out guides it.
 
         Raises UserError when neither is left.
         """
         plan = self.model.memory_plan
-        if plan:
-            plan.free_bytes *= 0.9  # it promised too much
-        if plan and plan.unpacked:
-            plan.unpack(0)
-            tqdm.write("out of GPU memory: NF4 weights stay packed from here, the same step")
+        if plan and plan.shrink():
+            count = plan.layers_to_recompute(plan.tokens)
+            change = f"{plan.unpacked} layers unpacked, {count} recomputed"
         elif self.micro_batch_size <= self.smallest_micro_batch:
-            raise UserError(
-                "GPU memory does not hold a single row: use a smaller model or --max-length."
-            )
+            raise UserError(DOES_NOT_FIT)
         else:
             self.micro_batch_size //= 2
-            size = self.micro_batch_size
-            tqdm.write(f"out of GPU memory: micro-batches of {size} rows from here, the same step")
+            change = f"micro-batches of {self.micro_batch_size} rows"
+        tqdm.write(f"out of GPU memory: {change} from here, the same step")
         torch.cuda.empty_cache()
 
     def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:
@@ -538,8 +551,9 @@ class Trainer:
             try:
                 sums = self.accumulate_gradients(rows)
                 break
-            except torch.OutOfMemoryError:
-                pass
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
             self.use_less_memory()  # outside of `except`, where the failed pass is no longer held
         sums.grad_norm = sums.max_grad_norm = norm = self.clip()
         if not math.isfinite(sums.cls_loss + sums.lm_loss + sums.anchor_loss + norm):
@@ -664,23 +678,23 @@ def evaluate(
     """
     model.eval()
     device = next(model.parameters()).device
-    batches = token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type])
-    outputs: list[tuple[Tensor | None, ...]] = []
-    cls_loss = lm_loss = 0.0
-    targets = 0
-    for rows in batches:
+
+    def run(rows: np.ndarray) -> tuple:
         batch = collate(split, rows, device)
         prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
         watch = pooled_inputs_of_layers(model) if with_layers else contextlib.nullcontext()
         with watch as layers:
             out = model(batch.input_ids, batch.text_mask, prefix)
-        cls_loss += F.cross_entropy(out.logits, batch.labels, reduction="sum").item()
-        if model.lm_head is not None:
-            lm_loss += lm_loss_sum(out.hidden, batch, model.lm_head).item()
-            targets += len(batch.target_index)
+        cls_loss = F.cross_entropy(out.logits, batch.labels, reduction="sum").item()
+        lm = model.lm_head is not None
+        lm_loss = lm_loss_sum(out.hidden, batch, model.lm_head).item() if lm else 0.0
         depth = torch.stack([*layers, out.pooled], dim=1) if with_layers else None  # (B, depth, D)
         parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram, depth)
-        outputs.append(tuple(None if part is None else part.cpu() for part in parts))
+        return [None if part is None else part.cpu() for part in parts], cls_loss, lm_loss
+
+    runs = in_batches_that_fit(split.lengths, EVALUATION_TOKENS[device.type], run)
+    batches, found = zip(*runs, strict=True)
+    outputs, cls_losses, lm_losses = zip(*found, strict=True)
     back = np.argsort(np.concatenate(batches))
     columns = [
         None if column[0] is None else torch.cat(column).numpy()[back]
@@ -689,8 +703,10 @@ def evaluate(
     return Evaluation(
         *columns[:5],
         layers=None if columns[5] is None else columns[5].swapaxes(0, 1),
-        cls_loss=cls_loss / len(back),
-        lm_loss=lm_loss / max(1, targets) if model.lm_head is not None else None,
+        cls_loss=sum(cls_losses) / len(back),
+        lm_loss=sum(lm_losses) / max(1, count_targets(split, range(len(back))))
+        if model.lm_head is not None
+        else None,
     )
 
 
@@ -902,7 +918,7 @@ def announce(label: str, trainer: Trainer, progress: Progress) -> None:
         count = count_parameters(model)
         plan.unpack_what_fits(trainer.split, size)
         trained = f"{count['trainable']:,} of {count['total']:,} parameters train"
-        progress.say(f"{label}: {trained}\n{label}: {plan.describe(int(lengths.max()) * size)}")
+        progress.say(f"{label}: {trained}\n{label}: {plan.describe(size, int(lengths.max()))}")
 
 
 def engram_analysis(

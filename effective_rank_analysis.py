@@ -7,6 +7,8 @@ code that measures changes: a run that is started again goes on. Studies in the 
 results folders that have no checkpoints here stay as they are.
 """
 
+import common  # isort: skip  # before torch: it sets the allocator
+
 import dataclasses
 import gc
 import hashlib
@@ -22,7 +24,6 @@ import numpy as np
 import torch
 import tyro
 
-import common
 import experiment
 from collapse import rank_plots, records
 from collapse.batches import Split, encode_rows

@@ -4,6 +4,8 @@ Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs
 movie-review snippets (9,473 to train, 1,095 to validate) and writes to results/movie-snippets/.
 """
 
+import common  # isort: skip  # before torch: it sets the allocator
+
 import collections
 import math
 import re
@@ -16,7 +18,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-import common
 from collapse.data import Task, limit_task, load_movie_snippets, load_sst2
 from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
 from collapse.settings import check_config as check_run_config

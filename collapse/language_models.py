@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,11 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from collapse.batches import Split, collate
 from collapse.hub import use_cache_if_hub_is_silent
 from collapse.lora import use_fused_lora
+from collapse.losses import lm_loss_sum
+from collapse.memory import is_out_of_memory
 from collapse.settings import DISK_FULL, ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
 
 # On a CPU it misses a kernel that nothing here calls.
@@ -80,10 +84,8 @@ def _loading(name: str):
         use_cache_if_hub_is_silent()
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except LOADING_ERRORS as error:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_FULL):
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(
@@ -134,11 +136,64 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
             use_safetensors=True,
         )
     causal_lm.config.use_cache = False  # no generation here
+    note_logit_form(causal_lm)
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # An evaluation would repack the weights in a form without gradients.
             module.support_avx512bf16_for_cpu = False
     return causal_lm.requires_grad_(False)
+
+
+def note_logit_form(causal_lm: nn.Module) -> None:
+    """Tell the LM head what its model does to logits afterwards; lm_loss_sum asks it.
+
+    `logit_scale` multiplies them, then `logit_cap` c makes c tanh(x / c) of them: Cohere and
+    Granite scale, Gemma 2 caps.
+    """
+    config, head = causal_lm.config, causal_lm.get_output_embeddings()
+    head.logit_scale = getattr(config, "logit_scale", None) or 1.0
+    head.logit_scale /= getattr(config, "logits_scaling", None) or 1.0
+    head.logit_cap = getattr(config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
+    """Raise UserError where our LM loss on a few random tokens is not the model's own.
+
+    Some models do to their logits, after the LM head, what note_logit_form does not know.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = list(torch.randint(causal_lm.config.vocab_size, (2, 12), generator=generator))
+    batch = collate(Split(rows, torch.zeros(2, dtype=torch.int64)), range(2), causal_lm.device)
+    own = causal_lm(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
+    embeddings = causal_lm.get_input_embeddings()(batch.input_ids)
+    hidden = causal_lm.base_model(inputs_embeds=embeddings).last_hidden_state
+    head = causal_lm.get_output_embeddings()
+    ours = lm_loss_sum(hidden, batch, head).item() / len(batch.target_index)
+    if not math.isclose(ours, own, rel_tol=1e-3 if hidden.dtype == torch.float32 else 2e-2):
+        raise UserError(
+            f"the LM loss of {name} is {own:.4f} on a few random tokens and {ours:.4f} as its LM "
+            "head alone gives it: the model changes its logits in a way that models with an LM "
+            "loss here do not know; choose another model."
+        )
+
+
+TAKE_PREPARED_MASKS = ("qwen2", "qwen3", "smollm3")  # of those that the pinned transformers knows
+
+
+def without_mask(backbone: nn.Module) -> dict[str, Any]:
+    """Keywords that spare a backbone the making of a mask, where its layers need none.
+
+    transformers would ask a GPU whether rows are packed, in every pass, and so wait for it. Of
+    rows padded on the right it finds that PyTorch's own causal attention does, without a mask;
+    some models can be told so.
+    """
+    config = getattr(backbone, "config", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    known = getattr(config, "model_type", None) in TAKE_PREPARED_MASKS
+    if known and kinds == {"full_attention"} and config._attn_implementation == "sdpa":
+        return {"attention_mask": {"full_attention": None}}
+    return {}
 
 
 def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:

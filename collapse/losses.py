@@ -20,6 +20,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     Given `start`, other states with the linear layer above them, targets are ignored: the sum is
     that of the divergence KL(start's distribution || distribution of the logits). Its slope is
     p - q where the cross-entropy's is p - one_hot(target).
+
+    Logits may be multiplied by `scale` and then held between -cap and cap, by cap tanh(x / cap).
     """
 
     @staticmethod
@@ -31,6 +33,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,  # (T,)
         with_gradients: bool,
         start: tuple[Tensor, nn.Linear] | None = None,  # (T, D) and the layer
+        scale: float = 1.0,
+        cap: float | None = None,
     ) -> Tensor:  # scalar, fp32
         needed = [with_gradients and n for n in ctx.needs_input_grad[:3]]
         of_states, of_weight, of_bias = (
@@ -40,18 +44,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         for first in range(0, len(states), LOGIT_CHUNK_TOKENS):
             part = slice(first, first + LOGIT_CHUNK_TOKENS)
-            log_p = _log_softmax(F.linear(states[part], weight, bias))  # (chunk, V)
+            logits = _in_form(F.linear(states[part], weight, bias), scale, cap)  # (chunk, V)
+            log_p = _log_softmax(logits)
             if start is None:
                 here = targets[part].unsqueeze(1)
                 total -= log_p.gather(1, here).sum()
                 slope = log_p.exp_()
                 slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
             else:
-                log_q = _log_softmax(start[1](start[0][part]))
+                log_q = _log_softmax(_in_form(start[1](start[0][part]), scale, cap))
                 q = log_q.exp()
                 total += (q * (log_q - log_p)).sum()
                 slope = log_p.exp_() - q
-            slope = slope.to(states.dtype)  # d loss / d logits
+            if cap:
+                slope *= 1 - (logits.float() / cap).square()  # tanh' = 1 - tanh^2
+            if scale != 1:
+                slope *= scale
+            slope = slope.to(states.dtype)  # d loss / d what the linear layer gave
             if of_states is not None:
                 of_states[part] = slope @ weight
             if of_weight is not None:
@@ -65,11 +74,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         # In fp32: rounded to bfloat16, the scale would be off by up to 0.2 % for a whole step.
         scaled = (None if g is None else (g.float() * upstream).to(g.dtype) for g in ctx.gradients)
-        return *scaled, None, None, None
+        return *scaled, *[None] * 5
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _in_form(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+    if scale != 1:
+        logits = logits * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def _form_of(lm_head: nn.Linear) -> tuple[float, float | None]:
+    """What the model does to the head's logits; nothing where nobody noted any."""
+    return getattr(lm_head, "logit_scale", 1.0), getattr(lm_head, "logit_cap", None)
 
 
 def lm_loss_sum(
@@ -84,7 +104,8 @@ def lm_loss_sum(
     states = predicting_states(hidden, batch)
     # Inside the function gradients always look disabled, so it is told if anyone will want them.
     wanted = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(states, lm_head.weight, lm_head.bias, targets, wanted)
+    weights = lm_head.weight, lm_head.bias
+    return LinearCrossEntropy.apply(states, *weights, targets, wanted, None, *_form_of(lm_head))
 
 
 def kl_from_start_sum(
@@ -97,9 +118,8 @@ def kl_from_start_sum(
     """
     states, start = (predicting_states(h, batch) for h in (hidden, start_hidden))
     wanted = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(
-        states, lm_head.weight, lm_head.bias, None, wanted, (start, start_head)
-    )
+    weights, form = (lm_head.weight, lm_head.bias), _form_of(lm_head)
+    return LinearCrossEntropy.apply(states, *weights, None, wanted, (start, start_head), *form)
 
 
 def predicting_states(hidden: Tensor, batch: Batch) -> Tensor:

@@ -2,13 +2,17 @@
 
 import math
 import warnings
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from collapse.batches import EVALUATION_TOKENS, Split
+from collapse.batches import EVALUATION_TOKENS, Split, token_budget_batches
+from collapse.settings import UserError
 
 
 class MemoryPlan:
@@ -20,7 +24,8 @@ class MemoryPlan:
     Attributes: `layers` of the backbone, `unpacked` of them; `token_bytes` that the backward pass
     needs kept for one token in all layers, and `boundary_bytes` for one in a layer that recomputes;
     `weight_bytes`, and `unpacking_bytes` that a layer's take more when they are unpacked;
-    `optimizer_bytes` of gradients and AdamW's moments; `free_bytes` for all of it.
+    `optimizer_bytes` of gradients and AdamW's moments; `free_bytes` for all of it; `prefix_tokens`
+    that stand before each row; `tokens` of the pass that was planned last.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
@@ -32,12 +37,19 @@ class MemoryPlan:
             # transformers renames this method; the pinned version knows it.
             warnings.simplefilter("ignore", FutureWarning)
             model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        if hasattr(model.backbone, "disable_input_require_grads"):
+            # Asks embeddings for a gradient, which costs the first layer products of its own and
+            # is needed by the reentrant kind of checkpointing alone.
+            model.backbone.disable_input_require_grads()
         self.layers = [
             m
             for m in model.backbone.modules()
             if m is not model.backbone and hasattr(m, "gradient_checkpointing")
         ]
         self.recompute(0)
+        self.prefix_tokens = int(model.projector is not None)
+        self.tokens = self.typical = self.longest = 0
+        torch.cuda.empty_cache()  # what a model before this one left counts as free
         self.token_bytes = _activation_bytes(model)
         self.boundary_bytes = (
             model.classifier.inner.in_features * next(model.backbone.parameters()).element_size()
@@ -57,10 +69,12 @@ class MemoryPlan:
         self.unpacked, self.unpacking_bytes = 0, plain - leaving
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
-        """Peak of a step of so many tokens with so many layers recomputed."""
+        """Peak of a step of so many tokens with the first so many layers recomputed."""
         layer = self.token_bytes / len(self.layers)
         kept = (len(self.layers) - recomputed) * layer + recomputed * self.boundary_bytes
-        in_work = 2 * layer  # the layer at hand: its activations again, and their gradients
+        # The layer at hand: gradients of its activations, and these once more where none are kept.
+        # What a layer before the last recomputes takes the place of what the last one kept.
+        in_work = layer if recomputed < len(self.layers) else 2 * layer
         return (
             self.weight_bytes
             + self.optimizer_bytes
@@ -69,12 +83,37 @@ class MemoryPlan:
         )
 
     def layers_to_recompute(self, tokens: int) -> int:
-        if self.mode != "auto":
-            return len(self.layers) if self.mode == "on" else 0
-        fits = (
-            n for n in range(len(self.layers)) if self.expected_bytes(tokens, n) <= self.free_bytes
-        )
-        return next(fits, len(self.layers))
+        """As few as fit; where none do, as many as help."""
+        least = len(self.layers) if self.mode == "on" else 0
+        counts = range(least, self.most_recomputed + 1)
+        fits = (n for n in counts if self.expected_bytes(tokens, n) <= self.free_bytes)
+        return next(fits, self.most_recomputed)
+
+    @property
+    def most_recomputed(self) -> int:
+        """The last layer's activations are needed at once: to recompute them saves nothing."""
+        return {"on": len(self.layers), "auto": len(self.layers) - 1, "off": 0}[self.mode]
+
+    def fit(self, tokens: int) -> None:
+        """Before a forward and backward pass of so many tokens."""
+        self.tokens = tokens
+        self.recompute(self.layers_to_recompute(tokens))
+
+    def shrink(self) -> bool:
+        """After the pass that was planned last ran out of memory: expect less of it.
+
+        A tenth at a time, until fewer layers stay unpacked or more recompute; False where neither
+        is left to gain anything.
+        """
+        before = self.expected_bytes(self.tokens, self.layers_to_recompute(self.tokens))
+        while self.unpacked or self.layers_to_recompute(self.tokens) < self.most_recomputed:
+            self.free_bytes = 0.9 * min(self.free_bytes, before)
+            fewer = self.layers_to_unpack(self.typical, self.longest)
+            self.unpack(min(self.unpacked, fewer))
+            count = self.layers_to_recompute(self.tokens)
+            if self.expected_bytes(self.tokens, count) < before:
+                return True
+        return False
 
     def recompute(self, count: int) -> None:
         """Let the first `count` layers recompute their activations in the next backward pass."""
@@ -83,8 +122,9 @@ class MemoryPlan:
 
     def unpack_what_fits(self, split: Split, batch_size: int) -> int:
         """Unpack layers for steps of the split's mean and greatest length; returns how many."""
-        mean, longest = split.lengths.mean() * batch_size, split.lengths.max() * batch_size
-        self.unpack(self.layers_to_unpack(int(mean), int(longest)))
+        lengths = split.lengths + self.prefix_tokens
+        self.typical, self.longest = (int(n * batch_size) for n in (lengths.mean(), lengths.max()))
+        self.unpack(self.layers_to_unpack(self.typical, self.longest))
         return self.unpacked
 
     def layers_to_unpack(self, typical: int, longest: int) -> int:
@@ -96,12 +136,9 @@ class MemoryPlan:
         """
         if not self.unpacking_bytes:
             return 0
-        none, every = 0, len(self.layers)
-        steps = [
-            (typical, every if self.mode == "on" else none),
-            (longest, none if self.mode == "off" else every),
-        ]
-        steps.append((max(EVALUATION_TOKENS.values()) // 2, every))
+        most = self.most_recomputed
+        steps = [(typical, most if self.mode == "on" else 0), (longest, most)]
+        steps.append((max(EVALUATION_TOKENS.values()) // 2, len(self.layers)))
         needed = max(self.expected_bytes(*step) for step in steps)
         spare = self.free_bytes + self.unpacked * self.unpacking_bytes - needed
         return min(len(self.layers), max(0, int(spare // self.unpacking_bytes)))
@@ -130,8 +167,9 @@ class MemoryPlan:
         self.weight_bytes += (count - self.unpacked) * self.unpacking_bytes
         self.unpacked = count
 
-    def describe(self, tokens: int) -> str:
-        """What the longest step, of so many tokens, is expected to need."""
+    def describe(self, rows: int, length: int) -> str:
+        """What the longest step, of so many rows of this length, is expected to need."""
+        tokens = rows * (length + self.prefix_tokens)
         count = self.layers_to_recompute(tokens)
         total, gib = self.expected_bytes(tokens, count), 2**30
         return (
@@ -141,6 +179,48 @@ class MemoryPlan:
             f"the longest step recomputes {count} of {len(self.layers)} layers"
             + (f"; NF4 weights of {self.unpacked} stay unpacked" if self.unpacking_bytes else "")
         )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory was too small: torch's allocator says so, CUDA, or cuBLAS."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and (  # torch.AcceleratorError is one
+        "out of memory" in message or "cublas_status_alloc_failed" in message
+    )
+
+
+def in_batches_that_fit(
+    lengths: np.ndarray, max_tokens: int, run: Callable[[np.ndarray], Any]
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """(rows, run(rows)) for all rows, in batches of at most max_tokens padded tokens.
+
+    A batch that runs out of memory is run again, and all after it, with half its tokens. Raises
+    UserError when one row alone does not fit.
+    """
+    waiting = token_budget_batches(lengths, max_tokens)
+    while waiting:
+        rows, found = waiting[0], None
+        try:
+            found = run(rows)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        if found is not None:
+            del waiting[0]
+            yield rows, found
+            continue
+        if len(rows) == 1:
+            raise UserError(DOES_NOT_FIT)
+        torch.cuda.empty_cache()  # outside of `except`, where the failed pass is no longer held
+        max_tokens = len(rows) * int(lengths[rows].max()) // 2
+        tqdm.write(f"out of GPU memory in an evaluation: batches of {max_tokens} tokens from here")
+        left = np.concatenate(waiting)
+        waiting = [left[batch] for batch in token_budget_batches(lengths[left], max_tokens)]
+
+
+DOES_NOT_FIT = "GPU memory does not hold a single row: use a smaller model or --max-length."
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -183,8 +263,14 @@ def _free_bytes(device: torch.device) -> int:
 def _activation_bytes(model: nn.Module, tokens: int = 64) -> float:
     """Bytes for each token that autograd keeps for the backbone's backward pass.
 
-    Counted in one small forward pass.
+    Counted in two small forward passes: their difference leaves out what no token adds to, such as
+    the adapters' weights in the type of the states.
     """
+    return (_kept_bytes(model, tokens) - _kept_bytes(model, tokens // 2)) / (tokens - tokens // 2)
+
+
+def _kept_bytes(model: nn.Module, tokens: int) -> int:
+    """What autograd keeps of one forward pass of the backbone, beside weights and buffers."""
     device, embedding = next(model.parameters()).device, model.backbone.get_input_embeddings()
     known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -203,9 +289,9 @@ def _activation_bytes(model: nn.Module, tokens: int = 64) -> float:
         torch.random.fork_rng(devices),
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
     ):
-        output = model.train().backbone(
-            inputs_embeds=embedding(torch.zeros(1, tokens, dtype=torch.int64, device=device))
+        output = model.train().run_backbone(
+            embedding(torch.zeros(1, tokens, dtype=torch.int64, device=device))
         )
     model.train(was_training)
     del output
-    return sum(kept.values()) / tokens
+    return sum(kept.values())

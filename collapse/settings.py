@@ -2,6 +2,9 @@
 
 import errno
 import math
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,14 +179,41 @@ def check_bounds(name: str, value: float | None, low: float, high: float) -> Non
 
 def pick_device(name: str) -> torch.device:
     """The device for --device: a CUDA device that is asked for and absent is an error."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu" or torch.cuda.is_available():
+        return torch.device("cuda" if name == "auto" else name)
+    driver = nvidia_driver()
+    found = f"NVIDIA's driver {driver} is here, but torch {torch.__version__} sees no CUDA device"
+    mend = "its builds for CUDA 13 need driver 580 or newer: update the driver, or install a build "
+    mend += "of torch for an older CUDA"
+    if name == "cuda" and driver:
+        raise UserError(f"--device cuda: {found}; {mend}.")
+    if name == "cuda":
         raise UserError(
             "--device cuda, but torch sees no CUDA device: "
             "use --device auto, or install a CUDA build of torch."
         )
-    return torch.device(name)
+    if driver:
+        print(f"warning: {found}; {mend}. This goes on with the CPU.", flush=True)
+    return torch.device("cpu")
+
+
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def nvidia_driver() -> str | None:
+    """Version of the NVIDIA driver that the machine has; None where no GPU shows one."""
+    if DRIVER_FILE.exists():
+        found = re.search(r"(?<= )\d+(\.\d+)+(?= )", DRIVER_FILE.read_text(errors="replace"))
+        return found and found[0]
+    if (tool := shutil.which("nvidia-smi")) is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.match(r"\d+(\.\d+)+", answer.stdout)
+    return found and found[0]
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -205,7 +235,9 @@ def what_to_do(error: Exception) -> str | None:
     """The sentence for a person who can mend what was raised; None for an error of the code."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    from collapse.memory import is_out_of_memory  # which imports this module
+
+    if is_out_of_memory(error):
         return "GPU memory is full: end other programs that use the GPU, or use a smaller model."
     if not isinstance(error, OSError):
         return None

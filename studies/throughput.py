@@ -18,12 +18,16 @@ and its plot.
 """
 
 import dataclasses
+import gc
 import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common  # isort: skip  # before torch: it sets the allocator
 
 import datasets
 import matplotlib.pyplot as plt
@@ -35,8 +39,6 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
 import experiment
 import experiment_7b
 import experiment_agnews_7b

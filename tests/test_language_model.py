@@ -268,7 +268,7 @@ def test_weights_that_stay_unpacked_give_the_same_step_to_the_bit(
     ("mode", "typical", "longest", "evaluation", "binding"),
     [
         ("auto", 1000, 1100, 16, (1000, 0)),
-        ("auto", 100, 1000, 16, (1000, 2)),
+        ("auto", 100, 1000, 16, (1000, 1)),
         ("auto", 100, 100, 4000, (2000, 2)),
         ("on", 1000, 1100, 16, (1100, 2)),
         ("off", 100, 1000, 16, (1000, 0)),
@@ -299,31 +299,6 @@ def test_as_many_layers_stay_unpacked_as_memory_allows(
 
 def test_nothing_is_unpacked_where_nothing_is_packed(qwen):
     assert build(2, qwen).memory_plan.layers_to_unpack(1, 1) == 0
-
-
-def test_out_of_memory_packs_weights_before_it_halves_the_micro_batch(qwen, monkeypatch):
-    model = build(2, qwen, quantization="nf4")
-    trainer = common.make_trainer(
-        model, random_split(8, longest=10, vocabulary=60), tiny_settings(qwen), arm_of(2)
-    )
-    model.memory_plan.unpack(2)
-    accumulate, left = trainer.accumulate_gradients, []
-
-    def short_of_memory(rows):
-        left.append((model.memory_plan.unpacked, trainer.micro_batch_size))
-        if len(left) < 3:
-            raise torch.OutOfMemoryError
-        return accumulate(rows)
-
-    monkeypatch.setattr(trainer, "accumulate_gradients", short_of_memory)
-    plan = model.memory_plan
-    plan.free_bytes = plan.expected_bytes(
-        1000, 1
-    )  # what the packing frees is not spent on activations
-    before = plan.expected_bytes(1000, plan.layers_to_recompute(1000))
-    trainer.step(np.arange(8), 1e-3)
-    assert left == [(2, 8), (0, 8), (0, 4)]
-    assert plan.expected_bytes(1000, plan.layers_to_recompute(1000)) < before
 
 
 def test_the_models_of_a_seed_start_from_the_same_adapters_and_classifier(qwen):
@@ -474,13 +449,13 @@ def test_recomputed_layers_give_the_same_gradients(model_folder, model_number):
 
 def test_memory_plan_recomputes_only_as_many_layers_as_it_must(qwen):
     plan = build(2, qwen).memory_plan
-    needs = [plan.expected_bytes(1000, count) for count in range(3)]
-    assert needs[0] > needs[1] > needs[2]
+    needs = [plan.expected_bytes(1000, count) for count in range(2)]
+    assert needs[0] > needs[1]  # the last layer's activations are needed at once
     for count, need in enumerate(needs):
         plan.free_bytes = need
         assert plan.layers_to_recompute(1000) == count
     plan.free_bytes = 0  # not even then does it fit, and it is tried
-    assert plan.layers_to_recompute(1000) == 2
+    assert plan.layers_to_recompute(1000) == 1
     plan.free_bytes = 2**50
     assert plan.layers_to_recompute(1000) == 0
 

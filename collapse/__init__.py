@@ -1,0 +1,1 @@
+"""What the experiments stand on; nothing here imports common.py or a script."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse.hub import use_cache_if_hub_is_silent
+from collapse.lora import use_fused_lora
 from collapse.settings import DISK_FULL, ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
 
 # On a CPU it misses a kernel that nothing here calls.
@@ -140,22 +141,6 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     return causal_lm.requires_grad_(False)
 
 
-class SixteenBitDropout(nn.Dropout):
-    """Dropout with its mask from 16 random bits a value; the rate is off by at most 2^-17.
-
-    On a CPU torch's own takes five times as long, a quarter of a step.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        dropped = round(self.p * 2**16)
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None)
-        draws = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 .. 2^15 - 1
-        return x * ((draws >= dropped - 2**15).to(x.dtype) * (2**16 / (2**16 - dropped)))
-
-
 def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
     """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the projections, in place.
 
@@ -179,10 +164,7 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls what newer transformers rename
         adapters = peft.get_peft_model(causal_lm, lora)
-    for module in causal_lm.modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer) and module.weight.device.type == "cpu":
-            for name in module.lora_dropout:
-                module.lora_dropout[name] = SixteenBitDropout(config.lora_dropout)
+    use_fused_lora(causal_lm)
     return adapters
 
 

@@ -237,7 +237,9 @@ def tidy_table(results: dict) -> str:
             for train, val in zip(run["train"], run["val"], strict=True):
                 epoch = {"epoch": val["epoch"]}
                 rows.append(place | epoch | _flat("train", train) | _flat("val", val))
-    columns = dict.fromkeys(column for row in rows for column in row)
+    head = ("study", "data", "model", "seed", "epoch")
+    numbers = {column for row in rows for column in row}.difference(head)
+    columns = [*head, *sorted(numbers)]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()

@@ -27,7 +27,6 @@ from collapse.data import limit_task, load_ag_news
 from collapse.files import write_tensors
 from collapse.language_models import (
     LORA_TARGETS,
-    SixteenBitDropout,
     adapter_tensors,
     load_tokenizer,
     standin_folder,
@@ -511,22 +510,6 @@ def test_activation_memory_is_counted_without_a_trace(qwen):
     assert counted > SIZES["num_hidden_layers"] * 4 * (
         6 * SIZES["hidden_size"] + SIZES["intermediate_size"]
     )
-
-
-def test_sixteen_bit_dropout_is_dropout():
-    torch.manual_seed(0)
-    x = torch.randn(301, 999, requires_grad=True)
-    for p in (0.05, 0.5):
-        dropout = SixteenBitDropout(p)
-        y = dropout(x)
-        kept = y != 0
-        assert kept.float().mean().item() == pytest.approx(1 - p, abs=3e-3)
-        torch.testing.assert_close(y[kept], (x / (1 - p))[kept], rtol=1e-4, atol=0)
-        (gradient,) = torch.autograd.grad(y.sum(), x)
-        torch.testing.assert_close(gradient, kept / (1 - p), rtol=1e-4, atol=0)
-        neighbours = (kept[:, 1:] == kept[:, :-1]).float().mean().item()
-        assert neighbours == pytest.approx(p**2 + (1 - p) ** 2, abs=5e-3)  # independent draws
-        assert torch.equal(dropout.eval()(x), x)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

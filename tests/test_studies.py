@@ -1,5 +1,6 @@
 """The studies: the yardstick measures the same model, and the documents say what the JSON says."""
 
+import csv
 import json
 import math
 import subprocess
@@ -14,11 +15,12 @@ import transformers
 from conftest import arm_of, random_split, tiny_config, tiny_model
 
 import common
-from collapse import records
+from collapse import rank_plots, records
 from collapse.batches import Split, collate
+from collapse.files import read_json
 from collapse.language_models import add_lora
 from collapse.memory import MemoryPlan
-from collapse.reports import study_name
+from collapse.reports import cross_dataset_table, study_name, summary_table, tidy_table
 from collapse.settings import ROOT, LanguageModelConfig
 
 
@@ -485,3 +487,31 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
     row = cells(findings.table_cross(own, results), "model2 - model1")
     assert list(row)[1:3] == ["Data (9 / 8 rows, bfloat16)", "Other (9 / 8 rows, float32)"]
     assert [cell.split()[0] for cell in list(row.values())[1:]] == ["+1.00", "+0.00", "+1.00"]
+
+
+PUBLISHED = sorted(p for p in ROOT.glob("results*/**/results.json") if "limit-" not in str(p))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_published_results_are_readable_and_their_csv_says_the_same(path):
+    results = read_json(path)
+    assert summary_table(results, common.find_arm).count("(n = ") == len(results["models"])
+    assert cross_dataset_table(results) if "cross_dataset" in results else True
+    if not results["git_commit"].endswith("-modified"):  # a run of your own writes its CSV itself
+        assert (path.parent / "results.csv").read_text() == tidy_table(results)
+    rows = list(csv.DictReader((path.parent / "results.csv").open()))
+    for row in rows:
+        run = results["models"][row["model"]][row["seed"]]
+        record = run["val"][int(row["epoch"]) - 1] if row["epoch"] != "0" else run["initial"]
+        assert float(row["val_accuracy"]) == record["accuracy"]
+    epochs = results["settings"]["config"]["epochs"]
+    assert len(rows) == (epochs + 1) * sum(map(len, results["models"].values()))
+
+
+def test_published_ranks_are_readable():
+    results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    table = records.table(results, common.find_arm)
+    for name, result in results.items():
+        assert name in table
+        shown = rank_plots.shown_models(result, common.find_arm)
+        assert [model.key for model in shown] == ["pretrained", "model1", "model2", "model3"]

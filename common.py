@@ -50,10 +50,12 @@ from collapse.language_models import (
 )
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
+from collapse.measuring import Measuring
 from collapse.memory import MemoryPlan, count_parameters
 from collapse.metrics import analyse_engrams, rank_metrics
 from collapse.optimizer import SharedScaleAdamW
 from collapse.progress import Progress, Training
+from collapse.rows import measure_rows
 from collapse.settings import (
     DEFAULT_MODEL,
     NOT_IN_FINGERPRINT,
@@ -649,7 +651,7 @@ def validate(trainer: Trainer, split: Split) -> Validation:
         carried = evaluate(trainer.model, split, carried_engrams(cold.engrams))
         record["carried"] = carried.record(trainer.arm, trainer.config)
         correct["carried"] = carried.correct()
-    return Validation(record, correct, cold)
+    return Validation(record, correct, measure_rows(cold.logits, cold.labels), cold)
 
 
 @torch.inference_mode()
@@ -851,6 +853,7 @@ class Run:
             label=training.name,
             trainer=trainer,
             validate=partial(validate, trainer, validation),
+            measure=Measuring(trainer.model, train, validation),
             config=self.config,
             seed=seed,
             folder=training.folder,

@@ -256,8 +256,9 @@ def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, An
     """How much better is b than a? From right-or-wrong arrays (S, N): S seeds trained alike, the
     same N rows.
 
-    `difference` is b's mean accuracy minus a's. `seeds` gives its 95 % t interval over seeds,
-    paired by seed (another training); `examples` a paired bootstrap interval over rows, seeds
+    `difference` is b's mean accuracy minus a's, and `interval` its crossed_interval, which claims
+    rest on. Beside it, each of one kind of variance alone: `seeds`, the 95 % t interval over seeds,
+    paired by seed (another training); `examples`, a paired bootstrap interval over rows, seeds
     averaged (another validation set). `mcnemar_p` is the exact two-sided p of McNemar's test for
     each seed. See Dror et al. 2018, Bouthillier et al. 2021.
     """
@@ -278,6 +279,7 @@ def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, An
     only_b, only_a = ((b > a).sum(1), (a > b).sum(1))  # (S,) discordant rows
     return {
         "difference": float(per_row.mean()),
+        "interval": crossed_interval(b - a),
         "seeds": mean_interval((b - a).mean(1)),
         "examples": {"low": float(low), "high": float(high), "n": len(per_row)},
         "mcnemar_p": [

@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from collapse.language_models import (
     load_causal_lm,
     load_tokenizer,
 )
+from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
 from collapse.measuring import Measuring
@@ -204,15 +205,6 @@ class EngramProjector(nn.Module):
 
     def forward(self, engram: Tensor) -> Tensor:  # (B, E) -> (B, 1, D)
         return self.linear(engram).unsqueeze(1)
-
-
-def pool(hidden: Tensor, text_mask: Tensor) -> Tensor:
-    """Mean over text tokens, in fp32: (B, D).
-
-    hidden is (B, L, D), or with a prefix (B, 1 + L, D); text_mask (B, L) is True on text.
-    """
-    mask = text_mask.unsqueeze(-1)
-    return (hidden[:, -text_mask.shape[1] :].float() * mask).sum(1) / mask.sum(1)
 
 
 @dataclass
@@ -608,9 +600,7 @@ class Evaluation:
     pooled: np.ndarray  # (N, D)
     intermediate: np.ndarray  # (N, classifier's inner size)
     engrams: np.ndarray | None  # (N, E)
-    # (depth, N, D) pooled states: the embeddings, each layer's output, and `pooled`, which a final
-    # norm sets apart from the last.
-    layers: np.ndarray | None
+    layers: LayerStates | None  # with_layers; its last depth is `pooled`
     cls_loss: float  # mean over rows
     lm_loss: float | None  # mean over target tokens
 
@@ -661,7 +651,7 @@ def evaluate(
     """Run a split through the model without dropout.
 
     engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram.
-    with_layers also keeps every layer's pooled states. Leaves the model in evaluation mode and the
+    with_layers also keeps every layer's states, pooled. Leaves the model in evaluation mode and the
     random generators as they were.
     """
     model.eval()
@@ -669,19 +659,22 @@ def evaluate(
     batches = token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type])
     outputs: list[tuple[Tensor | None, ...]] = []
     cls_loss = lm_loss = 0.0
-    targets = 0
+    targets, layers = 0, None
     for rows in batches:
         batch = collate(split, rows, device)
         prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
-        watch = pooled_inputs_of_layers(model) if with_layers else contextlib.nullcontext()
-        with watch as layers:
+        with summaries_of_layers(model) if with_layers else contextlib.nullcontext() as found:
             out = model(batch.input_ids, batch.text_mask, prefix)
         cls_loss += F.cross_entropy(out.logits, batch.labels, reduction="sum").item()
         if model.lm_head is not None:
             lm_loss += lm_loss_sum(out.hidden, batch, model.lm_head).item()
             targets += len(batch.target_index)
-        depth = torch.stack([*layers, out.pooled], dim=1) if with_layers else None  # (B, depth, D)
-        parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram, depth)
+        if with_layers:
+            found.append(summarize_states(out.hidden, batch.text_mask))
+            size = out.pooled.shape[1]
+            layers = layers or LayerStates.empty(len(found), len(split.labels), size)
+            layers.put(rows, found)
+        parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram)
         outputs.append(tuple(None if part is None else part.cpu() for part in parts))
     back = np.argsort(np.concatenate(batches))
     columns = [
@@ -689,38 +682,11 @@ def evaluate(
         for column in zip(*outputs, strict=True)
     ]
     return Evaluation(
-        *columns[:5],
-        layers=None if columns[5] is None else columns[5].swapaxes(0, 1),
+        *columns,
+        layers=layers,
         cls_loss=cls_loss / len(back),
         lm_loss=lm_loss / max(1, targets) if model.lm_head is not None else None,
     )
-
-
-@contextlib.contextmanager
-def pooled_inputs_of_layers(model: DualHeadModel) -> Iterator[list[Tensor]]:
-    """Yields a list that holds, after a forward pass, what layers and final norm got: (B, D) each.
-
-    Pooled as the pass goes on: the hidden states of two layers never exist at one time.
-    """
-    found: list[Tensor] = []
-    text_mask = None
-
-    def start(module, arguments) -> None:
-        nonlocal text_mask
-        text_mask = arguments[1]
-        found.clear()
-
-    def catch(module, arguments) -> None:
-        found.append(pool(arguments[0], text_mask))
-
-    final_norm = [model.backbone.norm] if hasattr(model.backbone, "norm") else []
-    handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_pre_hook(catch) for m in (*model.backbone.layers, *final_norm)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def carried_engrams(engrams: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,8 +51,10 @@ from collapse.language_models import (
     load_tokenizer,
     without_mask,
 )
+from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
+from collapse.measuring import Measuring
 from collapse.memory import (
     DOES_NOT_FIT,
     MemoryPlan,
@@ -63,6 +65,7 @@ from collapse.memory import (
 from collapse.metrics import analyse_engrams, rank_metrics
 from collapse.optimizer import SharedScaleAdamW
 from collapse.progress import Progress, Training
+from collapse.rows import measure_rows
 from collapse.settings import (
     DEFAULT_MODEL,
     NOT_IN_FINGERPRINT,
@@ -211,15 +214,6 @@ class EngramProjector(nn.Module):
 
     def forward(self, engram: Tensor) -> Tensor:  # (B, E) -> (B, 1, D)
         return self.linear(engram).unsqueeze(1)
-
-
-def pool(hidden: Tensor, text_mask: Tensor) -> Tensor:
-    """Mean over text tokens, in fp32: (B, D).
-
-    hidden is (B, L, D), or with a prefix (B, 1 + L, D); text_mask (B, L) is True on text.
-    """
-    mask = text_mask.unsqueeze(-1)
-    return (hidden[:, -text_mask.shape[1] :].float() * mask).sum(1) / mask.sum(1)
 
 
 @dataclass
@@ -620,9 +614,7 @@ class Evaluation:
     pooled: np.ndarray  # (N, D)
     intermediate: np.ndarray  # (N, classifier's inner size)
     engrams: np.ndarray | None  # (N, E)
-    # (depth, N, D) pooled states: the embeddings, each layer's output, and `pooled`, which a final
-    # norm sets apart from the last.
-    layers: np.ndarray | None
+    layers: LayerStates | None  # with_layers; its last depth is `pooled`
     cls_loss: float  # mean over rows
     lm_loss: float | None  # mean over target tokens
 
@@ -663,7 +655,7 @@ def validate(trainer: Trainer, split: Split) -> Validation:
         carried = evaluate(trainer.model, split, carried_engrams(cold.engrams))
         record["carried"] = carried.record(trainer.arm, trainer.config)
         correct["carried"] = carried.correct()
-    return Validation(record, correct, cold)
+    return Validation(record, correct, measure_rows(cold.logits, cold.labels), cold)
 
 
 @torch.inference_mode()
@@ -673,23 +665,28 @@ def evaluate(
     """Run a split through the model without dropout.
 
     engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram.
-    with_layers also keeps every layer's pooled states. Leaves the model in evaluation mode and the
+    with_layers also keeps every layer's states, pooled. Leaves the model in evaluation mode and the
     random generators as they were.
     """
     model.eval()
     device = next(model.parameters()).device
+    layers = None
 
     def run(rows: np.ndarray) -> tuple:
+        nonlocal layers
         batch = collate(split, rows, device)
         prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
-        watch = pooled_inputs_of_layers(model) if with_layers else contextlib.nullcontext()
-        with watch as layers:
+        with summaries_of_layers(model) if with_layers else contextlib.nullcontext() as found:
             out = model(batch.input_ids, batch.text_mask, prefix)
         cls_loss = F.cross_entropy(out.logits, batch.labels, reduction="sum").item()
         lm = model.lm_head is not None
         lm_loss = lm_loss_sum(out.hidden, batch, model.lm_head).item() if lm else 0.0
-        depth = torch.stack([*layers, out.pooled], dim=1) if with_layers else None  # (B, depth, D)
-        parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram, depth)
+        if with_layers:
+            found.append(summarize_states(out.hidden, batch.text_mask))
+            size = out.pooled.shape[1]
+            layers = layers or LayerStates.empty(len(found), len(split.labels), size)
+            layers.put(rows, found)
+        parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram)
         return [None if part is None else part.cpu() for part in parts], cls_loss, lm_loss
 
     runs = in_batches_that_fit(split.lengths, EVALUATION_TOKENS[device.type], run)
@@ -701,40 +698,13 @@ def evaluate(
         for column in zip(*outputs, strict=True)
     ]
     return Evaluation(
-        *columns[:5],
-        layers=None if columns[5] is None else columns[5].swapaxes(0, 1),
+        *columns,
+        layers=layers,
         cls_loss=sum(cls_losses) / len(back),
         lm_loss=sum(lm_losses) / max(1, count_targets(split, range(len(back))))
         if model.lm_head is not None
         else None,
     )
-
-
-@contextlib.contextmanager
-def pooled_inputs_of_layers(model: DualHeadModel) -> Iterator[list[Tensor]]:
-    """Yields a list that holds, after a forward pass, what layers and final norm got: (B, D) each.
-
-    Pooled as the pass goes on: the hidden states of two layers never exist at one time.
-    """
-    found: list[Tensor] = []
-    text_mask = None
-
-    def start(module, arguments) -> None:
-        nonlocal text_mask
-        text_mask = arguments[1]
-        found.clear()
-
-    def catch(module, arguments) -> None:
-        found.append(pool(arguments[0], text_mask))
-
-    final_norm = [model.backbone.norm] if hasattr(model.backbone, "norm") else []
-    handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_pre_hook(catch) for m in (*model.backbone.layers, *final_norm)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def carried_engrams(engrams: np.ndarray) -> np.ndarray:
@@ -867,6 +837,7 @@ class Run:
             label=training.name,
             trainer=trainer,
             validate=partial(validate, trainer, validation),
+            measure=Measuring(trainer.model, train, validation),
             config=self.config,
             seed=seed,
             folder=training.folder,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from collapse.batches import length_grouped_batches
@@ -16,6 +17,7 @@ from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weig
 from collapse.files import append_line, drop_lines_after, read_tensors, write_tensors
 from collapse.optimizer import learning_rate_at
 from collapse.progress import Progress
+from collapse.rows import file_of
 from collapse.settings import RunConfig, UserError
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
@@ -74,6 +76,7 @@ class Validation:
 
     record: dict[str, Any]  # accuracy, losses, rank: what results.json holds
     correct: dict[str, str]  # evaluation -> a character for each row, 1 where it is right
+    rows: dict[str, Tensor]  # collapse.rows: what is kept of each row at the best and last epoch
     details: Any  # whatever the caller wants of the last one
 
 
@@ -86,12 +89,14 @@ class TrainingLoop:
         trainer: has model, split, optimizer; `step(rows, learning_rate)` returns StepSums and
             `record(sums)` their means.
         validate: the model's Validation as it stands.
+        measure: numbers of the model as it stands, every config.measure_every steps.
         progress: is told of every step and evaluation; of those behind it after a kill, too.
     """
 
     label: str
     trainer: Any
     validate: Callable[[], Validation]
+    measure: Callable[[], dict[str, Any]]
     config: RunConfig
     seed: int
     folder: Path
@@ -108,11 +113,11 @@ class TrainingLoop:
         self.batches_per_epoch = math.ceil(len(self.trainer.split.labels) / self.config.batch_size)
         self.started = self.saved = time.monotonic()
         history = self.history = self.resume() if self.checkpoint.exists() else self.begin()
-        details = None
+        last = None
         while history.epoch < self.config.epochs:
             try:
                 self.train_epoch()
-                details = self.end_epoch()
+                last = self.end_epoch()
             except FloatingPointError as error:
                 good = "no checkpoint was written yet"
                 if self.checkpoint.exists():
@@ -123,10 +128,11 @@ class TrainingLoop:
                     "Try a smaller --learning-rate with another --output-dir."
                 ) from None
             self.save()
-        if details is None:  # killed between the last epoch and the end
-            details = self.validate().details
+        if last is None:  # killed between the last epoch and the end
+            last = self.validate()
         save_weights(self.folder, "final", self.trainer.model, history.epoch)
-        return history, details
+        write_tensors(file_of(self.folder, "final"), last.rows, {"epoch": history.epoch})
+        return history, last.details
 
     @property
     def checkpoint(self) -> Path:
@@ -140,6 +146,8 @@ class TrainingLoop:
         self.log.unlink(missing_ok=True)
         initial = self.timed_validation().record
         append_line(self.log, {"step": 0, "epoch": 0, "validation": initial})
+        if self.config.measure_every:
+            append_line(self.log, {"step": 0, "epoch": 0, "measured": self.measure()})
         return History(initial=initial)
 
     def resume(self) -> History:
@@ -180,6 +188,8 @@ class TrainingLoop:
             self.progress.step()
             if (self.step + 1) % LOG_STEPS == 0:
                 self.log_steps()
+            if self.config.measure_every and (self.step + 1) % self.config.measure_every == 0:
+                self.log_measures(sums)
             if time.monotonic() - self.saved > CHECKPOINT_SECONDS and number + 1 < len(batches):
                 self.save()
 
@@ -189,7 +199,13 @@ class TrainingLoop:
         append_line(self.log, place | self.trainer.record(self.history.unlogged))
         self.history.unlogged = StepSums()
 
-    def end_epoch(self) -> Any:
+    def log_measures(self, sums: StepSums) -> None:
+        """A line of metrics.jsonl: the model after this step, and the step's gradient."""
+        place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
+        measured = {**self.measure(), "grad_norm": sums.grad_norm}
+        append_line(self.log, place | {"measured": measured})
+
+    def end_epoch(self) -> Validation:
         """Validate, append the epoch's records, keep the weights if they are the best so far."""
         history = self.history
         validation = self.timed_validation()
@@ -203,8 +219,9 @@ class TrainingLoop:
         append_line(self.log, place | {"validation": validation.record})
         if history.best_epoch() == history.epoch:
             save_weights(self.folder, "best", self.trainer.model, history.epoch)
+            write_tensors(file_of(self.folder, "best"), validation.rows, {"epoch": history.epoch})
         self.progress.say(epoch_line(self.label, history, self.config.epochs), time_left=True)
-        return validation.details
+        return validation
 
     def timed_validation(self) -> Validation:
         started = time.monotonic()

@@ -116,20 +116,14 @@ def neural_collapse_metrics(
     residuals = features - means[position]  # (N, D)
     spread = np.array([(residuals[labels == c] ** 2).sum(1).mean() for c in classes])  # (C,) v_c
     floor = np.finfo(np.float64).eps * (1 + np.abs(features).max())  # lengths below it are rounding
-    first, second = np.triu_indices(
-        len(classes), 1
-    )  # each pair once: every measure below is symmetric in it
+    first, second = np.triu_indices(len(classes), 1)  # a pair once: what follows is symmetric
 
     apart = ((means[first] - means[second]) ** 2).sum(1)
     directions = _unit(centred, floor)
-    angles = -np.log(
-        np.maximum(
-            np.linalg.norm(directions[first] - directions[second], axis=1), np.finfo(np.float64).eps
-        )
-    )
-    _, s, axes = np.linalg.svd(
-        centred / math.sqrt(len(classes)), full_matrices=False
-    )  # S_B = axes' s^2 axes
+    chords = np.linalg.norm(directions[first] - directions[second], axis=1)
+    angles = -np.log(np.maximum(chords, np.finfo(np.float64).eps))
+    # S_B = axes' s^2 axes
+    _, s, axes = np.linalg.svd(centred / math.sqrt(len(classes)), full_matrices=False)
     kept = s > floor * max(centred.shape)
     within = ((residuals @ axes[kept].T) ** 2).mean(0)  # S_W along those axes
     metrics = {

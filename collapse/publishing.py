@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse import plots, reports
+from collapse import plots, reports, rows
 from collapse.files import RunFolder, locked, read_tensors, through_json, write_file, write_json
 
 
@@ -26,7 +26,8 @@ def publish(
         models = folder.finished()
         models = {name: models[name] for name in sorted(models, key=lambda n: find_arm(n).place)}
         results = {**through_json(head), "models": models}
-        results["comparisons"] = reports.compare_all(models)
+        rows.publish_rows(folder.path)
+        results["comparisons"] = reports.compare_all(models, rows.read_rows(folder.path))
         if found := reports.find_other(other, results):
             results["cross_dataset"] = reports.compare_datasets(results, found)
         write_json(folder.results_file, results)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from collapse.files import read_json, settings_difference
+from collapse.rows import RowResults, compare_losses
 from collapse.settings import UserError
 from collapse.statistics import (
     compare_models,
@@ -38,8 +39,13 @@ def pairs_of(models: Iterable[str]) -> dict[str, tuple[str, str, str, str]]:
     return COMPARISONS | {f"{b} - {a}": (a, b, "cold", "cold") for b, a in against}
 
 
-def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
-    """compare_models for every pair at the final and the best epoch, over the seeds of both."""
+def compare_all(
+    models: dict[str, dict[str, dict]], rows_of: dict[str, dict[str, dict[str, RowResults]]]
+) -> dict[str, dict]:
+    """compare_models for every pair at the final and the best epoch, over the seeds of both.
+
+    rows_of: what rows.read_rows gives; pairs that are evaluated alike have compare_losses beside.
+    """
     comparisons: dict[str, dict] = {"final": {}, "best": {}}
     pairs = pairs_of(models).items()
     for epoch, (name, (a, b, kind_a, kind_b)) in itertools.product(comparisons, pairs):
@@ -49,7 +55,10 @@ def compare_all(models: dict[str, dict[str, dict]]) -> dict[str, dict]:
                 [list(map(int, models[m][s]["correct"][f"{epoch}_{kind}"])) for s in seeds]
                 for m, kind in ((a, kind_a), (b, kind_b))
             ]
-            comparisons[epoch][name] = compare_models(*map(np.array, rows))
+            found = compare_models(*map(np.array, rows))
+            if kind_a == kind_b == "cold":
+                found |= compare_losses(rows_of, a, b, epoch)
+            comparisons[epoch][name] = found
     return comparisons
 
 
@@ -180,13 +189,17 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
         )
     comparisons = results["comparisons"]["final"]
     if comparisons:
-        heads = f"{'models':26}{'mean [over seeds]':30}{'[over examples]':20}McNemar's p, each seed"
+        heads = f"{'models':26}{'mean [over seeds and rows]':30}{'[over seeds]':20}"
+        heads += f"{'[over rows]':20}McNemar's p, each seed"
         lines += ["", "difference in points, final epoch [95 % intervals]", heads]
     for name, comparison in comparisons.items():
-        seeds = format_interval(comparison["seeds"], scale=100, sign="+")
-        examples = format_bounds(comparison["examples"], scale=100, sign="+")
+        no_interval = {"mean": comparison["difference"], "low": None}  # of an older run
+        both = format_interval(comparison.get("interval", no_interval), scale=100, sign="+")
+        seeds, examples = (
+            format_bounds(comparison[kind], scale=100, sign="+") for kind in ("seeds", "examples")
+        )
         p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:26}{seeds:30}{examples:20}{p}")
+        lines.append(f"{name:26}{both:30}{seeds:20}{examples:20}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():

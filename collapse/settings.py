@@ -60,6 +60,9 @@ class RunConfig:
     cluster_memory_gib: int = 16
     # Partition of the cluster. Default: the cluster's own.
     cluster_partition: str | None = None
+    # Optimizer steps between two measures of collapse (256 validation rows) and training loss (256
+    # training rows), in metrics.jsonl; 0 makes none. Training is the same with and without.
+    measure_every: int = 0
     # Delete what this output folder holds of earlier runs, every model and seed of it, and train
     # anew.
     fresh: bool = False
@@ -130,6 +133,7 @@ NOT_IN_FINGERPRINT = (
     "cluster_minutes",
     "cluster_memory_gib",
     "cluster_partition",
+    "measure_every",
     "fresh",
     "gradient_checkpointing",
 )
@@ -151,6 +155,7 @@ def check_config(config: RunConfig) -> None:
         "max_length": (1, math.inf),
         "train_limit": (1, math.inf),
         "eval_limit": (1, math.inf),
+        "measure_every": (0, math.inf),
         "learning_rate": (1e-12, 1e3),
         "weight_decay": (0, 1e3),
         "warmup_fraction": (0, 1),

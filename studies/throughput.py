@@ -18,7 +18,6 @@ and its plot.
 """
 
 import dataclasses
-import gc
 import math
 import sys
 import tempfile

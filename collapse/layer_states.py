@@ -1,0 +1,124 @@
+"""What a model's layers hold of each text, pooled as the pass goes on, and numbers of it by depth.
+
+A pretrained model makes an attention sink of the first token: in some layers its state is hundreds
+of times as long as the others', and a mean over tokens is then that one state over the number of
+tokens. So everything is pooled twice, with the first token and without it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from collapse.metrics import rank_metrics, ranks_from_gram
+from collapse.spread import length_share, sink_ratio, spreads, within_classes
+
+
+@dataclass
+class LayerStates:
+    """Hidden states by depth: the embeddings, each layer's output, and what a final norm makes of
+    the last one.
+
+    The second axis is (all text tokens, all but the first); a row of one token has it in both.
+    """
+
+    pooled: np.ndarray  # (depth, 2, N, D) means over those tokens, fp32; [-1, 0] the classifier's
+    norms: np.ndarray  # (depth, 2, N) norm of the first token's state, mean norm of the others'
+
+    @classmethod
+    def empty(cls, depth: int, rows: int, size: int) -> "LayerStates":
+        pooled = np.empty((depth, 2, rows, size), np.float32)
+        return cls(pooled, np.empty((depth, 2, rows), np.float32))
+
+    def put(self, rows: np.ndarray, found: list[tuple[Tensor, Tensor]]) -> None:
+        """The states of a batch's rows, as summarize_states gives them for each depth."""
+        for depth, (pooled, norms) in enumerate(found):
+            self.pooled[depth][:, rows] = pooled.cpu().numpy()
+            self.norms[depth][:, rows] = norms.cpu().numpy()
+
+
+def pool(hidden: Tensor, text_mask: Tensor) -> Tensor:
+    """Mean over text tokens, in fp32: (B, D).
+
+    hidden is (B, L, D), or with a prefix (B, 1 + L, D); text_mask (B, L) is True on text.
+    """
+    mask = text_mask.unsqueeze(-1)
+    return (hidden[:, -text_mask.shape[1] :].float() * mask).sum(1) / mask.sum(1)
+
+
+def without_first(text_mask: Tensor) -> Tensor:
+    """text_mask (B, L) less each row's first token, which a row of one token keeps."""
+    rest = text_mask.clone()
+    rest[:, 0] = text_mask.sum(1) == 1
+    return rest
+
+
+def summarize_states(hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(2, B, D) and (2, B), as LayerStates holds them, of one depth's states.
+
+    hidden is (B, L, D), or with a prefix (B, 1 + L, D).
+    """
+    rest, text = without_first(text_mask), hidden[:, -text_mask.shape[1] :]
+    norms = torch.linalg.vector_norm(text, dim=-1, dtype=torch.float32)  # (B, L)
+    others = (norms * rest).sum(1) / rest.sum(1)  # (B,)
+    pooled = torch.stack([pool(text, text_mask), pool(text, rest)])
+    return pooled, torch.stack([norms[:, 0], others])
+
+
+@contextlib.contextmanager
+def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields a list that holds, after a pass, summarize_states of what layers and final norm got.
+
+    model is a DualHeadModel. Made as the pass goes on: the hidden states of two layers never exist
+    at one time.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+    text_mask = None
+
+    def start(module, arguments) -> None:
+        nonlocal text_mask
+        text_mask = arguments[1]
+        found.clear()
+
+    def catch(module, arguments) -> None:
+        found.append(summarize_states(arguments[0], text_mask))
+
+    final_norm = [model.backbone.norm] if hasattr(model.backbone, "norm") else []
+    handles = [model.register_forward_pre_hook(start)]
+    handles += [m.register_forward_pre_hook(catch) for m in (*model.backbone.layers, *final_norm)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def records_by_depth(
+    states: LayerStates, labels: np.ndarray, lengths: np.ndarray
+) -> list[dict[str, float]]:
+    """Numbers of each depth: of all text tokens' means, and `_without_first` of the others'.
+
+    rank_metrics, effective_rank_within, within_spread and between_spread, length_share (all of
+    collapse.spread) and `sink_ratio`, first token's norm over the others'. labels, lengths (N,).
+    """
+    records = []
+    for (pooled, rest), (first, others) in zip(states.pooled, states.norms, strict=True):
+        record = rank_metrics(pooled)
+        record |= numbers_of(pooled, labels, lengths, "")
+        record["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
+        record |= numbers_of(rest, labels, lengths, "_without_first")
+        records.append(record | {"sink_ratio": float(sink_ratio(first, others))})
+    return records
+
+
+def numbers_of(
+    pooled: np.ndarray, labels: np.ndarray, lengths: np.ndarray, suffix: str
+) -> dict[str, float]:
+    """What rank_metrics does not tell of pooled states (N, D)."""
+    within = ranks_from_gram(within_classes(pooled, labels))["effective_rank"]
+    share = length_share(pooled, lengths)
+    numbers = {"effective_rank_within": within, "length_share": share, **spreads(pooled, labels)}
+    return {name + suffix: value for name, value in numbers.items()}

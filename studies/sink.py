@@ -1,0 +1,139 @@
+"""The first token as an attention sink: what of a rank is one token and the length of the texts?
+
+SST-2's validation rows run through a pretrained causal LM as it is, before any fine-tuning. For
+each layer: effective rank of states pooled over all text tokens and over all but the first, the
+share of the variance that 1/length explains, and the first token's norm over the others'.
+Results: sink.json, sink.csv and sink.png in studies/results/sink/.
+"""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from collapse.batches import encode_rows
+from collapse.data import limit_task, load_sst2
+from collapse.files import environment, write_file, write_json
+from collapse.language_models import fill_in_for, find_model, load_causal_lm, load_tokenizer
+from collapse.layer_states import records_by_depth
+from collapse.plots import save_figure
+from collapse.settings import (
+    ROOT,
+    STANDIN_MODEL,
+    LanguageModelConfig,
+    UserError,
+    pick_device,
+    run_script,
+)
+
+COLUMNS = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
+COLUMNS += ("effective_rank_within_without_first", "length_share", "length_share_without_first")
+COLUMNS += ("sink_ratio",)
+
+
+@dataclass
+class Config:
+    """Settings; the comment above a field is its --help text."""
+
+    # Pretrained causal LM: a name on the Hugging Face hub, a folder, or smollm2-135m.
+    model: str = STANDIN_MODEL
+    # Folder with SST-2 in its official layout. Default: the Hugging Face cache, then the hub.
+    data_dir: Path | None = None
+    # Folder for the results. Default: studies/results/sink, for another model a subfolder.
+    output_dir: Path | None = None
+    # Use this many validation rows, a fixed draw. Default: all.
+    eval_limit: int | None = None
+    # Where to compute; auto takes a GPU when there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def measure(config: Config) -> dict:
+    """What sink.json holds: where the numbers come from, and `layers`, a record for each depth."""
+    device = pick_device(config.device)
+    torch.set_num_threads(1)  # as the published numbers were made
+    task = load_sst2(config.data_dir)
+    if task is None:
+        raise UserError("SST-2 is neither in the Hugging Face cache nor on the hub: --data-dir.")
+    task = limit_task(task, None, config.eval_limit)
+    settings = LanguageModelConfig(model=find_model(config.model), quantization="none")
+    settings = fill_in_for(device, settings)
+    causal_lm = load_causal_lm(settings, device).eval()
+    size = causal_lm.config.hidden_size
+    head = common.ClassificationHead(size, 1, 2).to(device)  # nothing reads it
+    model = common.DualHeadModel(causal_lm.base_model, size, head)
+    split = encode_rows(task.validation, load_tokenizer(config.model), settings.max_length)
+    states = common.evaluate(model, split, with_layers=True).layers
+    layers = records_by_depth(states, split.labels.numpy(), split.lengths)
+    return {
+        "model": Path(config.model).name,
+        "data": task.summary(),
+        "lengths": {"mean": float(split.lengths.mean()), "shortest": int(split.lengths.min())},
+        **environment(device),
+        "layers": [{name: layer[name] for name in COLUMNS} for layer in layers],
+    }
+
+
+def table(results: dict) -> str:
+    """A CSV with a row for each layer; 0 are the embeddings, the last is behind the final norm."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("model", "layer", *COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    for number, layer in enumerate(results["layers"]):
+        writer.writerow({"model": results["model"], "layer": number, **layer})
+    return text.getvalue()
+
+
+PANELS = {
+    "effective rank of pooled states": ("effective_rank", "effective_rank_without_first"),
+    "share of variance that 1/length explains": ("length_share", "length_share_without_first"),
+    "first token's norm over the others'": ("sink_ratio",),
+}
+LOOKS = (("#D55E00", "o", "all text tokens"), ("#0072B2", "s", "without the first token"))
+
+
+def plot(path: Path, results: dict) -> None:
+    """Three panels over layers: rank, share of length, norms."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    depths = range(len(results["layers"]))
+    for axis, (label, names) in zip(axes, PANELS.items(), strict=True):
+        for name, (color, marker, legend) in zip(names, LOOKS, strict=False):
+            values = [layer[name] for layer in results["layers"]]
+            axis.plot(depths, values, color=color, marker=marker, markersize=4, label=legend)
+        axis.set(xlabel="layer (0: embeddings; last: after the final norm)", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_ylim(0, 1)
+    axes[2].set_yscale("log")
+    for axis in axes[:2]:
+        axis.legend(fontsize=8)
+    rows = results["data"]["validation_rows"]
+    title = f"{results['model']} before fine-tuning, {results['data']['name']}"
+    figure.suptitle(f"{title}: {rows:,} validation rows")
+    save_figure(figure, path)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    results = measure(config)
+    default = ROOT / "studies" / "results" / "sink"
+    if config.model != STANDIN_MODEL:
+        default = default / results["model"]
+    folder = config.output_dir or default
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sink.json", results)
+    write_file(folder / "sink.csv", table(results).encode())
+    plot(folder / "sink.png", results)
+    print(table(results), end="")
+    print(f"results: {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

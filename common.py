@@ -38,7 +38,6 @@ from collapse.files import (
     RunFolder,
     digest_weights,
     environment,
-    read_json,
     write_json,
     write_tensors,
 )
@@ -768,7 +767,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     left = [training for training in trainings if not training.finished]
     run.config.workers = jobs.how_many(config, device, len(left))
     jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
-    results = read_json(folder.results_file) if left else run.publish()
+    results = run.publish()  # a command that shares the folder may have ended before it could
     print(reports.summary_table(results, find_arm), flush=True)
     if "cross_dataset" in results:
         print(reports.cross_dataset_table(results), flush=True)
@@ -825,6 +824,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
+        self.folder.check()
         name, _, seed = training.folder.name.rpartition("-seed")
         arm, seed = find_arm(name), int(seed)
         torch.manual_seed(seed)

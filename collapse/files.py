@@ -171,17 +171,30 @@ class RunFolder:
         when fresh is set while another command trains here.
         """
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
-        self.published, settings = None, through_json(settings)
+        self.published, self.settings = None, through_json(settings)
         with locked(path):
             if fresh and any(is_held(lock.parent) for lock in self.state.glob("*-seed*/.lock")):
                 raise UserError(
                     f"another command trains in {path}, and --fresh would delete its work: "
                     "stop it, wait for its end, or choose another --output-dir."
                 )
-            self._open(settings, fresh)
+            self._open(self.settings, fresh)
+
+    @property
+    def settings_file(self) -> Path:
+        return self.state / "settings.json"
+
+    def check(self) -> None:
+        """Raise UserError when another command has begun another study here since, with --fresh."""
+        there = read_json(self.settings_file) if self.settings_file.exists() else self.settings
+        if difference := settings_difference(there, self.settings):
+            raise UserError(
+                f"another command has begun another configuration in {self.path} with --fresh "
+                f"({difference}): choose another folder with --output-dir."
+            )
 
     def _open(self, settings: dict, fresh: bool) -> None:
-        settings_file, published_file = self.state / "settings.json", self.state / "published.json"
+        settings_file, published_file = self.settings_file, self.state / "published.json"
         for file in () if fresh else (settings_file, self.results_file):
             if not file.exists():
                 continue

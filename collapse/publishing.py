@@ -20,9 +20,11 @@ def publish(
 
     head is what it tells beside the trainings: experiment, settings, versions, hardware. other is
     the results folder on the other data set. find_arm gives title, place, colour and marker for a
-    key of the results. Commands that share the folder take turns.
+    key of the results. Commands that share the folder take turns. Raises UserError when the folder
+    has become another study's.
     """
     with locked(folder.path):
+        folder.check()
         models = folder.finished()
         models = {name: models[name] for name in sorted(models, key=lambda n: find_arm(n).place)}
         results = {**through_json(head), "models": models}

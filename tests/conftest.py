@@ -81,8 +81,12 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
+    return write_tiny_sst2(tmp_path_factory.mktemp("data"))
+
+
+def write_tiny_sst2(folder: Path) -> Path:
     """A tiny SST-2 in the official layout."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     (folder / "SST-2").mkdir()
     for name, rows in (("train", 40), ("dev", 24)):
         lines = ["sentence\tlabel"]

@@ -120,7 +120,8 @@ def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jo
         return digest_of_code(analysis.measure, analysis.models_of) != before
 
     for module, name in (
-        ("common.py", "pool"),
+        ("collapse/layer_states.py", "pool"),
+        ("collapse/spread.py", "length_share"),
         ("common.py", "evaluate"),
         ("experiment.py", "Layer"),
         ("collapse/metrics.py", "effective_rank"),

@@ -28,7 +28,7 @@ import experiment
 from collapse import rank_plots, records
 from collapse.batches import Split, encode_rows
 from collapse.checkpoints import load_weights
-from collapse.data import Task, fixed_draw, load_again
+from collapse.data import Rows, Task, load_again
 from collapse.files import (
     digest_files,
     digest_weights,
@@ -38,12 +38,13 @@ from collapse.files import (
     write_json,
 )
 from collapse.language_models import add_lora, load_causal_lm, load_tokenizer
-from collapse.metrics import (
-    neural_collapse_metrics,
-    random_subsets,
-    rank_metrics,
-    ranks_from_gram,
-    singular_values,
+from collapse.model_records import (
+    LEAST_ROWS,
+    Splits,
+    draw_splits,
+    intermediate_record,
+    pooled_record,
+    train_record,
 )
 from collapse.reports import study_name
 from collapse.settings import (
@@ -57,8 +58,7 @@ from collapse.settings import (
     run_script,
 )
 from collapse.source import digest_of_code
-
-LEAST_ROWS = 4  # half of them still have a rank
+from collapse.spread import transfer_accuracy
 
 
 @dataclass
@@ -122,12 +122,13 @@ def find_folders(config: Config) -> list[Path]:
 
 def models_of(
     folder: Path, settings: dict, task: Task, weights: str, device: torch.device
-) -> tuple[Split, Iterator[tuple[str, int, common.DualHeadModel]]]:
-    """The validation split, and (model key, seed, model) one after another, pretrained ones first.
+) -> tuple[Callable[[Rows, int | None], Split], Iterator[tuple[str, int, common.DualHeadModel]]]:
+    """What encodes rows (cut to a length), and (model key, seed, model), pretrained ones first.
 
     A language model is loaded once and its adapters are exchanged. Its pretrained hidden states are
     the same for every seed and come once; the small transformer's baseline is the untrained network
-    of each seed. The classifier of a baseline is a fresh draw.
+    of each seed. The classifier of a baseline is a fresh draw. Every language model has the
+    pretrained LM head; of small ones, each has the head it trained, which Model 1 has not.
     """
     stored, jobs = settings["config"], finished_trainings(folder)
     seeds = sorted({seed for _, seed in jobs})
@@ -146,14 +147,16 @@ def models_of(
     def models() -> Iterator[tuple[str, int, common.DualHeadModel]]:
         for seed in seeds:
             torch.manual_seed(seed)
-            yield "pretrained", seed, build(common.find_arm("1"))
+            yield "pretrained", seed, build(common.find_arm("2"))  # states and classifier as of 1
         for key, seed in sorted(jobs, key=lambda job: (common.find_arm(job[0]).place, job[1])):
             model = build(common.find_arm(key))
             load_weights(folder / "state" / f"{key}-seed{seed}", weights, model)
-            model.lm_head = None  # it has done its work: no feature passes through it
             yield key, seed, model
 
-    return encode_rows(task.validation, encode, config.max_length), models()
+    def encode_split(rows: Rows, longest: int | None = None) -> Split:
+        return encode_rows(rows, encode, min(longest or config.max_length, config.max_length))
+
+    return encode_split, models()
 
 
 def language_model_of(
@@ -172,7 +175,9 @@ def language_model_of(
     adapters = add_lora(load_causal_lm(config, device), config)
 
     def build(arm: common.Arm) -> common.DualHeadModel:
-        return common.wrap_causal_lm(adapters, arm, classes, stored["engram_source"], config)
+        model = common.wrap_causal_lm(adapters, arm, classes, stored["engram_source"], config)
+        model.lm_head = adapters.get_base_model().get_output_embeddings()
+        return model
 
     return config, encode, build
 
@@ -187,50 +192,37 @@ def known_settings(config_class: type, stored: dict) -> Any:
 # --------------------------------------------------------------------------------------------------
 
 
-def measure(model: common.DualHeadModel, split: Split, draws: int) -> dict[str, Any]:
+def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str, Any]:
     """Everything that results hold of one model. A new metric of saved models goes here.
 
-    Keys of rank_metrics and neural_collapse_metrics are of the pooled states.
+    `lm_loss` (nats) is under the model's LM head, None without one; `transfer_accuracy` is that of
+    frozen pooled states for the labels of another data set, None without its rows.
     """
     times = [time.perf_counter()]
-    evaluation = common.evaluate(model, split, with_layers=True)
+    found = common.evaluate(model, splits.validation, with_layers=True)
     times.append(time.perf_counter())
-    pooled, labels, outer = evaluation.pooled, evaluation.labels, model.classifier.outer
+    model.lm_head = None  # it has done its work: no feature passes through it
+    train = common.evaluate(model, splits.train)
+    times.append(time.perf_counter())
+    beside = {"accuracy": found.accuracy, "lm_loss": found.lm_loss}
+    beside["transfer_accuracy"] = None
+    if splits.transfer is not None:
+        rows = [common.evaluate(model, split) for split in splits.transfer]
+        arrays = (array for part in rows for array in (part.pooled, part.labels))
+        beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
+    times.append(time.perf_counter())
+    outer = model.classifier.outer
     weights, bias = (parameter.detach().cpu().numpy() for parameter in (outer.weight, outer.bias))
-    layers = [rank_metrics(states) for states in evaluation.layers]
+    record = pooled_record(found.layers, found.labels, splits.validation.lengths, draws)
     times.append(time.perf_counter())
-    n = len(labels)
-    curve = {
-        str(size): [
-            ranks_from_gram(pooled[rows])["effective_rank"]
-            for rows in random_subsets(n, size, draws)
-        ]
-        for size in records.CURVE_ROWS
-        if size < n
-    }
-    halves: dict[str, list[float]] = {number: [] for number in records.HALVED}
-    for rows in random_subsets(n, n // 2, draws):
-        cdnv = neural_collapse_metrics(pooled[rows], labels[rows])["cdnv"]
-        for number, value in (ranks_from_gram(pooled[rows]) | {"cdnv": cdnv}).items():
-            halves[number].append(value)
+    of_train = train.pooled, train.intermediate, train.labels
+    record["intermediate"] = intermediate_record(
+        found.intermediate, found.labels, *of_train[1:], weights, bias
+    )
+    record["train"] = train_record(*of_train, weights, bias) | {"accuracy": train.accuracy}
     times.append(time.perf_counter())
-    record = {
-        **layers[-1],
-        **neural_collapse_metrics(pooled, labels),
-        "effective_rank_share": layers[-1]["effective_rank"] / max(1, n - 1),
-        "accuracy": evaluation.accuracy,
-        "intermediate": {
-            **rank_metrics(evaluation.intermediate),
-            **neural_collapse_metrics(evaluation.intermediate, labels, weights, bias),
-        },
-        "layers": layers,
-        "singular_values": singular_values(pooled).tolist(),
-        "subsets": curve,
-        "halves": {"rows": n // 2, **halves},
-    }
-    times.append(time.perf_counter())
-    parts = ("forward", "ranks", "subsets", "collapse")
-    return record | {"seconds": dict(zip(parts, np.diff(times).tolist(), strict=True))}
+    parts = ("forward", "training rows", "transfer", "pooled states", "collapse")
+    return record | beside | {"seconds": dict(zip(parts, np.diff(times).tolist(), strict=True))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,31 +237,26 @@ def measure_study(
     settings = read_json(folder / "state" / "settings.json")
     task = load_again(settings["data"], config.data_dir)
     name = study_name(settings)
-    split, models = models_of(folder, settings, task, config.weights, device)
-    rows = fixed_draw(len(split.labels), config.rows)
-    if len(rows) < LEAST_ROWS:
-        raise UserError(
-            f"{len(rows)} validation rows are too few: {LEAST_ROWS} or more are needed."
-        )
-    split = Split([split.token_ids[i] for i in rows], split.labels[rows])
+    encode, models = models_of(folder, settings, task, config.weights, device)
+    splits = draw_splits(task, config.rows, config.data_dir, encode)
+    n = len(splits.validation.labels)
     where = str(folder.resolve()).removeprefix(f"{ROOT}/")
     state = config.output_dir / "state" / where.strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
-    measured, code = config.how_measured(), digest_of_code(measure, models_of)
-    print(
-        f"{name}: {len(rows):,} validation rows, {config.weights} weights of {folder}", flush=True
-    )
+    measured = config.how_measured()
+    code = [digest_of_code(measure, models_of, draw_splits), splits.transfer is not None]
+    print(f"{name}: {n:,} validation rows, {config.weights} weights of {folder}", flush=True)
     found: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
         training = folder / "state" / f"{key}-seed{seed}"
         files = training.rglob("*.safetensors")  # none of a baseline
         weights = sorted(f for f in files if config.weights in str(f.relative_to(folder)))
-        made_from = [settings, digest_files(weights), code, *measured.values()]
+        made_from = [settings, digest_files(weights), *code, *measured.values()]
         made_from = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
         file = state / f"{key}-seed{seed}.json"
         record = read_json(file) if file.exists() and not config.fresh else {}
         if record.get("made_from") != made_from:
-            record = {**measure(model, split, config.draws), "made_from": made_from, **here}
+            record = {**measure(model, splits, config.draws), "made_from": made_from, **here}
             write_json(file, record)
         if key == "model3" and config.weights == "final":
             # The training has clustered the engrams of its last epoch.
@@ -280,7 +267,8 @@ def measure_study(
         times = ", ".join(f"{part} {s:.0f} s" for part, s in record["seconds"].items())
         rank = record["effective_rank"]
         print(f"  {key} seed {seed}: effective rank {rank:.1f} ({times})", flush=True)
-    study = {"folder": where, "settings": settings, "num_samples": len(rows)}
+    records.add_losses_of_training(found)
+    study = {"folder": where, "settings": settings, "num_samples": n}
     return name, study | {"measured": measured, "records": found}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collapse.metrics import rank_metrics, ranks_from_gram
+from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
 from collapse.spread import length_share, sink_ratio, spreads, within_classes
 
 
@@ -101,7 +101,7 @@ def records_by_depth(
 ) -> list[dict[str, float]]:
     """Numbers of each depth: of all text tokens' means, and `_without_first` of the others'.
 
-    rank_metrics, effective_rank_within, within_spread and between_spread, length_share (all of
+    rank_metrics, `cdnv`, effective_rank_within, within_spread and between_spread, length_share (of
     collapse.spread) and `sink_ratio`, first token's norm over the others'. labels, lengths (N,).
     """
     records = []
@@ -119,6 +119,7 @@ def numbers_of(
 ) -> dict[str, float]:
     """What rank_metrics does not tell of pooled states (N, D)."""
     within = ranks_from_gram(within_classes(pooled, labels))["effective_rank"]
-    share = length_share(pooled, lengths)
-    numbers = {"effective_rank_within": within, "length_share": share, **spreads(pooled, labels)}
+    numbers = {"effective_rank_within": within, **spreads(pooled, labels)}
+    numbers["cdnv"] = neural_collapse_metrics(pooled, labels)["cdnv"]
+    numbers["length_share"] = length_share(pooled, lengths)
     return {name + suffix: value for name, value in numbers.items()}

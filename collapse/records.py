@@ -6,13 +6,22 @@ from typing import Any
 
 import numpy as np
 
+from collapse import model_records
 from collapse.files import read_json
 from collapse.settings import UserError
-from collapse.statistics import format_interval, interval_over_rows, mean_interval
+from collapse.statistics import (
+    format_interval,
+    interval_over_rows,
+    mean_interval,
+    seeds_and_rows_interval,
+)
 
-CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
-# Numbers whose changes have an interval over rows, from random halves.
-HALVED = ("effective_rank", "stable_rank", "cdnv")
+# Numbers whose changes have an interval over rows, from random halves; the first three stand in
+# older results, too.
+HALVED = ("effective_rank", "stable_rank", "cdnv", "effective_rank_within")
+HALVED += ("effective_rank_without_first", "effective_rank_within_without_first")
+# Parts of a record that hold numbers of their own.
+PARTS = ("intermediate", "train")
 
 
 def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[str, dict]:
@@ -21,7 +30,7 @@ def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[
     studies: name -> folder, settings, num_samples, measured, records (model -> seed -> record).
     """
     rows_of_all = [study["num_samples"] for study in studies.values()]
-    shared = [size for size in CURVE_ROWS if size < min(rows_of_all, default=0)]
+    shared = [size for size in model_records.CURVE_ROWS if size < min(rows_of_all, default=0)]
     results = {}
     for name, study in studies.items():
         records = study["records"]
@@ -56,17 +65,23 @@ def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[
     if matched_rows:
         draws = [record["subsets"][str(matched_rows)] for record in records.values()]
         intervals["effective_rank_matched"] = mean_interval(map(np.mean, draws))
-    means: dict[str, Any] = {"intermediate": {}}
+    means: dict[str, Any] = {}
     for number, interval in intervals.items():
-        part, _, last = number.rpartition(".")
-        (means[part] if part else means)[last] = interval["mean"]
+        *parts, last = number.split(".")
+        place = means
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[last] = interval["mean"]
     return {**means, "intervals": intervals, "seeds": records}
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """Numbers of a record under flat names, those of intermediate features as intermediate.NAME."""
+    """Numbers of a record under flat names: those of PARTS as intermediate.NAME and so on."""
     flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
-    return flat | {f"intermediate.{key}": value for key, value in record["intermediate"].items()}
+    for part in PARTS:
+        inner = scalars(record[part]) if part in record else {}
+        flat |= {f"{part}.{key}": value for key, value in inner.items()}
+    return flat
 
 
 def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
@@ -83,23 +98,52 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
 def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     """How much each number changes from model a to the other one, over seeds.
 
-    `half` holds the changes of HALVED at half the rows, with intervals over rows, given these
-    seeds.
+    Intervals of single numbers are over seeds alone, and `half` holds the changes of HALVED at half
+    the rows, with intervals over rows, given these seeds. What a claim rests on is `both`: changes
+    of HALVED at all rows, over seeds and rows (seeds_and_rows_interval). A change of CDNV is also
+    told as that of its log, `cdnv_log_ratio`.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
     keys = [key for key in flat[0][0] if key in flat[0][1]]
     keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
     if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
-        keys = [key for key in keys if not key.startswith("intermediate.") and key != "accuracy"]
+        parts = {key: key.split(".") for key in keys}
+        keys = [k for k, p in parts.items() if "intermediate" not in p and p[-1] != "accuracy"]
     found = {key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
-    found["half"] = {"rows": rows}
+    found["half"], found["both"] = {"rows": rows}, {}
     for key in HALVED:
-        draws = [
-            np.subtract(second["halves"][key], first["halves"][key]) for first, second in pairs
-        ]
-        found["half"][key] = interval_over_rows(np.mean(draws, axis=0), rows, total)
+        if not all(key in record["halves"] for pair in pairs for record in pair):
+            continue  # of an older run
+        values = np.array([[record[key] for record in pair] for pair in pairs])  # (S, 2)
+        drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])
+        draws = drawn[:, 1] - drawn[:, 0]  # (S, B)
+        found["half"][key] = interval_over_rows(draws.mean(0), rows, total)
+        both = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
+        found["both"][key] = both
+        if key == "cdnv" and values.min() > 0 and drawn.min() > 0:
+            ratios = np.log(values[:, 1] / values[:, 0])
+            draws = np.log(drawn[:, 1] / drawn[:, 0])
+            found["cdnv_log_ratio"] = mean_interval(ratios)
+            found["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
     return found
+
+
+def add_losses_of_training(records: dict[str, dict[str, dict]]) -> None:
+    """What training took, as part of records (model -> seed -> record), changed in place.
+
+    `language_kept` is the LM loss less that before training, under the pretrained LM head or, of a
+    model from scratch, its own; `transfer` the accuracy on another data set's labels less that
+    before training. Left out where one of the two is None.
+    """
+    names = {"language_kept": "lm_loss", "transfer": "transfer_accuracy"}
+    before = records.get("pretrained", {})
+    for found in records.values():
+        for seed, record in found.items():
+            start = before.get(seed) or next(iter(before.values()), {})
+            for name, of in names.items():
+                if None not in (record.get(of), start.get(of)):
+                    record[name] = record[of] - start[of]
 
 
 def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict[str, dict]:
@@ -166,5 +210,6 @@ def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[
             format_interval(kind["effective_rank"], 1, sign="+") for kind in (found, found["half"])
         )
         half = f"at {found['half']['rows']:,} rows {over_rows} over rows"
-        shown = title_of_change(pair, result)
-        yield f"effective rank, {shown}: {over_seeds} over seeds; {half}"
+        shown, both = title_of_change(pair, result), found.get("both", {}).get("effective_rank")
+        lead = f"{format_interval(both, 1, sign='+')} over seeds and rows; " if both else ""
+        yield f"effective rank, {shown}: {lead}{over_seeds} over seeds; {half}"

@@ -24,13 +24,14 @@ import common
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse import rank_plots, records
+from collapse import model_records, rank_plots, records
 from collapse.batches import length_grouped_batches
 from collapse.data import load_again
 from collapse.files import read_json
 from collapse.language_models import load_causal_lm
 from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
-from collapse.statistics import interval_over_rows, mean_interval
+from collapse.model_records import Splits
+from collapse.statistics import interval_over_rows, mean_interval, seeds_and_rows_interval
 
 TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2"
 TINY += " --workers 1 --feed-forward-size 24 --classifier-size 10 --engram-size 6"
@@ -97,7 +98,7 @@ def test_a_planted_collapse_is_found_and_none_where_there_is_none():
         for epoch in range(30):
             for rows in length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
                 trainer.step(rows, 3e-3)
-        found.append(analysis.measure(model, split, draws=3))
+        found.append(analysis.measure(model, Splits(split, split), draws=3))
     healthy, collapsed = found
     assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
     assert collapsed["effective_rank"] <= 2 + 1e-6 and collapsed["dims_99pct"] <= 2
@@ -122,7 +123,8 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
     """
     settings = read_json(trained / "state" / "settings.json")
     task = load_again(settings["data"], data_dir)
-    split, models = analysis.models_of(trained, settings, task, "final", torch.device("cpu"))
+    encode, models = analysis.models_of(trained, settings, task, "final", torch.device("cpu"))
+    split = encode(task.validation)
     model = next(model for key, seed, model in models if (key, seed) == (f"model{model_number}", 2))
     features = common.evaluate(model, split, with_layers=True)
     pooled = []
@@ -135,7 +137,7 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
     first = pooled[0].numpy()
     assert len(first) == (12 if model_number == 3 else 24)
     np.testing.assert_allclose(features.pooled[: len(first)], first, atol=1e-5)
-    assert np.array_equal(features.layers[-1], features.pooled)
+    assert np.array_equal(features.layers.pooled[-1, 0], features.pooled)
     if model_number == 3:
         model.projector = model.compressor = None
         assert (
@@ -162,15 +164,26 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
         causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size
     ).eval()
     split = random_split(9)
-    found = common.evaluate(model, split, with_layers=True).layers
+    states = common.evaluate(model, split, with_layers=True).layers
+    found, rest = states.pooled[:, 0], states.pooled[:, 1]
     assert found.shape == (5, 9, 16)  # embeddings, three layers, final norm
+    assert min(split.lengths) == 1  # a row that keeps its first token
     for row, ids in enumerate(split.token_ids):
         embeddings = causal_lm.model.embed_tokens(ids[None])
         if model_number == 3:
             embeddings = torch.cat([model.projector(torch.zeros(1, 6)), embeddings], dim=1)
-        states = causal_lm.model(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
-        expected = [state[0, -len(ids) :].mean(0).detach().numpy() for state in states]
-        np.testing.assert_allclose(np.delete(found[:, row], -2, axis=0), expected, atol=1e-5)
+        whole = causal_lm.model(inputs_embeds=embeddings, output_hidden_states=True).hidden_states
+        whole = torch.stack(whole).detach()[:, 0, -len(ids) :]  # (depth, tokens, D)
+        others = whole[:, 1:] if len(ids) > 1 else whole
+        norms = whole.norm(dim=-1)
+        expected = norms[:, 0], norms[:, 1:].mean(1) if len(ids) > 1 else norms[:, 0]
+
+        def depths(array):
+            return np.delete(array, -2, axis=0)  # what the final norm gets is not among them
+
+        np.testing.assert_allclose(depths(found[:, row]), whole.mean(1), atol=1e-5)
+        np.testing.assert_allclose(depths(rest[:, row]), others.mean(1), atol=1e-5)
+        np.testing.assert_allclose(depths(states.norms[:, :, row]).T, torch.stack(expected), 1e-4)
         last_layer = causal_lm.model.layers[-1]
         raw = []
         handle = last_layer.register_forward_hook(
@@ -235,9 +248,21 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
             )
             assert record["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-4)
             assert record["accuracy"] == expected["accuracy"]
-            assert {"etf_error", "cdnv"} <= record.keys() and "ncc_agreement" in record[
-                "intermediate"
-            ]
+            assert {"etf_error", "cdnv", "sink_ratio", "length_share"} <= record.keys()
+            names = {"ncc_agreement", "ncc_agreement_train_means", "self_duality_error"}
+            assert names <= record["intermediate"].keys()
+            assert {"cdnv", "etf_error", "within_spread"} <= record["train"].keys()
+            assert "self_duality_error" in record["train"]["intermediate"]
+            for depth in record["layers"]:
+                assert {"effective_rank_within_without_first", "between_spread"} <= depth.keys()
+            assert record["transfer_accuracy"] is None and "transfer" not in record
+            if key == "model1":  # of the small models, it alone has no LM head
+                assert record["lm_loss"] is None and "language_kept" not in record
+            elif key != "pretrained":
+                assert record["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-4)
+                start = metrics[key][seed]["initial"]["lm_loss"]
+                kept = expected["lm_loss"] - start
+                assert key == "model3" or record["language_kept"] == pytest.approx(kept, abs=1e-4)
             ranks.append(record["effective_rank"])
         assert study[key]["effective_rank"] == pytest.approx(np.mean(ranks))
         assert study[key]["effective_rank_share"] == pytest.approx(np.mean(ranks) / 23)
@@ -273,14 +298,67 @@ def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
         ]
         assert half[number]["mean"] == pytest.approx(halves[1] - halves[0])
         assert half[number]["low"] < half[number]["mean"] < half[number]["high"]
+    both = study["changes"]["model2 - model1"]["both"]
+    pairs = [[study[m]["seeds"][seed] for m in ("model1", "model2")] for seed in "12"]
+    values = [
+        second["effective_rank_within"] - first["effective_rank_within"] for first, second in pairs
+    ]
+    draws = [
+        np.subtract(*(r["halves"]["effective_rank_within"] for r in pair[::-1])) for pair in pairs
+    ]
+    expected = seeds_and_rows_interval(values, draws, 12, 24)
+    assert both["effective_rank_within"] == pytest.approx(expected)
+    ratios = [np.log(second["cdnv"] / first["cdnv"]) for first, second in pairs]
+    assert both["cdnv_log_ratio"]["mean"] == pytest.approx(np.mean(ratios))
+    assert study["changes"]["model2 - model1"]["cdnv_log_ratio"] == mean_interval(ratios)
     for plot in ("effective_rank.png", "rank_by_layer.png", "neural_collapse.png", "overview.png"):
         assert (tmp_path / "out" / plot).stat().st_size > 10_000
+
+
+def test_transfer_is_told_where_the_other_data_set_lies_beside(run, trained, data_dir, tmp_path):
+    folder, rng = tmp_path / "data", np.random.default_rng(0)
+    shutil.copytree(data_dir, folder)
+    (folder / "ag_news_csv").mkdir()
+    for name, rows in (("train", 24), ("test", 12)):
+        lines = [
+            f'"{1 + i % 4}","word{i % 4} word{rng.integers(4, 50)}","word{i % 4}"'
+            for i in range(rows)
+        ]
+        (folder / "ag_news_csv" / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    (study,) = run(f"--folders {trained} --data-dir {folder}").values()
+    for key in ("model1", "model2", "model3"):
+        for seed, record in study[key]["seeds"].items():
+            before = study["pretrained"]["seeds"][seed]["transfer_accuracy"]
+            assert record["transfer_accuracy"] > 0.3  # one word tells the class; chance is 0.25
+            assert record["transfer"] == record["transfer_accuracy"] - before
+
+
+def test_results_of_an_older_run_are_summarized_as_far_as_they_go():
+    """With the first three halves alone, and neither training rows nor language."""
+    rng = np.random.default_rng(0)
+
+    def record():
+        numbers = {key: rng.random() for key in ("effective_rank", "stable_rank", "cdnv")}
+        halves = {key: list(rng.random(4)) for key in numbers}
+        intermediate = {"cdnv": 1.0}
+        return {**numbers, "intermediate": intermediate, "halves": {"rows": 5, **halves}} | {
+            "num_samples": 10
+        }
+
+    old = {key: {"1": record(), "2": record()} for key in ("model1", "model2")}
+    study = {"folder": "f", "settings": {}, "num_samples": 10, "measured": {}, "records": old}
+    found = records.summarize({"study": study}, common.find_arm)["study"]
+    change = found["changes"]["model2 - model1"]
+    assert set(change["both"]) == {"effective_rank", "stable_rank", "cdnv", "cdnv_log_ratio"}
+    assert set(change["half"]) == {"rows", "effective_rank", "stable_rank", "cdnv"}
 
 
 def test_a_second_run_measures_only_what_is_new(run, trained, monkeypatch):
     first, measured = run(f"--folders {trained}"), []
     monkeypatch.setattr(  # once for each model that is measured
-        analysis, "singular_values", lambda states: measured.append(1) or singular_values(states)
+        model_records,
+        "singular_values",
+        lambda states: measured.append(1) or singular_values(states),
     )
     assert run(f"--folders {trained}") == first and not measured
     monkeypatch.setattr(analysis, "digest_of_code", lambda *functions: "other code")
@@ -377,6 +455,13 @@ def test_adapters_are_exchanged_on_one_base_model(
     assert (
         study["changes"]["model1 - pretrained"]["effective_rank"]["n"] == 2
     )  # the one baseline serves both seeds
+    for key in ("model1", "model2", "model3"):
+        for seed, record in study[key]["seeds"].items():
+            base = study["pretrained"]["seeds"]["1"]["lm_loss"]
+            assert record["language_kept"] == pytest.approx(record["lm_loss"] - base)
+            if key == "model2":
+                last = metrics[key][seed]["val"][-1]["lm_loss"]
+                assert record["lm_loss"] == pytest.approx(last, rel=1e-4)
     other = tmp_path / "other-weights"
     shutil.copytree(qwen, other)
     tensors = safetensors.torch.load_file(other / "model.safetensors")
@@ -404,7 +489,7 @@ def test_ranks_of_several_studies_are_compared_at_matched_rows(
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")
-    monkeypatch.setattr(records, "CURVE_ROWS", (6, 9, 50))
+    monkeypatch.setattr(model_records, "CURVE_ROWS", (6, 9, 50))
     results = run(f"--folders {trained} {other} {broken}")
     assert list(results) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
     assert [study["pretrained"]["num_dimensions"] for study in results.values()] == [16, 24]

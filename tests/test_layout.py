@@ -121,6 +121,7 @@ def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jo
 
     for module, name in (
         ("collapse/layer_states.py", "pool"),
+        ("collapse/spread.py", "length_share"),
         ("common.py", "evaluate"),
         ("experiment.py", "Layer"),
         ("collapse/metrics.py", "effective_rank"),

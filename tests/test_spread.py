@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from collapse.layer_states import pool
 from collapse.metrics import effective_rank, neural_collapse_metrics, singular_values
 from collapse.spread import (
     class_means,
@@ -15,7 +16,6 @@ from collapse.spread import (
     transfer_accuracy,
     within_classes,
 )
-from common import pool
 
 
 def classed_features(n=120, size=15, classes=4, seed=0):

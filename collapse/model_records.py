@@ -1,0 +1,138 @@
+"""What Experiment 4 measures of one saved model: which rows, and numbers of its states."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from collapse.batches import Split
+from collapse.data import Rows, Task, limit_task, load_ag_news, load_sst2
+from collapse.layer_states import LayerStates, records_by_depth
+from collapse.metrics import (
+    neural_collapse_metrics,
+    random_subsets,
+    rank_metrics,
+    ranks_from_gram,
+    singular_values,
+)
+from collapse.settings import UserError
+from collapse.spread import class_means, ncc_agreement, spreads, within_classes
+
+LEAST_ROWS = 4  # half of them still have a rank
+CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
+# Of the other data set, for `transfer_accuracy`: as much as a record can afford.
+TRANSFER_ROWS, TRANSFER_TOKENS = 300, 16
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows that the models of a study are measured on."""
+
+    validation: Split
+    train: Split  # as many
+    transfer: tuple[Split, Split] | None = None  # training and test rows of another data set
+
+
+def draw_splits(
+    task: Task, rows: int, data_dir: Path | None, encode: Callable[[Rows, int | None], Split]
+) -> Splits:
+    """Fixed draws of the task's rows, up to so many, and of another data set's that data_dir has.
+
+    encode(rows, longest) gives token ids, cut to `longest`. Raises UserError for too few rows.
+    """
+    validation = limit_task(task, None, rows).validation
+    if len(validation) < LEAST_ROWS:
+        found = f"{len(validation)} validation rows are too few"
+        raise UserError(f"{found}: {LEAST_ROWS} or more are needed.")
+    train, other = limit_task(task, len(validation), None).train, None
+    if data_dir is not None:
+        with contextlib.suppress(UserError, OSError):  # it has the one data set alone
+            other = (load_sst2 if task.name.startswith("AG News") else load_ag_news)(data_dir)
+    transfer = None
+    if other is not None:
+        other = limit_task(other, TRANSFER_ROWS, TRANSFER_ROWS)
+        transfer = tuple(encode(part, TRANSFER_TOKENS) for part in (other.train, other.validation))
+    return Splits(encode(validation, None), encode(train, None), transfer)
+
+
+def pooled_record(
+    states: LayerStates, labels: np.ndarray, lengths: np.ndarray, draws: int
+) -> dict[str, Any]:
+    """Ranks, spreads and neural collapse of the states by depth; of the last one by rows, too."""
+    layers, n = records_by_depth(states, labels, lengths), len(labels)
+    pooled = states.pooled[-1, 0]  # (N, D) what the classifier reads
+    subsets = {size: random_subsets(n, size, draws) for size in CURVE_ROWS if size < n}
+    return {
+        **layers[-1],
+        **neural_collapse_metrics(pooled, labels),
+        "effective_rank_share": layers[-1]["effective_rank"] / max(1, n - 1),
+        "layers": layers,
+        "singular_values": singular_values(pooled).tolist(),
+        "subsets": {
+            str(size): [ranks_from_gram(pooled[rows])["effective_rank"] for rows in drawn]
+            for size, drawn in subsets.items()
+        },
+        "halves": {"rows": n // 2, **half_records(states.pooled[-1], labels, draws)},
+    }
+
+
+def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str, list[float]]:
+    """Numbers at random halves of the rows, from which intervals over rows come.
+
+    states (2, N, D) are pooled with and without the first token.
+    """
+    n = len(labels)
+    found: dict[str, list[float]] = {}
+    for rows in random_subsets(n, n // 2, draws):
+        (pooled, rest), here = states[:, rows], labels[rows]
+        numbers = ranks_from_gram(pooled)
+        numbers["cdnv"] = neural_collapse_metrics(pooled, here)["cdnv"]
+        for suffix, features in (("", pooled), ("_without_first", rest)):
+            within = ranks_from_gram(within_classes(features, here))["effective_rank"]
+            numbers["effective_rank_within" + suffix] = within
+        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
+        for name, value in numbers.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def intermediate_record(
+    features: np.ndarray,
+    labels: np.ndarray,
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+) -> dict[str, float]:
+    """Ranks and NC1 to NC4 of the classifier's intermediate features (N, D) on validation rows.
+
+    `ncc_agreement` takes the nearest of the validation rows' own class means,
+    `ncc_agreement_train_means` that of the training rows', as Papyan et al. 2020. weights (C, D),
+    bias (C,).
+    """
+    means = class_means(train_features, train_labels, len(weights))
+    return {
+        **rank_metrics(features),
+        **neural_collapse_metrics(features, labels, weights, bias),
+        "ncc_agreement_train_means": ncc_agreement(features, means, weights, bias),
+    }
+
+
+def train_record(
+    pooled: np.ndarray,
+    intermediate: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+) -> dict[str, float | dict]:
+    """NC1 to NC3 and spreads of training rows (N, D), where the works on collapse measure them."""
+    of_head = neural_collapse_metrics(intermediate, labels, weights, bias)
+    of_head.pop("ncc_agreement")  # on training rows it is nearly their accuracy
+    return {
+        **neural_collapse_metrics(pooled, labels),
+        **spreads(pooled, labels),
+        "intermediate": of_head,
+    }

@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,18 +43,20 @@ import experiment
 import experiment_7b
 import experiment_agnews_7b
 from collapse.batches import (
+    EVALUATION_TOKENS,
     Batch,
     Split,
     collate,
     count_targets,
     encode_rows,
     length_grouped_batches,
+    token_budget_batches,
 )
 from collapse.data import Task, load_ag_news, load_sst2
 from collapse.files import environment, write_json
 from collapse.language_models import add_lora, fill_in_for, load_tokenizer
 from collapse.losses import LOGIT_CHUNK_TOKENS, combined_loss
-from collapse.memory import MemoryPlan, count_parameters
+from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, is_out_of_memory
 from collapse.plots import save_figure
 from collapse.settings import (
     DEFAULT_MODEL,
@@ -105,8 +108,8 @@ class Config:
     rounds: int = 7
     # Optimizer steps of one recipe in a round.
     steps: int = 20
-    # GPU memory that the process may take, in GiB.
-    memory_gib: float = 16.0
+    # GPU memory that the process may take, in GiB: of a card of 16, what its driver leaves.
+    memory_gib: float = 15.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,6 +130,10 @@ class Conventional:
 
     def lm_loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         return logits_everywhere_loss_sum(self.model.lm_head, hidden, batch)
+
+    def use_less_memory(self) -> None:
+        """It knows of no way to."""
+        raise torch.OutOfMemoryError("the conventional recipe runs out of memory")
 
 
 def logits_everywhere_loss_sum(lm_head: nn.Linear, hidden: Tensor, batch: Batch) -> Tensor:
@@ -230,7 +237,8 @@ def ecosystem_seconds(
         # the rows are grouped: a few steps' rows alone it would group coarsely
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        bf16=device.type == "cuda",
+        # The model itself multiplies in bfloat16, in every recipe; see autocast_like.
+        bf16=False,
         use_cpu=device.type == "cpu",
         save_strategy="no",
         logging_strategy="no",
@@ -282,6 +290,7 @@ def random_language_model(
                 module.bias is not None,
                 compute_dtype=dtype,
                 quant_type="nf4",
+                device="meta",  # else it fills a matrix in fp32 on the CPU first
             )
             values = (
                 torch.randn(module.out_features, module.in_features, dtype=dtype, device=device)
@@ -302,6 +311,7 @@ def random_language_model(
                 shape = {"size": parameter.shape, "dtype": dtype, "device": device}
                 values = torch.randn(**shape) * 0.02 if parameter.ndim == 2 else torch.ones(**shape)
                 setattr(module, name, nn.Parameter(values))
+    causal_lm.is_loaded_in_4bit = True  # as in what transformers loads: peft asks for it
     return causal_lm.requires_grad_(False)
 
 
@@ -382,7 +392,8 @@ def measure(
     rates: dict | None,
 ) -> dict:
     """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of
-    rounds; peak memory; limits.
+    rounds; peak memory; limits. A recipe that ran out of memory is named in `out_of_memory`, and
+    has no numbers.
     """
     size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
@@ -392,33 +403,27 @@ def measure(
     if model.memory_plan is not None:
         batches["ecosystem"] = length_grouped_batches(lengths, size, rng)[:needed]
     recipes = [recipe for recipe in RECIPES if recipe in batches]
-    trainers = {
-        r: make_trainer(number, r, model, split, settings) for r in recipes if r != "ecosystem"
-    }
     rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
-    unpacked = (
-        model.memory_plan.unpack_what_fits(split, size) if model.memory_plan is not None else 0
-    )
+    plan, out_of_memory, state = model.memory_plan, [], {"unpacked": 0, "micro_batch_size": size}
+    if plan is not None:
+        state["unpacked"] = plan.unpack_what_fits(split, size)
     model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
-        for recipe in recipes:
+        for recipe in [recipe for recipe in recipes if recipe not in out_of_memory]:
             rows = batches[recipe][round_number * config.steps : (round_number + 1) * config.steps]
-            if model.memory_plan is not None:
-                model.memory_plan.mode = "auto" if recipe == "ours" else "on"
-                model.memory_plan.recompute(
-                    0 if recipe == "ours" else len(model.memory_plan.layers)
-                )
-                model.memory_plan.unpack(unpacked if recipe == "ours" else 0)
+            if plan is not None:
+                plan.mode = "auto" if recipe == "ours" else "on"
+                plan.recompute(0 if recipe == "ours" else len(plan.layers))
+                plan.unpack(state["unpacked"] if recipe == "ours" else 0)
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            started = now()
-            if recipe == "ecosystem":
-                seconds = ecosystem_seconds(model, split, settings, np.concatenate(rows))
-            else:
-                for batch in rows:
-                    trainers[recipe].step(batch, settings.learning_rate)
-                seconds = now() - started
+            seconds = recipe_seconds(number, recipe, model, split, settings, rows, state)
+            model.zero_grad()
+            if seconds is None:
+                out_of_memory.append(recipe)
+                print(f"model {number}: the recipe {recipe} runs out of memory", flush=True)
+                continue
             tokens = sum(float(lengths[batch].sum()) for batch in rows)
             found = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
             if on_gpu:
@@ -429,32 +434,65 @@ def measure(
                     "limit_share": max(limit["bytes"], limit["operations"]) / seconds,
                     "binding_limit": limit["binding"],
                 }
-            if recipe == "ours" and model.memory_plan is not None:
-                unpacked = model.memory_plan.unpacked  # none any more, where memory ran out
             if round_number:  # the first round warms up
                 rounds[recipe].append(found)
-    result = {
-        "examples_per_second": {},
-        "tokens_per_second": {},
-        "peak_memory_bytes": {},
-        "ratio": {},
-    }
-    result |= {"layers_unpacked": unpacked, "micro_batch_size": trainers["ours"].micro_batch_size}
-    ours = np.array([found["examples"] for found in rounds["ours"]])
+    if plan is not None:
+        plan.unpack(state["unpacked"])  # as an evaluation in training finds them
+    result = summarize({r: found for r, found in rounds.items() if r not in out_of_memory}, split)
+    result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
+    result["micro_batch_size"] = state["micro_batch_size"]
+    return result | {"evaluation_examples_per_second": evaluation_rate(model, split, needed * size)}
+
+
+def recipe_seconds(
+    number: int, recipe: str, model, split: Split, settings, rows: list[np.ndarray], state: dict
+) -> float | None:
+    """Seconds of these steps, None where memory runs out.
+
+    Each time with an optimizer of its own, which is gone afterwards: the moments of two would not
+    be in one training. `state` keeps what ours learned about memory.
+    """
+    trainer = None
+    try:
+        if recipe == "ecosystem":
+            return ecosystem_seconds(model, split, settings, np.concatenate(rows))
+        trainer = make_trainer(number, recipe, model, split, settings)
+        if recipe == "ours":
+            trainer.micro_batch_size = state["micro_batch_size"]
+        started = now()
+        for batch in rows:
+            trainer.step(batch, settings.learning_rate)
+        return now() - started
+    except (RuntimeError, UserError) as error:
+        if str(error) != DOES_NOT_FIT and not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        if recipe == "ours" and trainer is not None:
+            state["micro_batch_size"] = trainer.micro_batch_size
+            if model.memory_plan is not None:  # fewer, where memory ran out
+                state["unpacked"] = model.memory_plan.unpacked
+
+
+def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
+    """Medians over the rounds of each recipe that did not run out of memory."""
+    result: dict[str, Any] = {"examples_per_second": {}, "tokens_per_second": {}}
+    result |= {"peak_memory_bytes": {}, "ratio": {}}
+    ours = [f["examples"] for f in rounds.get("ours", [])]
     for recipe, found in rounds.items():
         examples = np.array([f["examples"] for f in found])
         result["examples_per_second"][recipe] = float(np.median(examples))
         result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in found]))
-        if on_gpu:
+        if "peak_bytes" in found[0]:
             result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in found)
-        if recipe != "ours":
-            ratios = ours / examples
+        if recipe != "ours" and ours:
+            ratios = np.array(ours) / examples
             result["ratio"][recipe] = {
                 "median": float(np.median(ratios)),
                 "low": float(ratios.min()),
                 "high": float(ratios.max()),
             }
-    if rates is not None:
+    if ours and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
         result["binding_limit"] = rounds["ours"][-1]["binding_limit"]
     rows = len(split.labels)
@@ -462,6 +500,22 @@ def measure(
         recipe: rows / rate for recipe, rate in result["examples_per_second"].items()
     }
     return result
+
+
+def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> float:
+    """Rows a second of an evaluation, on a draw of the training split: of about its lengths."""
+    drawn = np.random.default_rng(1).permutation(len(split.labels))[: min(rows, 1000)]
+    part = Split([split.token_ids[row] for row in drawn], split.labels[drawn])
+    started = now()
+    common.evaluate(model, part)
+    return len(drawn) / (now() - started)
+
+
+def evaluation_passes(number: int, epochs: int) -> int:
+    """Over the validation rows: before training and after each epoch, model 3's then also with
+    engrams that are carried.
+    """
+    return 1 + epochs * (2 if number == 3 else 1)
 
 
 def describe(found: dict) -> str:
@@ -473,6 +527,8 @@ def describe(found: dict) -> str:
         for recipe, r in found["ratio"].items()
     )
     line = f"examples/s: {rates}; ratio [lowest, highest round]: {ratios}"
+    if found["out_of_memory"]:
+        line += f"; out of memory: {', '.join(found['out_of_memory'])}"
     if found["peak_memory_bytes"]:
         line += "; peak GiB: " + ", ".join(
             f"{recipe} {b / 2**30:.1f}" for recipe, b in found["peak_memory_bytes"].items()
@@ -553,13 +609,20 @@ def load_split(script, load, encode, config: Config) -> tuple[Task, Any, Split]:
     return task, settings, split
 
 
+def cap_memory(gib: float) -> None:
+    """Let this process take so much of the GPU, what the CUDA context takes included."""
+    torch.cuda.synchronize()  # makes the context
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - context) / total))
+
+
 def measure_language_model(config: Config) -> dict[str, dict]:
     """Both data sets on one architecture; a throughput.json for each, and a plot of both."""
     device = torch.device("cuda" if config.backbone == "7b" else "cpu")
     if config.backbone == "7b":
         pick_device("cuda")
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_gib * 2**30 / total))
+        cap_memory(config.memory_gib)
     encode, rates, found = load_tokenizer(config.tokenizer), device_rates(device), {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
@@ -598,10 +661,14 @@ def measure_language_model(config: Config) -> dict[str, dict]:
             del causal_lm, adapters
             model.memory_plan = MemoryPlan(model, "auto")
             result = results[arm.name] = measure(number, model, split, settings, config, rates)
-            hours = settings.epochs * result["epoch_seconds"]["ours"] / 3600
-            print(f"{arm.title:20}{describe(result)}; {settings.epochs} epochs: {hours:.1f} h")
+            evaluated = evaluation_passes(number, settings.epochs) * len(task.validation)
+            seconds = evaluated / result["evaluation_examples_per_second"]
+            seconds += settings.epochs * result["epoch_seconds"].get("ours", math.nan)
+            hours = f"{settings.epochs} epochs with evaluations: {seconds / 3600:.1f} h"
+            print(f"{arm.title:20}{describe(result)}; {hours}", flush=True)
+            save(results_folder(config, folder), results)
             del model
-        save(results_folder(config, folder), results)
+            gc.collect()
         found[task.name] = results
     model = (
         "Qwen2.5-7B's architecture, random NF4 weights" if config.backbone == "7b" else "miniature"
@@ -619,6 +686,37 @@ RTX_4080 = {"name": "RTX 4080", "bytes": 717e9, "operations": 97.5e12}
 FUSED = {"q o": 32, "k v": 23, "gate up": 256, "down": 64}
 
 
+# Bytes that elementwise work moves for a token and layer, forward and backward: norms, rotations,
+# the MLP's gate, and the adapters' casts, dropout and additions. Counted, not measured: peft's own
+# path; 3.2e6 is the aim of adapters that compute as one function.
+ELEMENTWISE_BYTES = {"conventional": 7.0e6, "ecosystem": 7.0e6, "ours": 7.0e6}
+ELEMENTWISE_FORWARD = 1 / 3  # of them, in a forward pass
+
+
+def count_architecture(settings, number: int) -> SimpleNamespace:
+    """Parameters of the 7B architecture: hidden, feed-forward and depth; of a layer and of its
+    matrices by name; of all adapters; of the LM head, 0 for model 1.
+    """
+    h, f, depth = (QWEN[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    kv = h * QWEN["num_key_value_heads"] / QWEN["num_attention_heads"]
+    matrices = {"q o": 2 * h * h, "k v": 2 * h * kv, "gate up": 2 * h * f, "down": h * f}
+    adapters = depth * settings.lora_rank * (4 * h + 2 * (h + kv) + 3 * (h + f))
+    head = QWEN["vocab_size"] * h if number > 1 else 0
+    layer = sum(matrices.values())
+    return SimpleNamespace(
+        h=h, f=f, depth=depth, layer=layer, matrices=matrices, adapters=adapters, head=head
+    )
+
+
+def packed_forward(matrices: dict[str, float], tokens: float) -> float:
+    """Bytes of a layer's packed weights in a forward pass of so many tokens: bitsandbytes reads
+    them, or reads, writes unpacked and reads again.
+    """
+    return sum(
+        n * (0.52 if tokens <= FUSED[name] else 0.52 + 2 + 2) for name, n in matrices.items()
+    )
+
+
 def count_step(
     lengths: np.ndarray,
     recipe: str,
@@ -633,63 +731,39 @@ def count_step(
 
     For a product, packed weights are read, written unpacked, and read again; in a forward pass of
     few tokens (FUSED) they are only read, as unpacked ones are. A product waits for its weights, so
-    the times add up. Ours keeps layers unpacked as MemoryPlan does, for steps of `typical` and at
-    most `longest` tokens. Attention's own products, norms, copies and the optimizer are left out.
-    The limit is that of limit_seconds.
+    the times add up, with that of elementwise work. Ours keeps layers unpacked as MemoryPlan does,
+    for steps of `typical` and at most `longest` tokens. Attention's own products and the optimizer
+    are left out. The limit is that of limit_seconds.
     """
-    h, f, kv = (
-        QWEN["hidden_size"],
-        QWEN["intermediate_size"],
-        QWEN["hidden_size"] * QWEN["num_key_value_heads"] / 28,
-    )
-    depth, head = QWEN["num_hidden_layers"], QWEN["vocab_size"] * h if number > 1 else 0
-    matrices = {
-        "q o": 2 * h * h,
-        "k v": 2 * h * kv,
-        "gate up": 2 * h * f,
-        "down": h * f,
-    }  # of a layer
-    layer = sum(matrices.values())
-    adapters = depth * settings.lora_rank * (4 * h + 2 * (h + kv) + 3 * (h + f))
-    ours, halves = recipe == "ours", 2 if number == 3 else 1
-    tokens = len(lengths) * (
-        (lengths.max() if recipe != "conventional" else settings.max_length) + (number == 3) * 1.0
-    )
-    pieces = halves * (
-        2 if recipe == "conventional" else 1
-    )  # micro-batches of 8, halves of pairs: each a pass over the weights
+    a, prefix, ours = count_architecture(settings, number), float(number == 3), recipe == "ours"
+    h, f, depth, layer, adapters, head = a.h, a.f, a.depth, a.layer, a.adapters, a.head
+    longest_here = settings.max_length if recipe == "conventional" else lengths.max()
+    tokens, halves = len(lengths) * (longest_here + prefix), 2 if number == 3 else 1
+    # Micro-batches of 8, halves of pairs: each a pass over the weights.
+    pieces = halves * (2 if recipe == "conventional" else 1)
     # kept for a token and layer: the adapters' dropped-out fp32 inputs with masks, norms,
     # attention, and the MLP's gate
     kept = 5 * (6 * h + f) + 22 * h + 6 * f
-    free = (
-        memory_gib * 2**30
-        - 0.52 * depth * layer
-        - 2 * (QWEN["vocab_size"] * h + head)
-        - 12 * adapters
-    )
-    free -= MemoryPlan.WORKING_BYTES
-    needed = max(typical * (depth + 2) * kept, longest * (2 * kept + 2 * depth * h))
+    fixed = 0.52 * depth * layer + 2 * (QWEN["vocab_size"] * h + head) + 12 * adapters
+    free = memory_gib * 2**30 - fixed - MemoryPlan.WORKING_BYTES
+    needed = max(typical * (depth + 1) * kept, longest * (2 * kept + 2 * depth * h))
     unpacked = min(1.0, max(0.0, (free - needed) / (1.48 * depth * layer))) if ours else 0.0
     free -= unpacked * 1.48 * depth * layer
-    recomputed = min(1.0, max(0.0, 1 + 2 / depth - free / (tokens * depth * kept))) if ours else 1.0
-    forward = sum(
-        n * (0.52 if tokens / pieces <= FUSED[name] else 0.52 + 2 + 2)
-        for name, n in matrices.items()
-    )
-    packed_passes, plain_passes = (
-        (1 + recomputed) * forward + (0.52 + 2 + 2) * layer,
-        (2 + recomputed) * 2 * layer,
-    )
+    recomputed = min(1.0, max(0.0, 1 + 1 / depth - free / (tokens * depth * kept))) if ours else 1.0
+    packed_passes = (1 + recomputed) * packed_forward(a.matrices, tokens / pieces)
+    packed_passes += (0.52 + 2 + 2) * layer
+    plain_passes = (2 + recomputed) * 2 * layer
     moved = pieces * depth * ((1 - unpacked) * packed_passes + unpacked * plain_passes)
+    elementwise = 1 + ELEMENTWISE_FORWARD * recomputed
+    moved += tokens * depth * ELEMENTWISE_BYTES[recipe] * elementwise
     operations = tokens * (2 * (2 + recomputed) * (depth * layer + adapters) + 2 * adapters)
     predicted = lengths.sum() - len(lengths)
     operations += 4 * head * (predicted if ours else tokens)
-    chunks = (
-        math.ceil(predicted / pieces / LOGIT_CHUNK_TOKENS) if ours else 1
-    )  # each reads the LM head forward and back
+    # Each chunk reads the LM head forward and back.
+    chunks = math.ceil(predicted / pieces / LOGIT_CHUNK_TOKENS) if ours else 1
     moved += pieces * chunks * 2 * 2 * head
     seconds = moved / RTX_4080["bytes"] + operations / RTX_4080["operations"]
-    true_tokens = lengths.sum() + (number == 3) * len(lengths)
+    true_tokens = lengths.sum() + prefix * len(lengths)
     least_operations = true_tokens * (4 * depth * layer + 6 * adapters) + 4 * head * predicted
     least_bytes = 2 * halves * (depth * layer / 2 + 2 * head)
     limit = max(least_bytes / RTX_4080["bytes"], least_operations / RTX_4080["operations"])
@@ -703,6 +777,25 @@ def count_step(
     }
 
 
+def count_evaluation(
+    lengths: np.ndarray, recipe: str, number: int, settings, unpacked: float
+) -> float:
+    """Seconds on paper of one evaluation of rows of these lengths, 7B architecture, in batches as
+    common.evaluate makes them, with this share of layers unpacked.
+    """
+    a, seconds = count_architecture(settings, number), 0.0
+    for rows in token_budget_batches(lengths, EVALUATION_TOKENS["cuda"]):
+        tokens = len(rows) * (float(lengths[rows].max()) + (number == 3))
+        predicted = lengths[rows].sum() - len(rows)
+        packed = packed_forward(a.matrices, tokens)
+        moved = a.depth * ((1 - unpacked) * packed + unpacked * 2 * a.layer)
+        moved += tokens * a.depth * ELEMENTWISE_BYTES[recipe] * ELEMENTWISE_FORWARD
+        moved += math.ceil(predicted / LOGIT_CHUNK_TOKENS) * 2 * a.head
+        operations = 2 * tokens * (a.depth * a.layer + a.adapters) + 2 * a.head * predicted
+        seconds += moved / RTX_4080["bytes"] + float(operations) / RTX_4080["operations"]
+    return seconds
+
+
 def count_on_paper(config: Config) -> dict[str, dict]:
     """What the recipes would take on the reference's card, from counts alone; written to
     throughput_on_paper.json.
@@ -712,6 +805,7 @@ def count_on_paper(config: Config) -> dict[str, dict]:
     for script, load, _, folder in STUDIES:
         task, settings, split = load_split(script, load, encode, config)
         rng, size, lengths = np.random.default_rng(0), settings.batch_size, split.lengths
+        validation = encode_rows(task.validation, encode, settings.max_length).lengths
         grouped, shuffled = (
             length_grouped_batches(lengths, size, rng),
             rng.permutation(len(lengths)),
@@ -727,6 +821,7 @@ def count_on_paper(config: Config) -> dict[str, dict]:
             "steps": steps,
             "epochs": settings.epochs,
             "memory_gib": config.memory_gib,
+            "elementwise_bytes": ELEMENTWISE_BYTES,
         }
         for number in config.models:
             by_recipe = {}
@@ -744,9 +839,12 @@ def count_on_paper(config: Config) -> dict[str, dict]:
                 means["examples_per_second"] = sum(map(len, rows)) / sum(
                     count["seconds"] for count in counts
                 )
-                means["hours"] = (
-                    settings.epochs * len(split.labels) / means["examples_per_second"] / 3600
+                means["evaluation_seconds"] = count_evaluation(
+                    validation, recipe, number, settings, means["unpacked"]
                 )
+                seconds = settings.epochs * len(split.labels) / means["examples_per_second"]
+                passes = evaluation_passes(number, settings.epochs)
+                means["hours"] = (seconds + passes * means["evaluation_seconds"]) / 3600
                 by_recipe[recipe] = means
             rates = {recipe: means["examples_per_second"] for recipe, means in by_recipe.items()}
             found[f"model{number}"] = {"examples_per_second": rates, "step": by_recipe}
@@ -760,7 +858,8 @@ def count_on_paper(config: Config) -> dict[str, dict]:
             shares += f"{ours['unpacked']:.0%} kept unpacked"
             name, hours = (
                 common.find_arm(str(number)).title,
-                f"{settings.epochs} epochs: {ours['hours']:.1f} h",
+                f"an evaluation {ours['evaluation_seconds']:.0f} s; "
+                f"{settings.epochs} epochs with evaluations: {ours['hours']:.1f} h",
             )
             print(
                 f"{name:20}examples/s on paper: {line}; ratio {ratios}; {shares}; {hours}",
@@ -783,7 +882,8 @@ def plot(path: Path, found: dict[str, dict], title: str) -> None:
     for axis, (name, results) in zip(axes[0], found.items(), strict=True):
         keys = [key for key in ("model1", "model2", "model3") if key in results]
         for offset, recipe in enumerate(RECIPES):
-            rates = [results[key]["examples_per_second"][recipe] for key in keys]
+            found_rates = [results[key]["examples_per_second"] for key in keys]
+            rates = [of_model.get(recipe, 0.0) for of_model in found_rates]  # 0: out of memory
             places = np.arange(len(keys)) + 0.27 * (offset - 1)
             bars = axis.bar(places, rates, 0.25, label=recipe, color=RECIPE_COLORS[recipe])
             axis.bar_label(bars, fmt="%.3g", fontsize=8)

@@ -1,9 +1,11 @@
 """The studies: the yardstick measures the same model, and the documents say what the JSON says."""
 
 import csv
+import gc
 import json
 import math
 import subprocess
+import weakref
 from pathlib import Path
 
 import findings
@@ -183,7 +185,8 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
         0 if model_number == 1 else causal_lm.lm_head.weight.numel(),
     )
     assert roomy["unpacked"] == 1  # every weight is read as bfloat16, forward and backward
-    assert roomy["bytes"] == pytest.approx(halves * (2 * 2 * weights + 2 * 2 * head))
+    elementwise = tokens * 28 * throughput.ELEMENTWISE_BYTES["ours"]
+    assert roomy["bytes"] == pytest.approx(halves * (2 * 2 * weights + 2 * 2 * head) + elementwise)
     least_bytes = halves * (weights + 4 * head)  # half a byte a weight, twice
     least_operations = (28 + 4 * (model_number == 3)) * (4 * weights + 6 * adapters) + 4 * 24 * head
     least = max(
@@ -196,11 +199,137 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
     full = throughput.count_step(
         np.full(16, 8), "conventional", model_number, settings, **memory
     )  # two micro-batches of 8 x 128
-    assert full["bytes"] == pytest.approx(2 * halves * (3 * 4.52 * weights + 4 * head))
+    elementwise = 16 * (129 if model_number == 3 else 128) * 28 * (1 + 1 / 3)
+    elementwise *= throughput.ELEMENTWISE_BYTES["conventional"]
+    expected = 2 * halves * (3 * 4.52 * weights + 4 * head) + elementwise
+    assert full["bytes"] == pytest.approx(expected)
     ecosystem = throughput.count_step(
         lengths, "ecosystem", model_number, settings, **memory
     )  # at 32 tokens most is fused
-    assert 4.52 * weights < ecosystem["bytes"] / halves - 4 * head < 2 * 4.52 * weights
+    again = ecosystem["bytes"] - tokens * 28 * (1 + 1 / 3) * throughput.ELEMENTWISE_BYTES["ours"]
+    assert 4.52 * weights < again / halves - 4 * head < 2 * 4.52 * weights
+
+
+def test_an_evaluation_on_paper_is_a_forward_pass_over_all_rows(model_number, monkeypatch):
+    """On unpacked weights: two bytes a weight in each batch, a third of the elementwise work."""
+    monkeypatch.setitem(throughput.EVALUATION_TOKENS, "cuda", 40)
+    settings, lengths = LanguageModelConfig(), np.array([5, 5, 5, 5, 20])
+    a = throughput.count_architecture(settings, model_number)
+    found = throughput.count_evaluation(lengths, "ours", model_number, settings, unpacked=1.0)
+    tokens = 40 + 5 * (model_number == 3)
+    per_token = 28 * throughput.ELEMENTWISE_BYTES["ours"] / 3
+    moved = 2 * (28 * 2 * a.layer + 2 * a.head) + tokens * per_token
+    operations = 2 * tokens * (28 * a.layer + a.adapters) + 2 * a.head * 35
+    card = throughput.RTX_4080
+    assert found == pytest.approx(moved / card["bytes"] + operations / card["operations"])
+    long = np.full(9, 400)  # each batch is long enough that packed weights are unpacked for it
+    packed, plain = (
+        throughput.count_evaluation(long, "ours", model_number, settings, unpacked)
+        for unpacked in (0.0, 1.0)
+    )
+    saved = 9 * 28 * (4.52 - 2) * a.layer / card["bytes"]
+    assert packed - plain == pytest.approx(saved)
+    assert throughput.evaluation_passes(model_number, 3) == (7 if model_number == 3 else 4)
+
+
+def test_the_random_model_is_what_a_real_nf4_model_is_to_peft(miniature, qwen, model_number):
+    real = common.build_language_model(
+        arm_of(model_number),
+        2,
+        "pooled",
+        LanguageModelConfig(model=str(qwen), quantization="nf4", lora_rank=4),
+        torch.device("cpu"),
+    )
+    kinds = [
+        {(name.rpartition(".")[2], type(m)) for name, m in model.backbone.layers.named_modules()}
+        for model in (miniature[0], real)
+    ]
+    wrappers = [{(n, kind) for n, kind in found if n.endswith("_proj")} for found in kinds]
+    assert wrappers[0] == wrappers[1] and len(wrappers[0]) == 7
+
+
+def test_a_random_model_fills_no_matrix_on_the_way(monkeypatch):
+    """bitsandbytes would draw each in fp32 on the CPU before it is replaced: a minute at 7B."""
+    drawn = []
+    kaiming = torch.nn.init.kaiming_uniform_
+    monkeypatch.setattr(
+        torch.nn.init,
+        "kaiming_uniform_",
+        lambda tensor, **k: drawn.append(tensor.device) or kaiming(tensor, **k),
+    )
+    throughput.random_language_model(throughput.TINY, torch.float32, torch.device("cpu"))
+    assert {device.type for device in drawn} <= {"meta"}
+
+
+@pytest.mark.parametrize("failing", ["conventional", "ecosystem", "ours"])
+def test_a_recipe_that_runs_out_of_memory_is_recorded_and_the_others_go_on(
+    miniature, model_number, failing, monkeypatch, tmp_path
+):
+    model, settings = miniature
+    seconds = throughput.ecosystem_seconds
+    forward, now_running = model.forward, []
+
+    def short_of_memory(*arguments):
+        if now_running[-1] == failing:
+            raise RuntimeError("CUDA error: out of memory")
+        return forward(*arguments)
+
+    monkeypatch.setattr(model, "forward", short_of_memory)
+    make = throughput.make_trainer
+
+    def making(number, recipe, *rest):
+        now_running.append(recipe)
+        return make(number, recipe, *rest)
+
+    def ecosystem(*arguments):
+        now_running.append("ecosystem")
+        return seconds(*arguments)
+
+    monkeypatch.setattr(throughput, "make_trainer", making)
+    monkeypatch.setattr(throughput, "ecosystem_seconds", ecosystem)
+    monkeypatch.setattr(throughput, "evaluation_rate", lambda *_: 1.0)
+    split = random_split(rows=48, longest=20, vocabulary=900)
+    config = throughput.Config(rounds=1, steps=1)
+    rates = {"bytes": 1e9, "operations": 1e9}
+    found = throughput.measure(model_number, model, split, settings, config, rates)
+    assert found["out_of_memory"] == [failing] and now_running.count(failing) == 1
+    assert set(found["examples_per_second"]) == set(throughput.RECIPES) - {failing}
+    assert failing in throughput.describe(found)
+    results = {f"model{model_number}": found, "tokens_per_row": 9.0}
+    throughput.plot(tmp_path / "plot.png", {"data": results}, "title")
+
+
+def test_recipes_never_hold_the_moments_of_two_optimizers(miniature, model_number, monkeypatch):
+    model, settings = miniature
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(torch.optim.AdamW):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **keywords)
+            alive.add(self)
+
+        def step(self, *arguments, **keywords):
+            gc.collect()
+            most.append(len(alive))
+            return super().step(*arguments, **keywords)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    split = random_split(rows=48, longest=20, vocabulary=900)
+    throughput.measure(
+        model_number, model, split, settings, throughput.Config(rounds=1, steps=1), None
+    )
+    assert max(most) == 1
+
+
+def test_the_cap_leaves_out_what_the_context_takes(monkeypatch):
+    """A card of 16 GiB of which the context takes 0.4: torch may have 14.6 of 15."""
+    gib, caps = 2**30, []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (15.6 * gib, 16 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
+    throughput.cap_memory(15.0)
+    assert caps == [pytest.approx(14.6 / 16)]
 
 
 @pytest.mark.parametrize("name", findings.DOCUMENTS)

@@ -37,6 +37,7 @@ from collapse.files import (
     write_json,
 )
 from collapse.language_models import add_lora, load_causal_lm, load_tokenizer
+from collapse.measuring import outputs
 from collapse.model_records import (
     LEAST_ROWS,
     Splits,
@@ -206,8 +207,9 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     beside = {"accuracy": found.accuracy, "lm_loss": found.lm_loss}
     beside["transfer_accuracy"] = None
     if splits.transfer is not None:
-        rows = [common.evaluate(model, split) for split in splits.transfer]
-        arrays = (array for part in rows for array in (part.pooled, part.labels))
+        arrays = []
+        for split in splits.transfer:
+            arrays += [outputs(model.eval(), split)[0].numpy(), split.labels.numpy()]
         beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     times.append(time.perf_counter())
     outer = model.classifier.outer

@@ -195,16 +195,21 @@ def known_settings(config_class: type, stored: dict) -> Any:
 def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str, Any]:
     """Everything that results hold of one model. A new metric of saved models goes here.
 
-    `lm_loss` (nats) is under the model's LM head, None without one; `transfer_accuracy` is that of
-    frozen pooled states for the labels of another data set, None without its rows.
+    `lm_loss` (nats) is under the model's LM head on some of the rows, None without one;
+    `transfer_accuracy` is that of frozen pooled states for the labels of another data set, None
+    without its rows.
     """
     times = [time.perf_counter()]
-    found = common.evaluate(model, splits.validation, with_layers=True)
+    lm_loss = None
+    if model.lm_head is not None:
+        lm_loss = common.evaluate(model, splits.language).lm_loss
     times.append(time.perf_counter())
     model.lm_head = None  # it has done its work: no feature passes through it
+    found = common.evaluate(model, splits.validation, with_layers=True)
+    times.append(time.perf_counter())
     train = common.evaluate(model, splits.train)
     times.append(time.perf_counter())
-    beside = {"accuracy": found.accuracy, "lm_loss": found.lm_loss}
+    beside = {"accuracy": found.accuracy, "lm_loss": lm_loss}
     beside["transfer_accuracy"] = None
     if splits.transfer is not None:
         arrays = []
@@ -222,7 +227,7 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     )
     record["train"] = train_record(*of_train, weights, bias) | {"accuracy": train.accuracy}
     times.append(time.perf_counter())
-    parts = ("forward", "training rows", "transfer", "pooled states", "collapse")
+    parts = ("language", "forward", "training rows", "transfer", "pooled states", "collapse")
     return record | beside | {"seconds": dict(zip(parts, np.diff(times).tolist(), strict=True))}
 
 

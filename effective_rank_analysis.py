@@ -38,6 +38,7 @@ from collapse.files import (
     write_json,
 )
 from collapse.language_models import add_lora, load_causal_lm, load_tokenizer
+from collapse.measuring import outputs
 from collapse.model_records import (
     LEAST_ROWS,
     Splits,
@@ -195,20 +196,26 @@ def known_settings(config_class: type, stored: dict) -> Any:
 def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str, Any]:
     """Everything that results hold of one model. A new metric of saved models goes here.
 
-    `lm_loss` (nats) is under the model's LM head, None without one; `transfer_accuracy` is that of
-    frozen pooled states for the labels of another data set, None without its rows.
+    `lm_loss` (nats) is under the model's LM head on some of the rows, None without one;
+    `transfer_accuracy` is that of frozen pooled states for the labels of another data set, None
+    without its rows.
     """
     times = [time.perf_counter()]
-    found = common.evaluate(model, splits.validation, with_layers=True)
+    lm_loss = None
+    if model.lm_head is not None:
+        lm_loss = common.evaluate(model, splits.language).lm_loss
     times.append(time.perf_counter())
     model.lm_head = None  # it has done its work: no feature passes through it
+    found = common.evaluate(model, splits.validation, with_layers=True)
+    times.append(time.perf_counter())
     train = common.evaluate(model, splits.train)
     times.append(time.perf_counter())
-    beside = {"accuracy": found.accuracy, "lm_loss": found.lm_loss}
+    beside = {"accuracy": found.accuracy, "lm_loss": lm_loss}
     beside["transfer_accuracy"] = None
     if splits.transfer is not None:
-        rows = [common.evaluate(model, split) for split in splits.transfer]
-        arrays = (array for part in rows for array in (part.pooled, part.labels))
+        arrays = []
+        for split in splits.transfer:
+            arrays += [outputs(model.eval(), split)[0].numpy(), split.labels.numpy()]
         beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     times.append(time.perf_counter())
     outer = model.classifier.outer
@@ -221,7 +228,7 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     )
     record["train"] = train_record(*of_train, weights, bias) | {"accuracy": train.accuracy}
     times.append(time.perf_counter())
-    parts = ("forward", "training rows", "transfer", "pooled states", "collapse")
+    parts = ("language", "forward", "training rows", "transfer", "pooled states", "collapse")
     return record | beside | {"seconds": dict(zip(parts, np.diff(times).tolist(), strict=True))}
 
 

@@ -25,6 +25,7 @@ LEAST_ROWS = 4  # half of them still have a rank
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
 # Of the other data set, for `transfer_accuracy`: as much as a record can afford.
 TRANSFER_ROWS, TRANSFER_TOKENS = 300, 16
+LANGUAGE_ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Splits:
 
     validation: Split
     train: Split  # as many
+    language: Split  # validation rows for the LM loss, which costs more than a pass without
     transfer: tuple[Split, Split] | None = None  # training and test rows of another data set
 
 
@@ -55,7 +57,9 @@ def draw_splits(
     if other is not None:
         other = limit_task(other, TRANSFER_ROWS, TRANSFER_ROWS)
         transfer = tuple(encode(part, TRANSFER_TOKENS) for part in (other.train, other.validation))
-    return Splits(encode(validation, None), encode(train, None), transfer)
+    language = limit_task(task, None, min(rows, LANGUAGE_ROWS)).validation
+    splits = (encode(part, None) for part in (validation, train, language))
+    return Splits(*splits, transfer)
 
 
 def pooled_record(

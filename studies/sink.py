@@ -112,8 +112,8 @@ def plot(path: Path, results: dict) -> None:
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(0, 1)
     axes[2].set_yscale("log")
-    for axis in axes[:2]:
-        axis.legend(fontsize=8)
+    for axis, corner in zip(axes, ("lower left", "upper left"), strict=False):
+        axis.legend(fontsize=8, loc=corner)  # where no line runs
     rows = results["data"]["validation_rows"]
     title = f"{results['model']} before fine-tuning, {results['data']['name']}"
     figure.suptitle(f"{title}: {rows:,} validation rows")

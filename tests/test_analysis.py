@@ -98,7 +98,7 @@ def test_a_planted_collapse_is_found_and_none_where_there_is_none():
         for epoch in range(30):
             for rows in length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
                 trainer.step(rows, 3e-3)
-        found.append(analysis.measure(model, Splits(split, split), draws=3))
+        found.append(analysis.measure(model, Splits(split, split, split), draws=3))
     healthy, collapsed = found
     assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
     assert collapsed["effective_rank"] <= 2 + 1e-6 and collapsed["dims_99pct"] <= 2

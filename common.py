@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import threadpoolctl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from collapse.files import (
     RunFolder,
     digest_weights,
     environment,
+    git_commit,
     write_json,
     write_tensors,
 )
@@ -109,7 +111,12 @@ class Arm:
 
     @property
     def needs_lm_head(self) -> bool:
-        return self.lm != "none" or self.anchor == "kl"
+        return self.lm != "none" or self.anchors_tokens
+
+    @property
+    def anchors_tokens(self) -> bool:
+        """Whether its anchor is a loss over target tokens, weighed against the classification."""
+        return self.anchor == "kl"
 
     def weight_in(self, config: RunConfig) -> float:
         return config.lm_weight if self.weight is None else self.weight
@@ -134,7 +141,8 @@ ARMS = {
     "l2-start": Arm(
         "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
     ),
-    # Model 2's Adam scale, the classification gradient alone: a smaller classification step.
+    # Model 2's Adam scale, the classification gradient alone: a smaller classification step. An LM
+    # head that trains does so as in model 2, so that the scale stays model 2's.
     "shared-scale": Arm(
         "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
     ),
@@ -159,13 +167,15 @@ def find_arm(name: str) -> Arm:
         number = math.nan
     if not 0 <= number < highest or not (arm.needs_lm_head or arm.anchor == "l2"):
         raise UserError(f"--models {name}: no weight that {arm.label} can have.")
-    title = f"{arm.title}, weight {number:g}"
-    return dataclasses.replace(arm, name=f"{arm.name}@{number:g}", title=title, weight=number)
+    number = abs(number)  # -0 is 0
+    text = f"{number:g}" if float(f"{number:g}") == number else repr(number)
+    title = f"{arm.title}, weight {text}"
+    return dataclasses.replace(arm, name=f"{arm.name}@{text}", title=title, weight=number)
 
 
 def chosen_arms(config: RunConfig) -> list[Arm]:
     """The arms of --models. Raises UserError for an unknown name, or too small a step for pairs."""
-    arms = [find_arm(name) for name in config.models]
+    arms = list(dict.fromkeys(find_arm(name) for name in config.models))
     if config.batch_size < 2 and any(arm.prefix == "engram" for arm in arms):
         raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")
     return arms
@@ -340,9 +350,7 @@ def build_language_model(
         check_lm_loss(causal_lm, config.model)
     adapters = add_lora(causal_lm, config)
     model = wrap_causal_lm(adapters, arm, num_classes, engram_source, config)
-    model.memory_plan = MemoryPlan(
-        model, config.gradient_checkpointing, share=1 / (config.workers or 1)
-    )
+    model.memory_plan = MemoryPlan(model, config.gradient_checkpointing)
     return model
 
 
@@ -383,15 +391,19 @@ class Trainer:
             self.start_weights = {name: p.detach().clone() for name, p in backbone}
 
     def record(self, sums: StepSums) -> dict[str, float | None]:
-        """Means, as results.json has them; `loss` is what was minimized."""
+        """Means, as results.json has them.
+
+        `loss` is what was minimized; of shared-scale, which minimizes none, the classification's.
+        """
         arm, cls_loss = self.arm, sums.cls_loss / sums.rows
         lm_loss = sums.lm_loss / max(1, sums.targets) if arm.lm != "none" else None
-        anchor = sums.anchor_loss / sums.steps
-        kept = 1 - self.weight if arm.anchor == "kl" else 1.0
+        anchor, shuffled = sums.anchor_loss / sums.steps, arm.lm == "shuffled"
+        kept = 1 - self.weight if arm.anchors_tokens else 1.0
         return {
             "loss": kept * arm.loss(cls_loss, lm_loss, self.config) + anchor,
             "cls_loss": cls_loss,
-            "lm_loss": lm_loss,
+            "lm_loss": None if shuffled else lm_loss,
+            **({"shuffled_lm_loss": lm_loss} if shuffled else {}),
             **({"anchor_loss": anchor} if arm.anchor != "none" else {}),
             "accuracy": sums.correct / sums.rows,
             "grad_norm": sums.grad_norm / sums.steps,
@@ -429,7 +441,7 @@ class Trainer:
         columns = zip(*torch.stack(found).tolist(), strict=True)
         sums.cls_loss, beside, correct = (sum(column) for column in columns)
         sums.correct = int(correct)
-        if self.arm.anchor == "kl":
+        if self.arm.anchors_tokens:
             sums.anchor_loss = self.weight * beside / max(1, targets)
         else:
             sums.lm_loss = beside
@@ -567,6 +579,9 @@ class Trainer:
             gradients = [_sum(*two) for two in zip(gradients, self.lm_gradients, strict=True)]
         norm = nn.utils.get_total_norm([g for g in gradients if g is not None])
         if self.arm.shared_scale:
+            for parameter, gradient in zip(self.parameters, self.lm_gradients, strict=True):
+                if parameter.grad is None:  # an LM head that trains: the LM's alone, as in model 2
+                    parameter.grad = gradient
             longest = self.config.clip_norm or math.inf
             scale = torch.clamp(longest / (norm + 1e-6), max=1.0)
             self.optimizer.scale_gradients = [None if g is None else g * scale for g in gradients]
@@ -626,6 +641,7 @@ class Evaluation:
         return "".join("1" if right else "0" for right in self.logits.argmax(1) == self.labels)
 
     def record(self, arm: Arm, config: RunConfig) -> dict[str, float | None]:
+        """As Trainer.record has it, of true tokens and without anchors."""
         return {
             "loss": arm.loss(self.cls_loss, self.lm_loss, config),
             "cls_loss": self.cls_loss,
@@ -752,7 +768,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     commands may share the folder. Returns what results.json holds.
     """
     arms, device, task = chosen_arms(config), training_device(config), experiment.task
-    torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     settings = {
         "config": {k: v for k, v in vars(config).items() if k not in NOT_IN_FINGERPRINT}
         | experiment.details,
@@ -796,7 +812,7 @@ class Run:
     settings: dict
 
     def __post_init__(self) -> None:
-        self.here = environment(self.device)  # now: the code may be edited while a long run goes on
+        self.commit = git_commit()  # now: the code may be edited while a long run goes on
 
     @cached_property
     def splits(self) -> tuple[Split, Split]:
@@ -820,7 +836,7 @@ class Run:
     def __call__(self, training: Training, progress: Progress) -> None:
         """Train one model from start to metrics, and publish; nothing of it stays on the device."""
         gc.collect()  # the model before is gone; its memory is not, while a ring of references is
-        torch.set_num_threads(self.config.threads)
+        set_threads(self.config.threads)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -847,7 +863,8 @@ class Run:
         metrics = self.metrics(trainer.model, history)
         if evaluation.engrams is not None:
             metrics |= engram_analysis(trainer.model, evaluation, seed, training.folder)
-        write_json(training.folder / "metrics.json", {**metrics, **self.here})
+        here = environment(self.device, self.commit)
+        write_json(training.folder / "metrics.json", {**metrics, **here})
         loop.checkpoint.unlink(missing_ok=True)
         self.publish()
 
@@ -873,23 +890,33 @@ class Run:
     def publish(self) -> dict:
         """Write results.json, results.csv and the plots from all trainings that are finished."""
         experiment = self.experiment
-        head = {"experiment": experiment.name, "settings": self.settings, **self.here}
+        here = environment(self.device, self.commit)
+        head = {"experiment": experiment.name, "settings": self.settings, **here}
         title = f"{experiment.name} on {experiment.task.title()}"
         classes = experiment.task.class_names
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
+
+
+def set_threads(count: int) -> None:
+    """Threads of torch and of the libraries below numpy: sums in other threads end otherwise."""
+    torch.set_num_threads(count)
+    threadpoolctl.threadpool_limits(count)
 
 
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess
 
 
 def announce(label: str, trainer: Trainer, progress: Progress) -> None:
-    """Say what trains and what memory it expects; unpack what fits."""
-    model, lengths, size = trainer.model, trainer.split.lengths, trainer.config.batch_size
+    """Say what trains and what memory it expects; unpack what fits into its share."""
+    model, lengths, config = trainer.model, trainer.split.lengths, trainer.config
     if plan := model.memory_plan:
+        if config.cluster == "none":  # there a job has memory of its own
+            plan.take_share(1 / (config.workers or 1))
         count = count_parameters(model)
-        plan.unpack_what_fits(trainer.split, size)
+        plan.unpack_what_fits(trainer.split, config.batch_size)
         trained = f"{count['trainable']:,} of {count['total']:,} parameters train"
-        progress.say(f"{label}: {trained}\n{label}: {plan.describe(size, int(lengths.max()))}")
+        longest = plan.describe(config.batch_size, int(lengths.max()))
+        progress.say(f"{label}: {trained}\n{label}: {longest}")
 
 
 def engram_analysis(

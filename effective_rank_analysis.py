@@ -251,7 +251,10 @@ def measure_study(
     state = config.output_dir / "state" / where.strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
     measured = config.how_measured()
-    code = [digest_of_code(measure, models_of, draw_splits), splits.transfer is not None]
+    code = [
+        digest_of_code(measure, models_of, load_again, draw_splits),
+        splits.transfer is not None,
+    ]
     print(f"{name}: {n:,} validation rows, {config.weights} weights of {folder}", flush=True)
     found: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:

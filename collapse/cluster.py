@@ -33,7 +33,7 @@ class ClusterConfig:
     # Time limit of a job in minutes; a training that needs more is queued again and goes on.
     minutes: int = 240
     # Memory of a job in GiB.
-    memory: int = 8
+    memory: int = 16
     # CPU cores of a job.
     threads: int = 1
     # GPUs of a job.
@@ -183,6 +183,10 @@ class GoneJobs:
 
 
 def cancel(jobs: dict[Any, Training]) -> None:
-    """Cancel jobs; SIGUSR1 ends at once what would ignore scancel's SIGTERM for half a minute."""
-    for option in ("--state=PENDING", "--signal=USR1", "--state=RUNNING") if jobs else ():
-        subprocess.run(["scancel", option, *(job.job_id for job in jobs)], capture_output=True)
+    """Cancel jobs; SIGUSR1 ends at once what would ignore scancel's SIGTERM for half a minute.
+
+    It also makes submitit queue a job again, so that the last word is to jobs in any state.
+    """
+    numbers = [job.job_id for job in jobs]
+    for option in (["--state=PENDING"], ["--signal=USR1"], []) if jobs else ():
+        subprocess.run(["scancel", *option, *numbers], capture_output=True)

@@ -260,12 +260,8 @@ def settings_difference(file: Any, here: dict) -> str | None:
     return None
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, hardware and git commit, for results.json.
-
-    A commit ends in -modified when the code differs from it.
-    """
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
+def git_commit() -> str | None:
+    """The commit of the code, with -modified at its end when the code differs from it."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -279,16 +275,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     commit = git("rev-parse", "HEAD")
     if commit and git("status", "--porcelain", "--", "*.py", "requirements.txt"):
         commit += "-modified"
+    return commit
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Versions, hardware and git commit (default: the present one), for results.json."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    # On the machine that hands trainings to a cluster the device may be absent.
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
+        "versions": {"python": platform.python_version(), **versions},
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+            "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
             "threads": torch.get_num_threads(),
         },
-        "git_commit": commit,
+        "git_commit": commit or git_commit(),
     }
 
 

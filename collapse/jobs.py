@@ -80,7 +80,7 @@ def how_many(config: RunConfig, device: torch.device, trainings: int) -> int:
         return max(1, trainings)
     if device.type == "cuda":
         return 1
-    return max(1, min(trainings, (os.cpu_count() or 1) // config.threads))
+    return max(1, min(trainings, len(os.sched_getaffinity(0)) // config.threads))
 
 
 @dataclass

@@ -112,7 +112,11 @@ class TrainingLoop:
         self.folder.mkdir(exist_ok=True)
         self.batches_per_epoch = math.ceil(len(self.trainer.split.labels) / self.config.batch_size)
         self.started = self.saved = time.monotonic()
-        history = self.history = self.resume() if self.checkpoint.exists() else self.begin()
+        self.step, self.rate = -1, 0.0
+        try:
+            history = self.history = self.resume() if self.checkpoint.exists() else self.begin()
+        except FloatingPointError as error:
+            raise UserError(f"{self.label} is not finite before its first step: {error}.") from None
         last = None
         while history.epoch < self.config.epochs:
             try:

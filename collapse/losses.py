@@ -49,6 +49,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             if start is None:
                 here = targets[part].unsqueeze(1)
                 total -= log_p.gather(1, here).sum()
+                if not any(needed):
+                    continue
                 slope = log_p.exp_()
                 slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
             else:

@@ -30,8 +30,8 @@ class MemoryPlan:
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
 
-    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"], share: float = 1.0):
-        """model is a DualHeadModel; other trainings leave it this share of the free memory."""
+    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"]):
+        """model is a DualHeadModel."""
         self.mode = mode
         with warnings.catch_warnings():
             # transformers renames this method; the pinned version knows it.
@@ -58,7 +58,7 @@ class MemoryPlan:
         self.optimizer_bytes = 3 * sum(
             p.numel() * p.element_size() for p in model.trainable().values()
         )
-        self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device) * share
+        self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device)
         self.packed = [_packed_linears(layer) for layer in self.layers]
         linear = [module for _, _, module in self.packed[0]]
         plain = sum(
@@ -67,6 +67,10 @@ class MemoryPlan:
         )
         leaving = sum(module.weight.nbytes for module in linear if module.weight.is_cuda)
         self.unpacked, self.unpacking_bytes = 0, plain - leaving
+
+    def take_share(self, share: float) -> None:
+        """Leave the rest of the free memory to other trainings."""
+        self.free_bytes = self.weight_bytes + (self.free_bytes - self.weight_bytes) * share
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
         """Peak of a step of so many tokens with the first so many layers recomputed."""

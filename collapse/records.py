@@ -8,6 +8,7 @@ import numpy as np
 
 from collapse import model_records
 from collapse.files import read_json
+from collapse.reports import controls_of
 from collapse.settings import UserError
 from collapse.statistics import (
     format_interval,
@@ -54,7 +55,7 @@ def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
     """(a, b) for every change from a to b that is told."""
     pairs = [("pretrained", "model1"), ("model1", "model2"), ("model2", "model3")]
     pairs += [("model1", "model3"), ("pretrained", "model2"), ("pretrained", "model3")]
-    controls = [key for key in keys if key != "pretrained" and not key.startswith("model")]
+    controls = controls_of(key for key in keys if key != "pretrained")
     return pairs + [(a, b) for b in controls for a in ("pretrained", "model1", "model2")]
 
 

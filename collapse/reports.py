@@ -34,9 +34,13 @@ COMPARISONS = {
 
 def pairs_of(models: Iterable[str]) -> dict[str, tuple[str, str, str, str]]:
     """COMPARISONS, and each control beside models 1 and 2."""
-    controls = [name for name in models if name not in ("model1", "model2", "model3")]
-    against = itertools.product(controls, ("model1", "model2"))
+    against = itertools.product(controls_of(models), ("model1", "model2"))
     return COMPARISONS | {f"{b} - {a}": (a, b, "cold", "cold") for b, a in against}
+
+
+def controls_of(models: Iterable[str]) -> list[str]:
+    """All but the three models themselves; a model with a weight of its own is a control."""
+    return [name for name in models if name not in ("model1", "model2", "model3")]
 
 
 def compare_all(

@@ -53,8 +53,8 @@ class RunConfig:
     # Where trainings run: on this machine, or each as a job of a Slurm cluster that shares this
     # folder.
     cluster: Literal["none", "slurm"] = "none"
-    # Longest time of a job on the cluster, in minutes; what that cuts short goes on at the next
-    # start.
+    # Longest time of a job on the cluster, in minutes; what that cuts short is queued again and
+    # goes on.
     cluster_minutes: int = 240
     # Memory of a job on the cluster, in GiB.
     cluster_memory_gib: int = 16

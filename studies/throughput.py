@@ -18,6 +18,7 @@ and its plot.
 """
 
 import dataclasses
+import gc
 import math
 import sys
 import tempfile

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Run commands with a Slurm cluster of one node, this machine, around them; the cluster ends with them.
 # Needs Debian and root; installs Slurm where it is missing.
-#   tests/slurm.sh .venv/bin/python experiment.py --cluster slurm --seeds 0 1
+#   tests/slurm.sh .venv/bin/python experiment.py --cluster slurm --device cpu --seeds 0 1
 #   tests/slurm.sh .venv/bin/python -m pytest tests/test_jobs.py
 set -euo pipefail
 

@@ -19,6 +19,7 @@ import pytest
 from collapse.cluster import ClusterConfig
 from collapse.jobs import run_all
 from collapse.progress import Training
+from collapse.queue import Queue
 from collapse.settings import UserError
 
 STEP_SECONDS = 0.01
@@ -115,8 +116,11 @@ def test_the_longest_training_comes_first_and_equal_ones_keep_their_order(tmp_pa
     longer = Training("longer", tmp_path / "longer", "model1", 1, 1, 3, 0)
     dearer = Training("dearer", tmp_path / "dearer", "model3", 4, 1, 1, 0)
     evaluated = Training("evaluated", tmp_path / "evaluated", "model1", 1, 2, 1, 2)
-    run_all([a, b, longer, c, dearer, d, evaluated], train, workers=1)
-    assert trained(tmp_path) == ["evaluated", "dearer", "longer", *names([a, b, c, d])]
+    queue = Queue([a, b, longer, c, dearer, d, evaluated], longest_first=True)
+    found = names(queue.waiting)
+    assert found == ["evaluated", "dearer", "longer", *names([a, b, c, d])]
+    run_all([a, longer, b], train, workers=1)  # one after another: in the order that was asked for
+    assert trained(tmp_path) == names([a, longer, b])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -463,7 +463,7 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
         halves = {
             key: [base * (2 + i) + draw for draw in (-1, 0, 1)]
-            for i, key in enumerate(records.HALVED)
+            for i, key in enumerate(records.HALVED[:3])  # as older records have them
         }
         return (
             found

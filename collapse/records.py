@@ -114,7 +114,7 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
     found["half"], found["both"] = {"rows": rows}, {}
     for key in HALVED:
-        if not all(key in record["halves"] for pair in pairs for record in pair):
+        if not all(key in part for pair in pairs for r in pair for part in (r, r["halves"])):
             continue  # of an older run
         values = np.array([[record[key] for record in pair] for pair in pairs])  # (S, 2)
         drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])

@@ -16,6 +16,7 @@ from typing import Any
 
 import cloudpickle
 import torch
+from tqdm import tqdm
 
 from collapse.cluster import ClusterConfig, run_on_cluster
 from collapse.progress import Progress, RunBar, Training
@@ -196,6 +197,8 @@ def how_it_ended(exit_code: int) -> str:
 def serve(pipe: multiprocessing.connection.Connection) -> None:
     """The life of a worker process: it trains what its parent names, until the parent ends it."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    # Its own lock is a semaphore of the system, which Python would complain of after a kill.
+    tqdm.set_lock(threading.RLock())
     # SIGTERM ends it as sys.exit does, so that libraries give back what they hold of the system.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 

@@ -11,6 +11,7 @@ everything anew; those of the others are forked, so that many kills are a matter
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import psutil  # noqa: E402
+import torch._dynamo  # noqa: E402, F401 (here once, where every command would import it)
 from conftest import TINY, without_times, write_tiny_sst2  # noqa: E402
 
 from collapse.files import read_tensors  # noqa: E402
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng, kills = random.Random(arguments.seed), arguments.kills
+    gc.freeze()  # else every training collects what was imported here
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         data = scratch / "data"

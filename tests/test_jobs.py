@@ -188,13 +188,16 @@ def test_a_training_that_is_held_elsewhere_comes_last_and_is_waited_for(tmp_path
     lock.acquire()
 
     def end_elsewhere():
+        while not all(training.finished for training in others):
+            time.sleep(0.05)
+        time.sleep(1.5)  # long enough to be waited for
         finish(held)
         lock.release()
 
-    timer = threading.Timer(2, end_elsewhere)
-    timer.start()
+    other = threading.Thread(target=end_elsewhere)
+    other.start()
     run_all(trainings, train, workers)
-    timer.join()
+    other.join()
     assert sorted(trained(tmp_path)) == names(others)
     waiting = "waiting for model 1 seed 0, which another command trains"
     assert capsys.readouterr().out.splitlines() == [waiting]

@@ -1,11 +1,219 @@
-"""Intervals and tests."""
+"""Intervals and tests: numbers of finished runs in, a dict with an interval out. float64.
+
+A difference between two models varies over seeds (another training) and over rows (another
+validation set). A claim about the method needs an interval that holds both: `crossed_interval`
+where every row has a value (accuracy, losses), `seeds_and_rows_interval` where only a set of rows
+has one (ranks, CDNV).
+
+An interval is a dict with `mean`, `low` and `high`; where t's distribution is behind it also `se`,
+`df` (degrees of freedom) and `p`, two-sided against zero, which is below 1 - level exactly where
+the interval excludes zero. What is unknown for want of data is None.
+
+Ratios are compared as log ratios: pass differences of logs, as log CDNV of one model less that of
+the other, and take exp of the ends to read them as factors. So "half" and "twice" lie as far from
+no change, and a few seeds with huge ratios do not carry the mean. For jackknife intervals take the
+log of each draw, not of the mean over draws.
+"""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import scipy.stats
+from scipy.special import stdtr, stdtrit
+
+BOOTSTRAP_DRAWS = 10_000  # of compare_models
+PIGEONHOLE_CHUNK = 250  # draws at once: 15 MB of row weights at 7,600 rows
+
+
+def crossed_interval(differences: np.ndarray, level: float = 0.95) -> dict[str, Any]:
+    """Mean of differences (S seeds, N rows), with an interval for other seeds *and* other rows.
+
+    Crossed random-effects analysis of variance with one value a cell (Satterthwaite 1946; Searle et
+    al. 1992); see `crossed_error`. With one row only seeds vary (the paired t interval over seeds,
+    for values that have no rows), with one seed only rows: `n_seeds` and `n_rows` say so, and such
+    an interval speaks of nothing else. One value has no interval. `p` is 1 where all differences
+    are 0, and 0 where all are another number.
+    """
+    differences = _seeds_by_rows(differences)
+    origin = differences[0, 0]  # off first: equal differences have no spread, not one of rounding
+    mean_squares = crossed_mean_squares(differences - origin)
+    se, df = crossed_error(*mean_squares, *differences.shape)
+    mean = float(origin + (differences - origin).mean())
+    n_seeds, n_rows = differences.shape
+    return t_interval(mean, float(se), float(df), level) | {"n_seeds": n_seeds, "n_rows": n_rows}
+
+
+def crossed_mean_squares(differences: np.ndarray) -> tuple[float, float, float]:
+    """Mean squares of differences (S, N): of seeds, of rows, of the rest; 0 without freedom."""
+    n_seeds, n_rows = differences.shape
+    of_seeds = differences.mean(1, keepdims=True) - differences.mean()  # (S, 1)
+    of_rows = differences.mean(0, keepdims=True) - differences.mean()  # (1, N)
+    rest = differences - differences.mean() - of_seeds - of_rows  # (S, N)
+    freedom = (n_seeds - 1, n_rows - 1, (n_seeds - 1) * (n_rows - 1))
+    sums = (n_rows * (of_seeds**2).sum(), n_seeds * (of_rows**2).sum(), (rest**2).sum())
+    seeds, rows, residual = (float(s / f) if f else 0.0 for s, f in zip(sums, freedom, strict=True))
+    return seeds, rows, residual
+
+
+def crossed_error(
+    of_seeds: Any, of_rows: Any, residual: Any, n_seeds: int, n_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error of the mean and its degrees of freedom, from mean squares or arrays of them.
+
+    SE^2 = (max(MSs, MSe) + max(MSr, MSe) - MSe) / (S N). The floors keep a variance component that
+    was estimated below zero at zero. Satterthwaite's approximation takes the mean squares *as
+    floored*: one that fell below MSe enters with MSe at its own few degrees of freedom. Had it
+    entered as seen, a mean square of seeds that is small by luck would leave the many degrees of
+    freedom of the rows to an error that is too small: where seeds and residual vary alike, 10 % of
+    those intervals of three seeds, and 11 % of five, would exclude zero wrongly (0.3 and 5 % as it
+    is). There are never fewer degrees of freedom than the smaller of S - 1 and N - 1.
+    """
+    of_seeds, of_rows = np.maximum(of_seeds, residual), np.maximum(of_rows, residual)
+    total = np.asarray(of_seeds + of_rows - residual, dtype=np.float64)
+    freedom = (n_seeds - 1, n_rows - 1, (n_seeds - 1) * (n_rows - 1))
+    parts = zip((of_seeds, of_rows, residual), freedom, strict=True)
+    scatter = np.asarray(sum(np.square(part) / f for part, f in parts if f), dtype=np.float64)
+    least = float(min((f for f in freedom if f), default=0))
+    df = np.divide(total**2, scatter, out=np.full_like(total, least), where=scatter > 0)
+    return np.sqrt(total / (n_seeds * n_rows)), np.maximum(df, least)
+
+
+def pigeonhole_interval(
+    differences: np.ndarray, draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """Mean of differences (S, N), bootstrap interval: seeds and rows resampled apart (Owen 2007).
+
+    Percentiles of the resampled means, for ten seeds or more: few seeds are few to draw from. It
+    asks for no normal distribution, but the variance that is neither of seeds nor of rows counts
+    about three times, so it is the wider interval, up to 1.7 times, where that is most of it. With
+    one seed (or one row) only the other is resampled.
+    """
+    differences = _seeds_by_rows(differences)
+    n_seeds, n_rows = differences.shape
+    # Rows alike in every seed are one kind: right-or-wrong differences have some hundred kinds.
+    kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
+    rng, means = np.random.default_rng(seed), np.empty(draws)
+    for start in range(0, draws, PIGEONHOLE_CHUNK):
+        n = min(PIGEONHOLE_CHUNK, draws - start)
+        seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n)  # (n, S) how often
+        rows = rng.multinomial(n_rows, counts / n_rows, size=n)  # (n, K)
+        means[start : start + n] = ((seeds @ kinds) * rows).sum(1) / (n_seeds * n_rows)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    interval = {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
+    return interval | {"se": float(means.std(ddof=1)), "n_seeds": n_seeds, "n_rows": n_rows}
+
+
+def seeds_and_rows_interval(
+    values: np.ndarray, draws: np.ndarray, rows: int, total: int, level: float = 0.95
+) -> dict[str, Any]:
+    """Mean over seeds of a statistic of a set of rows, as a rank, for other seeds and other rows.
+
+    `values` (S,) are at all `total` rows and give the centre; `draws` (S, B) are at B random
+    subsets of `rows` rows, the same subsets for every seed. SE^2 = variance of values / S +
+    delete-d jackknife variance of the mean over seeds. S - 1 degrees of freedom: few where rows
+    vary more than seeds, which errs on the wide side. From one seed the interval is over rows
+    alone, and `n_seeds` says so.
+    """
+    values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
+    if draws.ndim != 2 or values.shape != draws.shape[:1]:
+        raise ValueError(f"values {values.shape} and draws {draws.shape}: one row of draws a seed")
+    mean, n_seeds = float(values.mean()), len(values)
+    over_rows = jackknife_interval(mean, draws.mean(0), rows, total, level)
+    if n_seeds == 1:
+        return over_rows | {"n_seeds": 1}
+    se = math.sqrt(values.var(ddof=1) / n_seeds + over_rows["se"] ** 2)
+    return t_interval(mean, se, n_seeds - 1, level) | {"n_seeds": n_seeds}
+
+
+def jackknife_interval(
+    at_all_rows: float, draws: np.ndarray, rows: int, total: int, level: float = 0.95
+) -> dict[str, Any]:
+    """A statistic of a set of `total` rows with an interval for other sets of as many rows.
+
+    `draws` (B,) are the statistic at random subsets of `rows` rows. Delete-d jackknife (Shao & Wu
+    1989): the subsets' standard deviation counts sqrt(rows / (total - rows)) times, since large
+    subsets overlap. The centre is the statistic at all rows: ranks grow with the number of rows,
+    and the mean over subsets belongs to fewer of them.
+    """
+    draws = np.asarray(draws, dtype=np.float64)
+    if not 0 < rows < total or draws.ndim != 1 or len(draws) < 2:
+        raise ValueError(f"{draws.shape} draws of {rows} from {total} rows: no variance over rows")
+    se = float(draws.std(ddof=1)) * math.sqrt(rows / (total - rows))
+    return t_interval(float(at_all_rows), se, len(draws) - 1, level)
+
+
+def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
+    """Exact two-sided p of McNemar's test: ONE seed of each model, right or wrong on N rows.
+
+    It describes these two trained models: another training may turn it, so it is no test of the
+    method.
+    """
+    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"right-or-wrong arrays of one seed each, not {a.shape} and {b.shape}")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return float(scipy.stats.binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_difference(
+    theirs: Mapping[Any, float], yours: Mapping[Any, float], level: float = 0.95
+) -> dict[str, Any]:
+    """Mean of yours less theirs (seed -> value), paired t interval over the `n` seeds both ran.
+
+    Seeds of one side alone are left out; 42 and "42" are one seed, as JSON makes text of keys.
+    """
+    theirs, yours = ({str(k): v for k, v in side.items()} for side in (theirs, yours))
+    shared = [seed for seed in yours if seed in theirs]
+    if not shared:
+        nothing = dict.fromkeys(("mean", "low", "high", "se", "df", "p"))
+        return nothing | {"n": 0}
+    interval = crossed_interval(np.array([[yours[seed] - theirs[seed]] for seed in shared]), level)
+    return {
+        key: value for key, value in interval.items() if key != "n_rows" and key != "n_seeds"
+    } | {"n": len(shared)}
+
+
+def correlation_interval(
+    r: float, n: int, level: float = 0.95, controls: int = 0, ranks: bool = False
+) -> dict[str, Any]:
+    """Interval and two-sided p of a correlation r of n pairs by Fisher's z.
+
+    Each controlled variable costs a pair. Of ranks (Spearman) z varies 1 + r^2 / 2 times as much
+    (Bonett & Wright 2000). None with fewer than four pairs.
+    """
+    freedom = n - controls - 3
+    if freedom < 1:
+        return {"r": r, "low": None, "high": None, "p": None, "n": n}
+    if abs(r) >= 1:
+        return {"r": r, "low": r, "high": r, "p": 0.0, "n": n}
+    se = math.sqrt((1 + r * r / 2 if ranks else 1.0) / freedom)
+    z, half = math.atanh(r), float(scipy.stats.norm.ppf((1 + level) / 2)) * se
+    p = float(2 * scipy.stats.norm.sf(abs(z) / se))
+    return {"r": r, "low": math.tanh(z - half), "high": math.tanh(z + half), "p": p, "n": n}
+
+
+def partial_spearman(
+    x: np.ndarray, y: np.ndarray, controls: np.ndarray, level: float = 0.95
+) -> dict[str, Any]:
+    """Rank correlation of x and y (n,) beyond what controls (n,) or (n, k) explain, as an interval.
+
+    All become ranks, the controls are regressed out of x and y by least squares, and what remains
+    is correlated. `r` is None where nothing remains of one of them. Ranks of a sum are no sum of
+    ranks: of two strong common causes a little stays (about 0.2 instead of 0 where they explain
+    nine tenths of both).
+    """
+    x, y = scipy.stats.rankdata(x), scipy.stats.rankdata(y)  # (n,)
+    controls = np.asarray(controls, dtype=np.float64).reshape(len(x), -1)  # (n, k)
+    known = np.column_stack([np.ones(len(x)), scipy.stats.rankdata(controls, axis=0)])
+    a, b = (v - known @ np.linalg.lstsq(known, v, rcond=None)[0] for v in (x, y))
+    floor = 1e-9 * len(x) ** 1.5  # of residuals that are rounding: ranks go up to n
+    lengths = np.linalg.norm(a), np.linalg.norm(b)
+    if min(lengths) <= floor:
+        return {"r": None, "low": None, "high": None, "p": None, "n": len(x)}
+    r = float(np.clip(a @ b / (lengths[0] * lengths[1]), -1, 1))
+    return correlation_interval(r, len(x), level, controls.shape[1], ranks=True)
 
 
 def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
@@ -44,15 +252,13 @@ def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, fl
     return {"mean": difference, "low": difference - half, "high": difference + half}
 
 
-BOOTSTRAP_DRAWS = 10_000
-
-
 def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:
     """How much better is b than a? From right-or-wrong arrays (S, N): S seeds trained alike, the
     same N rows.
 
-    `difference` is b's mean accuracy minus a's. `seeds` gives its 95 % t interval over seeds,
-    paired by seed (another training); `examples` a paired bootstrap interval over rows, seeds
+    `difference` is b's mean accuracy minus a's, and `interval` its crossed_interval, which claims
+    rest on. Beside it, each of one kind of variance alone: `seeds`, the 95 % t interval over seeds,
+    paired by seed (another training); `examples`, a paired bootstrap interval over rows, seeds
     averaged (another validation set). `mcnemar_p` is the exact two-sided p of McNemar's test for
     each seed. See Dror et al. 2018, Bouthillier et al. 2021.
     """
@@ -73,6 +279,7 @@ def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, An
     only_b, only_a = ((b > a).sum(1), (a > b).sum(1))  # (S,) discordant rows
     return {
         "difference": float(per_row.mean()),
+        "interval": crossed_interval(b - a),
         "seeds": mean_interval((b - a).mean(1)),
         "examples": {"low": float(low), "high": float(high), "n": len(per_row)},
         "mcnemar_p": [
@@ -107,3 +314,20 @@ def interval_over_rows(draws: np.ndarray, rows: int, total: int) -> dict[str, fl
     mean, spread = float(np.mean(draws)), np.std(draws, ddof=1) * math.sqrt(rows / (total - rows))
     half = float(scipy.stats.t.ppf(0.975, len(draws) - 1) * spread)
     return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def t_interval(mean: float, se: float, df: float, level: float) -> dict[str, Any]:
+    """t interval and two-sided p against zero of a mean; None without a degree of freedom."""
+    if df <= 0:
+        return {"mean": mean, "low": None, "high": None, "se": None, "df": None, "p": None}
+    half = float(stdtrit(df, (1 + level) / 2)) * se
+    p = float(2 * stdtr(df, -abs(mean) / se)) if se > 0 else float(mean == 0)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "se": se, "df": df, "p": p}
+
+
+def _seeds_by_rows(differences: np.ndarray) -> np.ndarray:
+    """(S, N) in float64; one seed's (N,) may come as it is."""
+    differences = np.atleast_2d(np.asarray(differences, dtype=np.float64))
+    if differences.ndim != 2 or not differences.size or not np.isfinite(differences).all():
+        raise ValueError(f"finite differences (S, N), not of shape {differences.shape}")
+    return differences

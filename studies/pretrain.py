@@ -37,7 +37,7 @@ from collapse.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
 RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
-CorpusName = Literal["tinystories", "newsgroups"]
+CorpusName = Literal["tinystories", "newsgroups", "miniature"]
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class Config:
     """Settings of the pretraining; the comment above a field is its --help text."""
 
     # Text: tinystories from the hub, or newsgroups (20 Newsgroups' train part and the Friends
-    # dialogues), which `make corpus` fetches.
+    # dialogues), which `make corpus` fetches; miniature is made up, for rehearsals.
     corpus: CorpusName = "tinystories"
     # Seeds, each a model.
     seeds: tuple[int, ...] = tuple(range(30))

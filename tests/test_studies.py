@@ -168,7 +168,7 @@ def test_steps_on_paper_count_the_real_architecture(model_number):
     adapters = sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" in name)
     assert adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
     lengths = np.array([5, 7, 8, 8])
-    memory = {"memory_gib": 16, "typical": 200, "longest": 1000}
+    memory = {"memory_gib": 14, "typical": 200, "longest": 1000}
     found = throughput.count_step(lengths, "ours", model_number, settings, **memory)
     tokens = 4 * (9 if model_number == 3 else 8)
     head = 0 if model_number == 1 else 24 * 4 * causal_lm.lm_head.weight.numel()

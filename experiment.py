@@ -7,6 +7,7 @@ movie-review snippets (9,473 to train, 1,095 to validate) and writes to results/
 import common  # isort: skip  # before torch: it sets the allocator
 
 import collections
+import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from collapse.data import Task, limit_task, load_movie_snippets, load_sst2
+from collapse.data import LOADERS, Task, limit_task, load_movie_snippets
 from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
 from collapse.settings import check_config as check_run_config
 
@@ -27,6 +28,8 @@ from collapse.settings import check_config as check_run_config
 class Config(RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
+    # Data set: a name of LOADERS in collapse/data.py. Another than SST-2 has a results subfolder.
+    dataset: str = "SST-2"
     # Passes over the training split.
     epochs: int = 8
     # Examples per optimizer step.
@@ -179,13 +182,19 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
-    task = load_sst2(config.data_dir)
+    if config.dataset not in LOADERS:
+        raise UserError(f"--dataset {config.dataset} is none of {', '.join(LOADERS)}.")
+    task = LOADERS[config.dataset](config.data_dir)
+    if task is None and config.dataset != "SST-2":
+        raise UserError(f"{config.dataset} is not to be had: give --data-dir.")
     if task is None:
         print(
             "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "
             "These are NOT SST-2 results; for those use --data-dir."
         )
         task = load_movie_snippets()
+    if config.dataset != "SST-2" and not task.folder:
+        task = dataclasses.replace(task, folder=config.dataset.lower().replace(" ", "-"))
     return limit_task(task, config.train_limit, config.eval_limit)
 
 

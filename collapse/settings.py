@@ -123,6 +123,7 @@ class LanguageModelConfig(RunConfig):
 NOT_IN_FINGERPRINT = (
     "output_dir",
     "data_dir",
+    "dataset",
     "models",
     "seeds",
     "train_limit",

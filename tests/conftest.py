@@ -14,7 +14,9 @@ import common
 import experiment
 from collapse import plots
 from collapse.batches import Split
+from collapse.data import Task
 from collapse.settings import ROOT, run_script
+from collapse.sst2 import load_sst2_by_sentence
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -77,6 +79,14 @@ def shared_data() -> Path:
             "beside the repository"
         )
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def sst2_by_sentence() -> Task:
+    """The whole of it; loading takes seconds."""
+    if not SHARED_DATA.exists():
+        pytest.skip("needs the whole of SST-2 beside the repository, in shared/data")
+    return load_sst2_by_sentence(SHARED_DATA)
 
 
 @pytest.fixture(scope="session")

@@ -68,10 +68,10 @@ def test_sst2_by_sentence_of_a_small_set(phrases_dir):
     assert load_sst2_by_sentence(phrases_dir) == task
 
 
-def test_the_whole_of_sst2_by_sentence_leaks_nothing(shared_data):
+def test_the_whole_of_sst2_by_sentence_leaks_nothing(shared_data, sst2_by_sentence):
     whole = load_sst2(shared_data)
     assert len(maximal_phrases(whole.train.texts)) == 6_886
-    task = load_sst2_by_sentence(shared_data)
+    task = sst2_by_sentence
     assert (len(task.train), len(task.validation)) == (35_074, 3_872)
     assert task.validation.texts[3000:] == whole.validation.texts
     assert task.validation.labels[3000:] == whole.validation.labels

@@ -145,7 +145,7 @@ def miniature_of(config: Config) -> Config:
         seeds=(0, 1),
         datasets=(tuning.MADE_UP,),
         arms=("1", "2", "l2-start"),
-        rates=(-3, -1, 1),
+        rates=(-3.0, 0.0, 3.0),
         steps=20,
         models_dir=folder / "state" / "lm",
         output_dir=folder,

@@ -107,7 +107,7 @@ def test_miniature_runs_every_cell_and_keeps_those_that_diverge(miniature):
     }
     counts = [row["outcomes"][tuning.MADE_UP] for row in results["arms"]]
     assert all(sum(kinds.values()) == 2 for by_rate in counts for kinds in by_rate.values())
-    assert all(by_rate["1"]["diverged"] == 2 for by_rate in counts)  # a learning rate of ten
+    assert all(by_rate["3"]["diverged"] == 2 for by_rate in counts)  # a learning rate of 1000
     assert results["P2"]["n"] == 2 and "not all planned seeds ran" in results["P2"]["text"]
     assert (folder / "components.png").exists() and (folder / "accuracy.png").exists()
 
@@ -164,7 +164,7 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
 
 def test_a_training_that_is_not_finite_ends_with_a_row_without_numbers(miniature):
     rows = read_rows(miniature / "limit-miniature" / "miniature" / "seed-0.csv")
-    diverged = [row for row in rows if row["rate"] == "1" and row["step"] != "0"]
+    diverged = [row for row in rows if row["rate"] == "3.0" and row["step"] != "0"]
     last = {row["training"]: row for row in diverged}.values()
     assert last and all(row["dims_95pct"] == "" and row["accuracy"] == "" for row in last)
     assert all(int(row["step"]) < 20 for row in last)

@@ -544,14 +544,17 @@ def test_a_control_that_was_killed_goes_on_to_the_same_numbers(run, whole, monke
     assert without_times(found) == without_times(whole[key]["1"])
 
 
-def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path):
+def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path, capsys):
     results = run(f"--models 1 2 {' '.join(CONTROLS)} --seeds 1 2")
     names = ["model1", "model2", "model2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale"]
     names += [*ENGRAM_CONTROLS, "longer"]
     assert list(results["models"]) == names
     compared = results["comparisons"]["final"]
+    shown = capsys.readouterr().out
     for name in names[2:]:
+        assert f"\n{name.removeprefix('model')} {arm_of(name).title} (n = 2) " in shown
         for other in ("model1", "model2"):
+            assert f"\n{name} - {other} " in shown
             assert compared[f"{name} - {other}"]["seeds"]["n"] == 2
     last = {name: runs["1"]["train"][-1] for name, runs in results["models"].items()}
     assert last["kl"]["anchor_loss"] > 0 and last["l2-start"]["anchor_loss"] > 0

@@ -180,20 +180,24 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     lines = [
         "",
         "validation accuracy in %, mean over seeds [95 % interval over seeds]",
-        f"{'model':32}{'final epoch':26}best epoch (flatters: chosen on this split)",
     ]
+    names = {
+        key: f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
+        for key, runs in results["models"].items()
+    }
+    width = column_width(names.values(), 32)
+    lines.append(f"{'model':{width}}{'final epoch':26}best epoch (flatters: chosen on this split)")
     for key, runs in results["models"].items():
         final, best = (
             mean_interval(run[epoch]["accuracy"] for run in runs.values())
             for epoch in ("final", "best")
         )
-        name = f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
-        lines.append(
-            f"{name:32}{format_interval(final, scale=100):26}{format_interval(best, scale=100)}"
-        )
+        cells = [format_interval(interval, scale=100) for interval in (final, best)]
+        lines.append(f"{names[key]:{width}}{cells[0]:26}{cells[1]}")
     comparisons = results["comparisons"]["final"]
+    width = column_width(comparisons, 26)
     if comparisons:
-        heads = f"{'models':26}{'mean [over seeds and rows]':30}{'[over seeds]':20}"
+        heads = f"{'models':{width}}{'mean [over seeds and rows]':30}{'[over seeds]':20}"
         heads += f"{'[over rows]':20}McNemar's p, each seed"
         lines += ["", "difference in points, final epoch [95 % intervals]", heads]
     for name, comparison in comparisons.items():
@@ -203,7 +207,7 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
             format_bounds(comparison[kind], scale=100, sign="+") for kind in ("seeds", "examples")
         )
         p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:26}{both:30}{seeds:20}{examples:20}{p}")
+        lines.append(f"{name:{width}}{both:30}{seeds:20}{examples:20}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():
@@ -218,14 +222,21 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     return "\n".join(lines)
 
 
+def column_width(names: Iterable[str], least: int) -> int:
+    """Of a first column that holds the names, with a space after the longest."""
+    return max([least, *(len(name) + 1 for name in names)])
+
+
 def reproduction_table(published: dict, results: dict) -> str:
     """The published results that stood in this folder beside this run's."""
+    keys = [key for key in results["models"] if key in published["models"]]
+    width = column_width(keys, 10)
     lines = [
         "",
         "published results beside this run's: final validation accuracy in %",
-        f"{'model':10}{'published':14}{'yours':14}difference [95 % interval]",
+        f"{'model':{width}}{'published':14}{'yours':14}difference [95 % interval]",
     ]
-    for key in [key for key in results["models"] if key in published["models"]]:
+    for key in keys:
         theirs, yours = (
             [run["final"]["accuracy"] for run in part["models"][key].values()]
             for part in (published, results)
@@ -239,7 +250,7 @@ def reproduction_table(published: dict, results: dict) -> str:
             verdict = "yours differ from the published ones"
         columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
         shown = format_interval(difference, scale=100, sign="+")
-        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
+        lines.append(f"{key:{width}}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ class Arm:
 
     name: str  # in results: key, and folder of its trainings
     title: str
-    color: str  # Okabe & Ito's first, for colour-blind readers
+    color: str  # Okabe & Ito's first, then Tol's, for colour-blind readers
     marker: str
     cost: float  # of a step, in steps of model 1: a first guess for the time left
     lm: Literal["none", "true", "shuffled"] = "none"  # which tokens the LM loss asks for

@@ -25,6 +25,8 @@ from collapse.settings import RunConfig, UserError
 CHECKPOINT_SECONDS = 60  # a kill costs at most this much work
 EVALUATION_BLOCKS = 64  # in a forward pass without gradients
 HEAD_SIZE = 32  # of an attention head
+# Of AdamW. With them, the start of `build` and a rate above 3e-3, width 128 ends 0.11 nats lower.
+BETAS = (0.8, 0.97)
 STEP_COST = 4.0  # of a step without the model's own size, in units of 1e6 multiplications a token
 
 
@@ -37,7 +39,7 @@ class Recipe:
     epochs: int = 3
     seed: int = 0
     weight_decay: float = 0.1  # of matrices; norms' gains have none
-    learning_rate: float = 3e-3  # at its peak; cosine to zero
+    learning_rate: float = 4.5e-3  # at its peak; cosine to zero
     warmup_fraction: float = 0.05
     clip_norm: float = 1.0
     batch_blocks: int = 8  # blocks in a step
@@ -85,7 +87,11 @@ def build(recipe: Recipe, vocabulary: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    return transformers.LlamaForCausalLM(config)
+    causal_lm = transformers.LlamaForCausalLM(config)
+    for layer in causal_lm.model.layers:  # each begins as the identity: faster in so few steps
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+    return causal_lm
 
 
 def pretrain(
@@ -147,7 +153,7 @@ class Pretraining:
             {"params": matrices, "weight_decay": recipe.weight_decay},
             {"params": gains, "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, foreach=True)
         # The two things that checkpoints want of a model.
         self.stored = SimpleNamespace(
             trainable=lambda: dict(causal_lm.named_parameters()), parameters=causal_lm.parameters

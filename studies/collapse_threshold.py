@@ -60,7 +60,7 @@ class Config:
     # Models and controls, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
     # Base-10 logarithms of the learning rates, equally far apart.
-    rates: tuple[float, ...] = tuple(-3 + k / 4 for k in range(8))
+    rates: tuple[float, ...] = tuple(-3.25 + k / 4 for k in range(8))
     # Optimizer steps of a training: ten of warm-up, then a constant rate.
     steps: int = 200
     # Trainings side by side, each in a process of its own with one thread.

@@ -248,24 +248,15 @@ def test_a_loss_that_is_not_finite_stops_the_training(train_model):
 # The scripts
 
 
-@pytest.fixture
-def small_backbones(monkeypatch):
-    """Backbones of the smallest size."""
-    monkeypatch.setattr(
-        pretrain, "Recipe", lambda **changes: dataclasses.replace(SMALL, epochs=1, **changes)
-    )
-
-
-def test_a_backbone_is_trained_once(small_backbones, tmp_path):
-    folder = pretrain.backbone(3, "miniature", tmp_path)
+def test_a_backbone_is_trained_once(tmp_path):
+    (folder,) = pretrain.backbones([3], "miniature", tmp_path)
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert pretrain.backbone(3, "miniature", tmp_path) == folder
+    assert pretrain.backbones([3], "miniature", tmp_path) == [folder]
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert transformers.AutoTokenizer.from_pretrained(folder).vocab_size > 256
 
 
-def test_the_script_leaves_a_row_for_each_model(small_backbones, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pretrain, "Recipe", Recipe)
+def test_the_script_leaves_a_row_for_each_model(monkeypatch, tmp_path, capsys):
     line = "--corpus miniature --seeds 0 1 --width 32 --layers 1 --epochs 1"
     line += f" --models-dir {tmp_path}/lm"
     start_script(pretrain, f"{line} --results {tmp_path}/models.csv")
@@ -281,7 +272,7 @@ def test_the_script_leaves_a_row_for_each_model(small_backbones, monkeypatch, tm
 
 
 def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(
-    small_backbones, monkeypatch, tmp_path
+    monkeypatch, tmp_path
 ):
     small = dataclasses.replace(SMALL, epochs=1)
     seeds = [dataclasses.replace(small, seed=seed) for seed in range(3)]

@@ -196,14 +196,7 @@ def run_cell(
 ) -> list[dict[str, Any]]:
     """The rows of one training: what it is, what was measured before it, on the way, at its end."""
     recipe = recipe_of(config, cell)
-    data = tuning.load_data(
-        recipe.dataset,
-        recipe.train_rows,
-        recipe.letters,
-        recipe.model,
-        recipe.max_length,
-        config.data_dir,
-    )
+    data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     records = tuning.tune(recipe, data, range(0, config.steps, every), progress.step)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
@@ -463,7 +456,9 @@ def text_of(results: dict[str, Any]) -> str:
     for row in results["arms"]:
         edges = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
         found = row["shift"].get("healthy", {}).get("mean", {})
-        moved = f", {format_interval(found, sign='+')} decades from Model 1's" if found else ""
+        moved = ""
+        if found.get("n"):
+            moved = f", {format_interval(found, sign='+')} decades from Model 1's"
         lines.append(f"{row['arm']:12} edge at 10^: {', '.join(edges) or 'n/a'}{moved}")
     return "\n".join([*lines, results["P2"]["text"] if results["P2"] else "P2: no interval yet"])
 

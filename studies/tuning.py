@@ -89,11 +89,16 @@ def made_up_task(data_dir: Path | None) -> Task:
     return Task(MADE_UP, "", "made up here", ("late", "early"), *parts)
 
 
+def load_data(recipe: Recipe, data_dir: Path | None) -> Data:
+    """The recipe's data set as its model's tokens. Raises UserError where rows cannot be had."""
+    what = recipe.dataset, recipe.train_rows, recipe.letters, recipe.max_length
+    return _load_data(*what, recipe.model, data_dir)
+
+
 @functools.lru_cache(maxsize=4)
-def load_data(
-    dataset: str, train_rows: int, letters: bool, model: str, max_length: int, data_dir: Path | None
+def _load_data(
+    dataset: str, train_rows: int, letters: bool, max_length: int, model: str, data_dir: Path | None
 ) -> Data:
-    """A data set's rows as a model's tokens. Raises UserError where the rows cannot be had."""
     task = (LOADERS | {MADE_UP: made_up_task})[dataset](data_dir)
     if task is None:
         raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")

@@ -146,7 +146,7 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
     recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "2", 0.1, 0, 10, 64, True, True)
     model, head = tuning.build(recipe, 2)
     before = head.weight.clone()
-    data = tuning.load_data(tuning.MADE_UP, 64, True, str(folder), 32, None)
+    data = tuning.load_data(recipe, None)
     trainer = common.make_trainer(model, data.train, recipe.config(), common.find_arm(recipe.arm))
     trainer.step(np.arange(16), 0.1)
     assert torch.equal(head.weight, before)

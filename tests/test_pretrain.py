@@ -271,9 +271,7 @@ def test_the_script_leaves_a_row_for_each_model(monkeypatch, tmp_path, capsys):
         assert message in error
 
 
-def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(
-    monkeypatch, tmp_path
-):
+def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatch, tmp_path):
     small = dataclasses.replace(SMALL, epochs=1)
     seeds = [dataclasses.replace(small, seed=seed) for seed in range(3)]
     decayed = [dataclasses.replace(small, weight_decay=5e-4)]

@@ -1,0 +1,184 @@
+"""Is pretraining worth anything to the backbones? They against the same networks, random.
+
+Fine-tunes both as the other studies do, on AG News (4,000 rows) and CLINC150, at two learning
+rates; each start is judged at its better one. Writes finetuned.csv, a row a training as it ends, and
+finetuned.json: the difference in accuracy with its interval over backbones. The same command goes
+on where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pretrain
+import tuning
+
+from collapse import pretraining
+from collapse.corpus import VOCABULARY
+from collapse.files import environment, write_json
+from collapse.jobs import run_all
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, check_bounds, run_script
+from collapse.statistics import format_interval, paired_difference
+from collapse.tables import put_row, read_rows
+
+# Data set -> training rows, steps of 16 rows.
+DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), tuning.MADE_UP: (64, 10)}
+STARTS = ("pretrained", "random")
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the comparison; the comment above a field is its --help text."""
+
+    # Folder with ag_news_csv and clinc150. Default: the Hugging Face hub or its cache.
+    data_dir: Path | None = None
+    # Text of the backbones: tinystories from the hub, or newsgroups, of `make corpus`.
+    corpus: pretrain.CorpusName = "tinystories"
+    # Backbones, by their seeds.
+    seeds: tuple[int, ...] = tuple(range(5))
+    # Data sets.
+    datasets: tuple[str, ...] = ("AG News", "CLINC150")
+    # Learning rates.
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    # Trainings side by side, each in a process of its own with one thread.
+    workers: int = 1
+    # Folder for backbones.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+    # Folder for results.
+    output_dir: Path = ROOT / "studies" / "results" / "pretrain"
+
+    @property
+    def table(self) -> Path:
+        return self.output_dir / "finetuned.csv"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the comparison."""
+
+    seed: int
+    start: str  # one of STARTS
+    dataset: str
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed}, {self.start}, {self.dataset}, {self.rate:g}"
+
+
+def run_missing(config: Config) -> None:
+    there = {row["name"] for row in read_rows(config.table)}
+    cells = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
+    missing = {cell.name: cell for cell in itertools.starmap(Cell, cells) if cell.name not in there}
+    seeds = list(dict.fromkeys(cell.seed for cell in missing.values()))
+    folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+    backbones = dict(zip(seeds, folders, strict=True))
+    commit = environment(torch.device("cpu"))["git_commit"]
+
+    def train(training: Training, progress: Progress) -> None:
+        torch.set_num_threads(1)  # sums of more threads differ in their last digits
+        cell = missing[training.name]
+        row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
+        put_row(config.table, row, "name")
+        write_json(training.folder / "metrics.json", row)
+        progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
+
+    trainings = [training_of(config, cell) for cell in missing.values()]
+    for training in trainings:  # its row is gone: make it anew
+        (training.folder / "metrics.json").unlink(missing_ok=True)
+    run_all(trainings, train, config.workers)
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    return Training(
+        name=cell.name,
+        folder=config.output_dir / "state" / cell.name.replace(", ", "-"),
+        kind=cell.dataset,
+        cost=1.0,
+        evaluation_cost=30.0,
+        steps=DATASETS[cell.dataset][1],
+        evaluations=1,
+    )
+
+
+def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> dict[str, Any]:
+    rows, steps = DATASETS[cell.dataset]
+    model = backbone if cell.start == "pretrained" else random_weights(cell, backbone)
+    recipe = tuning.Recipe(
+        model=str(model),
+        dataset=cell.dataset,
+        arm="1",
+        learning_rate=cell.rate,
+        seed=cell.seed,
+        steps=steps,
+        train_rows=rows,
+        letters=True,
+        all_weights=True,
+        max_length=32,
+    )
+    last = tuning.tune(recipe, tuning.load_data(recipe, config.data_dir), (), progress.step)[-1]
+    return {
+        "name": cell.name,
+        **dataclasses.asdict(cell),
+        "steps": steps,
+        "train_rows": rows,
+        "accuracy": last["validation_accuracy"],
+        "train_accuracy": last["accuracy"],
+    }
+
+
+def random_weights(cell: Cell, backbone: Path) -> Path:
+    """Folder of the network that the backbone's pretraining began with, made here once."""
+    folder = backbone.with_name(f"{backbone.name}-random")
+    if not (folder / "model.safetensors").exists():
+        seed, corpus = cell.seed, backbone.name.partition("-")[0]
+        pretraining.build(pretrain.fixed_size(seed, corpus), VOCABULARY).save_pretrained(folder)
+        for file in backbone.glob("token*.json"):
+            shutil.copy(file, folder)
+    return folder
+
+
+def summary(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """data set -> accuracy of each start at its better rate, and their difference over seeds."""
+    result: dict[str, Any] = {}
+    for dataset in dict.fromkeys(row["dataset"] for row in rows):
+        by_seed = {}
+        for start in STARTS:
+            here = [row for row in rows if row["dataset"] == dataset and row["start"] == start]
+            by_rate: dict[str, dict[str, float]] = {}
+            for row in here:
+                by_rate.setdefault(row["rate"], {})[row["seed"]] = float(row["accuracy"])
+            by_seed[start] = max(by_rate.values(), key=lambda found: np.mean(list(found.values())))
+        difference = paired_difference(by_seed["random"], by_seed["pretrained"])
+        accuracy = {start: float(np.mean(list(found.values()))) for start, found in by_seed.items()}
+        result[dataset] = {"accuracy": accuracy, "pretrained - random": difference}
+    return result
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_bounds("workers", config.workers, 1, 1024)
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    run_missing(config)
+    results = summary(read_rows(config.table))
+    write_json(config.output_dir / "finetuned.json", results)
+    for dataset, found in results.items():
+        difference = format_interval(found["pretrained - random"], 1, 100, "+")
+        print(f"{dataset}: pretrained less random {difference} points")
+
+
+if __name__ == "__main__":
+    run_script(main)

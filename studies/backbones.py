@@ -1,9 +1,9 @@
 """Is pretraining worth anything to the backbones? They against the same networks, random.
 
 Fine-tunes both as the other studies do, on AG News (4,000 rows) and CLINC150, at two learning
-rates; each start is judged at its better one. Writes finetuned.csv, a row a training as it ends, and
-finetuned.json: the difference in accuracy with its interval over backbones. The same command goes
-on where it was stopped.
+rates; each start is judged at its better one. Writes finetuned.csv, a row a training, as they end,
+and finetuned.json: the difference in accuracy with its interval over backbones. The same command
+goes on where it was stopped.
 """
 
 import dataclasses

@@ -1,11 +1,13 @@
 """Own language models: their text, the bigram they must beat, the same weights from a seed."""
 
 import dataclasses
+import json
 import math
 import zipfile
 from collections import Counter
 from itertools import pairwise
 
+import backbones
 import linguistic_collapse
 import numpy as np
 import pretrain
@@ -305,3 +307,35 @@ def test_rows_replace_those_of_their_name(tmp_path):
     assert read_rows(path) == [{"name": "a", "value": "2.5"}, {"name": "b", "value": ""}]
     with pytest.raises(UserError, match="other columns"):
         put_row(path, {"name": "a", "other": 1}, "name")
+
+
+def test_backbones_are_compared_with_their_own_random_weights(tmp_path, monkeypatch, capsys):
+    options = f"--corpus miniature --seeds 0 1 --datasets made-up --models-dir {tmp_path / 'lm'}"
+    arguments = ["backbones.py", *options.split(), "--output-dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    backbones.main()
+    rows = read_rows(tmp_path / "finetuned.csv")
+    assert len(rows) == 2 * 2 * 2  # seeds, starts, rates
+    folder = (
+        tmp_path / "lm" / pretrain.folder_name(pretrain.fixed_size(1, "miniature"), "miniature")
+    )
+    random = pretrain.load(folder.with_name(f"{folder.name}-random")).state_dict()
+    start = build(pretrain.fixed_size(1, "miniature"), corpus.VOCABULARY).state_dict()
+    assert all(torch.equal(random[name], start[name]) for name in start)
+    result = json.loads((tmp_path / "finetuned.json").read_text())["made-up"]
+
+    def best(start: str) -> dict[str, float]:
+        found: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if row["start"] == start:
+                found.setdefault(row["rate"], {})[row["seed"]] = float(row["accuracy"])
+        return max(found.values(), key=lambda by_seed: sum(by_seed.values()))
+
+    differences = [best("pretrained")[seed] - best("random")[seed] for seed in ("0", "1")]
+    assert result["pretrained - random"]["mean"] == pytest.approx(sum(differences) / 2)
+    (tmp_path / "finetuned.csv").write_text(
+        "\n".join((tmp_path / "finetuned.csv").read_text().splitlines()[:-1]) + "\n"
+    )
+    capsys.readouterr()
+    backbones.main()  # trains the one that is missing
+    assert capsys.readouterr().out.count("%") == 1 and read_rows(tmp_path / "finetuned.csv") == rows

@@ -25,7 +25,8 @@ from collapse.sst2 import load_sst2
 
 LEAST_ROWS = 4  # half of them still have a rank
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
-# Of the other data set, for `transfer_accuracy`: as much as a record can afford.
+# Of the other data set, for `transfer_accuracy`: as much as a record can afford, and no more rows
+# than the record's own.
 TRANSFER_ROWS, TRANSFER_TOKENS = 300, 16
 LANGUAGE_ROWS = 200
 
@@ -57,7 +58,8 @@ def draw_splits(
             other = (load_sst2 if task.name.startswith("AG News") else load_ag_news)(data_dir)
     transfer = None
     if other is not None:
-        other = limit_task(other, TRANSFER_ROWS, TRANSFER_ROWS)
+        most = min(TRANSFER_ROWS, len(validation))
+        other = limit_task(other, most, most)
         transfer = tuple(encode(part, TRANSFER_TOKENS) for part in (other.train, other.validation))
     language = limit_task(task, None, min(rows, LANGUAGE_ROWS)).validation
     splits = (encode(part, None) for part in (validation, train, language))

@@ -349,10 +349,11 @@ def summary(folder: Path) -> dict[str, Any]:
     counts = Counter((c.dataset, c.arm, f"{c.rate:g}", kind) for c, kind in outcomes.items())
     table = []
     for arm in arms:
-        row: dict[str, Any] = {"arm": arm, "edge": {}, "shift": {}, "outcomes": {}}
+        row: dict[str, Any] = {"arm": arm, "edge": {}, "shift": {}, "outcomes": {}, "ends": {}}
         for dataset in datasets:
             values = found["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
+            row["ends"][dataset] = mean_ends(runs, arm, dataset)
             row["outcomes"][dataset] = {
                 rate: {kind: counts[dataset, arm, rate, kind] for kind in OUTCOMES}
                 for rate in dict.fromkeys(f"{c.rate:g}" for c in outcomes if c.dataset == dataset)
@@ -365,6 +366,27 @@ def summary(folder: Path) -> dict[str, Any]:
     starts = [run.path[0] for run in runs]
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
     return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": p2(table)}
+
+
+ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank_without_first")
+ENDS += ("stable_rank", "top10_variance", "cdnv", "accuracy", "validation_accuracy")
+
+
+def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, float]]:
+    """Rate -> means over seeds of what the last record says, of runs that did not diverge.
+
+    `language_kept` is the LM loss less that before training, under the LM head of then.
+    """
+    result = {}
+    here = [run for run in runs if (run.cell.arm, run.cell.dataset) == (arm, dataset)]
+    for rate in dict.fromkeys(run.cell.rate for run in here):
+        paths = [run.path for run in here if run.cell.rate == rate and run.kept is not None]
+        if paths:
+            found = {name: [path[-1][name] for path in paths] for name in ENDS}
+            found["language_kept"] = [path[-1]["lm_loss"] - path[0]["lm_loss"] for path in paths]
+            means = {name: float(np.mean(values)) for name, values in found.items()}
+            result[f"{rate:g}"] = means | {"n": len(paths)}
+    return result
 
 
 def p2(table: list[dict]) -> dict[str, Any] | None:

@@ -1,0 +1,53 @@
+"""Tables of the studies' own results, for RESULTS.md and FINDINGS.md."""
+
+from collapse.arms import find_arm
+from collapse.statistics import format_interval
+
+KINDS = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
+
+
+def table_threshold(results: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: where each arm's runs stop being healthy, and how far from Model 1's edge."""
+    datasets = list(results["arms"][0]["edge"])
+    header = ["arm", *(f"edge, {name}" for name in datasets)]
+    header += ["edge's shift, decades", "shift of collapse alone", "backbones"]
+    rows = []
+    for row in results["arms"]:
+        edges = [f"{10 ** e['mean']:.1e}" if e else "n/a" for e in row["edge"].values()]
+        shifts = [
+            row["shift"].get(good, {}).get("mean", {}) for good in ("healthy", "not collapsed")
+        ]
+        cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
+        count = max(e["n"] for e in row["edge"].values() if e)
+        rows.append([find_arm(row["arm"]).title, *edges, *cells, str(count)])
+    return header, rows
+
+
+def table_ends(results: dict, dataset: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: what runs of each arm and rate end as, and means over backbones."""
+    columns = (
+        ("components", "dims_95pct", 1, 1),
+        ("effective rank", "effective_rank", 1, 1),
+        ("within classes", "effective_rank_within", 1, 1),
+        ("without first token", "effective_rank_without_first", 1, 1),
+        ("stable rank", "stable_rank", 1, 2),
+        ("top-10 variance", "top10_variance", 1, 4),
+        ("training accuracy, %", "accuracy", 100, 1),
+        ("validation accuracy, %", "validation_accuracy", 100, 1),
+        ("LM loss less before, nats", "language_kept", 1, 2),
+    )
+    header = ["arm", "rate", *KINDS, *(title for title, *_ in columns)]
+    rows = []
+    for row in results["arms"]:
+        for rate, kinds in sorted(
+            row["outcomes"][dataset].items(), key=lambda item: float(item[0])
+        ):
+            ends = row["ends"][dataset].get(rate)
+            cells = [
+                f"{ends[key] * scale:.{d}f}" if ends else "n/a" for _, key, scale, d in columns
+            ]
+            title = find_arm(row["arm"]).title
+            rows.append(
+                [title, f"{10 ** float(rate):.1e}", *(str(kinds[k]) for k in KINDS), *cells]
+            )
+    return header, rows

@@ -37,7 +37,6 @@ from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw, limit_task
 from collapse.files import (
     RunFolder,
-    digest_weights,
     environment,
     git_commit,
     write_json,
@@ -47,9 +46,9 @@ from collapse.language_models import (
     add_lora,
     check_lm_loss,
     fill_in_for,
-    find_model,
     load_causal_lm,
     load_tokenizer,
+    pin_model,
     without_mask,
 )
 from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
@@ -959,21 +958,15 @@ def run_language_model_experiment(
             "give --data-dir a folder with a download."
         )
     task = limit_task(task, config.train_limit, config.eval_limit)
-    found = find_model(config.model)
-    details = {"engram_source": engram_source}
-    name_in_results, short_name = config.model, Path(config.model).name
-    if Path(found).exists() and config.model != STANDIN_MODEL:
-        # Where a folder lies is no part of the study, what it holds is.
-        name_in_results = short_name = Path(found).name
-        details["model_sha256"] = digest_weights(found)
+    settings, name_in_results, found = pin_model(config)
+    short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     classes = len(task.class_names)
-    settings = dataclasses.replace(config, model=found)
     experiment = Experiment(
         name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),
         results=results / subfolder,
         task=task,
-        encode=load_tokenizer(config.model),
+        encode=load_tokenizer(settings.model, settings.revision),
         build_model=lambda arm: build_language_model(arm, classes, engram_source, settings, device),
         details=details,
         other=other and other / subfolder,

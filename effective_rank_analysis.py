@@ -165,12 +165,13 @@ def language_model_of(
 ) -> tuple[LanguageModelConfig, Callable, Callable[[common.Arm], common.DualHeadModel]]:
     """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
     config = known_settings(LanguageModelConfig, stored)
+    config.revision = stored.get("model_commit")  # None where results are older, or of a folder
     if device.type == "cpu" and config.model == DEFAULT_MODEL:
         raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
     if "/" not in config.model and config.model != STANDIN_MODEL:
         # A folder: results keep its name alone.
         config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    encode, classes = load_tokenizer(config.model), len(task.class_names)
+    encode, classes = load_tokenizer(config.model, config.revision), len(task.class_names)
     if stored.get("model_sha256") not in (None, digest_weights(config.model)):
         raise UserError(f"{config.model} holds other weights than the models were trained on.")
     adapters = add_lora(load_causal_lm(config, device), config)

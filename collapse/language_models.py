@@ -235,7 +235,8 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
 def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
     """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the linear layers, in place.
 
-    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model().
+    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model(). Raises
+    UserError for layers that peft cannot adapt.
     """
     import peft
 
@@ -250,7 +251,13 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls what newer transformers rename
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D, which peft finds itself
-        adapters = peft.get_peft_model(causal_lm, lora)
+        try:
+            adapters = peft.get_peft_model(causal_lm, lora)
+        except ValueError as error:  # weights of experts, for one, have no dropout
+            raise UserError(
+                f"peft has no such adapters for {config.model} ({str(error).rstrip('.')}): try --lora-dropout 0, or "
+                "choose another model."
+            ) from None
     use_fused_lora(causal_lm)
     return adapters
 

@@ -22,8 +22,8 @@ def use_fused_lora(model: nn.Module) -> None:
     """Let each LoRA layer that peft put into `model` compute by LoraLinear, in place.
 
     Weights, names and peft's switches (disable_adapter, training or evaluation) stay as they are,
-    and a base layer may be replaced between steps. A layer whose base layer has a forward pass of
-    its own stays peft's. Raises ValueError, here or when a layer runs, for what LoraLinear does
+    and a base layer may be replaced between steps. Adapters of experts' stacked weights, and of a
+    linear layer whose class has a forward pass of its own, stay peft's. Raises ValueError, here or when a layer runs, for what LoraLinear does
     not compute: merged or several adapters, DoRA and other variants, biases of adapters, a base
     layer that trains or is not linear, plain or in 4 bits.
     """
@@ -32,7 +32,7 @@ def use_fused_lora(model: nn.Module) -> None:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("the model has no LoRA layers: call peft.get_peft_model first.")
-    layers = [layer for layer in layers if not _computes_otherwise(layer.base_layer)]
+    layers = [layer for layer in layers if not _is_special(layer)]
     for layer in layers:
         _only_adapter(layer)
     for layer in layers:
@@ -173,9 +173,16 @@ def _is_transposed(base: nn.Module) -> bool:
     return isinstance(base, Conv1D)
 
 
-def _computes_otherwise(base: nn.Module) -> bool:
-    """Whether a linear layer's class has a forward pass of its own, as Falcon's and BitNet's."""
-    plain = hasattr(base.weight, "quant_state") or type(base).forward is nn.Linear.forward
+def _is_special(layer: nn.Module) -> bool:
+    """Whether a LoRA layer's base layer is an expert mixture's, or linear as Falcon's and BitNet's
+    are, in a way of their own.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if isinstance(layer, ParamWrapper):
+        return True
+    base = layer.base_layer
+    plain = type(base).forward is nn.Linear.forward or hasattr(base.weight, "quant_state")
     return isinstance(base, nn.Linear) and not plain
 
 

@@ -254,9 +254,10 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
         try:
             adapters = peft.get_peft_model(causal_lm, lora)
         except ValueError as error:  # weights of experts, for one, have no dropout
+            reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(
-                f"peft has no such adapters for {config.model} ({str(error).rstrip('.')}): try --lora-dropout 0, or "
-                "choose another model."
+                f"peft has no such adapters for {config.model} ({reason}): try --lora-dropout 0, "
+                "or choose another model."
             ) from None
     use_fused_lora(causal_lm)
     return adapters

@@ -91,7 +91,7 @@ def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
 
     def keep(module, arguments, output) -> None:
         nonlocal last
-        last = output[0] if isinstance(output, tuple) else output
+        last = output if isinstance(output, Tensor) else output[0]
 
     def end(module, arguments, output) -> None:
         nonlocal last

@@ -23,9 +23,10 @@ def use_fused_lora(model: nn.Module) -> None:
 
     Weights, names and peft's switches (disable_adapter, training or evaluation) stay as they are,
     and a base layer may be replaced between steps. Adapters of experts' stacked weights, and of a
-    linear layer whose class has a forward pass of its own, stay peft's. Raises ValueError, here or when a layer runs, for what LoraLinear does
-    not compute: merged or several adapters, DoRA and other variants, biases of adapters, a base
-    layer that trains or is not linear, plain or in 4 bits.
+    linear layer whose class has a forward pass of its own, stay peft's. Raises ValueError, here or
+    when a layer runs, for what LoraLinear does not compute: merged or several adapters, DoRA and
+    other variants, biases of adapters, a base layer that trains or is not linear, plain or in 4
+    bits.
     """
     from peft.tuners.lora import LoraLayer
 

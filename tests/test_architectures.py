@@ -2,18 +2,23 @@
 them.
 """
 
+import json
+
 import numpy as np
 import peft
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SIZES, arm_of, random_split
+from conftest import SIZES, arm_of, random_split, start_script
 from test_language_model import build, gradients_of_step, stir, tiny_settings
 
 import common
+import experiment_7b
 from collapse.architectures import decoder_layers
 from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.language_models import pin_model
+from collapse.settings import UserError
 
 LAYERS = SIZES["num_hidden_layers"]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -41,14 +46,15 @@ ARCHITECTURES = {
     "StableLm": {},
     "Starcoder2": {},
 }
-LM_HEADS = {"GPT2": "GPT2LMHeadModel"}
+LM_HEADS = ("GPT2", "OpenAIGPT", "Bert")
 
 
 def random_model(name, **changes):
     torch.manual_seed(0)
     kind = f"{name}TextConfig" if name == "Gemma3" else f"{name}Config"
     config = getattr(transformers, kind)(**SIZES | SPECIAL | ARCHITECTURES.get(name, {}) | changes)
-    return getattr(transformers, LM_HEADS.get(name, f"{name}ForCausalLM"))(config).eval()
+    model = f"{name}LMHeadModel" if name in LM_HEADS else f"{name}ForCausalLM"
+    return getattr(transformers, model)(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +174,62 @@ def test_recomputed_layers_give_the_same_gradients(folder):
     (sums, expected), (same_sums, same) = steps
     assert sums == same_sums and expected.keys() == same.keys()
     assert all(torch.equal(expected[name], same[name]) for name in expected)
+
+
+def test_layers_that_cannot_recompute_and_no_final_norm(save):
+    """The first GPT: both."""
+    folder = save(random_model("OpenAIGPT"))
+    model = built(2, folder)
+    losses, _ = train(model, 2, range(3))
+    assert np.isfinite(losses).all() and model.memory_plan.most_recomputed == 0
+    states = common.evaluate(model, random_split(6, vocabulary=60), with_layers=True).layers
+    assert len(states.pooled) == LAYERS + 1
+    with pytest.raises(UserError, match="leave the option out"):
+        built(2, folder, gradient_checkpointing="on")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("Mamba", {}, "recurrent or a state space model"),
+        ("Rwkv", {"attention_hidden_size": 64}, "recurrent or a state space model"),
+        ("Bert", {}, "not causal"),
+        ("OPT", {"word_embed_proj_dim": 32}, "differ in size"),
+        ("GPT2", {"max_position_embeddings": 12}, "positions for 11 tokens and a prefix"),
+    ],
+)
+def test_models_that_cannot_stand_under_the_heads_are_refused(save, name, changes, why):
+    with pytest.raises(UserError, match=why) as refused:
+        built(1, save(random_model(name, **changes)))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("name", "why"), [("Bart", "an encoder-decoder"), ("Gemma3", "text")])
+def test_models_of_another_kind_are_refused_before_their_weights_are_read(tmp_path, name, why):
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"is .*{why}.*: choose a decoder"):
+        pin_model(tiny_settings(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["GPT2", "OPT"])
+def test_nf4_of_other_linear_layers_trains(save, name):
+    folder = save(random_model(name))
+    packed, plain = built(3, folder, quantization="nf4"), built(3, folder)
+    split = random_split(12, longest=10, vocabulary=60)
+    found, expected = (common.evaluate(model, split).pooled for model in (packed, plain))
+    assert 0 < np.abs(found - expected).mean() < 0.2 * np.abs(expected).mean()
+    packed.memory_plan.unpack(1)
+    np.testing.assert_allclose(common.evaluate(packed, split).pooled, found, rtol=1e-4, atol=1e-5)
+    losses, _ = train(packed, 3, range(12))
+    assert np.array(losses)[-3:, 0].sum() < np.array(losses)[:3, 0].sum()
+
+
+def test_a_whole_run_of_gpt2(save, data_dir, tmp_path):
+    """The script, with its adapters on every linear layer."""
+    line = f"--model {save(random_model('GPT2'))} --data-dir {data_dir} --output-dir {tmp_path}"
+    line += " --device cpu --workers 1 --epochs 1 --batch-size 8 --max-length 12 --lora-rank 4"
+    start_script(experiment_7b, f"{line} --classifier-size 10 --engram-size 6 --train-limit 16")
+    models = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert list(models) == ["model1", "model2", "model3"]
+    adapters = LAYERS * 4 * (3 * 64 + 64 + 64 + 4 * 64 + 64 + 64 + 64 + 64)
+    assert adapters < models["model1"]["42"]["parameters"]["trainable"] < 2 * adapters

@@ -105,20 +105,22 @@ def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, di
     for a model that is not there, is no causal LM of text, or a folder with a revision.
     """
     from transformers import AutoConfig
+    from transformers.utils import cached_file
 
     found = find_model(config.model)
     is_folder = Path(found).exists()
     if is_folder and config.revision:
         raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
     with _loading(found):
-        model_config = AutoConfig.from_pretrained(found, revision=config.revision or "main")
+        file = cached_file(found, "config.json", revision=config.revision)
+        commit = None if is_folder else Path(file).parent.name  # .../snapshots/COMMIT/config.json
+        model_config = AutoConfig.from_pretrained(found, revision=commit)
     check_kind(model_config, config.model)
     if config.model == STANDIN_MODEL:
         return dataclasses.replace(config, model=found), config.model, {}
     if is_folder:
         details = {"model_sha256": digest_weights(found)}
         return dataclasses.replace(config, model=found), Path(found).name, details
-    commit = model_config._commit_hash
     settings = dataclasses.replace(config, model=found, revision=commit)
     return settings, config.model, {"model_commit": commit}
 
@@ -131,7 +133,7 @@ def load_tokenizer(
 
     name = find_model(name)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     return lambda texts: tokenizer(texts)["input_ids"]
 
 
@@ -164,7 +166,7 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     with _loading(name):
         causal_lm = AutoModelForCausalLM.from_pretrained(
             name,
-            revision=config.revision or "main",
+            revision=config.revision,
             dtype=dtype,
             quantization_config=packing,
             device_map={"": device},

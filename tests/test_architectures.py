@@ -4,20 +4,22 @@ them.
 
 import json
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import SIZES, arm_of, random_split, start_script
-from test_language_model import build, gradients_of_step, stir, tiny_settings
+from conftest import SIZES, arm_of, fails, random_split, start_script
+from test_language_model import CPU, build, gradients_of_step, stir, tiny_settings
 
 import common
 import experiment_7b
+from collapse import hub
 from collapse.architectures import decoder_layers
 from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
-from collapse.language_models import pin_model
+from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
 from collapse.settings import UserError
 
 LAYERS = SIZES["num_hidden_layers"]
@@ -29,11 +31,9 @@ ARCHITECTURES = {
     "Falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "GPT2": {},
     "GPTNeoX": {},
-    "Gemma": {"head_dim": 16},
     "Gemma2": {"head_dim": 16, "sliding_window": 4},
     "Gemma3": {"head_dim": 16, "sliding_window": 4, "layer_types": None},
     "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
-    "Llama": {},
     "Mistral": {"sliding_window": 4},
     "Mixtral": {"num_local_experts": 4},
     "Mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS},
@@ -44,7 +44,6 @@ ARCHITECTURES = {
     "Qwen3": {"head_dim": 16},
     "SmolLM3": {},
     "StableLm": {},
-    "Starcoder2": {},
 }
 LM_HEADS = ("GPT2", "OpenAIGPT", "Bert")
 
@@ -120,7 +119,7 @@ def own_losses(causal_lm, split):
 def test_every_model_trains_and_peft_computes_the_same(folder, model_number, tmp_path):
     model = built(model_number, folder)
     before = {name: p.detach().clone() for name, p in model.trainable().items()}
-    losses, _ = train(model, model_number, range(12))
+    losses, _ = train(model, model_number, range(9))
     first, last = np.array(losses[:3])[:, 0], np.array(losses[-3:])[:, 0]
     assert last.sum() < first.sum()  # the same rows
     assert np.isfinite(losses).all()
@@ -224,12 +223,68 @@ def test_nf4_of_other_linear_layers_trains(save, name):
     assert np.array(losses)[-3:, 0].sum() < np.array(losses)[:3, 0].sum()
 
 
+def script_line(model, data_dir, output_dir):
+    line = f"--model {model} --data-dir {data_dir} --output-dir {output_dir} --device cpu"
+    line += " --workers 1 --epochs 1 --batch-size 8 --max-length 12 --lora-rank 4"
+    return line + " --classifier-size 10 --engram-size 6 --train-limit 16"
+
+
 def test_a_whole_run_of_gpt2(save, data_dir, tmp_path):
     """The script, with its adapters on every linear layer."""
-    line = f"--model {save(random_model('GPT2'))} --data-dir {data_dir} --output-dir {tmp_path}"
-    line += " --device cpu --workers 1 --epochs 1 --batch-size 8 --max-length 12 --lora-rank 4"
-    start_script(experiment_7b, f"{line} --classifier-size 10 --engram-size 6 --train-limit 16")
+    folder = save(random_model("GPT2"))
+    start_script(experiment_7b, script_line(folder, data_dir, tmp_path))
     models = json.loads((tmp_path / "results.json").read_text())["models"]
     assert list(models) == ["model1", "model2", "model3"]
     adapters = LAYERS * 4 * (3 * 64 + 64 + 64 + 4 * 64 + 64 + 64 + 64 + 64)
     assert adapters < models["model1"]["42"]["parameters"]["trainable"] < 2 * adapters
+
+
+@pytest.fixture
+def hub_model(tokenizer, tmp_path, monkeypatch):
+    """A model of the hub as its cache holds it, two commits of it; the hub itself is silent.
+
+    Gives its name, and the commits of main and of the tag v1.
+    """
+    repository, commits = tmp_path / "models--nobody--tiny", ("a" * 40, "b" * 40)
+    (repository / "refs").mkdir(parents=True)
+    for name, commit, positions in zip(("main", "v1"), commits, (128, 96), strict=True):
+        (repository / "refs" / name).write_text(commit)
+        model = random_model("GPT2", max_position_embeddings=positions)
+        model.save_pretrained(repository / "snapshots" / commit)
+        tokenizer.save_pretrained(repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "_hub_answers", lambda: False)
+    return "nobody/tiny", *commits
+
+
+def test_a_revision_is_pinned_to_its_commit(hub_model):
+    name, main, v1 = hub_model
+    for revision, commit, positions in ((None, main, 128), ("v1", v1, 96), (v1, v1, 96)):
+        settings, in_results, details = pin_model(tiny_settings(name, revision=revision))
+        assert (settings.model, in_results, settings.revision) == (name, name, commit)
+        assert details == {"model_commit": commit}
+        assert load_causal_lm(settings, CPU).config.max_position_embeddings == positions
+        assert load_tokenizer(settings.model, settings.revision)(["good bad"])[0]
+    with pytest.raises(UserError, match="cannot load the model"):
+        pin_model(tiny_settings(name, revision="v2"))
+
+
+def test_a_folder_has_no_revision(save):
+    with pytest.raises(UserError, match="is a folder"):
+        pin_model(tiny_settings(save(random_model("GPT2")), revision="main"))
+
+
+def test_results_name_the_commit_and_go_on_with_no_other(hub_model, data_dir, tmp_path, capsys):
+    name, _, v1 = hub_model
+
+    def run(options):
+        start_script(experiment_7b, script_line(name, data_dir, tmp_path / "out") + options)
+
+    run(" --models 1 --revision v1")
+    config = json.loads((tmp_path / "out/results.json").read_text())["settings"]["config"]
+    assert config["model_commit"] == v1 and "revision" not in config
+    adapter = tmp_path / "out/state/model1-seed42/final-adapter/adapter_config.json"
+    assert json.loads(adapter.read_text())["revision"] == v1
+    run(f" --models 2 --revision {v1}")
+    assert "model_commit is bbb" in fails(run, capsys, "")

@@ -136,7 +136,7 @@ def models_of(
     if "model" in stored:
         key, seed = jobs[0]
         adapter = folder / "state" / f"{key}-seed{seed}" / f"{weights}-adapter"
-        config, encode, build = language_model_of(stored, adapter, task, device)
+        config, encode, build = language_model_of(stored, adapter, len(task.class_names), device)
         seeds = seeds[:1]
     else:
         config = known_settings(experiment.Config, stored)
@@ -161,7 +161,7 @@ def models_of(
 
 
 def language_model_of(
-    stored: dict, adapter: Path, task: Task, device: torch.device
+    stored: dict, adapter: Path, classes: int, device: torch.device
 ) -> tuple[LanguageModelConfig, Callable, Callable[[common.Arm], common.DualHeadModel]]:
     """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
     config = known_settings(LanguageModelConfig, stored)
@@ -171,7 +171,7 @@ def language_model_of(
     if "/" not in config.model and config.model != STANDIN_MODEL:
         # A folder: results keep its name alone.
         config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    encode, classes = load_tokenizer(config.model, config.revision), len(task.class_names)
+    encode = load_tokenizer(config.model, config.revision)
     if stored.get("model_sha256") not in (None, digest_weights(config.model)):
         raise UserError(f"{config.model} holds other weights than the models were trained on.")
     adapters = add_lora(load_causal_lm(config, device), config)

@@ -129,12 +129,17 @@ def load_tokenizer(
     name: str, revision: str | None = None
 ) -> Callable[[list[str]], list[list[int]]]:
     """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text."""
+    tokenizer = whole_tokenizer(name, revision)
+    return lambda texts: tokenizer(texts)["input_ids"]
+
+
+def whole_tokenizer(name: str, revision: str | None) -> Any:
+    """The model's tokenizer as transformers has it, which also decodes."""
     from transformers import AutoTokenizer
 
     name = find_model(name)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return lambda texts: tokenizer(texts)["input_ids"]
+        return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageModelConfig:

@@ -12,7 +12,7 @@ from collapse.settings import ROOT
 from collapse.source import digest_of_code
 
 SCRIPTS = ("common", "experiment", "experiment_7b", "experiment_agnews_7b")
-SCRIPTS += ("effective_rank_analysis", "studies")
+SCRIPTS += ("effective_rank_analysis", "classifier", "studies")
 
 
 def imported(path) -> set[str]:

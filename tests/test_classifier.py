@@ -55,7 +55,6 @@ def test_it_generates_what_peft_does(folder, qwen):
 def test_the_lines_that_the_readme_shows_run(folder, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     lines = readme[readme.index("from classifier import") :].partition("```")[0]
-    assert len(lines.strip().splitlines()) == 3
     monkeypatch.chdir(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

@@ -62,7 +62,8 @@ def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
 
 def longest_input(causal_lm: nn.Module) -> int | None:
     """Tokens that a table of learned positions has room for beside a prefix; None without one."""
-    outside = set(causal_lm.base_model.modules()) - set(decoder_layers(causal_lm.base_model))
+    backbone = causal_lm.base_model
+    outside = set(backbone.modules()) - set(decoder_layers(backbone).modules())
     tables = [module for module in outside if isinstance(module, nn.Embedding)]
     positions = getattr(causal_lm.config, "max_position_embeddings", None)
     return positions - 1 if positions and len(tables) > 1 else None

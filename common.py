@@ -34,6 +34,8 @@ from collapse.batches import (
     count_targets,
     encode_rows,
 )
+from collapse.checkpoints import load_weights
+from collapse.classifier import TextClassifier
 from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw, limit_task
 from collapse.files import (
@@ -41,6 +43,7 @@ from collapse.files import (
     digest_weights,
     environment,
     git_commit,
+    read_json,
     write_json,
     write_tensors,
 )
@@ -48,9 +51,10 @@ from collapse.language_models import (
     add_lora,
     check_lm_loss,
     fill_in_for,
-    find_model,
     load_causal_lm,
     load_tokenizer,
+    pin_model,
+    whole_tokenizer,
     without_mask,
 )
 from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
@@ -872,23 +876,79 @@ def run_language_model_experiment(
             "give --data-dir a folder with a download."
         )
     task = limit_task(task, config.train_limit, config.eval_limit)
-    found = find_model(config.model)
-    details = {"engram_source": engram_source}
-    name_in_results, short_name = config.model, Path(config.model).name
-    if Path(found).exists() and config.model != STANDIN_MODEL:
-        # Where a folder lies is no part of the study, what it holds is.
-        name_in_results = short_name = Path(found).name
-        details["model_sha256"] = digest_weights(found)
+    settings, name_in_results, found = pin_model(config)
+    short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     classes = len(task.class_names)
-    settings = dataclasses.replace(config, model=found)
     experiment = Experiment(
         name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),
         results=results / subfolder,
         task=task,
-        encode=load_tokenizer(config.model),
+        encode=load_tokenizer(settings.model, settings.revision),
         build_model=lambda arm: build_language_model(arm, classes, engram_source, settings, device),
         details=details,
         other=other and other / subfolder,
     )
     return run_experiment(experiment, dataclasses.replace(config, model=name_in_results))
+
+
+# --------------------------------------------------------------------------------------------------
+# What trainings left
+# --------------------------------------------------------------------------------------------------
+
+
+def language_model_of(
+    stored: dict, adapter: Path, classes: int, device: torch.device
+) -> tuple[LanguageModelConfig, Callable, Callable[[Arm], DualHeadModel]]:
+    """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
+    config = known_settings(LanguageModelConfig, stored)
+    config.revision = stored.get("model_commit")  # None where results are older, or of a folder
+    if device.type == "cpu" and config.model == DEFAULT_MODEL:
+        raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
+    if "/" not in config.model and config.model != STANDIN_MODEL:
+        # A folder: results keep its name alone.
+        config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+    encode = load_tokenizer(config.model, config.revision)
+    if stored.get("model_sha256") not in (None, digest_weights(config.model)):
+        raise UserError(f"{config.model} holds other weights than the models were trained on.")
+    adapters = add_lora(load_causal_lm(config, device), config)
+
+    def build(arm: Arm) -> DualHeadModel:
+        model = wrap_causal_lm(adapters, arm, classes, stored["engram_source"], config)
+        model.lm_head = adapters.get_base_model().get_output_embeddings()
+        return model
+
+    return config, encode, build
+
+
+def known_settings(config_class: type, stored: dict) -> Any:
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return config_class(**{name: stored[name] for name in names if name in stored})
+
+
+def load_classifier(
+    folder: str | Path,
+    weights: Literal["final", "best"] = "final",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> TextClassifier:
+    """The model that a training left in its folder, results_.../state/MODEL-seedN, to be used.
+
+    Raises UserError for a folder without a finished training of a pretrained language model.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.json").exists():
+        raise UserError(
+            f"{folder} holds no finished training: give a folder like "
+            "results_7b/smollm2-135m/state/model2-seed42."
+        )
+    settings = read_json(folder.parent / "settings.json")
+    stored, class_names = settings["config"], tuple(settings["data"]["class_names"])
+    if "model" not in stored:
+        raise UserError(f"{folder} is of the small transformer: give a pretrained model's folder.")
+    adapter, classes = folder / f"{weights}-adapter", len(class_names)
+    config, _, build = language_model_of(stored, adapter, classes, pick_device(device))
+    model = build(find_arm(folder.name.rpartition("-seed")[0]))
+    load_weights(folder, weights, model)
+    model.lm_head = None  # nobody asks for an LM loss here
+    tokenizer = whole_tokenizer(config.model, config.revision)
+    return TextClassifier(model, tokenizer, class_names, config.max_length, evaluate)

@@ -9,7 +9,6 @@ results folders that have no checkpoints here stay as they are.
 
 import common  # isort: skip  # before torch: it sets the allocator
 
-import dataclasses
 import gc
 import hashlib
 import json
@@ -31,13 +30,11 @@ from collapse.checkpoints import load_weights
 from collapse.data import Rows, Task
 from collapse.files import (
     digest_files,
-    digest_weights,
     environment,
     finished_trainings,
     read_json,
     write_json,
 )
-from collapse.language_models import add_lora, load_causal_lm, load_tokenizer
 from collapse.loaders import load_again
 from collapse.measuring import outputs
 from collapse.model_records import (
@@ -50,10 +47,7 @@ from collapse.model_records import (
 )
 from collapse.reports import study_name
 from collapse.settings import (
-    DEFAULT_MODEL,
     ROOT,
-    STANDIN_MODEL,
-    LanguageModelConfig,
     UserError,
     check_bounds,
     pick_device,
@@ -137,10 +131,12 @@ def models_of(
     if "model" in stored:
         key, seed = jobs[0]
         adapter = folder / "state" / f"{key}-seed{seed}" / f"{weights}-adapter"
-        config, encode, build = language_model_of(stored, adapter, task, device)
+        config, encode, build = common.language_model_of(
+            stored, adapter, len(task.class_names), device
+        )
         seeds = seeds[:1]
     else:
-        config = known_settings(experiment.Config, stored)
+        config = common.known_settings(experiment.Config, stored)
         encode = experiment.WordVocabulary(task.train.texts, config.vocabulary_size).encode
 
         def build(arm: common.Arm) -> common.DualHeadModel:
@@ -159,34 +155,6 @@ def models_of(
         return encode_rows(rows, encode, min(longest or config.max_length, config.max_length))
 
     return encode_split, models()
-
-
-def language_model_of(
-    stored: dict, adapter: Path, task: Task, device: torch.device
-) -> tuple[LanguageModelConfig, Callable, Callable[[common.Arm], common.DualHeadModel]]:
-    """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
-    config = known_settings(LanguageModelConfig, stored)
-    if device.type == "cpu" and config.model == DEFAULT_MODEL:
-        raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
-    if "/" not in config.model and config.model != STANDIN_MODEL:
-        # A folder: results keep its name alone.
-        config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    encode, classes = load_tokenizer(config.model), len(task.class_names)
-    if stored.get("model_sha256") not in (None, digest_weights(config.model)):
-        raise UserError(f"{config.model} holds other weights than the models were trained on.")
-    adapters = add_lora(load_causal_lm(config, device), config)
-
-    def build(arm: common.Arm) -> common.DualHeadModel:
-        model = common.wrap_causal_lm(adapters, arm, classes, stored["engram_source"], config)
-        model.lm_head = adapters.get_base_model().get_output_embeddings()
-        return model
-
-    return config, encode, build
-
-
-def known_settings(config_class: type, stored: dict) -> Any:
-    names = [field.name for field in dataclasses.fields(config_class)]
-    return config_class(**{name: stored[name] for name in names if name in stored})
 
 
 # --------------------------------------------------------------------------------------------------

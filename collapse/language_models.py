@@ -14,7 +14,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
+from collapse.files import digest_weights
 from collapse.hub import use_cache_if_hub_is_silent
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
@@ -94,14 +96,50 @@ def _loading(name: str):
         ) from None
 
 
-def load_tokenizer(name: str) -> Callable[[list[str]], list[list[int]]]:
+def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, dict[str, str]]:
+    """What of a study depends on where its model comes from.
+
+    Gives the settings with what from_pretrained takes, the model's name in results, and what else
+    results hold of it: of a folder the digest of its weights, for where a folder lies is no part
+    of a study; of a model of the hub the commit, to which the settings are pinned. Raises UserError
+    for a model that is not there, is no causal LM of text, or a folder with a revision.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import cached_file
+
+    found = find_model(config.model)
+    is_folder = Path(found).exists()
+    if is_folder and config.revision:
+        raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
+    with _loading(found):
+        file = cached_file(found, "config.json", revision=config.revision)
+        commit = None if is_folder else Path(file).parent.name  # .../snapshots/COMMIT/config.json
+        model_config = AutoConfig.from_pretrained(found, revision=commit)
+    check_kind(model_config, config.model)
+    if config.model == STANDIN_MODEL:
+        return dataclasses.replace(config, model=found), config.model, {}
+    if is_folder:
+        details = {"model_sha256": digest_weights(found)}
+        return dataclasses.replace(config, model=found), Path(found).name, details
+    settings = dataclasses.replace(config, model=found, revision=commit)
+    return settings, config.model, {"model_commit": commit}
+
+
+def load_tokenizer(
+    name: str, revision: str | None = None
+) -> Callable[[list[str]], list[list[int]]]:
     """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text."""
+    tokenizer = whole_tokenizer(name, revision)
+    return lambda texts: tokenizer(texts)["input_ids"]
+
+
+def whole_tokenizer(name: str, revision: str | None) -> Any:
+    """The model's tokenizer as transformers has it, which also decodes."""
     from transformers import AutoTokenizer
 
     name = find_model(name)
     with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    return lambda texts: tokenizer(texts)["input_ids"]
+        return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageModelConfig:
@@ -115,7 +153,10 @@ def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageMo
 
 
 def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Module:
-    """The pretrained model on its device, frozen, in the settings' quantization and type."""
+    """The pretrained model on its device, frozen, in the settings' quantization and type.
+
+    Raises UserError for one that cannot be loaded, or cannot stand under the heads.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = fill_in_for(device, config)
@@ -130,6 +171,7 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     with _loading(name):
         causal_lm = AutoModelForCausalLM.from_pretrained(
             name,
+            revision=config.revision,
             dtype=dtype,
             quantization_config=packing,
             device_map={"": device},
@@ -141,6 +183,7 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # An evaluation would repack the weights in a form without gradients.
             module.support_avx512bf16_for_cpu = False
+    check_causal_lm(causal_lm, config)
     return causal_lm.requires_grad_(False)
 
 
@@ -197,9 +240,10 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
 
 
 def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
-    """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the projections, in place.
+    """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the linear layers, in place.
 
-    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model().
+    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model(). Raises
+    UserError for layers that peft cannot adapt.
     """
     import peft
 
@@ -207,20 +251,33 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(LORA_TARGETS),
+        target_modules=lora_targets(causal_lm),
         task_type="CAUSAL_LM",
+        revision=config.revision,
     )
-    names = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
-    if missing := [name for name in LORA_TARGETS if name not in names]:
-        raise UserError(
-            f"the model has no layers named {', '.join(missing)}: "
-            "choose one built like Llama or Qwen2."
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls what newer transformers rename
-        adapters = peft.get_peft_model(causal_lm, lora)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D, which peft finds itself
+        try:
+            adapters = peft.get_peft_model(causal_lm, lora)
+        except ValueError as error:  # weights of experts, for one, have no dropout
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"peft has no such adapters for {config.model} ({reason}): try --lora-dropout 0, "
+                "or choose another model."
+            ) from None
     use_fused_lora(causal_lm)
     return adapters
+
+
+def lora_targets(causal_lm: nn.Module) -> list[str] | str:
+    """The linear layers that get adapters, as peft takes them.
+
+    The seven projections of the QLoRA recipe where a model has them all; else every linear layer
+    but the LM head.
+    """
+    names = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
+    return list(LORA_TARGETS) if names.issuperset(LORA_TARGETS) else "all-linear"
 
 
 def adapter_tensors(adapters: Any) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from collapse.architectures import decoder_layers
 from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
 from collapse.spread import length_share, sink_ratio, spreads, within_classes
 
@@ -70,25 +71,38 @@ def summarize_states(hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yields a list that holds, after a pass, summarize_states of what layers and final norm got.
+    """Yields a list that holds, after a pass, summarize_states of all depths of LayerStates but the
+    last, which is the pass's result.
 
     model is a DualHeadModel. Made as the pass goes on: the hidden states of two layers never exist
     at one time.
     """
     found: list[tuple[Tensor, Tensor]] = []
-    text_mask = None
+    text_mask = last = None
 
     def start(module, arguments) -> None:
         nonlocal text_mask
         text_mask = arguments[1]
         found.clear()
 
-    def catch(module, arguments) -> None:
-        found.append(summarize_states(arguments[0], text_mask))
+    def catch(module, arguments, keywords) -> None:
+        states = arguments[0] if arguments else keywords["hidden_states"]
+        found.append(summarize_states(states, text_mask))
 
-    final_norm = [model.backbone.norm] if hasattr(model.backbone, "norm") else []
+    def keep(module, arguments, output) -> None:
+        nonlocal last
+        last = output if isinstance(output, Tensor) else output[0]
+
+    def end(module, arguments, output) -> None:
+        nonlocal last
+        if output.last_hidden_state.data_ptr() != last.data_ptr():  # a final norm came after
+            found.append(summarize_states(last, text_mask))
+        last = None
+
+    layers = decoder_layers(model.backbone)
     handles = [model.register_forward_pre_hook(start)]
-    handles += [m.register_forward_pre_hook(catch) for m in (*model.backbone.layers, *final_norm)]
+    handles += [layer.register_forward_pre_hook(catch, with_kwargs=True) for layer in layers]
+    handles += [layers[-1].register_forward_hook(keep), model.backbone.register_forward_hook(end)]
     try:
         yield found
     finally:

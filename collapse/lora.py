@@ -22,15 +22,18 @@ def use_fused_lora(model: nn.Module) -> None:
     """Let each LoRA layer that peft put into `model` compute by LoraLinear, in place.
 
     Weights, names and peft's switches (disable_adapter, training or evaluation) stay as they are,
-    and a base layer may be replaced between steps. Raises ValueError, here or when a layer runs,
-    for what LoraLinear does not compute: merged or several adapters, DoRA and other variants,
-    biases of adapters, a base layer that trains or is not linear, plain or in 4 bits.
+    and a base layer may be replaced between steps. Adapters of experts' stacked weights, and of a
+    linear layer whose class has a forward pass of its own, stay peft's. Raises ValueError, here or
+    when a layer runs, for what LoraLinear does not compute: merged or several adapters, DoRA and
+    other variants, biases of adapters, a base layer that trains or is not linear, plain or in 4
+    bits.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError("the model has no LoRA layers: call peft.get_peft_model first.")
+    layers = [layer for layer in layers if not _is_special(layer)]
     for layer in layers:
         _only_adapter(layer)
     for layer in layers:
@@ -40,10 +43,10 @@ def use_fused_lora(model: nn.Module) -> None:
 class LoraLinear(torch.autograd.Function):
     """base(x) + scaling * B A dropout(x), with x of the type that the base layer computes in.
 
-    x: (..., I); A: (R, I) and B: (O, R), both float32; base: a frozen linear layer, plain or in
-    4 bits; p: the rate at which dropout takes values of x from the adapter. Gives (..., O) in
-    x's type. Differentiable once, in x, A and B. For the backward pass it keeps x itself,
-    dropout's mask (see draw_mask), and the adapter's inner values, (T, R) for T tokens.
+    x: (..., I); A: (R, I) and B: (O, R), both float32; base: a frozen linear layer, plain, in
+    4 bits, or GPT-2's Conv1D; p: the rate at which dropout takes values of x from the adapter.
+    Gives (..., O) in x's type. Differentiable once, in x, A and B. For the backward pass it keeps
+    x itself, dropout's mask (see draw_mask), and the adapter's inner values, (T, R) for T tokens.
     """
 
     @staticmethod
@@ -148,7 +151,7 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
 def _only_adapter(layer: nn.Module) -> str:
     """The name of a LoRA layer's adapter. Raises ValueError where LoraLinear would be wrong."""
     base = layer.base_layer
-    linear = isinstance(base, nn.Linear)
+    linear = isinstance(base, nn.Linear) or _is_transposed(base)
     if not linear or not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
         found = type(base).__name__
         raise ValueError(f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {found}.")
@@ -164,13 +167,34 @@ def _only_adapter(layer: nn.Module) -> str:
     return names[0]
 
 
-def _weight(base: nn.Linear, dtype: torch.dtype) -> Tensor:  # (O, I)
-    """The weight of a linear layer, unpacked where it is in 4 bits."""
+def _is_transposed(base: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT and GPT-2, whose weight is (I, O)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(base, Conv1D)
+
+
+def _is_special(layer: nn.Module) -> bool:
+    """Whether a LoRA layer's base layer is an expert mixture's, or linear as Falcon's and BitNet's
+    are, in a way of their own.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if isinstance(layer, ParamWrapper):
+        return True
+    base = layer.base_layer
+    plain = type(base).forward is nn.Linear.forward or hasattr(base.weight, "quant_state")
+    return isinstance(base, nn.Linear) and not plain
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (O, I)
+    """The weight of a linear layer as nn.Linear has it, unpacked where it is in 4 bits."""
     if hasattr(base.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
-    return base.weight.to(dtype)
+    weight = base.weight.to(dtype)
+    return weight.T if _is_transposed(base) else weight
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from collapse.architectures import decoder_layers
 from collapse.batches import EVALUATION_TOKENS, Split, token_budget_batches
 from collapse.settings import UserError
 
@@ -32,20 +33,16 @@ class MemoryPlan:
 
     def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"]):
         """model is a DualHeadModel."""
-        self.mode = mode
-        with warnings.catch_warnings():
-            # transformers renames this method; the pinned version knows it.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        if hasattr(model.backbone, "disable_input_require_grads"):
-            # Asks embeddings for a gradient, which costs the first layer products of its own and
-            # is needed by the reentrant kind of checkpointing alone.
-            model.backbone.disable_input_require_grads()
-        self.layers = [
-            m
-            for m in model.backbone.modules()
-            if m is not model.backbone and hasattr(m, "gradient_checkpointing")
-        ]
+        self.mode, self.layers = mode, list(decoder_layers(model.backbone))
+        if all(hasattr(layer, "gradient_checkpointing") for layer in self.layers):
+            let_layers_recompute(model.backbone)
+        elif mode == "on":
+            raise UserError(
+                "--gradient-checkpointing on, but the layers of this model cannot recompute their "
+                "activations: leave the option out."
+            )
+        else:
+            self.mode = "off"
         self.recompute(0)
         self.prefix_tokens = int(model.projector is not None)
         self.tokens = self.typical = self.longest = 0
@@ -183,6 +180,18 @@ class MemoryPlan:
             f"the longest step recomputes {count} of {len(self.layers)} layers"
             + (f"; NF4 weights of {self.unpacked} stay unpacked" if self.unpacking_bytes else "")
         )
+
+
+def let_layers_recompute(backbone: nn.Module) -> None:
+    """Make ready the layers of a Hugging Face base model; an attribute of each then decides."""
+    with warnings.catch_warnings():
+        # transformers renames this method; the pinned version knows it.
+        warnings.simplefilter("ignore", FutureWarning)
+        backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    if hasattr(backbone, "disable_input_require_grads"):
+        # Asks embeddings for a gradient, which costs the first layer products of its own and is
+        # needed by the reentrant kind of checkpointing alone.
+        backbone.disable_input_require_grads()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

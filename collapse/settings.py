@@ -99,6 +99,8 @@ class LanguageModelConfig(RunConfig):
     # Pretrained causal LM: a name on the Hugging Face hub, a folder, or smollm2-135m, the small
     # stand-in of `make standin`.
     model: str = DEFAULT_MODEL
+    # Commit, tag or branch of a model on the hub. Default: main. Results name the commit.
+    revision: str | None = None
     # Frozen weights in 4 bits (NF4, double quantization), or as they are. Default: nf4 on a GPU,
     # none on a CPU.
     quantization: Literal["nf4", "none"] | None = None
@@ -139,6 +141,7 @@ NOT_IN_FINGERPRINT = (
     "measure_every",
     "fresh",
     "gradient_checkpointing",
+    "revision",  # results hold the commit that it stands for
 )
 
 

@@ -7,7 +7,7 @@ KINDS = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", 
 
 
 def table_threshold(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: where each arm's runs stop being healthy, and how far from Model 1's edge."""
+    """Header and rows: where runs of each arm stop being healthy, against Model 1."""
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
     header += ["edge's shift, decades", "shift of collapse alone", "backbones"]

@@ -436,7 +436,7 @@ def test_adapters_are_exchanged_on_one_base_model(
         f"{line} --lora-rank 4 --classifier-size 10 --engram-size 6 --learning-rate 1e-2",
     )
     monkeypatch.setattr(
-        analysis, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments)
+        common, "load_causal_lm", lambda *arguments: loads.append(1) or load(*arguments)
     )
     (study,) = run(f"--folders {folder}").values()
     assert len(loads) == 1 and list(study["pretrained"]["seeds"]) == ["1"]

@@ -132,6 +132,31 @@ def test_output_and_gradients_are_those_of_peft(shape, bias, packed):
         )
 
 
+def test_the_linear_layer_of_gpt2_is_computed_as_peft_does(either_mask):
+    """Its weight is transposed."""
+    torch.manual_seed(0)
+    layer = adapted(transformers.pytorch_utils.Conv1D(64, 24))
+    layer.base_layer.weight.data.normal_()
+    x = torch.randn(3, 5, 24)
+    assert fused(layer).forward.__func__ is lora._forward
+    for found, expected in zip(outcome(fused(layer), x), outcome(layer, x), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+        )
+
+
+def test_a_linear_layer_with_a_forward_pass_of_its_own_stays_that_of_peft():
+    class Rounding(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.round())
+
+    layer = adapted(Rounding(24, 16))
+    x = torch.randn(9, 24)
+    assert all(
+        torch.equal(a, b) for a, b in zip(outcome(fused(layer), x), outcome(layer, x), strict=True)
+    )
+
+
 def test_a_column_major_input_and_an_expanded_gradient_change_nothing():
     layer = adapted(nn.Linear(24, 16))
     x, upstream = torch.randn(24, 9).T, torch.ones(1, 1).expand(9, 16)

@@ -1,0 +1,97 @@
+"""What a causal LM is made of, found by its structure, and which ones cannot be used here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from collapse.settings import LanguageModelConfig, UserError
+
+
+def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
+    """The layers of a backbone, in order: of its lists of modules the longest that is in no other.
+
+    Inside a layer there may be longer ones, such as the experts of a mixture. Raises ValueError
+    for a backbone without lists.
+    """
+    found, inside = [], ()
+    for name, module in backbone.named_modules():  # what holds a list comes before the list
+        if isinstance(module, nn.ModuleList) and not name.startswith(inside):
+            found.append(module)
+            inside += (f"{name}.",)
+    return max(found, key=len)
+
+
+def check_kind(config: Any, name: str) -> None:
+    """Raise UserError where the configuration alone says that a model is no plain causal LM.
+
+    config is a transformers.PreTrainedConfig, read before any weights are.
+    """
+    found = None
+    if config.is_encoder_decoder:
+        found = "an encoder-decoder"
+    elif config.get_text_config() is not config:
+        found = "made for more than text"
+    if found:
+        raise UserError(f"{name} ({config.model_type}) is {found}: choose a decoder of text alone.")
+
+
+def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
+    """Raise UserError for a model that cannot stand under the heads, or not with these settings.
+
+    causal_lm is as transformers loads it, without adapters, in evaluation mode.
+    """
+
+    def refuse(why: str) -> None:
+        raise UserError(f"{config.model} ({causal_lm.config.model_type}) cannot be used: {why}.")
+
+    if causal_lm._is_stateful:
+        refuse("it is recurrent or a state space model, so choose one whose layers all attend")
+    backbone, head = causal_lm.base_model, causal_lm.get_output_embeddings()
+    embedding, size = causal_lm.get_input_embeddings(), causal_lm.config.hidden_size
+    sizes = {getattr(head, "in_features", None), getattr(embedding, "embedding_dim", None), size}
+    if not any(isinstance(module, nn.ModuleList) for module in backbone.modules()):
+        refuse("it has no list of layers, so choose one built as GPT-2 or Llama are")
+    if len(sizes) > 1:
+        refuse(f"embeddings, layers and LM head differ in size ({sizes}), so choose another model")
+    if (longest := longest_input(causal_lm)) is not None and config.max_length > longest:
+        refuse(f"it has positions for {longest} tokens and a prefix, so lower --max-length to that")
+    if why := misbehaviour(causal_lm):
+        refuse(f"{why}, so choose another model")
+
+
+def longest_input(causal_lm: nn.Module) -> int | None:
+    """Tokens that a table of learned positions has room for beside a prefix; None without one."""
+    backbone = causal_lm.base_model
+    outside = set(backbone.modules()) - set(decoder_layers(backbone).modules())
+    tables = [module for module in outside if isinstance(module, nn.Embedding)]
+    positions = getattr(causal_lm.config, "max_position_embeddings", None)
+    return positions - 1 if positions and len(tables) > 1 else None
+
+
+@torch.no_grad()
+def misbehaviour(causal_lm: nn.Module) -> str | None:
+    """What a pass over a few random tokens shows that a DualHeadModel's backbone must not do."""
+    backbone, embedding = causal_lm.base_model, causal_lm.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = causal_lm.config.vocab_size
+    ids = torch.randint(vocabulary, (2, 12), generator=generator)
+    ids = ids.to(causal_lm.device)
+    try:
+        expected = backbone(input_ids=ids).last_hidden_state
+        found = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+        ids[:, -1] = (ids[:, -1] + 1) % vocabulary
+        changed = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"its layers do not run on embeddings ({str(error).partition(chr(10))[0]})"
+    if differs(found, expected):
+        return "its layers give other states for embeddings than for the tokens they are of"
+    if differs(changed[:, :-1], found[:, :-1]):
+        return "its states of a token change with the tokens behind it, it is not causal"
+    return None
+
+
+def differs(found: Tensor, expected: Tensor) -> bool:
+    """Whether states (B, L, D) differ by more than rounding in the type they were made in."""
+    tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
+    return bool((found - expected).float().norm() > tolerance * expected.float().norm())

@@ -393,7 +393,7 @@ def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path):
     compared = results["comparisons"]["final"]
     for name in ("shuffled-lm", "kl", "l2-start", "shared-scale", "model2@0.1"):
         for other in ("model1", "model2"):
-            assert compared[f"{name} - {other}"]["seeds"]["n"] == 2
+            assert compared[f"{name} - {other}"]["interval"]["n_seeds"] == 2
     last = {name: runs["1"]["train"][-1] for name, runs in results["models"].items()}
     assert last["kl"]["anchor_loss"] > 0 and last["l2-start"]["anchor_loss"] > 0
     assert "anchor_loss" not in last["model2"] and last["kl"]["lm_loss"] is None

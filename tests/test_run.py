@@ -107,7 +107,7 @@ def test_results_hold_everything_that_the_design_asks_for(undisturbed, data_dir)
                 )
                 for model, kind in ((a, kind_a), (b, kind_b))
             ]
-            assert results["comparisons"][epoch][name]["difference"] == pytest.approx(
+            assert results["comparisons"][epoch][name]["interval"]["mean"] == pytest.approx(
                 (count[1] - count[0]) / 48
             )
     for plot in ("learning_curves.png", "engram_clusters.png"):

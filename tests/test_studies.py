@@ -639,8 +639,53 @@ def test_published_results_are_readable_and_their_csv_says_the_same(path):
 
 def test_published_ranks_are_readable():
     results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
-    table = records.table(results, common.find_arm)
+    again = records.summarize(records.with_records(results), common.find_arm)
+    table = records.table(again, common.find_arm)
     for name, result in results.items():
         assert name in table
         shown = rank_plots.shown_models(result, common.find_arm)
         assert [model.key for model in shown] == ["pretrained", "model1", "model2", "model3"]
+
+
+def test_depths_are_drawn_for_each_measure_that_the_records_have(tmp_path, monkeypatch):
+    """A panel a measure and study; older records have the first measure alone."""
+    drawn = []
+    monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    deep = {name: r for name, r in results.items() if "model" in r["settings"]["config"]}
+    rank_plots.plot_layers(tmp_path / "old.png", results, common.find_arm)
+    assert len(drawn[-1].axes) == len(deep)  # none of the small transformer
+    for result in deep.values():
+        for key in records.keys_of(result):
+            for record in result[key]["seeds"].values():
+                for layer in record["layers"]:
+                    layer |= dict.fromkeys(rank_plots.DEPTH_PANELS, layer["effective_rank"])
+    rank_plots.plot_layers(tmp_path / "new.png", deep, common.find_arm)
+    assert len(drawn[-1].axes) == 4 * len(deep)
+    titles = [axis.get_title(loc="left") for axis in drawn[-1].axes]
+    assert sum("without the first token" in title for title in titles) == 2 * len(deep)
+
+
+def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
+    """Centres of AG News' bars, and the reference's fall of the rank to 1.3 %."""
+    drawn = []
+    monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    stored = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    results = records.summarize(records.with_records(stored), common.find_arm)
+    name = next(name for name in results if name.startswith("AG News"))
+    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]}, common.find_arm)
+    centres = [
+        [float(line.get_xdata()[0]) for line in axis.lines if len(line.get_xdata()) == 1]
+        for axis in drawn[-1].axes
+    ]
+    runs = read_json(ROOT / results[name]["folder"] / "results.json")["models"]
+    gains = [
+        np.mean([run["final"]["accuracy"] for run in runs[b].values()])
+        - np.mean([run["final"]["accuracy"] for run in runs["model1"].values()])
+        for b in ("model2", "model3")
+    ]
+    assert set(np.round(100 * np.array(gains), 4)) <= set(np.round(centres[0], 4))
+    start, end = (results[name][key]["effective_rank"] for key in ("pretrained", "model1"))
+    assert round(100 * end / start, 4) in np.round(centres[1], 4)
+    assert round(100 * 12.6 / 984.0, 4) in np.round(centres[1], 4)
+    assert all(factor > 1 for factor in centres[2])

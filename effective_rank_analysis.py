@@ -28,7 +28,7 @@ import experiment
 from collapse import rank_plots, records
 from collapse.batches import Split, encode_rows
 from collapse.checkpoints import load_weights
-from collapse.data import Rows, Task, load_again
+from collapse.data import Rows, Task
 from collapse.files import (
     digest_files,
     digest_weights,
@@ -38,6 +38,7 @@ from collapse.files import (
     write_json,
 )
 from collapse.language_models import add_lora, load_causal_lm, load_tokenizer
+from collapse.loaders import load_again
 from collapse.measuring import outputs
 from collapse.model_records import (
     LEAST_ROWS,
@@ -215,7 +216,7 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     if splits.transfer is not None:
         arrays = []
         for split in splits.transfer:
-            arrays += [outputs(model.eval(), split)[0].numpy(), split.labels.numpy()]
+            arrays += [outputs(model.eval(), split)[0][0].numpy(), split.labels.numpy()]
         beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     times.append(time.perf_counter())
     outer = model.classifier.outer

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from collapse.data import LOADERS, Task, limit_task, load_movie_snippets
+from collapse.data import Task, limit_task
+from collapse.loaders import LOADERS, load_movie_snippets
 from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
 from collapse.settings import check_config as check_run_config
 
@@ -28,7 +29,7 @@ from collapse.settings import check_config as check_run_config
 class Config(RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
-    # Data set: a name of LOADERS in collapse/data.py. Another than SST-2 has a results subfolder.
+    # Data set: a name of LOADERS in collapse/loaders.py. Any but SST-2 has a results subfolder.
     dataset: str = "SST-2"
     # Passes over the training split.
     epochs: int = 8

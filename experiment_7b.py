@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.data import load_sst2
 from collapse.settings import ROOT, LanguageModelConfig, run_script
+from collapse.sst2 import load_sst2
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.data import load_ag_news
+from collapse.loaders import load_ag_news
 from collapse.settings import ROOT, LanguageModelConfig, run_script
 
 

@@ -16,20 +16,50 @@ def load_from_hub(
 
     None, with the reason printed, when neither hub nor cache gives them.
     """
+    tables = _tables(dataset, splits, None)
+    if tables is None:
+        return None
+    return [([t.strip() for t in table[text_column]], list(table["label"])) for table in tables]
+
+
+def load_named_from_hub(
+    dataset: str,
+    splits: tuple[str, ...],
+    text_column: str,
+    class_column: str,
+    configuration: str | None = None,
+) -> list[list[tuple[str, str]]] | None:
+    """(text, class name) pairs of splits of a hub data set, where load_from_hub looks.
+
+    The classes' column holds names, or numbers that the data set has names for.
+    """
+    tables = _tables(dataset, splits, configuration)
+    if tables is None:
+        return None
+    found = []
+    for table in tables:
+        names, feature = table[class_column], table.features[class_column]
+        if hasattr(feature, "int2str"):
+            names = feature.int2str(list(names))
+        found.append(list(zip(table[text_column], names, strict=True)))
+    return found
+
+
+def _tables(dataset: str, splits: tuple[str, ...], configuration: str | None) -> list | None:
+    """The splits as `datasets` has them, or None with the reason printed."""
     import datasets
 
     datasets.logging.set_verbosity_error()
     if use_cache_if_hub_is_silent():
         datasets.config.HF_HUB_OFFLINE = True
     try:
-        tables = [datasets.load_dataset(dataset, split=split) for split in splits]
+        return [datasets.load_dataset(dataset, configuration, split=split) for split in splits]
     except Exception as error:  # each of these libraries raises its own kinds for "not there"
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"NOTE: no {dataset} from the Hugging Face cache or hub ({reason})")
         return None
-    return [([t.strip() for t in table[text_column]], list(table["label"])) for table in tables]
 
 
 def use_cache_if_hub_is_silent() -> bool:

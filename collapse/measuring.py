@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from collapse.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
 from collapse.data import fixed_draw
+from collapse.layer_states import summarize_states
 from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
 from collapse.spread import within_classes
 
@@ -33,52 +34,70 @@ class Measuring:
         self.train, self.validation = map(draw_rows, (self.train, self.validation))
 
     def __call__(self) -> dict[str, float | None]:
-        """Numbers of the model as it stands, with the zero engram; its mode stays as it was.
-
-        Ranks and `cdnv` are of pooled states of validation rows (None where a state is not finite),
-        `loss` (nats) and `accuracy` of the classifier on training rows.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        pooled, _ = outputs(self.model, self.validation)
-        _, logits = outputs(self.model, self.train)
-        self.model.train(was_training)
-        loss = F.cross_entropy(logits, self.train.labels).item()
-        right = (logits.argmax(1) == self.train.labels).float().mean().item()
-        return {
-            **collapse_of(pooled.numpy(), self.validation.labels.numpy()),
-            "loss": loss if np.isfinite(loss) else None,
-            "accuracy": right,
-        }
+        return measures(self.model, self.train, self.validation)
 
 
-def draw_rows(split: Split) -> Split:
-    rows = fixed_draw(len(split.labels), MEASURED_ROWS)
+def draw_rows(split: Split, limit: int = MEASURED_ROWS) -> Split:
+    rows = fixed_draw(len(split.labels), limit)
     return Split([split.token_ids[row] for row in rows], split.labels[rows])
+
+
+def measures(model: nn.Module, train: Split, validation: Split) -> dict[str, float | None]:
+    """Numbers of a DualHeadModel as it stands, with the zero engram; its mode stays as it was.
+
+    Ranks and `cdnv` are of pooled states of validation rows, `validation_accuracy` is theirs;
+    `loss` (nats) and `accuracy` are of the classifier on training rows. None where a state or a
+    logit is not finite.
+    """
+    was_training = model.training
+    model.eval()
+    states, logits = outputs(model, validation)
+    _, train_logits = outputs(model, train)
+    model.train(was_training)
+    finite = train_logits.isfinite().all()
+    return {
+        **collapse_of(states.numpy(), validation.labels.numpy()),
+        "validation_accuracy": accuracy(logits, validation.labels),
+        "loss": F.cross_entropy(train_logits, train.labels).item() if finite else None,
+        "accuracy": accuracy(train_logits, train.labels),
+    }
 
 
 @torch.inference_mode()
 def outputs(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Pooled states (N, D) and the classifier's logits (N, C), on the CPU; no LM head runs."""
+    """Pooled states (2, N, D), with and without the first token, and classifier's logits (N, C).
+
+    On the CPU; no LM head runs.
+    """
     device = next(model.parameters()).device
     batches = token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type])
     found = []
     for rows in batches:
         batch = collate(split, rows, device)
         output = model(batch.input_ids, batch.text_mask)
-        found.append((output.pooled.cpu(), output.logits.float().cpu()))
+        states, _ = summarize_states(output.hidden, batch.text_mask)
+        found.append((states.cpu(), output.logits.float().cpu()))
     back = torch.from_numpy(np.argsort(np.concatenate(batches)))
-    pooled, logits = (torch.cat(column)[back] for column in zip(*found, strict=True))
-    return pooled, logits
+    states, logits = zip(*found, strict=True)
+    return torch.cat(states, dim=1)[:, back], torch.cat(logits)[back]
 
 
-def collapse_of(pooled: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """How many directions pooled states (N, D) spread over, in all and within classes; CDNV."""
-    names = ("effective_rank", "effective_rank_within", "stable_rank", "dims_95pct", "cdnv")
-    if not np.isfinite(pooled).all():
-        return dict.fromkeys(names)
-    ranks = rank_metrics(pooled)
-    within = ranks_from_gram(within_classes(pooled, labels))["effective_rank"]
-    cdnv = neural_collapse_metrics(pooled, labels)["cdnv"]
-    values = (ranks["effective_rank"], within, ranks["stable_rank"], ranks["dims_95pct"], cdnv)
-    return dict(zip(names, values, strict=True))
+def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """How many directions states (2, N, D) of `outputs` spread over, in all and within classes."""
+    pooled, rest = states
+    ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
+    names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")
+    numbers = {name: ranks.get(name) for name in names}
+    numbers |= dict.fromkeys(
+        ("effective_rank_within", "effective_rank_without_first", "cdnv"), None
+    )
+    if ranks:
+        within = ranks_from_gram(within_classes(pooled, labels))
+        numbers["effective_rank_within"] = within["effective_rank"]
+        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
+        numbers["cdnv"] = neural_collapse_metrics(pooled, labels)["cdnv"]
+    return numbers
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).float().mean().item()

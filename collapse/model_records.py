@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from collapse.batches import Split
-from collapse.data import Rows, Task, limit_task, load_ag_news, load_sst2
+from collapse.data import Rows, Task, limit_task
 from collapse.layer_states import LayerStates, records_by_depth
+from collapse.loaders import load_ag_news
 from collapse.metrics import (
     neural_collapse_metrics,
     random_subsets,
@@ -20,6 +21,7 @@ from collapse.metrics import (
 )
 from collapse.settings import UserError
 from collapse.spread import class_means, ncc_agreement, spreads, within_classes
+from collapse.sst2 import load_sst2
 
 LEAST_ROWS = 4  # half of them still have a rank
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured

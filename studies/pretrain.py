@@ -19,17 +19,11 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse import data
-from collapse.corpus import (
-    VOCABULARY,
-    check_no_row_inside,
-    load_corpus,
-    newsgroup_test_rows,
-    tokens_of,
-)
-from collapse.files import environment, read_json, write_json
+from collapse.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
+from collapse.files import environment, write_json
 from collapse.jobs import run_all
 from collapse.kneser_ney import KneserNeyBigram
+from collapse.loaders import LOADERS
 from collapse.pretraining import Recipe, pretrain, step_cost, validation_loss
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
@@ -37,6 +31,8 @@ from collapse.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
 RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
+# Sets that studies fine-tune the models on; their validation rows may not be in the text.
+CHECKED = ("SST-2 by sentence", "AG News", "CLINC150", "Banking77", "20 Newsgroups")
 CorpusName = Literal["tinystories", "newsgroups", "miniature"]
 
 
@@ -178,16 +174,10 @@ def check_rows(corpus: CorpusName, data_dir: Path | None) -> int:
     """
     if data_dir is None:
         raise UserError("--check needs --data-dir with the classification sets.")
-    clinc = read_json(data_dir / "clinc150" / "data_full.json")
-    parts = ("val", "test", "oos_val", "oos_test")
-    banking = data.read_lines(data_dir / "banking77" / "test.csv")[1:]
-    rows: dict[str, Sequence[str]] = {
-        "SST-2 dev": data.read_sst2_split(data_dir / "SST-2" / "dev.tsv").texts,
-        "AG News test": data.read_ag_news_split(data_dir / "ag_news_csv" / "test.csv").texts,
-        "CLINC150 validation and test": [text for part in parts for text, _ in clinc[part]],
-        "Banking77 test": [line.rpartition(",")[0] for line in banking],
-        "20 Newsgroups test": newsgroup_test_rows(),
-    }
+    rows: dict[str, Sequence[str]] = {}
+    for name in CHECKED:
+        task = LOADERS[name](data_dir)
+        rows[f"{task.name}, validation"] = task.validation.texts
     check_no_row_inside(rows, load_corpus(corpus))
     return sum(map(len, rows.values()))
 

@@ -20,7 +20,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from collapse.batches import encode_rows
-from collapse.data import limit_task, load_sst2
+from collapse.data import limit_task
 from collapse.files import environment, write_file, write_json
 from collapse.language_models import fill_in_for, find_model, load_causal_lm, load_tokenizer
 from collapse.layer_states import records_by_depth
@@ -33,6 +33,7 @@ from collapse.settings import (
     pick_device,
     run_script,
 )
+from collapse.sst2 import load_sst2
 
 COLUMNS = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
 COLUMNS += ("effective_rank_within_without_first", "length_share", "length_share_without_first")

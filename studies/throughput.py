@@ -53,9 +53,10 @@ from collapse.batches import (
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.data import Task, load_ag_news, load_sst2
+from collapse.data import Task
 from collapse.files import environment, write_json
 from collapse.language_models import add_lora, fill_in_for, load_tokenizer
+from collapse.loaders import load_ag_news
 from collapse.losses import LOGIT_CHUNK_TOKENS, combined_loss
 from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, is_out_of_memory
 from collapse.plots import save_figure
@@ -68,6 +69,7 @@ from collapse.settings import (
     pick_device,
     run_script,
 )
+from collapse.sst2 import load_sst2
 
 RECIPES = ("conventional", "ecosystem", "ours")
 RECIPE_COLORS = {"conventional": "#999999", "ecosystem": "#56B4E9", "ours": "#009E73"}

@@ -14,7 +14,9 @@ import common
 import experiment
 from collapse import plots
 from collapse.batches import Split
+from collapse.data import Task
 from collapse.settings import ROOT, run_script
+from collapse.sst2 import load_sst2_by_sentence
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -80,6 +82,14 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def sst2_by_sentence() -> Task:
+    """The whole of it; loading takes seconds."""
+    if not SHARED_DATA.exists():
+        pytest.skip("needs the whole of SST-2 beside the repository, in shared/data")
+    return load_sst2_by_sentence(SHARED_DATA)
+
+
+@pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     return write_tiny_sst2(tmp_path_factory.mktemp("data"))
 
@@ -96,6 +106,25 @@ def write_tiny_sst2(folder: Path) -> Path:
                 rng.integers(0, 2),
             )
             lines.append(" ".join([*words, ("bad", "good")[label]]) + f"\t{label}")
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phrases_dir(tmp_path_factory) -> Path:
+    """A tiny SST-2 whose training rows are 20 sentences and phrases of them; words have letters
+    alone, which the language models' text keeps.
+    """
+    folder, rng = tmp_path_factory.mktemp("phrases"), np.random.default_rng(0)
+    (folder / "SST-2").mkdir()
+    for name, sentences in (("train", 20), ("dev", 6)):
+        rows = {}
+        for _ in range(sentences):
+            words = ["".join(rng.choice(list("aeioubdfglmn"), 4)) for _ in range(8)]
+            words.append(("bad", "good")[label := int(rng.integers(2))])
+            phrases = [words, words[4:], words[:3], words[2:6]]
+            rows |= {" ".join(words): label for words in (phrases if name == "train" else [words])}
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows.items())]
         (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return folder
 

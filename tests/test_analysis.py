@@ -26,9 +26,9 @@ import experiment
 import experiment_7b
 from collapse import model_records, rank_plots, records
 from collapse.batches import length_grouped_batches
-from collapse.data import load_again
 from collapse.files import read_json
 from collapse.language_models import load_causal_lm
+from collapse.loaders import load_again
 from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
 from collapse.model_records import Splits
 from collapse.statistics import jackknife_interval, mean_interval, seeds_and_rows_interval

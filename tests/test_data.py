@@ -14,7 +14,7 @@ from conftest import tiny_config
 
 import common
 import experiment
-from collapse import data, hub
+from collapse import hub, loaders
 from collapse.batches import (
     Split,
     collate,
@@ -22,18 +22,11 @@ from collapse.batches import (
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.data import (
-    MOVIE_SNIPPETS_ARCHIVE,
-    Rows,
-    Task,
-    check_task,
-    limit_task,
-    load_ag_news,
-    load_movie_snippets,
-    load_sst2,
-)
+from collapse.data import Rows, Task, check_task, limit_task
 from collapse.hub import _hub_answers
+from collapse.loaders import MOVIE_SNIPPETS_ARCHIVE, load_ag_news, load_movie_snippets
 from collapse.settings import UserError
+from collapse.sst2 import load_sst2
 
 
 def write_sst2(folder, train="good\t1\nbad\t0\n", dev="fine\t1\n"):
@@ -96,7 +89,7 @@ def test_ag_news_is_read_as_its_authors_ship_it(tmp_path):
 
 
 def test_the_whole_training_split_of_ag_news_is_named_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "AG_NEWS_ROWS", 1)
+    monkeypatch.setattr(loaders, "AG_NEWS_ROWS", 1)
     task = load_ag_news(write_ag_news(tmp_path))
     assert task.name == "AG News" and task.folder == ""
 
@@ -164,7 +157,7 @@ def snippets_archive(path, monkeypatch, table):
         tar("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
     )
     monkeypatch.setattr(
-        data, "MOVIE_SNIPPETS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+        loaders, "MOVIE_SNIPPETS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
     )
     return path
 

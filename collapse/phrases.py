@@ -1,0 +1,49 @@
+"""Rows that are phrases of one another: whole sentences, and splits that share no phrase."""
+
+from collections.abc import Iterator, Sequence
+
+from collapse.corpus import corpus_text
+
+Words = tuple[str, ...]
+
+
+def contiguous_parts(words: Words) -> Iterator[Words]:
+    """All n (n + 1) / 2 runs of neighbouring words among n, the whole included."""
+    for first in range(len(words)):
+        for end in range(first + 1, len(words) + 1):
+            yield words[first:end]
+
+
+def maximal_phrases(texts: Sequence[str]) -> list[int]:
+    """Numbers of the rows that are no part of another one, word for word, in order.
+
+    Words are what spaces separate. Of equal rows the first counts.
+    """
+    first: dict[Words, int] = {}
+    for number, text in enumerate(texts):
+        first.setdefault(tuple(text.split()), number)
+    inside: set[Words] = set()
+    found = []
+    # The longest first: the parts of a part are known already, and half of the rows cost nothing.
+    for words in sorted(first, key=len, reverse=True):
+        if words not in inside:
+            found.append(first[words])
+            inside.update(part for part in contiguous_parts(words) if part in first)
+    return sorted(found)
+
+
+def rows_apart(texts: Sequence[str], others: Sequence[str]) -> list[int]:
+    """Numbers of the texts that neither stand in one of the others, word for word, nor hold one.
+
+    Compared as corpus_text makes them, so that they are apart for a language model without
+    punctuation too; a text without letters is left out, one without them among the others ignored.
+    """
+    own = [tuple(corpus_text(text).split()) for text in texts]
+    whole = {tuple(corpus_text(text).split()) for text in others} - {()}
+    known = set(own)
+    inside = {part for words in whole for part in contiguous_parts(words) if part in known}
+    return [
+        number
+        for number, words in enumerate(own)
+        if words and words not in inside and whole.isdisjoint(contiguous_parts(words))
+    ]

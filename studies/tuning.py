@@ -1,0 +1,178 @@
+"""Fine-tuning as the studies do it: many short trainings of one backbone, measured as they go."""
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import common
+from collapse.batches import (
+    EVALUATION_TOKENS,
+    Split,
+    collate,
+    count_targets,
+    encode_rows,
+    length_grouped_batches,
+    token_budget_batches,
+)
+from collapse.corpus import corpus_text
+from collapse.data import LOADERS, Rows, fixed_draw, limit_task
+from collapse.language_models import load_causal_lm, load_tokenizer
+from collapse.losses import lm_loss_sum
+from collapse.measuring import Measuring, measures
+from collapse.optimizer import learning_rate_at
+from collapse.settings import LanguageModelConfig, UserError
+
+WARMUP_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the numbers of one training depend on, beside code and machine."""
+
+    model: str  # as --model takes it
+    dataset: str  # a name of LOADERS
+    arm: str  # as --models takes it
+    learning_rate: float
+    seed: int  # of adapters, heads and the order of rows
+    steps: int
+    train_rows: int  # a fixed draw
+    letters: bool  # texts as the corpus of the own language models has them
+    all_weights: bool = False  # instead of LoRA adapters
+    max_length: int = 64
+    batch_size: int = 16
+
+    def config(self) -> LanguageModelConfig:
+        return LanguageModelConfig(
+            model=self.model,
+            learning_rate=self.learning_rate,
+            schedule="constant",
+            warmup_fraction=WARMUP_STEPS / self.steps,
+            batch_size=self.batch_size,
+            gradient_checkpointing="off",
+            quantization="none",
+            compute_dtype="float32",
+        )
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows as token ids; the last three are fixed draws that every training is measured on."""
+
+    classes: int
+    train: Split
+    validation: Split  # for ranks and accuracy
+    measured_train: Split  # of the training rows, for loss and accuracy in evaluation mode
+    language: Split  # of the validation rows, for the LM loss
+
+
+MEASURED_ROWS, MEASURED_TRAIN_ROWS, LANGUAGE_ROWS = 1000, 512, 200
+
+
+@functools.lru_cache(maxsize=4)
+def load_data(
+    dataset: str, train_rows: int, letters: bool, model: str, max_length: int, data_dir: Path | None
+) -> Data:
+    """A data set's rows as a model's tokens. Raises UserError where the rows cannot be had."""
+    task = LOADERS[dataset](data_dir)
+    if task is None:
+        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
+    task, encode = limit_task(task, train_rows, MEASURED_ROWS), load_tokenizer(model)
+
+    def split(rows: Rows, limit: int | None = None) -> Split:
+        chosen = fixed_draw(len(rows), limit)
+        texts = [rows.texts[i] for i in chosen]
+        if letters:  # a text without any letter still needs a token
+            texts = [corpus_text(text) or "a" for text in texts]
+        return encode_rows(Rows(texts, [rows.labels[i] for i in chosen]), encode, max_length)
+
+    return Data(
+        classes=len(task.class_names),
+        train=split(task.train),
+        validation=split(task.validation),
+        measured_train=split(task.train, MEASURED_TRAIN_ROWS),
+        language=split(task.validation, LANGUAGE_ROWS),
+    )
+
+
+def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear]:
+    """The recipe's model before its first step, drawn from its seed, and its LM head as it is now.
+
+    The second is what `language_kept` is measured under: Model 1 has no LM head of its own.
+    """
+    torch.manual_seed(recipe.seed)
+    arm, config, device = common.find_arm(recipe.arm), recipe.config(), torch.device("cpu")
+    if not recipe.all_weights:
+        model = common.build_language_model(arm, classes, "pooled", config, device)
+        return model, model.adapters.get_base_model().get_output_embeddings()
+    causal_lm = load_causal_lm(config, device).requires_grad_(True)
+    head, size = causal_lm.get_output_embeddings(), causal_lm.config.hidden_size
+    model = common.DualHeadModel(
+        causal_lm.model,
+        size,
+        common.ClassificationHead(size, config.classifier_size, classes),
+        lm_head=head if arm.needs_lm_head else None,
+        engram_size=config.engram_size if arm.prefix == "engram" else None,
+    )
+    return model, copy.deepcopy(head).requires_grad_(False)
+
+
+def batches_of(recipe: Recipe, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Row numbers of the steps, epoch after epoch; from the seed: the same for every arm."""
+    for epoch in itertools.count():
+        rng = np.random.default_rng([recipe.seed, epoch])
+        yield from length_grouped_batches(lengths, recipe.batch_size, rng)
+
+
+def tune(
+    recipe: Recipe,
+    data: Data,
+    measure_at: Collection[int],
+    after_step: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Train, and return what was measured: before the first step, after these steps and the last.
+
+    A training that meets a number that is not finite ends there: its last record has None for
+    every measure.
+    """
+    config, arm = recipe.config(), common.find_arm(recipe.arm)
+    model, start_head = build(recipe, data.classes)
+    trainer = common.make_trainer(model, data.train, config, arm)
+    along_the_way = Measuring(model, data.measured_train, data.validation)
+    records = [{"step": 0, **full_record(model, data, start_head)}]
+    batches = batches_of(recipe, data.train.lengths)
+    for step in range(1, recipe.steps + 1):
+        model.train()
+        rate = learning_rate_at(step - 1, recipe.steps, config)
+        try:
+            trainer.step(next(batches), rate)
+        except FloatingPointError:
+            return [*records, {"step": step} | dict.fromkeys(records[0].keys() - {"step"})]
+        after_step()
+        if step in measure_at and step < recipe.steps:
+            records.append({"step": step, **along_the_way(), "lm_loss": None})
+    return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]
+
+
+def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:
+    """`measures` on all measured rows, and the LM loss under the LM head of the start."""
+    model.eval()
+    record = measures(model, data.measured_train, data.validation)
+    return record | {"lm_loss": lm_loss(model, data.language, start_head)}
+
+
+@torch.inference_mode()
+def lm_loss(model: nn.Module, split: Split, lm_head: nn.Linear) -> float:
+    """Mean next-token loss in nats over the split's targets, under that LM head."""
+    total = 0.0
+    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS["cpu"]):
+        batch = collate(split, rows, torch.device("cpu"))
+        total += lm_loss_sum(model(batch.input_ids, batch.text_mask).hidden, batch, lm_head).item()
+    return total / count_targets(split, range(len(split.labels)))

@@ -158,6 +158,9 @@ class Page:
         self.numbers[key] = f"A{len(self.numbers) + 1}"
         self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
 
+    def document(self) -> str:
+        return "\n\n".join(self.parts) + "\n"
+
     def figure(self, path: str, caption: str) -> None:
         if (ROOT / path).exists():
             self.figures += 1
@@ -534,7 +537,7 @@ def draw_figures() -> None:
 def main() -> None:
     draw_figures()
     page = results_page()
-    write_file(ROOT / "RESULTS.md", ("\n\n".join(page.parts) + "\n").encode())
+    write_file(ROOT / "RESULTS.md", page.document().encode())
     for name in DOCUMENTS:
         path = ROOT / name
         write_file(path, fill(path.read_text(), page).encode())

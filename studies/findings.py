@@ -244,6 +244,7 @@ def add_speed_and_reference(page: Page) -> None:
     }
     caption = "The 7B experiments, counted: bytes over bandwidth plus operations over their rate."
     page.table("paper", caption, tables.table_paper(paper))
+    page.figure("results_7b/throughput_on_paper.png", "Counted throughput, SST-2")
     page.text("## The reference's numbers\n\nOne seed each; ranks of its two data sets at other N.")
     page.table("reference accuracy", "Accuracy, %.", tables.table_reference_accuracy())
     page.table("reference ranks", "Ranks.", tables.table_reference_ranks())

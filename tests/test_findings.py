@@ -244,6 +244,45 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         assert factor == pytest.approx((second + 6) / (first + 6), abs=0.006)
 
 
+def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them():
+    """Ranks within classes and without the first token, of one study of two."""
+    rng = np.random.default_rng(0)
+
+    def record(numbers):
+        found = {number: float(rng.uniform(1, 9)) for number in numbers}
+        halves = {number: list(rng.uniform(1, 9, 4)) for number in numbers}
+        layers = [{n: found[n] for n in numbers if n.startswith("effective")} for _ in range(4)]
+        found |= {"halves": {"rows": 5, **halves}, "num_samples": 10, "layers": layers}
+        return found | {"subsets": {}}
+
+    studies = {}
+    for name, numbers in (("old", records.HALVED[:3]), ("new", records.HALVED)):
+        found = {key: {"1": record(numbers)} for key in ("pretrained", "model1")}
+        settings = {"config": {"model": "some/backbone"}}
+        study = {"folder": "f", "settings": settings, "num_samples": 10, "measured": {}}
+        studies[name] = study | {"records": found}
+    results = records.summarize(studies, common.find_arm)
+    heads = ["within classes", "without the first token", "within, without first"]
+    for table in (
+        tables.table_records(results, tables.RANK_COLUMNS),
+        tables.table_changes(results),
+    ):
+        old, new = (
+            [cells(part, name)[head] for head in heads]
+            for name in ("old", "new")
+            for part in [with_one_row_of(table, name)]
+        )
+        assert old == ["n/a"] * 3 and "n/a" not in new
+    assert tables.table_depth(results).count("| new |") == 2 * 4  # models by measures
+    assert tables.table_depth(results).count("| old |") == 2
+
+
+def with_one_row_of(table: str, name: str) -> str:
+    """The table's head, and the last row that starts with the name."""
+    lines = table.splitlines()
+    return "\n".join([lines[0], [line for line in lines if line.startswith(f"| {name} ")][-1]])
+
+
 def test_each_table_of_a_training_puts_each_number_below_its_head():
     def run(base):
         train = {

@@ -1,4 +1,4 @@
-"""One causal backbone under two heads and an engram: arms, training, evaluation, a study's run.
+"""One causal backbone under two heads and an engram: training, evaluation, a study's run.
 
 Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden size, C classes,
 E engram size, T target tokens, V vocabulary, N rows of a split, S seeds.
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from collapse import jobs, publishing, reports
+from collapse.arms import Arm, chosen_arms, find_arm
 from collapse.batches import (
     EVALUATION_TOKENS,
     Batch,
@@ -77,109 +78,6 @@ from collapse.settings import (
     check_config,
     pick_device,
 )
-
-# --------------------------------------------------------------------------------------------------
-# Arms: the three models, and the controls that take the idea apart
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is switched on in one model of a study. A new control is a row of ARMS."""
-
-    name: str  # in results: key, and folder of its trainings
-    title: str
-    color: str  # Okabe & Ito's first, for colour-blind readers
-    marker: str
-    cost: float  # of a step, in steps of model 1: a first guess for the time left
-    lm: Literal["none", "true", "shuffled"] = "none"  # which tokens the LM loss asks for
-    prefix: Literal["none", "engram"] = "none"  # what stands before an input
-    anchor: Literal["none", "kl", "l2"] = "none"  # what holds the model near its start
-    shared_scale: bool = False  # the LM loss scales Adam's steps and does not direct them
-    weight: float | None = None  # of LM loss or anchor; None: --lm-weight
-
-    @property
-    def label(self) -> str:
-        """As messages name it."""
-        return self.name.replace("model", "model ")
-
-    @property
-    def place(self) -> tuple[int, float]:
-        """Where it stands in tables: as in ARMS, weights in order."""
-        names = [arm.name for arm in ARMS.values()]
-        return names.index(self.name.partition("@")[0]), self.weight or 0.0
-
-    @property
-    def needs_lm_head(self) -> bool:
-        return self.lm != "none" or self.anchors_tokens
-
-    @property
-    def anchors_tokens(self) -> bool:
-        """Whether its anchor is a loss over target tokens, weighed against the classification."""
-        return self.anchor == "kl"
-
-    def weight_in(self, config: RunConfig) -> float:
-        return config.lm_weight if self.weight is None else self.weight
-
-    def loss(self, cls_loss, lm_loss, config: RunConfig):
-        """What is minimized, of classification loss and LM loss; anchors apart."""
-        directs = self.lm != "none" and not self.shared_scale
-        return combined_loss(cls_loss, lm_loss if directs else None, self.weight_in(config))
-
-
-# What --models calls it -> the arm.
-ARMS = {
-    "1": Arm("model1", "Classification Only", "#0072B2", "o", cost=1.0),
-    "2": Arm("model2", "Dual Head", "#D55E00", "s", cost=2.8, lm="true"),
-    "3": Arm("model3", "Dual + Engram", "#009E73", "^", cost=3.3, lm="true", prefix="engram"),
-    # Right unigrams, no syntax: LM targets are dealt out at random within the step's rows.
-    "shuffled-lm": Arm("shuffled-lm", "Shuffled LM", "#CC79A7", "D", cost=2.8, lm="shuffled"),
-    # No LM loss: the next-token distribution is held to the one that training began with.
-    "kl": Arm("kl", "KL to the start", "#56B4E9", "v", cost=4.2, anchor="kl"),
-    # No LM head: half the squared distance of the backbone's trained weights from their start,
-    # times the weight, is added to the classification loss (L2-SP, Li et al. 2018).
-    "l2-start": Arm(
-        "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
-    ),
-    # Model 2's Adam scale, the classification gradient alone: a smaller classification step. An LM
-    # head that trains does so as in model 2, so that the scale stays model 2's.
-    "shared-scale": Arm(
-        "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
-    ),
-}
-
-
-def find_arm(name: str) -> Arm:
-    """The arm that --models or a results file names; NAME@WEIGHT has a weight of its own.
-
-    Raises UserError for a name that is none, or a weight out of range.
-    """
-    key, _, weight = name.removeprefix("model").partition("@")
-    if key not in ARMS:
-        raise UserError(f"--models {name} is none of {', '.join(ARMS)}.")
-    arm = ARMS[key]
-    if not weight:
-        return arm
-    highest = math.inf if arm.anchor == "l2" else 1
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < highest or not (arm.needs_lm_head or arm.anchor == "l2"):
-        raise UserError(f"--models {name}: no weight that {arm.label} can have.")
-    number = abs(number)  # -0 is 0
-    text = f"{number:g}" if float(f"{number:g}") == number else repr(number)
-    title = f"{arm.title}, weight {text}"
-    return dataclasses.replace(arm, name=f"{arm.name}@{text}", title=title, weight=number)
-
-
-def chosen_arms(config: RunConfig) -> list[Arm]:
-    """The arms of --models. Raises UserError for an unknown name, or too small a step for pairs."""
-    arms = list(dict.fromkeys(find_arm(name) for name in config.models))
-    if config.batch_size < 2 and any(arm.prefix == "engram" for arm in arms):
-        raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")
-    return arms
-
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -252,6 +150,8 @@ class DualHeadModel(nn.Module):
         engram_size: E for model 3, None for models 1 and 2.
         engram_source: what the compressor reads, the pooled hidden state or the classifier's
             intermediate.
+        constant_prefix: no compressor, so that every prefix is that of the zero engram: one learned
+            embedding, which starts as model 3's.
         adapters: the peft.PeftModel around the backbone's causal LM, where adapters alone train.
 
     `memory_plan`, when it is set, decides which of the backbone's layers recompute.
@@ -267,6 +167,7 @@ class DualHeadModel(nn.Module):
         lm_head: nn.Linear | None = None,
         engram_size: int | None = None,
         engram_source: Literal["pooled", "intermediate"] = "pooled",
+        constant_prefix: bool = False,
         adapters: Any = None,
     ):
         super().__init__()
@@ -279,6 +180,9 @@ class DualHeadModel(nn.Module):
             source_size = hidden_size if engram_source == "pooled" else inner_size
             self.compressor = EngramCompressor(source_size, engram_size)
             self.projector = EngramProjector(engram_size, hidden_size)
+        if constant_prefix:
+            self.compressor = None
+            self.projector.linear.weight.requires_grad_(False)  # its input is always zero
 
     def forward(
         self, input_ids: Tensor, text_mask: Tensor, engram: Tensor | None = None
@@ -328,8 +232,9 @@ def wrap_causal_lm(
         hidden_size,
         ClassificationHead(hidden_size, config.classifier_size, num_classes),
         lm_head=causal_lm.get_output_embeddings() if arm.needs_lm_head else None,
-        engram_size=config.engram_size if arm.prefix == "engram" else None,
+        engram_size=None if arm.prefix == "none" else config.engram_size,
         engram_source=engram_source,
+        constant_prefix=arm.prefix == "constant",
         adapters=adapters,
     ).to(causal_lm.device)
 
@@ -380,7 +285,11 @@ class Trainer:
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, **settings, fused=True)
         self.dealt_targets: dict[int, Tensor] = {}  # shuffled-lm: row -> its targets in this step
-        self.lm_gradients: list[Tensor | None] = []  # shared-scale: apart from the others'
+        # Whose LM gradients are apart from the others': shared-scale, or controls of model 3.
+        self.apart = self.parameters if arm.shared_scale else []
+        if arm.compressor != "both":
+            self.apart = list(model.compressor.parameters())
+        self.lm_gradients: list[Tensor | None] = []  # of those
         self.start_model = None  # kl without adapters: the model before its first step
         if arm.anchor == "kl" and model.adapters is None:
             self.start_model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -430,14 +339,17 @@ class Trainer:
         sums = StepSums(rows=len(rows), targets=targets, steps=1)
         if self.arm.lm == "shuffled":
             self.deal_targets(rows)
-        self.lm_gradients = [None] * len(self.parameters)
+        self.lm_gradients = [None] * len(self.apart)
         found = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
-            if self.arm.shared_scale:
+            if self.arm.parts_gradients:
                 self.add_lm_gradients(lm_loss)
             loss.backward()
             found += numbers
+        if self.arm.compressor != "both":  # the LM's alone, or none: then no step moves it
+            for parameter, gradient in zip(self.apart, self.lm_gradients, strict=True):
+                parameter.grad = gradient
         columns = zip(*torch.stack(found).tolist(), strict=True)
         sums.cls_loss, beside, correct = (sum(column) for column in columns)
         sums.correct = int(correct)
@@ -514,7 +426,7 @@ class Trainer:
         return hidden, self.model.lm_head
 
     def add_lm_gradients(self, lm_loss: Tensor) -> None:
-        found = torch.autograd.grad(lm_loss, self.parameters, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(lm_loss, self.apart, retain_graph=True, allow_unused=True)
         self.lm_gradients = [
             old if new is None else new if old is None else old + new
             for old, new in zip(self.lm_gradients, found, strict=True)
@@ -822,15 +734,16 @@ class Run:
         return encode_rows(task.train, encode, length), encode_rows(task.validation, encode, length)
 
     def training(self, arm: Arm, seed: int) -> Training:
-        steps = math.ceil(len(self.experiment.task.train) / self.config.batch_size)
+        config = arm.config_in(self.config)
+        steps = math.ceil(len(self.experiment.task.train) / config.batch_size)
         return Training(
             name=f"{arm.label} seed {seed}",
             folder=self.folder.training(arm.name, seed),
             kind=arm.name,
             cost=arm.cost,
             evaluation_cost=arm.cost * EVALUATION_COST * len(self.experiment.task.validation),
-            steps=self.config.epochs * steps,
-            evaluations=1 + self.config.epochs,
+            steps=config.epochs * steps,
+            evaluations=1 + config.epochs,
         )
 
     def __call__(self, training: Training, progress: Progress) -> None:
@@ -843,18 +756,18 @@ class Run:
         self.folder.check()
         name, _, seed = training.folder.name.rpartition("-seed")
         arm, seed = find_arm(name), int(seed)
+        config = arm.config_in(self.config)
         torch.manual_seed(seed)
         train, validation = self.splits
-        trainer = make_trainer(
-            self.experiment.build_model(arm).to(self.device), train, self.config, arm
-        )
+        model = self.experiment.build_model(arm).to(self.device)
+        trainer = make_trainer(model, train, config, arm)
         announce(training.name, trainer, progress)
         loop = TrainingLoop(
             label=training.name,
             trainer=trainer,
             validate=partial(validate, trainer, validation),
-            measure=Measuring(trainer.model, train, validation),
-            config=self.config,
+            measure=Measuring(model, train, validation),
+            config=config,
             seed=seed,
             folder=training.folder,
             progress=progress,

@@ -158,7 +158,8 @@ def build_model(arm: common.Arm, num_classes: int, config: Config) -> common.Dua
         lm_head=nn.Linear(config.hidden_size, config.vocabulary_size)
         if arm.needs_lm_head
         else None,
-        engram_size=config.engram_size if arm.prefix == "engram" else None,
+        engram_size=None if arm.prefix == "none" else config.engram_size,
+        constant_prefix=arm.prefix == "constant",
     )
 
 

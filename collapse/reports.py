@@ -167,23 +167,28 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     lines = [
         "",
         "validation accuracy in %, mean (lowest to highest seed)",
-        f"{'model':32}{'final epoch':26}best epoch (flatters: chosen on this split)",
     ]
+    names = {
+        key: f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
+        for key, runs in results["models"].items()
+    }
+    width = column_width(names.values(), 32)
+    lines.append(f"{'model':{width}}{'final epoch':26}best epoch (flatters: chosen on this split)")
     for key, runs in results["models"].items():
         final, best = (
             format_spread((run[epoch]["accuracy"] for run in runs.values()), scale=100)
             for epoch in ("final", "best")
         )
-        name = f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
-        lines.append(f"{name:32}{final:26}{best}")
+        lines.append(f"{names[key]:{width}}{final:26}{best}")
     comparisons = comparisons_of(results)["final"]
+    width = column_width(comparisons, 26)
     if comparisons:
         title = "difference in points, final epoch [95 % interval for other seeds and rows]"
-        lines += ["", title, f"{'models':26}{'difference':30}McNemar's p, each seed"]
+        lines += ["", title, f"{'models':{width}}{'difference':30}McNemar's p, each seed"]
     for name, comparison in comparisons.items():
         shown = format_interval(comparison["interval"], scale=100, sign="+")
         p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:26}{shown:30}{p}")
+        lines.append(f"{name:{width}}{shown:30}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():
@@ -198,14 +203,21 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     return "\n".join(lines)
 
 
+def column_width(names: Iterable[str], least: int) -> int:
+    """Of a first column that holds the names, with a space after the longest."""
+    return max([least, *(len(name) + 1 for name in names)])
+
+
 def reproduction_table(published: dict, results: dict) -> str:
     """The published results that stood in this folder beside this run's."""
+    keys = [key for key in results["models"] if key in published["models"]]
+    width = column_width(keys, 10)
     lines = [
         "",
         "published results beside this run's: final validation accuracy in %",
-        f"{'model':10}{'published':14}{'yours':14}difference [95 % interval]",
+        f"{'model':{width}}{'published':14}{'yours':14}difference [95 % interval]",
     ]
-    for key in [key for key in results["models"] if key in published["models"]]:
+    for key in keys:
         theirs, yours = (
             [run["final"]["accuracy"] for run in part["models"][key].values()]
             for part in (published, results)
@@ -219,7 +231,7 @@ def reproduction_table(published: dict, results: dict) -> str:
             verdict = "yours differ from the published ones"
         columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
         shown = format_interval(difference, scale=100, sign="+")
-        lines.append(f"{key:10}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
+        lines.append(f"{key:{width}}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
     return "\n".join(lines)
 
 

@@ -32,7 +32,9 @@ class RunConfig:
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by
-    # name: shuffled-lm, kl, l2-start, shared-scale. NAME@WEIGHT gives a weight of its own: 2@0.1.
+    # name: shuffled-lm, kl, l2-start, shared-scale, constant-prefix, frozen-compressor,
+    # lm-only-engram, longer. NAME@WEIGHT gives a weight of its own: 2@0.1; longer@4 trains model 1
+    # for four times the epochs, where longer takes 2.5 times.
     models: tuple[str, ...] = ("1", "2", "3")
     # Seeds, each one a full training of each model; more can be added to a finished run later.
     seeds: tuple[int, ...] = (42,)

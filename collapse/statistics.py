@@ -16,7 +16,7 @@ log of each draw, not of the mean over draws.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -299,6 +299,14 @@ def t_interval(mean: float, se: float, df: float, level: float) -> dict[str, Any
     half = float(stdtrit(df, (1 + level) / 2)) * se
     p = float(2 * stdtr(df, -abs(mean) / se)) if se > 0 else float(mean == 0)
     return {"mean": mean, "low": mean - half, "high": mean + half, "se": se, "df": df, "p": p}
+
+
+def sign_flip_p(values: Sequence[float], draws: int = 20_000) -> float:
+    """Two-sided p of a mean against zero, from random signs: what a t test's p is checked by."""
+    values = np.asarray(values, dtype=np.float64)
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (draws, len(values)))
+    larger = np.abs(signs @ values) >= abs(values.sum()) * (1 - 1e-12)
+    return float((1 + larger.sum()) / (1 + draws))
 
 
 def _seeds_by_rows(differences: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,29 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def put_row(path: Path, row: Mapping[str, Any], key: str) -> None:
-    """Put a row into a CSV file, in the place of the one with the same `key`, or at the end.
+    put_rows(path, [row], key)
+
+
+def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Put rows that share a value of `key` into a CSV file: in the place of those that have it
+    there, or at the end.
 
     The file is written whole, and commands that share it take turns. Raises UserError when it has
     other columns.
     """
     with locked(path.parent):
-        rows = read_rows(path)
-        if rows and list(rows[0]) != list(row):
+        there = read_rows(path)
+        if there and list(there[0]) != list(rows[0]):
             raise UserError(f"{path} has other columns than this version writes: move it away.")
-        values = {name: "" if value is None else str(value) for name, value in row.items()}
-        places = [number for number, old in enumerate(rows) if old[key] == values[key]]
-        if places:
-            rows[places[0]] = values
-        else:
-            rows.append(values)
+        new = [
+            {name: "" if value is None else str(value) for name, value in row.items()}
+            for row in rows
+        ]
+        same = [number for number, old in enumerate(there) if old[key] == new[0][key]]
+        place = same[0] if same else len(there)
+        behind = [row for row in there[place:] if row[key] != new[0][key]]
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*there[:place], *new, *behind])
         write_file(path, text.getvalue().encode())

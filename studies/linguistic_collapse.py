@@ -34,7 +34,6 @@ from collapse.streaming import token_collapse_metrics
 from collapse.tables import put_row, read_rows
 from collapse.verdicts import holm
 
-FIXED = Recipe()  # width 128, 2 layers, 3 epochs: the backbones of the other studies
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
 TITLES = {
     "cdnv": "NC1: CDNV",
@@ -76,11 +75,11 @@ class Config:
 def plan(miniature: bool) -> dict[str, list[Recipe]]:
     """part -> its models; a model may stand in two parts."""
     if miniature:
-        fixed = Recipe(width=32, layers=1, epochs=1)
+        fixed = pretrain.fixed_size(0, "miniature")
         sizes = [(32, 1, 2), (64, 1, 1), (32, 2, 1)]
         seeds, decayed, grid = range(5), range(2), [(*size, 0) for size in sizes]
     else:
-        fixed = FIXED
+        fixed = Recipe()  # width 128, 2 layers, 3 epochs: the backbones of the other studies
         sizes = [(w, n, e) for w in (32, 64, 128) for n in (1, 2, 4) for e in (1, 3, 10)]
         large = [(256, n, e, 0) for n in (1, 2) for e in (1, 3)]
         seeds, decayed = range(30), range(10)

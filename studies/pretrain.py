@@ -66,17 +66,25 @@ class Config:
     data_dir: Path | None = None
 
 
-def backbone(
-    seed: int, corpus: CorpusName = "newsgroups", models_dir: Path = LANGUAGE_MODELS
-) -> Path:
-    """Folder of the model of the fixed size with this seed, pretrained here if it is not there.
+def fixed_size(seed: int, corpus: CorpusName) -> Recipe:
+    """The recipe of the models that other studies fine-tune; a rehearsal's are tiny."""
+    size = {"width": 32, "layers": 1, "epochs": 1} if corpus == "miniature" else {}
+    return Recipe(seed=seed, **size)
 
-    AutoModelForCausalLM and AutoTokenizer load it. The weights depend on seed and corpus alone: on
+
+def backbones(
+    seeds: Sequence[int], corpus: CorpusName, models_dir: Path = LANGUAGE_MODELS, workers: int = 1
+) -> list[Path]:
+    """Folders of the models of the fixed size with these seeds, pretrained here where they are not.
+
+    AutoModelForCausalLM and AutoTokenizer load them. Weights depend on seed and corpus alone: on
     one thread of one kind of machine they are the same bit for bit.
     """
-    recipe = Recipe(seed=seed)
-    run_all([training_of(recipe, corpus, models_dir)], trainer([recipe], corpus, models_dir), 1)
-    return models_dir / folder_name(recipe, corpus)
+    recipes = [fixed_size(seed, corpus) for seed in seeds]
+    trainings = [training_of(recipe, corpus, models_dir) for recipe in recipes]
+    left = [training for training in trainings if not training.finished]
+    run_all(left, trainer(recipes, corpus, models_dir), max(1, min(workers, len(left))))
+    return [training.folder for training in trainings]
 
 
 def folder_name(recipe: Recipe, corpus: str) -> str:

@@ -22,11 +22,12 @@ from collapse.batches import (
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.corpus import corpus_text
-from collapse.data import LOADERS, Rows, fixed_draw, limit_task
+from collapse.corpus import miniature_documents
+from collapse.data import Rows, Task, in_corpus_text, limit_task
 from collapse.language_models import load_causal_lm, load_tokenizer
+from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
-from collapse.measuring import Measuring, measures
+from collapse.measuring import Measuring, draw_rows, measures
 from collapse.optimizer import learning_rate_at
 from collapse.settings import LanguageModelConfig, UserError
 
@@ -76,29 +77,36 @@ class Data:
 MEASURED_ROWS, MEASURED_TRAIN_ROWS, LANGUAGE_ROWS = 1000, 512, 200
 
 
+MADE_UP = "made-up"  # data for rehearsals
+
+
+def made_up_task(data_dir: Path | None) -> Task:
+    """Made-up texts; the class tells if a first word's first letter is of the alphabet's half."""
+    texts = miniature_documents(count=160, words=12)
+    rows = Rows(texts, [int(text[0] < "l") for text in texts])
+    half = len(texts) // 2
+    parts = rows.take(range(half)), rows.take(range(half, len(texts)))
+    return Task(MADE_UP, "", "made up here", ("late", "early"), *parts)
+
+
 @functools.lru_cache(maxsize=4)
 def load_data(
     dataset: str, train_rows: int, letters: bool, model: str, max_length: int, data_dir: Path | None
 ) -> Data:
     """A data set's rows as a model's tokens. Raises UserError where the rows cannot be had."""
-    task = LOADERS[dataset](data_dir)
+    task = (LOADERS | {MADE_UP: made_up_task})[dataset](data_dir)
     if task is None:
         raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
     task, encode = limit_task(task, train_rows, MEASURED_ROWS), load_tokenizer(model)
-
-    def split(rows: Rows, limit: int | None = None) -> Split:
-        chosen = fixed_draw(len(rows), limit)
-        texts = [rows.texts[i] for i in chosen]
-        if letters:  # a text without any letter still needs a token
-            texts = [corpus_text(text) or "a" for text in texts]
-        return encode_rows(Rows(texts, [rows.labels[i] for i in chosen]), encode, max_length)
-
+    if letters:
+        task = in_corpus_text(task)
+    train, validation = (encode_rows(r, encode, max_length) for r in (task.train, task.validation))
     return Data(
         classes=len(task.class_names),
-        train=split(task.train),
-        validation=split(task.validation),
-        measured_train=split(task.train, MEASURED_TRAIN_ROWS),
-        language=split(task.validation, LANGUAGE_ROWS),
+        train=train,
+        validation=validation,
+        measured_train=draw_rows(train, MEASURED_TRAIN_ROWS),
+        language=draw_rows(validation, LANGUAGE_ROWS),
     )
 
 

@@ -21,11 +21,15 @@ from conftest import (
 import common
 import experiment
 from collapse import loop
+from collapse.arms import ARMS
 from collapse.batches import Split, length_grouped_batches
-from collapse.optimizer import SharedScaleAdamW
+from collapse.checkpoints import load_weights, save_weights
+from collapse.optimizer import SharedScaleAdamW, learning_rate_at
 from collapse.settings import LanguageModelConfig, UserError
 
 CONTROLS = ("shuffled-lm", "kl", "l2-start", "shared-scale", "2@0.1")
+ENGRAM_CONTROLS = ("constant-prefix", "frozen-compressor", "lm-only-engram")
+CONTROLS += (*ENGRAM_CONTROLS, "longer")
 ROWS = np.arange(11)  # halves and micro-batches of unequal size
 
 
@@ -52,8 +56,22 @@ def lm_loss_of(trainer) -> float:
     return common.evaluate(trainer.model, trainer.split).lm_loss
 
 
+BAD_FACTORS = ("longer@0.5", "longer@x", "longer@inf", "longer@nan")
+
+
 def test_an_unknown_arm_or_weight_is_refused_in_one_sentence():
-    for name in ("4", "dual", "2@", "2@x", "2@1", "2@-0.1", "2@nan", "1@0.5", "l2-start@-1"):
+    for name in (
+        "4",
+        "dual",
+        "2@",
+        "2@x",
+        "2@1",
+        "2@-0.1",
+        "2@nan",
+        "1@0.5",
+        "l2-start@-1",
+        *BAD_FACTORS,
+    ):
         if name == "2@":
             assert arm_of(name) == arm_of("2")
             continue
@@ -62,12 +80,13 @@ def test_an_unknown_arm_or_weight_is_refused_in_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "name", ["1", "2", "3", *CONTROLS, "kl@0.2", "l2-start@3", "2@0.1234567", "2@-0"]
+    "name",
+    ["1", "2", "3", *CONTROLS, "kl@0.2", "l2-start@3", "2@0.1234567", "2@-0", "longer@4"],
 )
 def test_an_arm_is_found_by_the_name_that_its_results_have(name):
     arm = arm_of(name)
     assert common.find_arm(arm.name) == arm and "-seed" not in arm.name
-    assert arm.place[0] == list(common.ARMS).index(name.partition("@")[0])
+    assert arm.place[0] == list(ARMS).index(name.partition("@")[0])
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -351,6 +370,145 @@ def test_shared_scale_without_an_lm_weight_is_model_1():
         torch.testing.assert_close(found[0][name], parameter, rtol=1e-3, atol=1e-4)
 
 
+# --- controls of the engram ----------------------------------------------------------------------
+
+
+def test_a_constant_prefix_starts_as_model_3_and_is_learned():
+    trainer, model_3, model_2 = (trainer_of(name) for name in ("constant-prefix", "3", "2"))
+    batch = trainer.collate(ROWS)
+    cold, plain = (t.model(batch.input_ids, batch.text_mask).logits for t in (model_3, model_2))
+    logits = trainer.model(batch.input_ids, batch.text_mask).logits
+    assert torch.equal(logits, cold) and not torch.allclose(logits, plain)
+    start = copy.deepcopy(trainer.model.projector.linear)
+    train(trainer, epochs=2)
+    learned = trainer.model.projector.linear
+    assert not torch.equal(learned.bias, start.bias) and torch.equal(learned.weight, start.weight)
+    assert "projector.linear.weight" not in trainer.model.trainable()
+
+
+def test_a_constant_prefix_carries_nothing_from_one_row_to_another():
+    """Who stands before whom is nothing to it, and something to model 3."""
+    losses = {}
+    for name in ("constant-prefix", "3"):
+        trainer = trainer_of(name)
+        if name == "3":
+            with torch.no_grad():
+                trainer.model.projector.linear.weight.mul_(20)
+        orders = ROWS, np.roll(ROWS, 3), ROWS[::-1]
+        losses[name] = [trainer.accumulate_gradients(rows).cls_loss for rows in orders]
+    assert trainer_of("constant-prefix").model.compressor is None
+    assert losses["constant-prefix"] == pytest.approx([losses["constant-prefix"][0]] * 3, rel=1e-5)
+    assert losses["3"][1] != pytest.approx(losses["3"][0], rel=1e-5)
+    evaluation = common.evaluate(trainer_of("constant-prefix").model, random_split())
+    assert evaluation.engrams is None
+
+
+def engram_gradients(name, split=None, **changes) -> dict[str, torch.Tensor]:
+    trainer = trainer_of(name, split, **changes)
+    trainer.accumulate_gradients(ROWS)
+    return gradients(trainer)
+
+
+@pytest.mark.parametrize("name", ENGRAM_CONTROLS[1:])
+def test_all_but_the_compressor_learn_as_in_model_3(name):
+    found, wanted = engram_gradients(name), engram_gradients("3")
+    for key, gradient in wanted.items():
+        if not key.startswith("compressor"):
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_a_frozen_compressor_never_moves_though_its_weights_decay_elsewhere():
+    trainer = trainer_of("frozen-compressor", weight_decay=0.5)
+    start = copy.deepcopy(trainer.model)
+    train(trainer, epochs=3)
+    for name, parameter in trainer.model.named_parameters():
+        still = torch.equal(parameter, start.get_parameter(name))
+        assert still == name.startswith("compressor"), name
+
+
+def test_the_lm_only_engram_gets_the_gradient_of_the_lm_loss_alone():
+    found, both, of_class = (engram_gradients(name) for name in ("lm-only-engram", "3", "3@0"))
+    for key in ("compressor.linear.weight", "compressor.linear.bias"):
+        lm_alone = both[key] - 0.5 * of_class[key]
+        torch.testing.assert_close(found[key], lm_alone, rtol=1e-3, atol=1e-8)
+        assert found[key].abs().max() > 0 and of_class[key].abs().max() > 0
+
+
+def test_the_lm_only_engram_does_not_see_labels():
+    split = random_split()
+    flipped = Split(split.token_ids, 1 - split.labels)
+    for name in ("lm-only-engram", "3"):
+        one, other = (
+            engram_gradients(name, s)["compressor.linear.weight"] for s in (split, flipped)
+        )
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-9) == (name == "lm-only-engram")
+
+
+@pytest.mark.parametrize("name", ENGRAM_CONTROLS)
+def test_a_language_model_with_a_control_of_the_engram_trains_and_is_stored(qwen, tmp_path, name):
+    settings = LanguageModelConfig(
+        model=str(qwen), quantization="none", lora_rank=4, classifier_size=10, batch_size=8
+    )
+    settings.gradient_checkpointing = "on"
+
+    def build(seed):
+        torch.manual_seed(seed)
+        cpu = torch.device("cpu")
+        return common.build_language_model(arm_of(name), 2, "intermediate", settings, cpu)
+
+    split = random_split(11, longest=10, vocabulary=60)
+    model = build(0)
+    start = {n: p.detach().clone() for n, p in model.named_parameters() if "pressor" in n}
+    trainer = common.make_trainer(model, split, settings, arm_of(name))
+    for _ in range(3):
+        trainer.step(ROWS, 1e-2)
+    moved = {n for n, p in start.items() if not torch.equal(model.get_parameter(n), p)}
+    assert moved == (set(start) if name == "lm-only-engram" else set())
+    save_weights(tmp_path, "best", model, 1)
+    loaded = build(1)
+    load_weights(tmp_path, "best", loaded)
+    found, wanted = (common.evaluate(m, split) for m in (loaded, model))
+    assert np.array_equal(found.logits, wanted.logits)
+    if name != "constant-prefix":
+        assert np.array_equal(found.engrams, wanted.engrams)
+
+
+# --- longer ---------------------------------------------------------------------------------------
+
+
+def test_longer_rounds_up_to_whole_epochs():
+    config = tiny_config(epochs=3)
+    for name, epochs in (("longer", 8), ("longer@4", 12), ("longer@1.1", 4), ("1", 3), ("3", 3)):
+        assert arm_of(name).config_in(config) == tiny_config(epochs=epochs)
+    assert arm_of("longer@1.1").config_in(tiny_config(epochs=10)).epochs == 11
+    assert (
+        arm_of("longer@2.5") == arm_of("longer") and arm_of("longer@4").title == "Longer, 4 times"
+    )
+
+
+def test_longer_is_model_1_but_for_its_length(run, whole):
+    """Two epochs become five; at a constant rate the first two are model 1's."""
+    short = run("--seeds 1 --models 1")["models"]["model1"]["1"]
+    found = whole["longer"]["1"]
+    assert len(found["val"]) == len(found["train"]) == 5 and found["final"]["epoch"] == 5
+    for split in ("train", "val"):
+        assert without_times(found[split][:2]) == without_times(short[split])
+    assert found["parameters"] == short["parameters"]
+
+
+def test_the_schedule_of_longer_spans_all_its_steps(run, monkeypatch):
+    rates, step = [], common.Trainer.step
+
+    def noted(self, rows, rate):
+        rates.append(rate)
+        return step(self, rows, rate)
+
+    monkeypatch.setattr(common.Trainer, "step", noted)
+    run("--seeds 1 --models longer --schedule cosine --warmup-fraction 0.2")
+    config = tiny_config(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.2)
+    assert rates == [learning_rate_at(number, 25, config) for number in range(25)]
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 
@@ -386,16 +544,22 @@ def test_a_control_that_was_killed_goes_on_to_the_same_numbers(run, whole, monke
     assert without_times(found) == without_times(whole[key]["1"])
 
 
-def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path):
+def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path, capsys):
     results = run(f"--models 1 2 {' '.join(CONTROLS)} --seeds 1 2")
     names = ["model1", "model2", "model2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale"]
+    names += [*ENGRAM_CONTROLS, "longer"]
     assert list(results["models"]) == names
     compared = results["comparisons"]["final"]
-    for name in ("shuffled-lm", "kl", "l2-start", "shared-scale", "model2@0.1"):
+    shown = capsys.readouterr().out
+    for name in names[2:]:
+        assert f"\n{name.removeprefix('model')} {arm_of(name).title} (n = 2) " in shown
         for other in ("model1", "model2"):
+            assert f"\n{name} - {other} " in shown
             assert compared[f"{name} - {other}"]["interval"]["n_seeds"] == 2
     last = {name: runs["1"]["train"][-1] for name, runs in results["models"].items()}
     assert last["kl"]["anchor_loss"] > 0 and last["l2-start"]["anchor_loss"] > 0
     assert "anchor_loss" not in last["model2"] and last["kl"]["lm_loss"] is None
     assert last["shuffled-lm"]["lm_loss"] is None and last["shuffled-lm"]["shuffled_lm_loss"] > 0
+    engrams = {name for name, runs in results["models"].items() if "cluster" in runs["1"]}
+    assert engrams == {"frozen-compressor", "lm-only-engram"}
     assert json.loads((tmp_path / "out/results.json").read_text()) == results

@@ -21,6 +21,7 @@ from collapse.kneser_ney import KneserNeyBigram
 from collapse.pretraining import Recipe, build, loss_sum, validation_loss
 from collapse.progress import Progress, Training
 from collapse.settings import UserError
+from collapse.sst2 import load_sst2_by_sentence
 from collapse.tables import put_row, read_rows
 
 SMALL = Recipe(width=32, layers=1, epochs=2, batch_blocks=4)
@@ -61,6 +62,16 @@ def test_a_row_of_a_classification_set_in_the_training_text_is_an_error():
     )
     with pytest.raises(UserError, match="1 rows of some set are in the training text of tiny"):
         check_no_row_inside({"some set": ["", SENTENCE.title() + "!"]}, text)
+
+
+def test_the_check_looks_for_validation_rows_as_the_loaders_give_them(phrases_dir, monkeypatch):
+    monkeypatch.setattr(pretrain, "CHECKED", ("SST-2 by sentence",))
+    rows = load_sst2_by_sentence(phrases_dir).validation.texts
+    assert pretrain.check_rows("miniature", phrases_dir) == len(rows)
+    spoilt = Corpus("spoilt", [f"he said {rows[0]} that day"], [])
+    monkeypatch.setattr(pretrain, "load_corpus", lambda name: spoilt)
+    with pytest.raises(UserError, match="1 rows of SST-2 by sentence, validation are in"):
+        pretrain.check_rows("miniature", phrases_dir)
 
 
 @pytest.fixture

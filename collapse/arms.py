@@ -1,0 +1,158 @@
+"""Arms: the three models, and the controls that take the idea apart."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from collapse.losses import combined_loss
+from collapse.settings import RunConfig, UserError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is switched on in one model of a study. A new control is a row of ARMS."""
+
+    name: str  # in results: key, and folder of its trainings
+    title: str
+    color: str  # Okabe & Ito's first, for colour-blind readers
+    marker: str
+    cost: float  # of a step, in steps of model 1: a first guess for the time left
+    lm: Literal["none", "true", "shuffled"] = "none"  # which tokens the LM loss asks for
+    # What stands before an input: nothing, the engram of another, or always the same embedding.
+    prefix: Literal["none", "engram", "constant"] = "none"
+    compressor: Literal["both", "lm", "none"] = "both"  # which losses train the engram's compressor
+    anchor: Literal["none", "kl", "l2"] = "none"  # what holds the model near its start
+    shared_scale: bool = False  # the LM loss scales Adam's steps and does not direct them
+    weight: float | None = None  # of LM loss or anchor; None: --lm-weight
+    epochs: float = 1.0  # times those of the study
+
+    @property
+    def label(self) -> str:
+        """As messages name it."""
+        return self.name.replace("model", "model ")
+
+    @property
+    def place(self) -> tuple[int, float, float]:
+        """Where it stands in tables: as in ARMS, weights and factors in order."""
+        names = [arm.name for arm in ARMS.values()]
+        return names.index(self.name.partition("@")[0]), self.weight or 0.0, self.epochs
+
+    @property
+    def needs_lm_head(self) -> bool:
+        return self.lm != "none" or self.anchors_tokens
+
+    @property
+    def anchors_tokens(self) -> bool:
+        """Whether its anchor is a loss over target tokens, weighed against the classification."""
+        return self.anchor == "kl"
+
+    @property
+    def parts_gradients(self) -> bool:
+        """Whether the LM loss's gradient must be known apart from the classification loss's."""
+        return self.shared_scale or self.compressor == "lm"
+
+    def config_in(self, config: RunConfig) -> RunConfig:
+        """The study's settings as its own trainings have them: whole epochs, rounded up.
+
+        The schedule of the learning rate spans them all.
+        """
+        epochs = math.ceil(round(config.epochs * self.epochs, 6))
+        return dataclasses.replace(config, epochs=epochs)
+
+    def weight_in(self, config: RunConfig) -> float:
+        return config.lm_weight if self.weight is None else self.weight
+
+    def loss(self, cls_loss, lm_loss, config: RunConfig):
+        """What is minimized, of classification loss and LM loss; anchors apart."""
+        directs = self.lm != "none" and not self.shared_scale
+        return combined_loss(cls_loss, lm_loss if directs else None, self.weight_in(config))
+
+
+# What --models calls it -> the arm.
+ARMS = {
+    "1": Arm("model1", "Classification Only", "#0072B2", "o", cost=1.0),
+    "2": Arm("model2", "Dual Head", "#D55E00", "s", cost=2.8, lm="true"),
+    "3": Arm("model3", "Dual + Engram", "#009E73", "^", cost=3.3, lm="true", prefix="engram"),
+    # Right unigrams, no syntax: LM targets are dealt out at random within the step's rows.
+    "shuffled-lm": Arm("shuffled-lm", "Shuffled LM", "#CC79A7", "D", cost=2.8, lm="shuffled"),
+    # No LM loss: the next-token distribution is held to the one that training began with.
+    "kl": Arm("kl", "KL to the start", "#56B4E9", "v", cost=4.2, anchor="kl"),
+    # No LM head: half the squared distance of the backbone's trained weights from their start,
+    # times the weight, is added to the classification loss (L2-SP, Li et al. 2018).
+    "l2-start": Arm(
+        "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
+    ),
+    # Model 2's Adam scale, the classification gradient alone: a smaller classification step. An LM
+    # head that trains does so as in model 2, so that the scale stays model 2's.
+    "shared-scale": Arm(
+        "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
+    ),
+    # Model 3 without what an engram carries: the projector is told zero, its bias is the prefix.
+    "constant-prefix": Arm(
+        "constant-prefix", "Constant prefix", "#332288", "<", 2.9, lm="true", prefix="constant"
+    ),
+    # Model 3 whose compressor stays as it was drawn; gradients pass through it.
+    "frozen-compressor": Arm(
+        "frozen-compressor",
+        "Frozen compressor",
+        color="#882255",
+        marker=">",
+        cost=3.3,
+        lm="true",
+        prefix="engram",
+        compressor="none",
+    ),
+    # Model 3 whose compressor learns from the LM loss alone; all else learns from both.
+    "lm-only-engram": Arm(
+        "lm-only-engram",
+        "LM-only engram",
+        color="#999933",
+        marker="p",
+        cost=5.0,
+        lm="true",
+        prefix="engram",
+        compressor="lm",
+    ),
+    # Model 1 for about the time that model 2 takes.
+    "longer": Arm("longer", "Longer", "#117733", "*", cost=1.0, epochs=2.5),
+}
+
+
+def find_arm(name: str) -> Arm:
+    """The arm that --models or a results file names.
+
+    NAME@NUMBER has a weight of its own, longer@NUMBER so many times the epochs. Raises UserError
+    for a name that is none, or a number out of range.
+    """
+    key, _, number = name.removeprefix("model").partition("@")
+    if key not in ARMS:
+        raise UserError(f"--models {name} is none of {', '.join(ARMS)}.")
+    arm = ARMS[key]
+    if not number:
+        return arm
+    longer = arm.epochs != 1
+    lowest, highest = (1, math.inf) if longer else (0, math.inf if arm.anchor == "l2" else 1)
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    takes_one = longer or arm.needs_lm_head or arm.anchor == "l2"
+    if not takes_one or not lowest <= value < highest:
+        kind = "factor" if longer else "weight"
+        raise UserError(f"--models {name}: no {kind} that {arm.label} can have.")
+    if longer and value == arm.epochs:
+        return arm
+    value = abs(value)  # -0 is 0
+    text = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    title = f"{arm.title}, {text} times" if longer else f"{arm.title}, weight {text}"
+    own = {"epochs": value} if longer else {"weight": value}
+    return dataclasses.replace(arm, name=f"{arm.name}@{text}", title=title, **own)
+
+
+def chosen_arms(config: RunConfig) -> list[Arm]:
+    """The arms of --models. Raises UserError for an unknown name, or too small a step for pairs."""
+    arms = list(dict.fromkeys(find_arm(name) for name in config.models))
+    if config.batch_size < 2 and any(arm.prefix == "engram" for arm in arms):
+        raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")
+    return arms

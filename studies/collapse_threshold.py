@@ -1,0 +1,499 @@
+"""At which learning rate does fine-tuning collapse a representation, and does the LM loss move it?
+
+Fine-tunes a backbone for a few hundred steps at many rates, without and with the LM loss and with
+controls, and finds for each of them the rate at which runs stop being healthy. By default on own
+small language models (studies/pretrain.py), each its own seed; with --model on one model and many
+seeds. Writes a CSV file for each seed, a row for every measurement, as trainings end; then
+results.json and two figures. The same command goes on where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pretrain
+import torch
+import tuning
+
+import common
+from collapse.files import environment, write_json
+from collapse.jobs import run_all
+from collapse.plots import save_figure
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.statistics import format_interval, mean_interval, sign_flip_p, t_interval
+from collapse.tables import put_rows, read_rows
+from collapse.verdicts import verdict
+
+MARGIN = 0.25  # decades, of studies/PROTOCOL.md
+ENDPOINTS = 5  # of the protocol: Holm's interval is at least at the level 1 - 0.05 / 5
+PLANNED = 20  # backbones
+FIRST_PILOT = 100  # seeds from here on count for no endpoint
+KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
+MEASUREMENTS = 4  # along the way
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Folder with SST-2 and ag_news_csv. Default: the Hugging Face hub or its cache.
+    data_dir: Path | None = None
+    # A causal LM as experiment_7b.py takes it, instead of own language models.
+    model: str | None = None
+    # Own language models, by their seeds; with --model, seeds of adapters, heads, order of rows.
+    seeds: tuple[int, ...] = tuple(range(20))
+    # Data sets: names that experiment.py --dataset takes.
+    datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
+    # Models and controls, as experiment.py --models takes them.
+    arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
+    # Base-10 logarithms of the learning rates, equally far apart.
+    rates: tuple[float, ...] = tuple(-3 + k / 4 for k in range(8))
+    # Optimizer steps of a training: ten of warm-up, then a constant rate.
+    steps: int = 200
+    # Trainings side by side, each in a process of its own with one thread.
+    workers: int = 1
+    # Text of own language models: tinystories from the hub, or newsgroups, of `make corpus`.
+    corpus: pretrain.CorpusName = "tinystories"
+    # The whole study in small, on made-up text, in a folder that git ignores.
+    miniature: bool = False
+    # Only results.json and the figures, from the rows that are there.
+    summarize: bool = False
+    # Folder for own language models.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+    # Folder for results, in it one for each --model or corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "collapse_threshold"
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / (Path(self.model).name if self.model else self.corpus)
+
+    def table(self, seed: int) -> Path:
+        return self.folder / f"seed-{seed}.csv"
+
+
+# Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
+SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), tuning.MADE_UP: (64, 32)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study."""
+
+    seed: int
+    dataset: str
+    arm: str  # its name in results
+    rate: float  # base-10 logarithm
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
+
+
+def cells_of(config: Config, seed: int) -> list[Cell]:
+    arms = [common.find_arm(name).name for name in config.arms]
+    product = itertools.product(config.datasets, arms, config.rates)
+    return [Cell(seed, *parts) for parts in product]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_missing(config: Config) -> None:
+    """Backbone by backbone, as many side by side as workers: pretrain it, run its cells."""
+    commit = environment(torch.device("cpu"))["git_commit"]
+    for first in range(0, len(config.seeds), config.workers):
+        seeds = config.seeds[first : first + config.workers]
+        cells = [cell for seed in seeds for cell in missing_cells(config, seed)]
+        if not cells:
+            continue
+        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
+        if not config.model:
+            pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+        trainings = {training_of(config, cell): cell for cell in cells}
+        by_folder = {training.folder: cell for training, cell in trainings.items()}
+
+        def train(training: Training, progress: Progress, by_folder=by_folder) -> None:
+            torch.set_num_threads(1)  # sums of more threads differ in their last digits
+            rows = run_cell(config, by_folder[training.folder], commit, progress)
+            put_rows(config.table(rows[0]["seed"]), rows, "training")
+            write_json(training.folder / "metrics.json", rows[-1])
+            progress.say(line_of(training.name, rows), time_left=True)
+
+        run_all(list(trainings), train, config.workers)
+
+
+def miniature_of(config: Config) -> Config:
+    folder = config.output_dir / "limit-miniature"
+    return dataclasses.replace(
+        config,
+        corpus="miniature",
+        seeds=(0, 1),
+        datasets=(tuning.MADE_UP,),
+        arms=("1", "2", "l2-start"),
+        rates=(-3.0, 0.0, 3.0),
+        steps=20,
+        models_dir=folder / "state" / "lm",
+        output_dir=folder,
+    )
+
+
+def missing_cells(config: Config, seed: int) -> list[Cell]:
+    """Those whose rows are not in the table; what else is left of them goes."""
+    there = {row["training"] for row in read_rows(config.table(seed))}
+    missing = [cell for cell in cells_of(config, seed) if cell.name not in there]
+    for cell in missing:
+        (training_of(config, cell).folder / "metrics.json").unlink(missing_ok=True)
+    return missing
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    cost = common.find_arm(cell.arm).cost
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
+        kind=f"{cell.dataset}, {cell.arm}",
+        cost=cost,
+        evaluation_cost=20.0,  # that of rows that are measured: model 1's steps
+        steps=config.steps,
+        evaluations=1,
+    )
+
+
+def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
+    own = pretrain.fixed_size(cell.seed, config.corpus)
+    folder = config.models_dir / pretrain.folder_name(own, config.corpus)
+    return tuning.Recipe(
+        model=config.model or str(folder),
+        dataset=cell.dataset,
+        arm=cell.arm,
+        learning_rate=10**cell.rate,
+        seed=cell.seed,
+        steps=config.steps,
+        train_rows=SIZES[cell.dataset][0],
+        max_length=SIZES[cell.dataset][1],
+        letters=not config.model,
+        all_weights=not config.model,  # at width 128 LoRA is less accurate and costs as much
+    )
+
+
+def run_cell(
+    config: Config, cell: Cell, commit: str | None, progress: Progress
+) -> list[dict[str, Any]]:
+    """The rows of one training: what it is, what was measured before it, on the way, at its end."""
+    recipe = recipe_of(config, cell)
+    data = tuning.load_data(
+        recipe.dataset,
+        recipe.train_rows,
+        recipe.letters,
+        recipe.model,
+        recipe.max_length,
+        config.data_dir,
+    )
+    every = math.ceil(config.steps / (MEASUREMENTS + 1))
+    records = tuning.tune(recipe, data, range(0, config.steps, every), progress.step)
+    chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
+    head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
+    tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
+    return [
+        head | {name: rounded(value) for name, value in (record | tail).items()}
+        for record in records
+    ]
+
+
+def rounded(value: Any) -> Any:
+    """Six digits, more than two machines share; a table of thousands of rows stays small."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+    first, last = rows[0], rows[-1]
+    if last["dims_95pct"] is None:
+        return f"{name}: diverged at step {last['step']}"
+    return (
+        f"{name}: components {first['dims_95pct']} -> {last['dims_95pct']}, training accuracy "
+        f"{last['accuracy']:.1%}, validation {last['validation_accuracy']:.1%}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+OUTCOMES = ("healthy", "collapsed, functional", "collapsed, dead", "not learning", "diverged")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended."""
+
+    cell: Cell
+    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+
+    @property
+    def kept(self) -> float | None:
+        """Components for 95 % of the variance, as a share of the start's; None: it diverged."""
+        end = self.path[-1]["dims_95pct"]
+        return None if end is None else end / self.path[0]["dims_95pct"]
+
+    def outcome(self, best: float) -> str:
+        """One of OUTCOMES; best: the highest training accuracy on this backbone and data set."""
+        if self.kept is None:
+            return "diverged"
+        end = self.path[-1]
+        learned = end["accuracy"] >= (end["chance"] + best) / 2
+        if self.kept >= KEPT:
+            return "healthy" if learned else "not learning"
+        return "collapsed, functional" if learned else "collapsed, dead"
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every training in the tables of a folder, pilots left out."""
+    runs = []
+    for table in sorted(folder.glob("seed-*.csv")):
+        for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
+            first, *rest = rows
+            cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
+            if cell.seed < FIRST_PILOT:
+                runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
+    return runs
+
+
+def numbers(row: dict[str, str]) -> dict[str, float | None]:
+    words = ("training", "dataset", "arm", "git_commit")
+    return {k: float(v) if v else None for k, v in row.items() if k not in words}
+
+
+def outcomes_of(runs: list[Run]) -> dict[Cell, str]:
+    best: dict[tuple, float] = {}
+    for run in runs:
+        place = run.cell.seed, run.cell.dataset
+        best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
+    return {run.cell: run.outcome(best[run.cell.seed, run.cell.dataset]) for run in runs}
+
+
+def edges(outcomes: dict[Cell, str], good: Collection[str]) -> dict[tuple[str, str], dict]:
+    """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
+
+    By Spearman and Karber: lowest rate + step x (good runs - 1/2). Outcomes need not change once
+    only. Seeds without a run at every rate of the data set are left out.
+    """
+    rates: dict[str, set] = {}
+    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    for cell, outcome in outcomes.items():
+        rates.setdefault(cell.dataset, set()).add(cell.rate)
+        by_seed = found.setdefault((cell.dataset, cell.arm), {})
+        by_seed.setdefault(cell.seed, {})[cell.rate] = outcome in good
+    return {
+        place: {
+            seed: edge(by_rate)
+            for seed, by_rate in by_seed.items()
+            if by_rate.keys() == rates[place[0]]
+        }
+        for place, by_seed in found.items()
+    }
+
+
+def edge(good: dict[float, bool]) -> float:
+    """Spearman-Karber's edge of equally spaced logarithms of rates -> whether a run was good."""
+    lowest, highest = min(good), max(good)
+    spacing = (highest - lowest) / max(1, len(good) - 1)
+    return lowest + spacing * (sum(good.values()) - 0.5)
+
+
+def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
+    """How many decades an arm's edge lies above Model 1's, paired over seeds, mean over data sets.
+
+    t interval over seeds, at 95 %; `p_flips` of random signs. Without shared seeds all are None.
+    """
+    sides = [(found.get((d, arm), {}), found.get((d, "model1"), {})) for d in datasets]
+    seeds = set.intersection(*(a.keys() & b.keys() for a, b in sides))
+    values = [np.mean([a[seed] - b[seed] for a, b in sides]) for seed in sorted(seeds)]
+    if not values:
+        return dict.fromkeys(("mean", "low", "high", "p", "p_flips")) | {"n": 0}
+    interval = difference(values, 0.95)
+    return interval | {"p_flips": sign_flip_p(values), "n": len(values)}
+
+
+def difference(values: Sequence[float], level: float) -> dict[str, Any]:
+    n = len(values)
+    se = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return t_interval(float(np.mean(values)), se, n - 1, level)
+
+
+# Beside "healthy": an arm that blocks learning must not look like one that protects.
+GOOD = {
+    "healthy": {"healthy"},
+    "not collapsed": {"healthy", "not learning"},
+    "not collapsed, functional": set(OUTCOMES) - {"collapsed, functional"},
+    "not collapsed, dead": set(OUTCOMES) - {"collapsed, dead"},
+    "learning": {"healthy", "collapsed, functional"},
+    "not diverged": set(OUTCOMES) - {"diverged"},
+}
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What results.json holds: edges and shifts of every arm, outcomes by rate, P2."""
+    runs = read_runs(folder)
+    outcomes = outcomes_of(runs)
+    datasets = list(dict.fromkeys(cell.dataset for cell in outcomes))
+    arms = sorted({cell.arm for cell in outcomes}, key=lambda name: common.find_arm(name).place)
+    found = {good: edges(outcomes, kinds) for good, kinds in GOOD.items()}
+    counts = Counter((c.dataset, c.arm, f"{c.rate:g}", kind) for c, kind in outcomes.items())
+    table = []
+    for arm in arms:
+        row: dict[str, Any] = {"arm": arm, "edge": {}, "shift": {}, "outcomes": {}}
+        for dataset in datasets:
+            values = found["healthy"].get((dataset, arm), {}).values()
+            row["edge"][dataset] = mean_interval(values) if values else None
+            row["outcomes"][dataset] = {
+                rate: {kind: counts[dataset, arm, rate, kind] for kind in OUTCOMES}
+                for rate in dict.fromkeys(f"{c.rate:g}" for c in outcomes if c.dataset == dataset)
+            }
+        if arm != "model1":
+            for good in GOOD:
+                parts = {dataset: shift(found[good], arm, [dataset]) for dataset in datasets}
+                row["shift"][good] = {"mean": shift(found[good], arm, datasets), **parts}
+        table.append(row)
+    starts = [run.path[0] for run in runs]
+    applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
+    return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": p2(table)}
+
+
+def p2(table: list[dict]) -> dict[str, Any] | None:
+    """The protocol's endpoint: Model 2's shift of the edge. None before two backbones are done.
+
+    Its interval is at the level of the first of five endpoints, the widest that Holm can ask for.
+    """
+    shifts = [row["shift"]["healthy"]["mean"] for row in table if row["arm"] == "model2"]
+    if not shifts or shifts[0]["n"] < 2:
+        return None
+    estimate, se, df = (shifts[0][name] for name in ("mean", "se", "df"))
+    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
+    interval_90 = t_interval(estimate, se, df, 0.90)
+    found = verdict(estimate, widest, interval_90, MARGIN, shifts[0]["n"] >= PLANNED)
+    return {**shifts[0], "holm_at_most": widest, "interval_90": interval_90, **found}
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
+
+MARKERS = dict(zip(OUTCOMES, ("o", "v", "X", "s", "*"), strict=True))
+
+
+def plot(folder: Path, measure: str, label: str, path: Path) -> None:
+    """A measure after training against the learning rate: a panel a data set, a line an arm.
+
+    Lines are means over seeds, bands their 95 % t intervals; a marker is the commonest outcome.
+    """
+    runs = read_runs(folder)
+    outcomes = outcomes_of(runs)
+    datasets = list(dict.fromkeys(run.cell.dataset for run in runs))
+    if not datasets:
+        return
+    figure, axes = plt.subplots(
+        1, len(datasets), figsize=(5.5 * len(datasets), 4), layout="constrained", squeeze=False
+    )
+    for dataset, axis in zip(datasets, axes[0], strict=True):
+        here = [run for run in runs if run.cell.dataset == dataset]
+        names = {run.cell.arm for run in here}
+        for name in sorted(names, key=lambda name: common.find_arm(name).place):
+            draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
+        axis.set(xscale="log", xlabel="learning rate", ylabel=label, title=dataset)
+        axis.set_ylim(bottom=0)
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    kinds = [
+        plt.Line2D([], [], color="gray", linestyle="", marker=MARKERS[kind], label=kind)
+        for kind in OUTCOMES
+        if kind in outcomes.values()
+    ]
+    figure.legend(
+        handles=[*lines, *kinds],
+        labels=[*labels, *(k.get_label() for k in kinds)],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+    )
+    save_figure(figure, path)
+
+
+def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure: str) -> None:
+    arm = common.find_arm(runs[0].cell.arm)
+    rates = sorted({run.cell.rate for run in runs})
+    means, lows, highs = [], [], []
+    for rate in rates:
+        values = [value_of(run, measure) for run in runs if run.cell.rate == rate]
+        interval = mean_interval(values)
+        means.append(interval["mean"])
+        lows.append(interval["low"] if interval["low"] is not None else interval["mean"])
+        highs.append(interval["high"] if interval["high"] is not None else interval["mean"])
+        kinds = Counter(outcomes[run.cell] for run in runs if run.cell.rate == rate)
+        marker = MARKERS[kinds.most_common(1)[0][0]]
+        axis.plot(10**rate, means[-1], color=arm.color, marker=marker, markersize=6)
+    x = [10**rate for rate in rates]
+    style = "-" if arm.weight is None else "--"
+    axis.plot(x, means, style, color=arm.color, label=arm.title, linewidth=1.2)
+    axis.fill_between(x, lows, highs, color=arm.color, alpha=0.15, linewidth=0)
+
+
+def value_of(run: Run, measure: str) -> float:
+    """Share of components kept, or a measure of the last record; 0 of one that diverged."""
+    value = run.kept if measure == "kept" else run.path[-1][measure]
+    return value or 0.0
+
+
+def text_of(results: dict[str, Any]) -> str:
+    """Edges and shifts, a line an arm; P2."""
+    lines = []
+    for row in results["arms"]:
+        edges = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
+        found = row["shift"].get("healthy", {}).get("mean", {})
+        moved = f", {format_interval(found, sign='+')} decades from Model 1's" if found else ""
+        lines.append(f"{row['arm']:12} edge at 10^: {', '.join(edges) or 'n/a'}{moved}")
+    return "\n".join([*lines, results["P2"]["text"] if results["P2"] else "P2: no interval yet"])
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    check_bounds("workers", config.workers, 1, 1024)
+    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
+    if not config.seeds:
+        raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+    if config.miniature:
+        config = miniature_of(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    results = summary(config.folder)
+    write_json(config.folder / "results.json", results)
+    plot(
+        config.folder,
+        "kept",
+        "components kept (share of the start's)",
+        config.folder / "components.png",
+    )
+    plot(
+        config.folder, "validation_accuracy", "validation accuracy", config.folder / "accuracy.png"
+    )
+    print(text_of(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,170 @@
+"""collapse_threshold.py: what counts as collapsed, where the edge lies, and the study in small."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import collapse_threshold as study
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import tuning
+
+import common
+from collapse.settings import ROOT
+from collapse.statistics import sign_flip_p
+from collapse.tables import read_rows
+
+
+def run_of(arm="model1", rate=-3.0, seed=0, dataset="AG News", start=40, end=40, accuracy=0.9):
+    base = {"classes": 4, "chance": 0.3}
+    path = [base | {"dims_95pct": start, "accuracy": 0.3}]
+    path.append(base | {"dims_95pct": end, "accuracy": accuracy})
+    return study.Run(study.Cell(seed, dataset, arm, rate), path)
+
+
+@pytest.mark.parametrize(
+    ("end", "accuracy", "outcome"),
+    [
+        (10, 0.6, "healthy"),  # a quarter of 40, half-way from 0.3 to 0.9: the bounds belong to it
+        (9, 0.6, "collapsed, functional"),
+        (9, 0.59, "collapsed, dead"),
+        (10, 0.59, "not learning"),
+        (None, None, "diverged"),
+    ],
+)
+def test_outcomes_by_components_and_training_accuracy(end, accuracy, outcome):
+    assert run_of(end=end, accuracy=accuracy).outcome(best=0.9) == outcome
+
+
+def test_the_best_accuracy_is_that_of_the_same_backbone_and_data_set():
+    runs = [run_of(accuracy=0.5), run_of("model2", accuracy=0.6), run_of(seed=1, accuracy=1.0)]
+    found = study.outcomes_of([*runs, run_of(dataset="SST-2 by sentence", accuracy=1.0)])
+    assert set(found.values()) == {"healthy"}  # 0.5 is more than (0.3 + 0.6) / 2
+    found = study.outcomes_of([*runs, run_of("kl", accuracy=0.75)])
+    assert found[runs[0].cell] == "not learning"
+
+
+def test_the_edge_is_half_a_step_above_the_last_good_rate():
+    rates = [-4.0, -3.5, -3.0, -2.5]
+    for healthy in range(5):
+        good = {rate: number < healthy for number, rate in enumerate(rates)}
+        assert study.edge(good) == pytest.approx(-4 + 0.5 * (healthy - 0.5))
+    # Outcomes that are not monotone: it is their number that counts.
+    swapped = {-4.0: True, -3.5: False, -3.0: True, -2.5: False}
+    assert study.edge(swapped) == pytest.approx(-3.25)
+
+
+def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing():
+    cells = {}
+    healthy = {("model1", 0): 1, ("model2", 0): 3, ("model1", 1): 2, ("model2", 1): 2}
+    for (arm, seed), count in healthy.items():
+        for number, rate in enumerate((-4.0, -3.5, -3.0, -2.5)):
+            kind = "healthy" if number < count else "collapsed, dead"
+            cells[study.Cell(seed, "AG News", arm, rate)] = kind
+    cells[study.Cell(2, "AG News", "model1", -4.0)] = "healthy"
+    found = study.shift(study.edges(cells, {"healthy"}), "model2", ["AG News"])
+    assert found["n"] == 2 and found["mean"] == pytest.approx(0.5)
+    expected = scipy.stats.ttest_1samp([1.0, 0.0], 0).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert study.shift(study.edges(cells, {"healthy"}), "kl", ["AG News"])["n"] == 0
+
+
+def test_sign_flips_agree_with_all_of_them_counted():
+    values = np.array([0.5, 0.2, 0.9, -0.1, 0.4, 0.7])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T
+    exact = np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)
+    assert sign_flip_p(values) == pytest.approx(exact, abs=0.005)
+    assert sign_flip_p([1.0, -1.0]) == 1.0
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    rehearse(folder)
+    return folder
+
+
+def rehearse(folder: Path) -> str:
+    command = [sys.executable, "studies/collapse_threshold.py", "--miniature"]
+    found = subprocess.run(
+        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_miniature_runs_every_cell_and_keeps_those_that_diverge(miniature):
+    folder = miniature / "limit-miniature" / "miniature"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["runs"] == 2 * 3 * 3 and {row["arm"] for row in results["arms"]} == {
+        "model1",
+        "model2",
+        "l2-start",
+    }
+    counts = [row["outcomes"][tuning.MADE_UP] for row in results["arms"]]
+    assert all(sum(kinds.values()) == 2 for by_rate in counts for kinds in by_rate.values())
+    assert all(by_rate["3"]["diverged"] == 2 for by_rate in counts)  # a learning rate of 1000
+    assert results["P2"]["n"] == 2 and "not all planned seeds ran" in results["P2"]["text"]
+    assert (folder / "components.png").exists() and (folder / "accuracy.png").exists()
+
+
+def test_what_is_lost_is_trained_again_to_the_same_numbers(miniature):
+    table = miniature / "limit-miniature" / "miniature" / "seed-1.csv"
+    before = read_rows(table)
+    lost = before[0]["training"]
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(before[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row for row in before if row["training"] != lost])
+    output = rehearse(miniature)
+    assert output.count("components") == 1  # one training alone
+    key = lambda row: (row["training"], int(row["step"]))  # noqa: E731
+    assert sorted(read_rows(table), key=key) == sorted(before, key=key)
+
+
+def test_all_arms_begin_alike_and_measures_say_when_they_are_of_which_rows(miniature):
+    rows = read_rows(miniature / "limit-miniature" / "miniature" / "seed-0.csv")
+    starts = {
+        tuple(row[name] for name in ("dims_95pct", "effective_rank", "loss", "lm_loss"))
+        for row in rows
+        if row["step"] == "0"
+    }
+    assert len(starts) == 1
+    steps = [int(row["step"]) for row in rows if row["training"] == rows[0]["training"]]
+    assert steps == [0, 4, 8, 12, 16, 20]
+    ends = [row for row in rows if row["step"] == "20"]
+    assert all(float(row["lm_loss"]) > 0 for row in ends)
+
+
+def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
+    """Training moves a tied LM head; the loss under the start's must be taken with its copy."""
+    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "2", 0.1, 0, 10, 64, True, True)
+    model, head = tuning.build(recipe, 2)
+    before = head.weight.clone()
+    data = tuning.load_data(tuning.MADE_UP, 64, True, str(folder), 32, None)
+    trainer = common.make_trainer(model, data.train, recipe.config(), common.find_arm(recipe.arm))
+    trainer.step(np.arange(16), 0.1)
+    assert torch.equal(head.weight, before)
+    assert not torch.equal(model.lm_head.weight, before)
+    found = tuning.lm_loss(model.eval(), data.language, head)
+    ids = data.language.token_ids
+    total = count = 0
+    for row in ids:
+        hidden = model(row[None], torch.ones(1, len(row), dtype=torch.bool)).hidden
+        logits = hidden[0, :-1] @ before.T
+        total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+        count += len(row) - 1
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_training_that_is_not_finite_ends_with_a_row_without_numbers(miniature):
+    rows = read_rows(miniature / "limit-miniature" / "miniature" / "seed-0.csv")
+    diverged = [row for row in rows if row["rate"] == "3.0" and row["step"] != "0"]
+    last = {row["training"]: row for row in diverged}.values()
+    assert last and all(row["dims_95pct"] == "" and row["accuracy"] == "" for row in last)
+    assert all(int(row["step"]) < 20 for row in last)

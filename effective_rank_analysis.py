@@ -70,7 +70,7 @@ class Config:
     data_dir: Path | None = None
     # Validation rows to measure, a fixed draw.
     rows: int = 2000
-    # Random subsets of rows behind each interval over rows, two or more.
+    # Random subsets of rows behind each interval, two or more.
     draws: int = 50
     # Weights to load: of the last epoch, or of the one with the best validation accuracy.
     weights: Literal["final", "best"] = "final"

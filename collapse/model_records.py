@@ -88,7 +88,7 @@ def pooled_record(
 
 
 def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str, list[float]]:
-    """Numbers at random halves of the rows, from which intervals over rows come.
+    """Numbers at random halves of the rows, from which the intervals come.
 
     states (2, N, D) are pooled with and without the first token.
     """

@@ -30,6 +30,15 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     write_file(path, buffer.getvalue())
 
 
+def legend_below(figure: plt.Figure, axes: Sequence[plt.Axes] = ()) -> None:
+    """One legend of all panels (or these), each entry once, where it covers nothing."""
+    entries: dict[str, Any] = {}
+    for axis in axes or figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=9)
+
+
 CURVES = (
     ("accuracy", "accuracy (%)", 100),
     ("cls_loss", "classification loss (nats)", 1),
@@ -45,7 +54,7 @@ def plot_learning_curves(
 
     models: key -> seed -> metrics; find_arm gives title, color and marker of a key.
     """
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
     for axis, (key, label, scale) in zip(axes, CURVES, strict=True):
         for model_key, runs in models.items():
             arm = find_arm(model_key)
@@ -71,7 +80,7 @@ def plot_learning_curves(
         axis.grid(alpha=0.3)
     axes[0].plot([], [], "k-", label="validation")
     axes[0].plot([], [], "k--", label="training (with dropout)")
-    axes[0].legend(fontsize=8)
+    legend_below(figure)
     counts = sorted({len(runs) for runs in models.values()})
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     spread = f"mean of {seeds} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"

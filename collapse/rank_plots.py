@@ -1,7 +1,7 @@
-"""The figures of Experiment 4, a panel or a row of panels for each study."""
+"""The figures of Experiment 4, a row of panels for each study."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,16 @@ import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
-from collapse.plots import save_figure
-from collapse.records import keys_of, scalars, title_of
-from collapse.statistics import interval_over_rows
+from collapse.files import read_json
+from collapse.plots import legend_below, save_figure
+from collapse.records import keys_of, title_of, values_of
+from collapse.reference import reference_for
+from collapse.reports import comparisons_of
+from collapse.settings import ROOT
 
 FindArm = Callable[[str], Any]  # key of the results -> title, label, color, marker
 BEFORE_TRAINING = "#666666"
+LEAST_DEPTHS = 5  # of a line over depth
 
 
 def plot_all(folder: Path, results: dict[str, dict], find_arm: FindArm) -> None:
@@ -36,30 +40,31 @@ class Shown:
     color: str
     marker: str
     records: list[dict]  # one for each seed
-    intervals: dict[str, dict]
-
-    @property
-    def label(self) -> str:
-        count = len(self.records)
-        return f"{self.title} ({count} seed{'s' * (count > 1)})"
 
     def band(self, axis: plt.Axes, x, rows, **look) -> None:
         """Mean line over seeds, and a band from the lowest to the highest; rows is (S, points)."""
         rows = np.array(rows, dtype=float)
-        axis.plot(x, rows.mean(0), color=self.color, marker=self.marker, label=self.label, **look)
+        axis.plot(x, rows.mean(0), color=self.color, marker=self.marker, label=self.title, **look)
         axis.fill_between(x, rows.min(0), rows.max(0), color=self.color, alpha=0.2, linewidth=0)
+
+    def dots(self, axis: plt.Axes, position: float, values: Iterable[float]) -> None:
+        """A dot for each seed and a bar for their mean."""
+        values = list(values)
+        bar = {"marker": "_", "markersize": 20, "markeredgewidth": 2}
+        axis.plot(position, np.mean(values), color=self.color, **bar)
+        dots = {"marker": self.marker, "linestyle": "none", "markersize": 5, "alpha": 0.7}
+        axis.plot([position] * len(values), values, color=self.color, label=self.title, **dots)
 
 
 def shown_models(result: dict, find_arm: FindArm) -> list[Shown]:
     found = []
     for key in keys_of(result):
-        title, color, marker = title_of(key, result, find_arm), BEFORE_TRAINING, "D"
-        tick = title
+        title, tick, color, marker = "Before training", "Start", BEFORE_TRAINING, "D"
         if key != "pretrained":
             arm = find_arm(key)
-            tick, color, marker = arm.label.capitalize(), arm.color, arm.marker
-        records = list(result[key]["seeds"].values())
-        found.append(Shown(key, title, tick, color, marker, records, result[key]["intervals"]))
+            title, tick = title_of(key, result, find_arm), arm.label.capitalize()
+            color, marker = arm.color, arm.marker
+        found.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
     return found
 
 
@@ -68,136 +73,129 @@ def in_two_lines(name: str) -> str:
 
 
 def name_models(axis: plt.Axes, models: list[Shown]) -> None:
-    axis.set_xticks(range(len(models)), [model.tick for model in models], fontsize=7)
+    axis.set_xticks(range(len(models)), [model.tick for model in models], fontsize=8)
     axis.set_xlim(-0.6, len(models) - 0.4)
 
 
-def grid_of(results: dict[str, dict], columns: int, height: float) -> tuple[plt.Figure, np.ndarray]:
-    size = {"figsize": (14, height * len(results)), "layout": "constrained", "squeeze": False}
-    return plt.subplots(len(results), columns, **size)
+def grid_of(studies: int, columns: int, height: float) -> tuple[plt.Figure, np.ndarray]:
+    size = {"figsize": (14, 1 + height * studies), "layout": "constrained", "squeeze": False}
+    return plt.subplots(studies, columns, **size)
 
 
 def plot_ranks(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
     """Singular spectrum, cumulative variance, effective rank over rows, effective rank of all."""
-    figure, axes = grid_of(results, 4, 3.2)
+    figure, axes = grid_of(len(results), 4, 2.9)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         models = shown_models(result, find_arm)
-        for model in models:
+        for place, model in enumerate(models):
             values = np.array([r["singular_values"] for r in model.records])  # (S, min(N, D))
             components, look = np.arange(1, values.shape[1] + 1), {"markersize": 4}
             shares = values / values.sum(1, keepdims=True)
             variance = np.cumsum(values**2, 1) / (values**2).sum(1, keepdims=True)
             model.band(row[0], components, shares, markevery=0.15, **look)
             model.band(row[1], components, 100 * variance, markevery=0.15, **look)
-            plot_rank_over_rows(row[2], model, result["num_samples"])
-        plot_rank_of_all(row[3], models)
-        bound, scale = min(result["num_samples"] - 1, len(values[0])), {"xscale": "log"}
+            model.band(row[2], *rank_over_rows(model), **look)
+            model.dots(row[3], place, (record["effective_rank"] for record in model.records))
+        bound = min(result["num_samples"] - 1, len(values[0]))
         share = "share of the singular values' sum"
-        row[0].set(
-            xlabel="component", ylabel=share, title=in_two_lines(name), yscale="log", **scale
-        )
-        row[0].set_ylim(bottom=1e-6)
-        rows = f"N = {result['num_samples']:,}"
-        row[1].set(xlabel="component", ylabel="cumulative variance (%)", title=rows, **scale)
-        subsets = "random subsets\nband: 95 % over rows"
-        row[2].set(xlabel="rows", ylabel="effective rank", title=subsets)
-        meaning = f"at most {bound:,}; dots: seeds\nbars: 95 % over seeds"
-        row[3].set(ylabel="effective rank", title=meaning)
-        row[0].legend(fontsize=8)
+        row[0].set(xlabel="component", ylabel=share, xscale="log", yscale="log")
+        row[0].set_ylim(bottom=1e-5)
+        row[0].set_title(f"{in_two_lines(name)}; N = {result['num_samples']:,}", loc="left")
+        row[1].set(xlabel="component", ylabel="cumulative variance (%)", xscale="log")
+        row[2].set(xlabel="rows, random subsets", ylabel="effective rank")
+        row[3].set(ylabel=f"effective rank, at most {bound:,}")
+        name_models(row[3], models)
         for axis in row:
             axis.grid(alpha=0.3)
-    figure.suptitle("Pooled hidden states on validation rows")
+    legend_below(figure)
+    figure.suptitle(
+        "Pooled hidden states on validation rows; mean of the seeds, band or dots: each"
+    )
     save_figure(figure, path)
 
 
-def plot_rank_over_rows(axis: plt.Axes, model: Shown, total: int) -> None:
-    """Effective rank of random subsets of the rows, with its interval over rows."""
+def rank_over_rows(model: Shown) -> tuple[list[int], np.ndarray]:
+    """Sizes of subsets of the rows, and the mean rank of each seed's draws (S, sizes)."""
     curves = [
         record["subsets"] | {str(record["halves"]["rows"]): record["halves"]["effective_rank"]}
         for record in model.records
     ]
     sizes = sorted(map(int, curves[0]))
-    draws = np.mean([[curve[str(size)] for size in sizes] for curve in curves], axis=0)
-    points = [interval_over_rows(d, n, total) for d, n in zip(draws, sizes, strict=True)]
-    means, lows, highs = ([point[end] for point in points] for end in ("mean", "low", "high"))
-    axis.plot(sizes, means, color=model.color, marker=model.marker, markersize=4)
-    axis.fill_between(sizes, lows, highs, color=model.color, alpha=0.2, linewidth=0)
+    return sizes, np.array([[np.mean(curve[str(size)]) for size in sizes] for curve in curves])
 
 
-def plot_rank_of_all(axis: plt.Axes, models: list[Shown]) -> None:
-    """Effective rank of all rows: a bar with its interval over seeds, a dot for each seed."""
-    for position, model in enumerate(models):
-        interval = model.intervals["effective_rank"]
-        axis.bar(position, interval["mean"], color=model.color, alpha=0.8)
-        if interval["low"] is not None:
-            half = interval["high"] - interval["mean"]
-            axis.errorbar(position, interval["mean"], half, color="black", capsize=4)
-        ranks = [record["effective_rank"] for record in model.records]
-        axis.plot([position] * len(ranks), ranks, ".", color="black")
-    name_models(axis, models)
+DEPTH_PANELS = {
+    "effective_rank": "all rows and tokens",
+    "effective_rank_without_first": "without the first token",
+    "effective_rank_within": "within classes",
+    "effective_rank_within_without_first": "within classes, without the first token",
+}
 
 
 def plot_layers(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
-    """Effective rank by depth, a panel for each study, two abreast."""
-    columns = min(2, len(results))
-    lines = math.ceil(len(results) / columns)
-    size = {"figsize": (5 * columns, 3.8 * lines), "layout": "constrained", "squeeze": False}
+    """Effective rank by depth: a row of panels for each study of a deep model, one a measure.
+
+    Records of an older run have the first measure alone. No figure where no model is deep.
+    """
+    deep = {
+        name: result
+        for name, result in results.items()
+        if len(shown_models(result, find_arm)[0].records[0]["layers"]) >= LEAST_DEPTHS
+    }
+    if not deep:
+        path.unlink(missing_ok=True)
+        return
+    first = [shown_models(result, find_arm)[0].records[0]["layers"][0] for result in deep.values()]
+    measures = [name for name in DEPTH_PANELS if all(name in layer for layer in first)]
+    panels = [(name, result, measure) for name, result in deep.items() for measure in measures]
+    columns = len(measures) if len(measures) > 1 else min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    size = {"figsize": (5.5 * columns, 1 + 3.8 * lines), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(lines, columns, **size)
-    for axis in axes.flat[len(results) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (name, result) in zip(axes.flat, results.items(), strict=False):
+    for axis, (name, result, measure) in zip(axes.flat, panels, strict=False):
         for model in shown_models(result, find_arm):
-            ranks = [[layer["effective_rank"] for layer in r["layers"]] for r in model.records]
+            ranks = [[layer[measure] for layer in record["layers"]] for record in model.records]
             model.band(axis, np.arange(len(ranks[0])), ranks, markersize=3)
-        of_language_model = "model" in result["settings"]["config"]
-        last = "; last point: after the final norm" if of_language_model else ""
-        axis.set(xlabel=f"layer (0: embeddings){last}", ylabel="effective rank of pooled states")
-        axis.set_title(f"{in_two_lines(name)}; N = {result['num_samples']:,}")
+        axis.set(xlabel="layer (0: embeddings; last: after the final norm)")
+        axis.set(ylabel="effective rank of pooled states")
+        title = f"{in_two_lines(name)}; N = {result['num_samples']:,}"
+        axis.set_title(f"{title}\n{DEPTH_PANELS[measure]}", loc="left", fontsize=10)
         axis.set_ylim(bottom=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7, loc="lower left", handlelength=1)
-    figure.suptitle("Where does the rank go? Mean over seeds; band: lowest to highest seed")
+    legend_below(figure)
+    figure.suptitle("Effective rank by depth: mean of the seeds, band: lowest to highest")
     save_figure(figure, path)
 
 
-COLLAPSE_PANELS = (
-    ("cdnv", "NC1: class-distance normalized\nvariance, pooled states"),
-    ("intermediate.cdnv", "NC1: the same, classifier's\nintermediate features"),
-    ("intermediate.etf_error", "NC2: distance of class means\nfrom a simplex, intermediate"),
-    (
-        "intermediate.self_duality_error",
-        "NC3: distance of the head from\nself-duality, intermediate",
-    ),
-    ("intermediate.ncc_agreement", "NC4: agreement with the nearest\nclass mean, intermediate"),
-)
+# NC2 is left out: the means of two classes always form a simplex.
+COLLAPSE_PANELS = {
+    "cdnv": "NC1: CDNV, pooled states",
+    "intermediate.cdnv": "NC1: CDNV, intermediate",
+    "intermediate.self_duality_error": "NC3: self-duality error",
+    "intermediate.ncc_agreement": "NC4: agreement",
+}
 
 
 def plot_collapse(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
     """Neural-collapse measures: a row for each study, a dot for each seed."""
-    figure, axes = grid_of(results, len(COLLAPSE_PANELS), 2.9)
-    titles: dict[str, str] = {}
+    figure, axes = grid_of(len(results), len(COLLAPSE_PANELS), 2.6)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         models = shown_models(result, find_arm)
-        titles |= {m.tick: m.title for m in models if m.key != "pretrained"}
-        for axis, (number, label) in zip(row, COLLAPSE_PANELS, strict=True):
+        for axis, (number, label) in zip(row, COLLAPSE_PANELS.items(), strict=True):
             for position, model in enumerate(models):
-                values, color = [scalars(r)[number] for r in model.records], model.color
-                bar = {"marker": "_", "markersize": 20, "markeredgewidth": 2}
-                axis.plot(position, np.mean(values), color=color, **bar)
-                dots = {"marker": model.marker, "linestyle": "none", "markersize": 5}
-                axis.plot([position] * len(values), values, color=color, alpha=0.7, **dots)
+                model.dots(axis, position, values_of(result, model.key, number))
             if "cdnv" in number:
                 logarithmic(axis)
-            elif axis.get_ylim()[1] < 1e-6:
-                axis.set_ylim(-0.05, 1)  # two classes always form a simplex: the rest is rounding
             name_models(axis, models)
             axis.set_ylabel(label, fontsize=9)
             axis.grid(alpha=0.3)
         row[0].set_title(f"{in_two_lines(name)}; N = {result['num_samples']:,}", loc="left")
+    legend_below(figure)
     meaning = "lower is more collapsed, NC4: higher; dots: seeds, bar: their mean"
-    names = ", ".join(f"{tick}: {title}" for tick, title in titles.items())
-    figure.suptitle(f"Neural collapse on validation rows: {meaning}\n{names}")
+    figure.suptitle(f"Neural collapse on validation rows: {meaning}")
     save_figure(figure, path)
 
 
@@ -212,51 +210,81 @@ def logarithmic(axis: plt.Axes) -> None:
 
 
 def plot_overview(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
-    """Accuracy, effective rank and engram clusters of every study, with intervals over seeds.
+    """Accuracy against model 1, rank against the start, CDNV against model 1: a row for each study.
 
-    Ranks are of as many rows in every study, unless one has too few: a rank rises with the rows.
+    Bars are intervals for other seeds and rows; hollow marks are the reference's, one seed each.
     """
-    size = {"figsize": (15, 1.5 + 1.1 * len(results)), "layout": "constrained"}
+    size = {"figsize": (14, 1.8 + 1.0 * len(results)), "layout": "constrained"}
     figure, axes = plt.subplots(1, 3, sharey=True, **size)
-    matched = next(iter(results.values()))["matched_rows"]
     for row, result in enumerate(results.values()):
-        for offset, model in enumerate(shown_models(result, find_arm)):
-            place, look = (
-                row + 0.18 * (offset - 1.5),
-                {"color": model.color, "marker": model.marker},
-            )
-            label = "before training" if model.key == "pretrained" else model.title
-            if model.key != "pretrained":
-                point(axes[0], place, model.intervals["accuracy"], 100, **look)
-            rank = model.intervals["effective_rank_matched" if matched else "effective_rank"]
-            rows, dimensions = matched or result["num_samples"], result[model.key]["num_dimensions"]
-            point(axes[1], place, rank, 100 / min(rows - 1, dimensions), label=label, **look)
-            if "engram_ari" in model.intervals:
-                point(axes[2], row - 0.1, model.intervals["engram_ari"], 1, label="trained", **look)
-                look = {"color": BEFORE_TRAINING, "marker": "o"}
-                look["label"] = "control: untrained compressor"
-                point(axes[2], row + 0.1, model.intervals["engram_ari_untrained"], 1, **look)
+        theirs = reference_for(Path(result["folder"])) or {}
+        gains = accuracy_gains(result)
+        for model in shown_models(result, find_arm)[1:]:
+            look = {"color": model.color, "marker": model.marker, "label": model.title}
+            place = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
+            if gain := gains.get(f"{model.key} - model1"):
+                point(axes[0], place, ends(gain, lambda value: 100 * value), **look)
+                if theirs:
+                    final = theirs["final"]
+                    hollow(axes[0], place, final[model.key] - final["model1"], **look)
+            if change := result["changes"].get(f"{model.key} - pretrained"):
+                start = np.mean(values_of(result, "pretrained", "effective_rank"))
+                rank = change["both"]["effective_rank"]
+                shares = ends(rank, lambda value, start=start: 100 * (1 + value / start))
+                point(axes[1], place, shares, **look)
+                if "ranks" in theirs:
+                    ranks = theirs["ranks"]
+                    share = 100 * ranks[model.key][0] / ranks["pretrained"][0]
+                    hollow(axes[1], place, share, **look)
+            change = result["changes"].get(f"{model.key} - model1", {}).get("both", {})
+            if ratio := change.get("cdnv_log_ratio"):
+                point(axes[2], place, ends(ratio, math.exp), **look)
     axes[0].set_yticks(range(len(results)), map(in_two_lines, results))
     axes[0].invert_yaxis()
-    axes[0].set(xlabel="validation accuracy (%)", title="Accuracy")
-    rows = f"{matched:,} rows" if matched else "the rows of each"
-    label = "effective rank (% of the highest possible)\n"
-    label += "to be compared within a study: backbones differ in width"
-    axes[1].set(xlabel=label, title=f"Rank of pooled states, {rows}", xlim=(0, 100))
-    axes[2].set(xlabel="adjusted Rand index with the classes", title="Engram clusters of model 3")
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        if handles:
-            once = dict(zip(labels, handles, strict=True))  # an entry for each kind
-            axis.legend(once.values(), once.keys(), fontsize=8)
-        axis.grid(alpha=0.3)
-    measured = next(iter(results.values()))["measured"]
-    note = f"{measured['weights']} epoch, up to {measured['rows']:,} validation rows"
-    figure.suptitle(f"{note}; mean over seeds, bars: 95 % over seeds where there are several")
+    finish_overview(figure, axes)
     save_figure(figure, path)
 
 
-def point(axis: plt.Axes, place: float, interval: dict, scale: float, **look) -> None:
+def accuracy_gains(result: dict) -> dict[str, dict]:
+    """Pair -> interval of the difference in final accuracy; none without the study's results."""
+    file = ROOT / result["folder"] / "results.json"
+    if not file.exists():
+        return {}
+    return {k: found["interval"] for k, found in comparisons_of(read_json(file))["final"].items()}
+
+
+def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
+    """Mean and bounds of an interval, those that there are, on another scale."""
+    found = {name: interval[name] for name in ("mean", "low", "high")}
+    return {name: scaled(value) for name, value in found.items() if value is not None}
+
+
+def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
+    axes[0].set(title="Final validation accuracy", xlabel="less model 1's (points)")
+    axes[1].set(title="Effective rank after training", xlabel="% of the rank before training")
+    axes[1].set_xlim(left=0)
+    axes[2].set(title="Spread within classes (CDNV)", xlabel="over model 1's (factor)")
+    axes[2].set_xscale("log")
+    axes[2].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_major_formatter("{x:g}")
+    axes[2].xaxis.set_minor_formatter("")
+    for axis, nothing in zip(axes, (0, 100, 1), strict=True):
+        axis.axvline(nothing, color="black", linewidth=0.8, zorder=0)
+        axis.grid(alpha=0.3, axis="x")
+    look = {"color": BEFORE_TRAINING, "marker": "o", "label": "the reference's, one seed"}
+    axes[1].plot([], [], markerfacecolor="white", linestyle="none", **look)
+    legend_below(figure, axes[1:2])
+    figure.suptitle("Final epoch; bars: 95 % interval for other seeds and rows")
+
+
+def point(axis: plt.Axes, place: float, interval: dict, **look) -> None:
     """A mean and its interval, where there is one, on a horizontal scale."""
-    half = 0.0 if interval["low"] is None else scale * (interval["high"] - interval["mean"])
-    axis.errorbar(scale * interval["mean"], place, xerr=half, capsize=4, linestyle="none", **look)
+    mean = interval["mean"]
+    reach = [[mean - interval.get("low", mean)], [interval.get("high", mean) - mean]]
+    axis.errorbar(mean, place, xerr=reach, capsize=4, linestyle="none", **look)
+
+
+def hollow(axis: plt.Axes, place: float, value: float, color: str, marker: str, **_) -> None:
+    """The reference's number, as a mark without filling above ours."""
+    look = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": "none"}
+    axis.plot(value, place - 0.1, **look)

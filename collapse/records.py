@@ -12,13 +12,13 @@ from collapse.reports import controls_of
 from collapse.settings import UserError
 from collapse.statistics import (
     format_interval,
-    interval_over_rows,
+    format_spread,
     mean_interval,
     seeds_and_rows_interval,
 )
 
-# Numbers whose changes have an interval over rows, from random halves; the first three stand in
-# older results, too.
+# Numbers whose changes have an interval for other seeds and rows, by random halves of the rows; the
+# first three stand in older results, too.
 HALVED = ("effective_rank", "stable_rank", "cdnv", "effective_rank_within")
 HALVED += ("effective_rank_without_first", "effective_rank_within_without_first")
 # Parts of a record that hold numbers of their own.
@@ -97,12 +97,11 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
 
 
 def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """How much each number changes from model a to the other one, over seeds.
+    """How much each number changes from model a to the other one: the mean over seeds.
 
-    Intervals of single numbers are over seeds alone, and `half` holds the changes of HALVED at half
-    the rows, with intervals over rows, given these seeds. What a claim rests on is `both`: changes
-    of HALVED at all rows, over seeds and rows (seeds_and_rows_interval). A change of CDNV is also
-    told as that of its log, `cdnv_log_ratio`.
+    A claim rests on `both`: changes of HALVED with an interval for other seeds and other rows. Of
+    numbers that stand beside it the interval is of seeds alone. A change of CDNV is also told as
+    that of its log, `cdnv_log_ratio`.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
     keys = [key for key in flat[0][0] if key in flat[0][1]]
@@ -112,14 +111,13 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
         keys = [k for k, p in parts.items() if "intermediate" not in p and p[-1] != "accuracy"]
     found = {key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
-    found["half"], found["both"] = {"rows": rows}, {}
+    found["both"] = {}
     for key in HALVED:
         if not all(key in part for pair in pairs for r in pair for part in (r, r["halves"])):
             continue  # of an older run
         values = np.array([[record[key] for record in pair] for pair in pairs])  # (S, 2)
         drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])
         draws = drawn[:, 1] - drawn[:, 0]  # (S, B)
-        found["half"][key] = interval_over_rows(draws.mean(0), rows, total)
         both = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
         found["both"][key] = both
         if key == "cdnv" and values.min() > 0 and drawn.min() > 0:
@@ -161,9 +159,14 @@ def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict
             f"{file} was not measured with {here}: "
             "give another --output-dir, or --fresh to replace it."
         )
+    return with_records(alike)
+
+
+def with_records(results: dict[str, dict]) -> dict[str, dict]:
+    """Studies as summarize takes them, from what it wrote."""
     return {
         name: study | {"records": {key: study[key]["seeds"] for key in keys_of(study)}}
-        for name, study in alike.items()
+        for name, study in results.items()
     }
 
 
@@ -195,22 +198,26 @@ def table(results: dict[str, dict], find_arm: Callable[[str], Any]) -> str:
 
 def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[str]:
     yield ""
-    yield f"{name}: {result['num_samples']:,} rows; mean over seeds [95 % interval over seeds]"
+    yield f"{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)"
     width, rows = 28, result["matched_rows"]
     last = f"effective rank at {rows} rows" if rows else ""
     yield f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + last
     for key in keys_of(result):
-        intervals = result[key]["intervals"]
-        cells = [format_interval(intervals[number], digits) for number, digits in TABLE]
-        matched = intervals.get("effective_rank_matched")
-        last = format_interval(matched, 1) if matched else ""
+        cells = [format_spread(values_of(result, key, n), digits) for n, digits in TABLE]
+        last = format_spread(values_of(result, key, "effective_rank_matched"), 1) if rows else ""
         row = "".join(f"{cell:{width}}" for cell in cells)
         yield f"{title_of(key, result, find_arm):22}{row}{last}"
+    yield "changes of the effective rank [95 % interval for other seeds and rows]"
     for pair, found in result["changes"].items():
-        over_seeds, over_rows = (
-            format_interval(kind["effective_rank"], 1, sign="+") for kind in (found, found["half"])
-        )
-        half = f"at {found['half']['rows']:,} rows {over_rows} over rows"
-        shown, both = title_of_change(pair, result), found.get("both", {}).get("effective_rank")
-        lead = f"{format_interval(both, 1, sign='+')} over seeds and rows; " if both else ""
-        yield f"effective rank, {shown}: {lead}{over_seeds} over seeds; {half}"
+        shown = format_interval(found["both"]["effective_rank"], 1, sign="+")
+        yield f"{title_of_change(pair, result):26}{shown}"
+
+
+def values_of(result: dict, key: str, number: str) -> list[float]:
+    """A number of each seed's record of a model; none where an older run did not measure it."""
+    records = result[key]["seeds"].values()
+    if number == "effective_rank_matched":
+        drawn = [record["subsets"].get(str(result["matched_rows"])) for record in records]
+        return [float(np.mean(ranks)) for ranks in drawn if ranks]
+    flat = [scalars(record) for record in records]
+    return [numbers[number] for numbers in flat if number in numbers]

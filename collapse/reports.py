@@ -16,10 +16,9 @@ from collapse.settings import UserError
 from collapse.statistics import (
     compare_models,
     difference_interval,
-    format_bounds,
     format_interval,
-    mean_interval,
-    welch_interval,
+    format_spread,
+    independent_difference,
 )
 
 # Name -> (a, b, which correctness of a, which of b): b is compared with a.
@@ -64,6 +63,14 @@ def compare_all(
                 found |= compare_losses(rows_of, a, b, epoch)
             comparisons[epoch][name] = found
     return comparisons
+
+
+def comparisons_of(results: dict) -> dict[str, dict]:
+    """The comparisons of a results.json, anew from its rows where an older run wrote them."""
+    stored = results["comparisons"]
+    if all("interval" in found for epoch in stored.values() for found in epoch.values()):
+        return stored
+    return compare_all(results["models"], {})
 
 
 # Between Experiments 2 and 3: the first two by design; the last changes both of the models that a
@@ -119,40 +126,20 @@ def study_name(settings: dict) -> str:
 def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
     """Each difference between models on this data set beside the same on the other one.
 
-    At the final epoch, over seeds. `more_here` is this data set's difference minus the other's,
-    with Welch's t interval: seeds of two data sets are not paired, and small validation splits
-    scatter more.
+    At the final epoch, for other seeds and rows. `more_here` is this data set's difference less the
+    other's: seeds of two data sets are not paired.
     """
+    ours, theirs = (comparisons_of(part)["final"] for part in (here, there))
     comparisons = {}
-    for name, found in here["comparisons"]["final"].items():
-        if name in there["comparisons"]["final"]:
-            gains = [accuracy_gains(part, name) for part in (there, here)]
-            comparisons[name] = {
-                "here": found["seeds"],
-                "there": there["comparisons"]["final"][name]["seeds"],
-                "more_here": welch_interval(*gains),
-            }
+    for name in [name for name in ours if name in theirs]:
+        parts = {"here": ours[name]["interval"], "there": theirs[name]["interval"]}
+        more = independent_difference(parts["there"], parts["here"])
+        comparisons[name] = parts | {"more_here": more}
     titles = {
         key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")
     }
     other = {"study": study_name(there["settings"]), **titles, "compute_dtype": compute_type(there)}
     return {"other": other, "comparisons": comparisons}
-
-
-def accuracy_gains(results: dict, name: str) -> list[float]:
-    """Differences in final accuracy of one pair, for each seed that both models have."""
-    a, b, *kinds = pairs_of(results["models"])[name]
-    runs = [results["models"][model] for model in (a, b)]
-    accuracy = [
-        {
-            seed: np.mean(list(map(int, run["correct"][f"final_{kind}"])))
-            for seed, run in found.items()
-        }
-        for found, kind in zip(runs, kinds, strict=True)
-    ]
-    return [
-        float(accuracy[1][seed] - accuracy[0][seed]) for seed in accuracy[0] if seed in accuracy[1]
-    ]
 
 
 def cross_dataset_table(results: dict) -> str:
@@ -161,7 +148,7 @@ def cross_dataset_table(results: dict) -> str:
     here, there = study_name(results["settings"]), cross["other"]["study"]
     lines = [
         "",
-        "difference in points on two data sets, final epoch [95 % over seeds]",
+        "difference in points on two data sets, final epoch [95 % interval]",
         f"here: {here}",
         f"there: {there}",
     ]
@@ -179,7 +166,7 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     """The run's outcome for the log; find_arm gives the title of a key of the results."""
     lines = [
         "",
-        "validation accuracy in %, mean over seeds [95 % interval over seeds]",
+        "validation accuracy in %, mean (lowest to highest seed)",
     ]
     names = {
         key: f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
@@ -189,25 +176,19 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     lines.append(f"{'model':{width}}{'final epoch':26}best epoch (flatters: chosen on this split)")
     for key, runs in results["models"].items():
         final, best = (
-            mean_interval(run[epoch]["accuracy"] for run in runs.values())
+            format_spread((run[epoch]["accuracy"] for run in runs.values()), scale=100)
             for epoch in ("final", "best")
         )
-        cells = [format_interval(interval, scale=100) for interval in (final, best)]
-        lines.append(f"{names[key]:{width}}{cells[0]:26}{cells[1]}")
-    comparisons = results["comparisons"]["final"]
+        lines.append(f"{names[key]:{width}}{final:26}{best}")
+    comparisons = comparisons_of(results)["final"]
     width = column_width(comparisons, 26)
     if comparisons:
-        heads = f"{'models':{width}}{'mean [over seeds and rows]':30}{'[over seeds]':20}"
-        heads += f"{'[over rows]':20}McNemar's p, each seed"
-        lines += ["", "difference in points, final epoch [95 % intervals]", heads]
+        title = "difference in points, final epoch [95 % interval for other seeds and rows]"
+        lines += ["", title, f"{'models':{width}}{'difference':30}McNemar's p, each seed"]
     for name, comparison in comparisons.items():
-        no_interval = {"mean": comparison["difference"], "low": None}  # of an older run
-        both = format_interval(comparison.get("interval", no_interval), scale=100, sign="+")
-        seeds, examples = (
-            format_bounds(comparison[kind], scale=100, sign="+") for kind in ("seeds", "examples")
-        )
+        shown = format_interval(comparison["interval"], scale=100, sign="+")
         p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:{width}}{both:30}{seeds:20}{examples:20}{p}")
+        lines.append(f"{name:{width}}{shown:30}{p}")
     lines.append("")
     for seed, run in results["models"].get("model3", {}).items():
         for case, cluster in run["cluster"].items():

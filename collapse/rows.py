@@ -1,6 +1,6 @@
 """What a training finds of each validation row: right or wrong, log probability of the true class.
 
-From these, losses have intervals over rows, as accuracies have. They are kept for the best and the
+From these, losses have intervals as accuracies have. They are kept for the best and the
 last epoch, evaluated with the zero engram, and published together as rows.safetensors.
 
 A training's log probabilities are kept twice, the second time after temperature scaling (Guo et al.

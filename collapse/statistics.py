@@ -23,7 +23,6 @@ import numpy as np
 import scipy.stats
 from scipy.special import stdtr, stdtrit
 
-BOOTSTRAP_DRAWS = 10_000  # of compare_models
 PIGEONHOLE_CHUNK = 250  # draws at once: 15 MB of row weights at 7,600 rows
 
 
@@ -226,17 +225,20 @@ def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def welch_interval(a: Sequence[float], b: Sequence[float]) -> dict[str, float | None]:
-    """Mean of b minus mean of a with Welch's 95 % t interval; no interval when either has fewer
-    than two values.
+def independent_difference(
+    a: Mapping[str, Any], b: Mapping[str, Any], level: float = 0.95
+) -> dict[str, Any]:
+    """b less a, two intervals of data that have nothing in common, as two data sets.
+
+    SE^2 is the sum of both, the degrees of freedom Satterthwaite's; no interval without both.
     """
-    difference = float(np.mean(b) - np.mean(a))
-    if min(len(a), len(b)) < 2:
-        return {"mean": difference, "low": None, "high": None}
-    if np.ptp(a) == np.ptp(b) == 0:
-        return {"mean": difference, "low": difference, "high": difference}
-    low, high = scipy.stats.ttest_ind(b, a, equal_var=False).confidence_interval(0.95)
-    return {"mean": difference, "low": float(low), "high": float(high)}
+    mean, se = b["mean"] - a["mean"], None
+    if None not in (a["se"], b["se"]):
+        parts = [(side["se"] ** 2, side["df"]) for side in (a, b)]
+        se, scatter = math.hypot(a["se"], b["se"]), sum(part**2 / df for part, df in parts)
+        least = min(df for _, df in parts)  # where nothing varies
+        return t_interval(mean, se, se**4 / scatter if scatter else least, level)
+    return t_interval(mean, 0.0, 0, level)
 
 
 def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, float | None]:
@@ -256,37 +258,14 @@ def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, An
     """How much better is b than a? From right-or-wrong arrays (S, N): S seeds trained alike, the
     same N rows.
 
-    `difference` is b's mean accuracy minus a's, and `interval` its crossed_interval, which claims
-    rest on. Beside it, each of one kind of variance alone: `seeds`, the 95 % t interval over seeds,
-    paired by seed (another training); `examples`, a paired bootstrap interval over rows, seeds
-    averaged (another validation set). `mcnemar_p` is the exact two-sided p of McNemar's test for
-    each seed. See Dror et al. 2018, Bouthillier et al. 2021.
+    `interval` is the crossed_interval of b's accuracy less a's, for other seeds and other rows;
+    `mcnemar_p` describes each seed's two trainings by themselves.
     """
     a, b = np.atleast_2d(correct_a).astype(np.float64), np.atleast_2d(correct_b).astype(np.float64)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}")
-    per_row = (b - a).mean(0)  # (N,)
-    rng = np.random.default_rng(0)
-    # A resample draws N rows with replacement; only how many rows of each distinct difference it
-    # holds matters.
-    differences, counts = np.unique(per_row, return_counts=True)
-    means = (
-        rng.multinomial(len(per_row), counts / len(per_row), size=BOOTSTRAP_DRAWS)
-        @ differences
-        / len(per_row)
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
-    only_b, only_a = ((b > a).sum(1), (a > b).sum(1))  # (S,) discordant rows
-    return {
-        "difference": float(per_row.mean()),
-        "interval": crossed_interval(b - a),
-        "seeds": mean_interval((b - a).mean(1)),
-        "examples": {"low": float(low), "high": float(high), "n": len(per_row)},
-        "mcnemar_p": [
-            float(scipy.stats.binomtest(int(x), int(x + y)).pvalue) if x + y else 1.0
-            for x, y in zip(only_b, only_a, strict=True)
-        ],
-    }
+    p_values = [mcnemar(*pair) for pair in zip(a, b, strict=True)]
+    return {"interval": crossed_interval(b - a), "mcnemar_p": p_values}
 
 
 def format_bounds(interval: dict, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
@@ -304,16 +283,13 @@ def format_interval(interval: dict, digits: int = 2, scale: float = 1.0, sign: s
     return f"{scale * interval['mean']:{sign}.{digits}f} {bounds}".rstrip()
 
 
-def interval_over_rows(draws: np.ndarray, rows: int, total: int) -> dict[str, float]:
-    """Mean of a statistic over subsets (draws,) of so many of `total` rows, with a 95 % interval.
-
-    The interval is approximate, by t, and for other samples of `total` rows. Small subsets scatter
-    more than their mean is uncertain, large ones overlap and scatter less: deviations count
-    sqrt(rows / (total - rows)) times (delete-d jackknife, Shao & Wu 1989).
-    """
-    mean, spread = float(np.mean(draws)), np.std(draws, ddof=1) * math.sqrt(rows / (total - rows))
-    half = float(scipy.stats.t.ppf(0.975, len(draws) - 1) * spread)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+def format_spread(
+    values: Iterable[float], digits: int = 2, scale: float = 1.0, sign: str = ""
+) -> str:
+    """`mean (lowest to highest)` of the seeds' values, or the one value alone."""
+    values = [scale * value for value in values]
+    shown = [f"{v:{sign}.{digits}f}" for v in (np.mean(values), min(values), max(values))]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})" if len(values) > 1 else shown[0]
 
 
 def t_interval(mean: float, se: float, df: float, level: float) -> dict[str, Any]:

@@ -1,696 +1,548 @@
-"""Fill the marked tables of FINDINGS.md and README.md from the results folders.
+"""Write RESULTS.md, and fill the marked blocks of FINDINGS.md and README.md, from the JSON files.
 
-A block stands between <!-- begin FOLDER TABLE --> and <!-- end -->; FOLDER holds the JSON file that
-FILES names, TABLE is a function below named table_TABLE. Everything between the marks is replaced.
+RESULTS.md holds every table and figure of every run, in one order, each study with its command and
+where its numbers come from. A block stands between <!-- begin NAME --> and <!-- end -->; NAME is a
+function below named block_NAME, and all between the marks is replaced. Figures whose numbers are in
+the JSON files are drawn anew.
 """
 
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import result_tables as tables
+import sink
+
 import common
+from collapse import plots, rank_plots, records
 from collapse.files import read_json, write_file
-from collapse.records import keys_of, title_of, title_of_change
-from collapse.reports import compute_type, study_name
+from collapse.records import values_of
+from collapse.reference import REFERENCE, reference_for
+from collapse.reports import compare_datasets, comparisons_of
 from collapse.settings import ROOT, run_script
-from collapse.statistics import format_bounds, format_interval, mean_interval
+from collapse.statistics import format_interval, format_spread, mean_interval
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
-BLOCK = re.compile(
-    r"(?P<begin><!-- begin (?P<folder>\S+) (?P<table>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+BLOCK = re.compile(r"(?P<begin><!-- begin (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A results folder and how its numbers were made."""
+
+    folder: str
+    title: str
+    short: str  # as tables of FINDINGS.md name it
+    command: str
+    other: str = ""  # results folder of the same models on the other data set
+
+
+SMOLLM = "--model smollm2-135m --data-dir DIR --train-limit 2000"
+# In the order in which every table and figure has them; a folder without results is passed over.
+STUDIES = (
+    Study(
+        "results",
+        "Experiment 1: a small transformer from scratch, SST-2",
+        "SST-2, small",
+        "python experiment.py --data-dir DIR --seeds 42 43 44",
+    ),
+    Study(
+        "results/movie-snippets",
+        "Experiment 1 on movie-review snippets",
+        "snippets, small",
+        'make experiment ARGS="--seeds 42 43 44"',
+    ),
+    Study(
+        "results/movie-snippets/24-epochs",
+        "Experiment 1 on movie-review snippets, three times as long",
+        "snippets, small, 24 epochs",
+        'make experiment ARGS="--models 1 2 --seeds 42 43 44 --epochs 24 --output-dir '
+        'results/movie-snippets/24-epochs"',
+    ),
+    Study(
+        "results_7b",
+        "Experiment 2: Qwen2.5-7B, SST-2",
+        "SST-2, 7B",
+        "python experiment_7b.py --data-dir DIR",
+    ),
+    Study(
+        "results_7b/smollm2-135m",
+        "Experiment 2, stand-in: SmolLM2-135M-Instruct, 2,000 rows of SST-2",
+        "SST-2, stand-in",
+        f"python experiment_7b.py {SMOLLM} --seeds 42 43 44 --output-dir results_7b/smollm2-135m",
+    ),
+    Study(
+        "results_agnews",
+        "Experiment 3: Qwen2.5-7B, AG News",
+        "AG News, 7B",
+        "python experiment_agnews_7b.py --data-dir DIR",
+        other="results_7b",
+    ),
+    Study(
+        "results_agnews/smollm2-135m",
+        "Experiment 3, stand-in: SmolLM2-135M-Instruct, 2,000 rows of AG News",
+        "AG News, stand-in",
+        f"python experiment_agnews_7b.py {SMOLLM} --eval-limit 2000 --compute-dtype bfloat16 "
+        "--seeds 42 43 44 --output-dir results_agnews/smollm2-135m",
+        other="results_7b/smollm2-135m",
+    ),
+)
+RANKS = "results_effective_rank/effective_rank_results.json"
+SINK = "studies/results/sink/sink.json"
+SIMULATION = "studies/results/statistics/simulation.json"
+
+
+def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
+    return [study for study in studies if (ROOT / study.folder / "results.json").exists()]
+
+
+def results_of(study: Study) -> dict:
+    return read_json(ROOT / study.folder / "results.json")
+
+
+def read_ranks() -> dict[str, dict]:
+    """Experiment 4 on STUDIES, in their order, with changes as this version tells them."""
+    stored = read_json(ROOT / RANKS)
+    places = {study.folder: place for place, study in enumerate(STUDIES)}
+    known = [name for name, result in stored.items() if result["folder"] in places]
+    known.sort(key=lambda name: places[stored[name]["folder"]])
+    ordered = {name: stored[name] for name in known}
+    return records.summarize(records.with_records(ordered), common.find_arm)
+
+
+def short_names(ranks: dict[str, dict]) -> dict[str, tuple[str, dict]]:
+    """Results folder -> short name, and the result of Experiment 4."""
+    names = {study.folder: study.short for study in STUDIES}
+    return {result["folder"]: (names[result["folder"]], result) for result in ranks.values()}
+
+
+# --------------------------------------------------------------------------------------------------
+# RESULTS.md
+# --------------------------------------------------------------------------------------------------
+
+INTRODUCTION = """# Results
+
+Every table and figure of every run; `make findings` writes this page from the JSON files. What they
+mean stands in [FINDINGS.md](FINDINGS.md).
+
+* *Levels* are the mean of the seeds (lowest to highest seed).
+* *Differences* are mean [95 % interval]. Of accuracies it is the crossed random-effects interval,
+  of ranks and CDNV seed variance plus jackknife variance of the rows: both are for other seeds
+  *and* other validation rows. An ARI has no rows: t over the seeds. McNemar's exact p describes
+  one pair of trainings, not the method.
+* *Best epoch* is chosen on the validation split itself, so it flatters. Model 3 is evaluated with
+  the zero engram; *carried*: with that of the row before in a fixed shuffled order.
+* Losses are in nats (LM: per token); training values are running means with dropout. Ranks are of
+  pooled validation states. Columns and rows headed *reference* are
+  [the reference's](https://github.com/MikeyBeez/sentiment): one seed, its own code.
+"""
+
+
+@dataclass
+class Page:
+    """Lines of RESULTS.md; tables and figures are numbered as they come."""
+
+    parts: list[str] = field(default_factory=list)
+    numbers: dict[str, str] = field(default_factory=dict)  # FOLDER TABLE -> A1 and so on
+    figures: int = 0
+
+    def text(self, text: str) -> None:
+        self.parts.append(text.strip("\n"))
+
+    def table(self, key: str, caption: str, table: str) -> None:
+        self.numbers[key] = f"A{len(self.numbers) + 1}"
+        self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
+
+    def document(self) -> str:
+        return "\n\n".join(self.parts) + "\n"
+
+    def figure(self, path: str, caption: str) -> None:
+        if (ROOT / path).exists():
+            self.figures += 1
+            self.text(f"![{caption}]({path})\n\n**Figure A{self.figures}.** {caption}.")
+
+
+TABLES: dict[str, tuple[str, Callable[[Path, dict], str]]] = {
+    "accuracy": ("Accuracy.", tables.table_accuracy),
+    "comparisons": ("Differences in accuracy.", tables.table_comparisons),
+    "training": ("Losses, gradients, effective rank.", tables.table_training),
+    "seeds": ("Each training.", tables.table_seeds),
+    "engrams": ("Engrams.", tables.table_engrams),
+}
+
+
+def add_study(page: Page, study: Study) -> None:
+    results = results_of(study)
+    page.text(f"## {study.title}\n\nCommand: `{study.command}`")
+    page.text(tables.provenance(Path(study.folder), results))
+    for name, (caption, table) in TABLES.items():
+        if name != "engrams" or "model3" in results["models"]:
+            page.table(f"{study.folder} {name}", caption, table(Path(study.folder), results))
+    if study.other and (ROOT / study.other / "results.json").exists():
+        other = read_json(ROOT / study.other / "results.json")
+        caption = "Beside the other data set."
+        page.table(f"{study.folder} cross", caption, tables.table_cross(results, other))
+    page.figure(f"{study.folder}/learning_curves.png", f"Learning curves: {study.short}")
+    page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
+
+
+def add_ranks(page: Page) -> None:
+    ranks = read_ranks()
+    page.text("## Experiment 4: ranks and neural collapse of the saved models")
+    page.text("Command: `python effective_rank_analysis.py --data-dir DIR`")
+    page.text(tables.provenance_of_ranks(RANKS, ranks))
+    matched = next(iter(ranks.values()))["matched_rows"]
+    caption = f"Ranks of the pooled states; matched: {matched} rows in every study."
+    page.table("ranks levels", caption, tables.table_records(ranks, tables.RANK_COLUMNS))
+    caption = "Changes of rank and of neural collapse."
+    page.table("ranks changes", caption, tables.table_changes(ranks))
+    caption = "Neural collapse: NC1 to NC3 lower, NC4 higher is more collapsed; validation rows."
+    page.table("ranks collapse", caption, tables.table_records(ranks, tables.COLLAPSE_COLUMNS))
+    page.table("ranks depth", "Effective rank by depth.", tables.table_depth(ranks))
+    for name, caption in (
+        ("overview", "Overview"),
+        ("effective_rank", "Singular spectra and effective ranks"),
+        ("rank_by_layer", "Effective rank by depth"),
+        ("neural_collapse", "Neural collapse"),
+    ):
+        page.figure(f"results_effective_rank/{name}.png", caption)
+
+
+def add_other_studies(page: Page) -> None:
+    found, simulation = read_json(ROOT / SINK), read_json(ROOT / SIMULATION)
+    page.text("## The first token as an attention sink")
+    page.text("Command: `python studies/sink.py --data-dir DIR`")
+    lengths, data = found["lengths"], found["data"]
+    page.text(
+        f"*{found['model']} before fine-tuning, {data['name']}: {data['validation_rows']:,} "
+        f"validation rows of {lengths['mean']:.1f} tokens. Source: `{SINK}`, measured "
+        f"{tables.origin([found])}.*"
+    )
+    page.table("sink", "By layer; layer 0 are the embeddings.", tables.table_sink(found))
+    page.figure(SINK.replace(".json", ".png"), "Rank, length and norms by layer")
+    page.text("## What the statistics resolve")
+    page.text(f"Command: `python studies/statistics_simulation.py`. Source: `{SIMULATION}`.")
+    caption = "Half-widths that ten seeds would have, by the variances of our runs."
+    page.table("half widths", caption, tables.table_half_widths(simulation))
+    caption = "How often an interval excludes zero where there is no difference, %."
+    page.table("false positives", caption, tables.table_false_positives(simulation))
+
+
+def add_speed_and_reference(page: Page) -> None:
+    page.text("## Speed\n\nCommand: `python studies/throughput.py --help`")
+    measured = read_json(ROOT / "results/throughput.json")
+    caption = "Experiment 1, measured against padding to the maximum length."
+    page.table("throughput", caption, tables.table_throughput(measured))
+    paper = {
+        place: read_json(ROOT / place / "throughput_on_paper.json")
+        for place in ("results_7b", "results_agnews")
+    }
+    caption = "The 7B experiments, counted: bytes over bandwidth plus operations over their rate."
+    page.table("paper", caption, tables.table_paper(paper))
+    page.figure("results_7b/throughput_on_paper.png", "Counted throughput, SST-2")
+    page.text("## The reference's numbers\n\nOne seed each; ranks of its two data sets at other N.")
+    page.table("reference accuracy", "Accuracy, %.", tables.table_reference_accuracy())
+    page.table("reference ranks", "Ranks.", tables.table_reference_ranks())
+
+
+def results_page() -> Page:
+    page = Page()
+    page.text(INTRODUCTION)
+    for study in present():
+        add_study(page, study)
+    add_ranks(page)
+    add_other_studies(page)
+    add_speed_and_reference(page)
+    return page
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks of FINDINGS.md and README.md
+# --------------------------------------------------------------------------------------------------
+
+
+def gain(study: Study, pair: str) -> dict | None:
+    """Interval of a difference in final accuracy; None where the study lacks a model."""
+    found = comparisons_of(results_of(study))["final"].get(pair)
+    return found and found["interval"]
+
+
+def repeated() -> list[Study]:
+    """Studies on data sets that the reference used, with all three models."""
+    found = [study for study in present() if reference_for(Path(study.folder))]
+    return [study for study in found if "model3" in results_of(study)["models"]]
+
+
+def gains(pair: str) -> str:
+    return "; ".join(
+        f"{study.short} {format_interval(gain(study, pair), 2, 100, '+')}" for study in repeated()
+    )
+
+
+def rank_changes(ranks: dict, pair: str, number: str = "effective_rank", digits: int = 1) -> str:
+    return "; ".join(
+        f"{short} {tables.change_cell(result['changes'][pair], number, digits)}"
+        for short, result in short_names(ranks).values()
+    )
+
+
+def found_of(intervals: list[dict]) -> str:
+    """How many of the studies tell a difference from zero."""
+    outside = sum(not i["low"] <= 0 <= i["high"] for i in intervals if i["low"] is not None)
+    return f"differs from 0 in {outside} of {len(intervals)}"
+
+
+def ari_gain(study: Study) -> dict:
+    """Engram ARI of the trained compressor less the untrained one's: over seeds, it has no rows."""
+    clusters = [run["cluster"] for run in results_of(study)["models"]["model3"].values()]
+    return mean_interval(c["trained"]["ari"] - c["untrained"]["ari"] for c in clusters)
+
+
+def mild_collapse(ranks: dict) -> tuple[str, str]:
+    """Where on SST-2 model 1 meets the reference's sign of a mild collapse, by the means of the
+    seeds: stable rank and participation ratio fall while the effective rank does not.
+    """
+    names = ("effective_rank", "stable_rank", "participation_ratio")
+    met, shown = [], []
+    on_sst2 = {name: result for name, result in ranks.items() if name.startswith("SST-2")}
+    for short, result in short_names(on_sst2).values():
+        change = {
+            name: [np.mean(values_of(result, key, name)) for key in ("pretrained", "model1")]
+            for name in names
+        }
+        falls = {name: after < before for name, (before, after) in change.items()}
+        if falls == dict(zip(names, (False, True, True), strict=True)):
+            met.append(short)
+            shown += [
+                f"{name.replace('_', ' ')} {before:.1f} → {after:.1f}"
+                for name, (before, after) in change.items()
+            ]
+    return f"met in {len(met)} of {len(on_sst2)}: {', '.join(met)}", "; ".join(shown)
+
+
+def block_claims(page: Page) -> str:
+    """What the reference claims, and what stands beside it here."""
+    ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
+    header = ["claim of the reference", "its number", "ours", "verdict", "RESULTS"]
+    rows = [*claims_of_accuracy(page.numbers), *claims_of_rank(page.numbers, ranks)]
+    return tables.markdown(header, rows, numbers=False)
+
+
+def claims_of_accuracy(where: dict[str, str]) -> list[list[str]]:
+    """H1, H2, H3, and what the engram does to the accuracy."""
+    here = next(study for study in STUDIES if study.folder == "results_agnews/smollm2-135m")
+    there = next(study for study in STUDIES if study.folder == here.other)
+    compared = compare_datasets(results_of(here), results_of(there))["comparisons"]
+    more = format_interval(compared["model2 - model1"]["more_here"], 2, 100, "+")
+    aris = "; ".join(f"{s.short} {format_interval(ari_gain(s), 3, sign='+')}" for s in repeated())
+    their_aris = [REFERENCE[place]["ari"] for place in ("results_7b", "results_agnews")]
+    of_model3 = [gain(study, "model3 - model2") for study in repeated()]
+    comparisons = ", ".join(where[f"{study.folder} comparisons"] for study in repeated())
+    return [
+        [
+            "H1: Model 2 is more accurate than Model 1, points",
+            their_gains("model1", "model2"),
+            gains("model2 - model1"),
+            "not run (P1)",
+            comparisons,
+        ],
+        [
+            "H2: that gain grows with task complexity, points",
+            "four classes against two: fourteen times",
+            f"AG News less SST-2, stand-in {more}",
+            "not run (P3)",
+            where[f"{here.folder} cross"],
+        ],
+        [
+            "H3: engrams group by class unsupervised, ARI",
+            "SST-2, 7B {}; AG News, 7B {}; no control".format(*their_aris),
+            f"less an untrained compressor's: {aris}",
+            "not run (P4)",
+            ", ".join(where[f"{study.folder} engrams"] for study in repeated()),
+        ],
+        [
+            "Engrams help a little on AG News: Model 3 - Model 2, points",
+            their_gains("model2", "model3"),
+            gains("model3 - model2"),
+            found_of(of_model3),
+            comparisons,
+        ],
+    ]
+
+
+def their_gains(a: str, b: str) -> str:
+    names = ("SST-2, small", "SST-2, 7B", "AG News, 7B")
+    numbers = (theirs["final"][b] - theirs["final"][a] for theirs in REFERENCE.values())
+    return "; ".join(f"{name} {gain:+.2f}" for name, gain in zip(names, numbers, strict=True))
+
+
+def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[str]]:
+    """H4, the mild collapse on SST-2, and what the engram does to the rank."""
+    sst2, ag_news = (REFERENCE[place]["ranks"] for place in ("results_7b", "results_agnews"))
+    start, model1, model2 = (ag_news[key][0] for key in ("pretrained", "model1", "model2"))
+    names = ("effective rank", "stable rank", "participation ratio")
+    mild = "; ".join(
+        f"{name} {sst2['pretrained'][place]} → {sst2['model1'][place]}"
+        for place, name in enumerate(names)
+    )
+    met, shown = mild_collapse(ranks)
+    of_rank = [r["changes"]["model3 - model2"]["both"]["effective_rank"] for r in ranks.values()]
+    engrams = (part["model3"][0] - part["model2"][0] for part in (sst2, ag_news))
+    return [
+        [
+            "H4: Model 1 loses effective rank",
+            f"AG News, 7B {start} → {model1}",
+            f"less the start: {rank_changes(ranks, 'model1 - pretrained')}",
+            "not run (P2)",
+            where["ranks changes"],
+        ],
+        [
+            "H4: Model 2 keeps it",
+            f"AG News, 7B {start} → {model2}",
+            f"less Model 1: {rank_changes(ranks, 'model2 - model1')}",
+            "not run (P5)",
+            where["ranks changes"],
+        ],
+        ["On SST-2 Model 1 collapses mildly", mild, shown, met, where["ranks levels"]],
+        [
+            "Engrams do not change the rank: Model 3 - Model 2",
+            "SST-2, 7B {:+.1f}; AG News, 7B {:+.1f}".format(*engrams),
+            rank_changes(ranks, "model3 - model2"),
+            found_of(of_rank),
+            where["ranks changes"],
+        ],
+    ]
+
+
+def block_experiments(_page: Page) -> str:
+    """Three models on every data set: accuracy, rank, engrams, ours beside the reference's."""
+    rows = []
+    for folder, (short, result) in short_names(read_ranks()).items():
+        theirs, runs = reference_for(Path(folder)) or {}, read_json(ROOT / folder / "results.json")
+        start = np.mean(values_of(result, "pretrained", "effective_rank"))
+        their_ranks = {key: ranks[0] for key, ranks in theirs.get("ranks", {}).items()}
+        for key in records.keys_of(result):
+            cells = ["", ""]
+            if key in runs["models"]:
+                finals = (run["final"]["accuracy"] for run in runs["models"][key].values())
+                cells[0] = format_spread(finals, 2, 100)
+                cells[1] = f"{theirs['final'][key]:.2f}" if theirs else "n/a"
+            rank = np.mean(values_of(result, key, "effective_rank"))
+            cells.append(f"{rank:.1f} ({100 * rank / start:.0f} %)")
+            cells.append("n/a")
+            if key in their_ranks:
+                share = their_ranks[key] / their_ranks["pretrained"]
+                cells[-1] = f"{their_ranks[key]} ({100 * share:.0f} %)"
+            cells += engram_cells(runs, theirs) if key == "model3" else [""] * 3
+            name = "start" if key == "pretrained" else key.removeprefix("model")
+            rows.append([short, name, *cells])
+    header = [
+        "data, backbone",
+        "model",
+        "accuracy, %",
+        "reference",
+        "effective rank (of the start)",
+    ]
+    header += ["reference", "engram ARI", "untrained", "reference"]
+    return tables.markdown(header, rows)
+
+
+def engram_cells(runs: dict, theirs: dict) -> list[str]:
+    clusters = [run["cluster"] for run in runs["models"]["model3"].values()]
+    aris = [np.mean([c[case]["ari"] for c in clusters]) for case in ("trained", "untrained")]
+    return [*(f"{ari:.3f}" for ari in aris), f"{theirs['ari']:.3f}" if theirs else "n/a"]
+
+
+def block_differences(_page: Page) -> str:
+    """Model 2 less Model 1, by the measures that a reader needs."""
+    by_folder, rows = short_names(read_ranks()), []
+    for study in present():
+        found = gain(study, "model2 - model1")
+        cells = [format_interval(found, 2, 100, "+"), half_width(found)]
+        change = None  # of a study without Experiment 4
+        if study.folder in by_folder:
+            change = by_folder[study.folder][1]["changes"]["model2 - model1"]
+        for number, digits in DIFFERENCES:
+            cells.append(tables.change_cell(change, number, digits) if change else "n/a")
+        rows.append([study.short, *cells])
+    header = ["data, backbone", "accuracy, points", "half-width"]
+    header += ["effective rank", "stable rank", "CDNV, factor"]
+    header += ["effective rank, intermediate, mean"]
+    return tables.markdown(header, rows)
+
+
+DIFFERENCES = (
+    ("effective_rank", 1),
+    ("stable_rank", 1),
+    ("cdnv_log_ratio", 2),
+    ("intermediate.effective_rank", 1),
 )
 
-# TABLE -> its JSON file, where that is not results.json
-FILES = {"throughput": "throughput.json", "paper": "throughput_on_paper.json"}
-RANK_TABLES = (
-    "collapse",
-    "collapse_changes",
-    "neural_collapse",
-    "depth",
-)  # of records of Experiment 4 alone
-FILES |= dict.fromkeys((*RANK_TABLES, "effects", "reference"), "effective_rank_results.json")
 
-# Published numbers of the documents this study starts from: one seed each, their own code.
-# Accuracies in %.
-REFERENCE = {
-    "results": {
-        "model": "its small transformer",
-        "final": {"model1": 79.82, "model2": 80.96, "model3": 79.36},
-        "best": {"model1": 80.28, "model2": 80.96, "model3": 79.36},
-        "ari": 0.236,
-        "cluster_accuracy": 74.3,
-    },
-    "results_7b": {
-        "model": "Qwen2.5-7B, 67,349 training rows",
-        "train_rows": 67_349,
-        "minutes": {"model1": 380, "model2": 417, "model3": 635},
-        "final": {"model1": 96.22, "model2": 96.56, "model3": 96.67},
-        "best": {"model1": 96.22, "model2": 96.79, "model3": 96.67},
-        "ari": 0.833,
-        "cluster_accuracy": 95.64,
-        "within": 0.953,
-        "between": 0.838,
-    },
-    "results_agnews": {
-        "model": "Qwen2.5-7B, 120,000 training rows",
-        "train_rows": 120_000,
-        "minutes": {"model1": 1358, "model2": 1488, "model3": 1953},
-        "final": {"model1": 90.76, "model2": 95.54, "model3": 95.92},
-        "best": {"model1": 90.76, "model2": 95.63, "model3": 95.92},
-        "ari": 0.889,
-        "cluster_accuracy": 95.64,
-        "within": 0.862,
-        "between": 0.576,
-    },
-}
-
-# Its ranks of Qwen2.5-7B: effective rank, stable rank, participation ratio, components for 95 % of
-# the variance.
-REFERENCE_RANKS = {
-    "SST-2, 67,349 training rows, Qwen2.5-7B; 872 rows": {
-        "Pretrained": (498.1, 5.5, 224.3, 249),
-        "Classification Only": (556.8, 1.5, 163.6, 261),
-        "Dual Head": (658.0, 5.0, 408.6, 510),
-        "Dual + Engram": (653.8, 5.4, 400.6, 506),
-    },
-    "AG News, 120,000 training rows, Qwen2.5-7B; 2,000 rows": {
-        "Pretrained": (984.0, 7.1, 375.3, 374),
-        "Classification Only": (12.6, 1.9, 5.2, 3),
-        "Dual Head": (1097.4, 8.1, 464.4, 515),
-        "Dual + Engram": (1095.9, 8.1, 466.2, 516),
-    },
-}
+def half_width(interval: dict) -> str:
+    if interval["low"] is None:
+        return "n/a"
+    return f"{50 * (interval['high'] - interval['low']):.1f}"
 
 
-def reference_for(folder: Path) -> dict | None:
-    """The published numbers beside which a folder's tables stand: none for data that the reference
-    did not use.
-    """
-    return None if "movie-snippets" in folder.parts else REFERENCE.get(folder.parts[0])
+def block_sink(_page: Page) -> str:
+    return tables.table_sink(read_json(ROOT / SINK), (0, 3, 11, 12, 20, 28, 31))
 
 
-def interval(values, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
-    """Mean [95 % t interval over seeds], or the mean alone for one seed."""
-    return format_interval(mean_interval(values), digits, scale, sign)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def short_commit(commit: str | None) -> str:
-    """Ten digits, and -modified where the code was; a run outside of a clone has none."""
-    return (
-        "unknown"
-        if commit is None
-        else commit[:10] + ("-modified" if commit.endswith("-modified") else "")
-    )
-
-
-def threads(run: dict) -> str:
-    count = run["hardware"]["threads"]
-    return f"{count} thread{'s' * (count > 1)}"
-
-
-def origin(runs: list[dict]) -> str:
-    """By which code on which machines trainings or records were made."""
-    commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
-    devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
-    return f"by commit {commits} on {devices}"
-
-
-def caption(folder: Path, results: dict) -> str:
-    """Which data, rows, seeds, code and machine a table's numbers come from."""
-    data, config = results["settings"]["data"], results["settings"]["config"]
-    runs = [run for seeds in results["models"].values() for run in seeds.values()]
-    seeds = sorted({int(seed) for found in results["models"].values() for seed in found})
-    backbone = f"{config['model']}; " if "model" in config else ""
-    return (
-        f"*{backbone}{data['name']}: {data['train_rows']:,} training, "
-        f"{data['validation_rows']:,} validation rows; {config['epochs']} epochs; "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
-        f"Source: `{folder}/results.json`, made {origin(runs)}.*"
-    )
-
-
-def analysis_caption(folder: Path, results: dict) -> str:
-    """How the records of Experiment 4 were measured, and by which code on which machine."""
-    records = [
-        record
-        for result in results.values()
-        for key in keys_of(result)
-        for record in result[key]["seeds"].values()
-    ]
-    measured = next(iter(results.values()))["measured"]
-    return (
-        f"*Weights of the {measured['weights']} epoch, {measured['draws']} random subsets "
-        "for an interval over rows. "
-        f"Source: `{folder}/{FILES['collapse']}`, measured {origin(records)}.*"
-    )
-
-
-def model_name(key: str) -> str:
-    arm = common.find_arm(key)
-    return f"{key.removeprefix('model')}: {arm.title}" if key.startswith("model") else arm.title
-
-
-def table_accuracy(folder: Path, results: dict) -> str:
-    theirs, rows = reference_for(folder), []
-    for key, runs in results["models"].items():
-        cells = [
-            interval((run[epoch]["accuracy"] for run in runs.values()), scale=100)
-            for epoch in ("final", "best")
-        ]
-        carried = "n/a"
-        if key == "model3":
-            carried = interval(
-                (run["val"][-1]["carried"]["accuracy"] for run in runs.values()), scale=100
-            )
-        minutes = f"{np.mean([run['seconds'] for run in runs.values()]) / 60:.0f}"
-        parameters = f"{next(iter(runs.values()))['parameters']['trainable']:,}"
-        reference = [f"{theirs[epoch][key]:.2f}" for epoch in ("final", "best")] if theirs else []
-        rows.append([model_name(key), parameters, minutes, cells[0], carried, cells[1], *reference])
-    header = [
-        "model",
-        "trained parameters",
-        "minutes a seed",
-        "final epoch",
-        "final, engram carried",
-        "best epoch",
-    ]
-    if theirs:
-        header += ["reference: final", "reference: best"]
-    note = "Validation accuracy in %, mean and 95 % t interval over seeds; "
-    note += "evaluated with the zero engram unless carried."
-    if theirs:
-        note += f" The reference columns are its published numbers, of {theirs['model']}: "
-        note += "one seed, its own code."
-    return f"{note}\n\n{markdown(header, rows)}"
-
-
-def table_comparisons(folder: Path, results: dict) -> str:
-    theirs, rows = reference_for(folder), []
-    for epoch, comparisons in results["comparisons"].items():
-        for name, found in comparisons.items():
-            over_seeds, over_examples = (
-                format_bounds(found[kind], 2, 100, "+") or "n/a" for kind in ("seeds", "examples")
-            )
-            p = ", ".join(f"{value:.2g}" for value in found["mcnemar_p"])
-            row = [
-                f"{name}, {epoch} epoch",
-                f"{100 * found['difference']:+.2f}",
-                over_seeds,
-                over_examples,
-                p,
-            ]
-            if theirs:  # published accuracies of the same pair and epoch
-                b, a = name.split(" - ")
-                published = theirs[epoch].get(b), theirs[epoch].get(a)
-                row.append("n/a" if None in published else f"{published[0] - published[1]:+.2f}")
-            rows.append(row)
-    header = [
-        "difference in accuracy, points",
-        "mean",
-        "95 % over seeds (t)",
-        "95 % over examples (paired bootstrap)",
-    ]
-    return markdown(
-        [
-            *header,
-            "McNemar's exact p, each seed",
-            *([f"reference, one seed, {theirs['model']}"] if theirs else []),
-        ],
-        rows,
-    )
-
-
-def table_training(folder: Path, results: dict) -> str:
-    def last(runs: dict, split: str, key: str, digits: int, scale: float = 1.0) -> str:
-        values = [run[split][-1][key] for run in runs.values()]
-        return "n/a" if values[0] is None else interval(values, digits, scale)
-
+def block_answer(_page: Page) -> str:
+    """README.md's table: what the dual objective changed in each study."""
     rows = []
-    for key, runs in results["models"].items():
-        cells = [
-            last(runs, "train", "accuracy", 2, 100),
-            last(runs, "train", "cls_loss", 3),
-            last(runs, "val", "cls_loss", 3),
+    for short, result in short_names(read_ranks()).values():
+        study = next(s for s in STUDIES if s.folder == result["folder"])
+        changes = [result["changes"][f"{key} - pretrained"] for key in ("model1", "model2")]
+        start = np.mean(values_of(result, "pretrained", "effective_rank"))
+        ranks = [
+            f"{100 + 100 * c['both']['effective_rank']['mean'] / start:.0f} %" for c in changes
         ]
-        cells += [
-            last(runs, "train", "lm_loss", 3),
-            last(runs, "val", "lm_loss", 3),
-            last(runs, "train", "grad_norm", 2),
-        ]
-        initial = interval((run["initial"]["effective_rank"] for run in runs.values()), 1)
-        rows.append([model_name(key), *cells, initial, last(runs, "val", "effective_rank", 1)])
-    losses = ["train cls loss", "val cls loss", "train LM loss", "val LM loss"]
-    ranks = ["effective rank before training", "effective rank after"]
-    header = ["model, final epoch", "train accuracy, %", *losses, "gradient norm", *ranks]
-    n = min(results["settings"]["data"]["validation_rows"], common.RANK_ROWS)
-    size = results["settings"]["config"].get("hidden_size")
-    note = "Losses in nats (LM: per token); training values are running means with dropout. "
-    note += f"Ranks of {n:,} pooled validation"
-    return f"{note} features{f' of size {size}' if size else ''}.\n\n{markdown(header, rows)}"
+        accuracy = format_interval(gain(study, "model2 - model1"), 2, 100, "+")
+        cdnv = tables.change_cell(result["changes"]["model2 - model1"], "cdnv_log_ratio", 2)
+        rows.append([short, accuracy, *ranks, cdnv])
+    header = ["data, backbone", "accuracy, Model 2 - Model 1, points [95 %]"]
+    header += ["effective rank of Model 1, of the start's", "of Model 2"]
+    return tables.markdown([*header, "CDNV, Model 2 over Model 1 [95 %]"], rows)
 
 
-def differences_by_seed(results: dict, a: str, b: str, number) -> list[float]:
-    """number(run) of model b minus that of model a, for each seed that both have."""
-    first, second = (results["models"].get(key, {}) for key in (a, b))
-    return [number(second[seed]) - number(first[seed]) for seed in first if seed in second]
-
-
-def table_rank(folder: Path, results: dict) -> str:
-    models, rows = results["models"], []
-    for a, b in (("model1", "model2"), ("model2", "model3"), ("model1", "model3")):
-        if differences := differences_by_seed(
-            results, a, b, lambda run: run["val"][-1]["effective_rank"]
-        ):
-            rows.append([f"{b} - {a}", interval(differences, 1, sign="+"), str(len(differences))])
-    for key, runs in models.items():
-        change = [
-            run["val"][-1]["effective_rank"] - run["initial"]["effective_rank"]
-            for run in runs.values()
-        ]
-        rows.append(
-            [f"{key}: after training - before", interval(change, 1, sign="+"), str(len(runs))]
-        )
-    return markdown(
-        [
-            "effective rank of pooled validation features, final epoch",
-            "mean [95 % t interval over seeds]",
-            "seeds",
-        ],
-        rows,
-    )
-
-
-def table_engrams(folder: Path, results: dict) -> str:
-    theirs, runs = reference_for(folder), list(results["models"].get("model3", {}).values())
-    if not runs:
-        return "No training of model 3 is finished."
-    cases = {
-        "trained": "trained compressor",
-        "chance": "chance: the same, labels shuffled",
-        "untrained": "control: untrained compressor, trained backbone",
-    }
-    rows = []
-    for case, name in cases.items():
-        clusters, cosines = (
-            [run["cluster"][case] for run in runs],
-            [run["engram_cos"][case] for run in runs],
-        )
-        cells = [
-            interval((c["ari"] for c in clusters), 3),
-            interval((c["cluster_accuracy"] for c in clusters), 1, 100),
-        ]
-        cells += [interval((c[kind] for c in cosines), 3) for kind in ("within", "between")]
-        rows.append([name, *cells])
-    if theirs:
-        cosines = [
-            f"{theirs[kind]:.3f}" if kind in theirs else "n/a" for kind in ("within", "between")
-        ]
-        name = f"reference: {theirs['model']}, one seed, its code"
-        rows.append([name, f"{theirs['ari']:.3f}", f"{theirs['cluster_accuracy']:.1f}", *cosines])
-    names = results["settings"]["data"]["class_names"]
-    purity = [
-        interval((run["cluster"]["trained"]["purity"][str(c)] for run in runs), 1, 100)
-        for c in range(len(names))
-    ]
-    purities = "; ".join(f"{name} {value}" for name, value in zip(names, purity, strict=True))
-    header = [
-        "engrams of model 3, final epoch",
-        "ARI",
-        "cluster accuracy, %",
-        "cosine within class",
-        "cosine between classes",
-    ]
-    note = f"Share of each class's rows in its own cluster, trained compressor, %: {purities}."
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def table_seeds(folder: Path, results: dict) -> str:
-    """What stands behind the means: each training by itself."""
-    rows = []
-    for key, runs in results["models"].items():
-        for seed, run in runs.items():
-            last, engrams = run["val"][-1], run.get("cluster")
-            cells = [
-                f"{100 * last['accuracy']:.2f}",
-                f"{last['cls_loss']:.3f}",
-                f"{last['effective_rank']:.1f}",
-            ]
-            cells += [f"{max(epoch['max_grad_norm'] for epoch in run['train']):.1f}"]
-            cells += [
-                f"{engrams[case]['ari']:.3f}" if engrams else "n/a"
-                for case in ("trained", "untrained")
-            ]
-            rows.append([model_name(key), seed, *cells])
-    header = [
-        "model, final epoch",
-        "seed",
-        "accuracy, %",
-        "val cls loss",
-        "effective rank",
-        "largest gradient norm of a step",
-    ]
-    return markdown([*header, "engram ARI", "the same, untrained compressor"], rows)
-
-
-def table_cross(folder: Path, results: dict) -> str:
-    cross = results["cross_dataset"]
-    heads = [
-        f"{data['name']} ({data['train_rows']:,} / {data['validation_rows']:,} rows, "
-        f"{data['compute_dtype']})"
-        for data in (
-            results["settings"]["data"] | {"compute_dtype": compute_type(results)},
-            cross["other"],
-        )
-    ]
-    rows = [
-        [
-            name,
-            *(
-                format_interval(found[key], scale=100, sign="+")
-                for key in ("here", "there", "more_here")
-            ),
-        ]
-        for name, found in cross["comparisons"].items()
-    ]
-    return markdown(
-        ["difference in final accuracy, points [95 % over seeds]", *heads, "difference of the two"],
-        rows,
-    )
-
-
-def collapse_rows(results: dict, columns: tuple[tuple[str, str, int], ...]) -> str:
-    """A row for each study and model: mean [95 % interval over seeds] of each number."""
-    rows = []
-    for name, result in results.items():
-        for key in keys_of(result):
-            intervals = result[key]["intervals"]
-            cells = [
-                format_interval(intervals[number], digits) if number in intervals else "n/a"
-                for number, _, digits in columns
-            ]
-            seeds = str(intervals["effective_rank"]["n"])
-            rows.append(
-                [
-                    name,
-                    f"{result['num_samples']:,}",
-                    title_of(key, result, common.find_arm),
-                    seeds,
-                    *cells,
-                ]
-            )
-    return markdown(
-        ["data, backbone", "rows", "model", "seeds", *(head for _, head, _ in columns)], rows
-    )
-
-
-def table_collapse(folder: Path, results: dict) -> str:
-    matched = next(iter(results.values()))["matched_rows"]
-    columns = (
-        ("effective_rank", "effective rank", 1),
-        ("effective_rank_share", "over N - 1", 3),
-        ("effective_rank_matched", f"effective rank at {matched} rows", 1),
-        ("stable_rank", "stable rank", 1),
-        ("participation_ratio", "participation ratio", 1),
-        ("participation_ratio_eigen", "the same, eigenvalues", 1),
-        ("dims_95pct", "components for 95 % of variance", 0),
-    )
-    return collapse_rows(results, columns)
-
-
-def table_neural_collapse(folder: Path, results: dict) -> str:
-    columns = (
-        ("cdnv", "NC1 cdnv, pooled", 2),
-        ("intermediate.cdnv", "NC1 cdnv, intermediate", 2),
-        ("intermediate.etf_error", "NC2 etf_error", 3),
-        ("intermediate.self_duality_error", "NC3 self_duality_error", 3),
-        ("intermediate.ncc_agreement", "NC4 ncc_agreement", 3),
-        ("accuracy", "accuracy", 3),
-    )
-    return collapse_rows(results, columns)
-
-
-def table_reference(folder: Path, results: dict) -> str:
-    rows = [
-        [f"reference: {data}", model, *map(str, ranks)]
-        for data, found in REFERENCE_RANKS.items()
-        for model, ranks in found.items()
-    ]
-    header = ["data, backbone", "model", "effective rank", "stable rank", "participation ratio"]
-    return markdown([*header, "components for 95 % of variance"], rows)
-
-
-def table_depth(folder: Path, results: dict) -> str:
-    """Effective rank of the embeddings, of the layer between where it is lowest, and of the last
-    state; of language models.
-    """
-    rows = []
-    for name, result in (
-        (name, result)
-        for name, result in results.items()
-        if "model" in result["settings"]["config"]
-    ):
-        for key in keys_of(result):
-            ranks = np.array(
-                [
-                    [layer["effective_rank"] for layer in seed["layers"]]
-                    for seed in result[key]["seeds"].values()
-                ]
-            )
-            lowest, places = (
-                ranks[:, 1:-1].min(1),
-                sorted({str(layer) for layer in 1 + ranks[:, 1:-1].argmin(1)}),
-            )
-            cells = [
-                interval(ranks[:, 0], 1),
-                f"{interval(lowest, 1)} at {' or '.join(places)}",
-                interval(ranks[:, -1], 1),
-            ]
-            rows.append([name, title_of(key, result, common.find_arm), str(len(ranks)), *cells])
-    header = [
-        "data, backbone",
-        "model",
-        "seeds",
-        "effective rank at the embeddings",
-        "lowest between, at layer",
-        "at the end",
-    ]
-    return markdown(header, rows)
-
-
-def table_collapse_changes(folder: Path, results: dict) -> str:
-    rows = []
-    for name, result in results.items():
-        for pair, found in result["changes"].items():
-            cells = [str(found["effective_rank"]["n"]), f"{found['half']['rows']:,}"]
-            for number, digits in (("effective_rank", 1), ("stable_rank", 1), ("cdnv", 2)):
-                cells += [
-                    format_interval(kind[number], digits, sign="+")
-                    for kind in (found, found["half"])
-                ]
-            rows.append([name, title_of_change(pair, result), *cells])
-    header = ["data, backbone", "change", "seeds", "half the rows"]
-    numbers = ("effective rank", "stable rank", "NC1 cdnv, pooled")
-    kinds = ("mean [95 % over seeds]", "at half the rows [95 % over rows]")
-    return markdown([*header, *(f"{number}, {kind}" for number in numbers for kind in kinds)], rows)
-
-
-def studied_folders() -> list[str]:
-    """Results folders that FINDINGS.md has a section on, in its order."""
-    blocks = BLOCK.finditer((ROOT / "FINDINGS.md").read_text())
-    return [match["folder"] for match in blocks if match["table"] == "accuracy"]
-
-
-def table_effects(folder: Path, results: dict) -> str:
-    """What bears on each hypothesis, one row for each study: mean effect, and its intervals over
-    seeds and over rows.
-    """
-    rows: dict[str, list[list[str]]] = {"H1": [], "H2": [], "H3": [], "H4": []}
-    folders = studied_folders()
-    for study_folder in folders:
-        run = read_json(ROOT / study_folder / "results.json")
-        study, found = (
-            study_name(run["settings"]),
-            run["comparisons"]["final"].get("model2 - model1"),
-        )
-        if not found or "model3" not in run["models"]:
-            continue  # not all three models are trained
-        seeds = str(found["seeds"]["n"])
-        over_rows = format_bounds(found["examples"], 2, 100, "+")
-        accuracy = format_interval(found["seeds"], 2, 100, "+")
-        rows["H1"].append(["accuracy, points: model2 - model1", study, seeds, accuracy, over_rows])
-        loss = interval(
-            differences_by_seed(run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"]),
-            3,
-            sign="+",
-        )
-        rows["H1"].append(
-            ["validation classification loss, nats: model2 - model1", study, seeds, loss, "n/a"]
-        )
-        overfit = differences_by_seed(
-            run, "model1", "model2", lambda r: r["val"][-1]["cls_loss"] - r["train"][-1]["cls_loss"]
-        )
-        rows["H1"].append(
-            [
-                "the same, validation less training",
-                study,
-                seeds,
-                interval(overfit, 3, sign="+"),
-                "n/a",
-            ]
-        )
-        if "cross_dataset" in run:
-            gains = run["cross_dataset"]["comparisons"]["model2 - model1"]
-            pair = f"{study}, less {run['cross_dataset']['other']['study']}"
-            both = f"{gains['here']['n']} and {gains['there']['n']}"
-            more = format_interval(gains["more_here"], 2, 100, "+")
-            rows["H2"].append(["accuracy gain, points", pair, both, more, "n/a"])
-        engrams = [r["cluster"] for r in run["models"]["model3"].values()]
-        gain = interval([c["trained"]["ari"] - c["untrained"]["ari"] for c in engrams], 3, sign="+")
-        rows["H3"].append(
-            ["engram ARI: trained - untrained compressor", study, str(len(engrams)), gain, "n/a"]
-        )
-    for study, result in results.items():
-        for pair in ("model1 - pretrained", "model2 - model1"):
-            if pair not in result["changes"]:
-                continue
-            change, shown = result["changes"][pair], title_of_change(pair, result)
-            numbers = [("effective_rank", "effective rank", 1), ("stable_rank", "stable rank", 1)]
-            for number, label, digits in numbers + [("cdnv", "NC1 cdnv", 2)] * (
-                pair == "model2 - model1"
-            ):
-                over_seeds, half = (
-                    format_interval(kind[number], digits, sign="+")
-                    for kind in (change, change["half"])
-                )
-                n = str(change[number]["n"])
-                rows["H4"].append(
-                    [
-                        f"{label}: {shown}",
-                        study,
-                        n,
-                        over_seeds,
-                        f"{half} at {change['half']['rows']:,} rows",
-                    ]
-                )
-    header = [
-        "hypothesis",
-        "effect, final epoch",
-        "data, backbone",
-        "seeds",
-        "mean [95 % over seeds]",
-        "95 % over examples or rows",
-    ]
-    files = [
-        *(f"`{study_folder}/results.json`" for study_folder in folders),
-        f"`{folder}/{FILES['effects']}`",
-    ]
-    table = markdown(header, [[name, *row] for name, found in rows.items() for row in found])
-    return f"{table}\n\n*Sources: {', '.join(files)}.*"
-
-
-def table_throughput(folder: Path, results: dict) -> str:
-    rows = []
-    for key in [key for key in ("model1", "model2", "model3") if key in results]:
-        found = results[key]
-        rates, ratio = found["examples_per_second"], found["ratio"]["conventional"]
-        cells = [f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{ratio['median']:.1f}"]
-        rows.append([model_name(key), *cells, f"{ratio['low']:.1f} to {ratio['high']:.1f}"])
-    header = [
-        "model",
-        "conventional, examples/s",
-        "ours, examples/s",
-        "ratio",
-        "lowest to highest round",
-    ]
-    data, hardware = results["data"], results["hardware"]
-    note = (
-        f"*{data['name']}, {results['tokens_per_row']:.1f} tokens a row; "
-        f"medians of {results['settings']['rounds']} rounds, both recipes in turn; "
-        f"{hardware['device']}, {threads(results)}; "
-        f"commit {short_commit(results['git_commit'])}. Source: `{folder}/throughput.json`.*"
-    )
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def table_paper(folder: Path, results: dict) -> str:
-    """Counts for both data sets beside the reference's published times, which are of its own number
-    of training rows.
-    """
-    rows, sources = [], []
-    for place in ("results_7b", "results_agnews"):
-        counts, theirs = read_json(ROOT / place / FILES["paper"]), REFERENCE[place]
-        for key in ("model1", "model2", "model3"):
-            rates, step = counts[key]["examples_per_second"], counts[key]["step"]["ours"]
-            ratios = [
-                f"{rates['ours'] / rates[other]:.1f}" for other in ("conventional", "ecosystem")
-            ]
-            seen = counts["settings"]["epochs"] * theirs["train_rows"]
-            hours = []
-            for recipe in ("ours", "conventional"):
-                means = counts[key]["step"][recipe]
-                evaluations = means["evaluation_passes"] * means["evaluation_seconds"]
-                hours.append(f"{(seen / rates[recipe] + evaluations) / 3600:.1f}")
-            cells = [
-                f"{step['limit_share']:.0%}",
-                f"{step['unpacked']:.0%}",
-                *hours,
-                f"{theirs['minutes'][key] / 60:.1f}",
-            ]
-            rows.append(
-                [f"{counts['data']['name'].partition(',')[0]}, {model_name(key)}", *ratios, *cells]
-            )
-        sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
-    header = [
-        "data, model",
-        "examples/s over conventional",
-        "over ecosystem's",
-        "share of the limit",
-        "layers kept unpacked",
-    ]
-    header += [
-        "hours for the reference's rows, ours",
-        "the same, conventional",
-        "reference's published hours",
-    ]
-    card = f"{results['rates']['name']}, {results['settings']['memory_gib']:.0f} GiB"
-    note = (
-        f"*On paper, not measured: {'; '.join(sources)}; {card}; evaluations included. "
-        "Sources: `throughput_on_paper.json` in `results_7b/` and `results_agnews/`, "
-        f"commit {short_commit(results['git_commit'])}.*"
-    )
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def fill(text: str) -> str:
-    """The document with every block made anew."""
+def fill(text: str, page: Page) -> str:
+    """The document with every block made anew; page is RESULTS.md, whose tables they name."""
 
     def replace(match: re.Match) -> str:
-        folder, table = Path(match["folder"]), match["table"]
-        file = FILES.get(table, "results.json")
-        results = read_json(ROOT / folder / file)
-        content = globals()[f"table_{table}"](folder, results)
-        if file == "results.json":
-            content += f"\n\n{caption(folder, results)}"
-        elif table in RANK_TABLES:
-            content += f"\n\n{analysis_caption(folder, results)}"
+        content = globals()[f"block_{match['name']}"](page)
         return f"{match['begin']}\n{content}\n\n{match['end']}"
 
     return BLOCK.sub(replace, text)
 
 
+def draw_figures() -> None:
+    """Every figure whose numbers are in the JSON files; t-SNE needs the engrams of a run."""
+    rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
+    sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
+    for study in present():
+        results = results_of(study)
+        data = results["settings"]["data"]
+        rows = f"{data['train_rows']:,} training, {data['validation_rows']:,} validation rows"
+        title = f"{results['experiment']} on {data['name']} ({rows})"
+        path = ROOT / study.folder / "learning_curves.png"
+        plots.plot_learning_curves(path, title, results["models"], common.find_arm)
+
+
 def main() -> None:
+    draw_figures()
+    page = results_page()
+    write_file(ROOT / "RESULTS.md", page.document().encode())
     for name in DOCUMENTS:
         path = ROOT / name
-        write_file(path, fill(path.read_text()).encode())
-        print(f"filled the tables of {name}")
+        write_file(path, fill(path.read_text(), page).encode())
+    print(f"wrote RESULTS.md and its figures, filled {' and '.join(DOCUMENTS)}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collapse.data import limit_task
 from collapse.files import environment, write_file, write_json
 from collapse.language_models import fill_in_for, find_model, load_causal_lm, load_tokenizer
 from collapse.layer_states import records_by_depth
-from collapse.plots import save_figure
+from collapse.plots import legend_below, save_figure
 from collapse.settings import (
     ROOT,
     STANDIN_MODEL,
@@ -113,8 +113,7 @@ def plot(path: Path, results: dict) -> None:
     axes[0].set_ylim(bottom=0)
     axes[1].set_ylim(0, 1)
     axes[2].set_yscale("log")
-    for axis, corner in zip(axes, ("lower left", "upper left"), strict=False):
-        axis.legend(fontsize=8, loc=corner)  # where no line runs
+    legend_below(figure)
     rows = results["data"]["validation_rows"]
     title = f"{results['model']} before fine-tuning, {results['data']['name']}"
     figure.suptitle(f"{title}: {rows:,} validation rows")

@@ -555,7 +555,7 @@ def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path, capsys
         assert f"\n{name.removeprefix('model')} {arm_of(name).title} (n = 2) " in shown
         for other in ("model1", "model2"):
             assert f"\n{name} - {other} " in shown
-            assert compared[f"{name} - {other}"]["seeds"]["n"] == 2
+            assert compared[f"{name} - {other}"]["interval"]["n_seeds"] == 2
     last = {name: runs["1"]["train"][-1] for name, runs in results["models"].items()}
     assert last["kl"]["anchor_loss"] > 0 and last["l2-start"]["anchor_loss"] > 0
     assert "anchor_loss" not in last["model2"] and last["kl"]["lm_loss"] is None

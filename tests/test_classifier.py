@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 
 import numpy as np
 import peft
@@ -54,11 +55,11 @@ def test_it_generates_what_peft_does(folder, qwen):
 
 def test_the_lines_that_the_readme_shows_run(folder, monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    lines = readme[readme.index("from common import load_classifier") :].partition("```")[0]
+    lines = readme[readme.index("    from common import load_classifier") :].partition("\n\n")[0]
     monkeypatch.chdir(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(lines, {})
+        exec(textwrap.dedent(lines), {})
     assert "negative" in printed.getvalue()
 
 

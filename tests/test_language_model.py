@@ -4,6 +4,7 @@ saved to a folder and loaded.
 
 import importlib
 import json
+import math
 import shutil
 import sys
 
@@ -35,7 +36,7 @@ from collapse.loaders import load_ag_news
 from collapse.memory import _activation_bytes, count_parameters
 from collapse.reports import COMPARISONS
 from collapse.settings import DEFAULT_MODEL, ROOT, LanguageModelConfig, UserError
-from collapse.statistics import welch_interval
+from collapse.statistics import independent_difference
 
 CPU = torch.device("cpu")
 TINY = "--epochs 2 --batch-size 8 --max-length 12 --lora-rank 4 --classifier-size 10"
@@ -587,7 +588,10 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         ]
         assert cross["comparisons"][name]["there"]["mean"] == pytest.approx(np.mean(gains[0]))
         assert cross["comparisons"][name]["here"]["mean"] == pytest.approx(np.mean(gains[1]))
-        assert cross["comparisons"][name]["more_here"] == pytest.approx(welch_interval(*gains))
+        found = cross["comparisons"][name]
+        more = independent_difference(found["there"], found["here"])
+        assert found["more_here"] == pytest.approx(more)
+        assert more["se"] == pytest.approx(math.hypot(found["here"]["se"], found["there"]["se"]))
     for setting, said in (
         (
             "--compute-dtype bfloat16",

@@ -11,6 +11,7 @@ from collapse.statistics import (
     crossed_error,
     crossed_interval,
     crossed_mean_squares,
+    independent_difference,
     jackknife_interval,
     mcnemar,
     paired_difference,
@@ -328,3 +329,17 @@ def test_a_t_interval_at_any_level():
     found = t_interval(1.0, 0.5, 7, 0.99)
     assert (found["low"], found["high"]) == pytest.approx(scipy.stats.t.interval(0.99, 7, 1.0, 0.5))
     assert found["p"] == pytest.approx(2 * scipy.stats.t.sf(2.0, 7))
+
+
+def test_a_difference_of_two_data_sets_is_welchs():
+    """With one row each it is Welch's t interval of two samples of seeds."""
+    a, b = np.array([0.1, 0.2, 0.6]), np.array([0.5, 0.52, 0.51, 0.53])
+    found = independent_difference(*(crossed_interval(side[:, None]) for side in (a, b)))
+    expected = scipy.stats.ttest_ind(b, a, equal_var=False)
+    assert found["mean"] == pytest.approx(b.mean() - a.mean())
+    assert found["p"] == pytest.approx(expected.pvalue)
+    assert (found["low"], found["high"]) == pytest.approx(expected.confidence_interval(0.95))
+    one = crossed_interval(np.array([[0.1]]))
+    assert independent_difference(one, found)["low"] is None
+    still = crossed_interval(np.full((2, 1), 0.5))
+    assert independent_difference(still, still)["high"] == 0

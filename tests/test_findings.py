@@ -1,0 +1,439 @@
+"""The documents say what the JSON files say, and keep to their sizes."""
+
+import csv
+import re
+import subprocess
+from pathlib import Path
+
+import findings
+import numpy as np
+import pytest
+import result_tables as tables
+
+import common
+from collapse import rank_plots, records
+from collapse.files import read_json
+from collapse.reports import comparisons_of, cross_dataset_table, summary_table, tidy_table
+from collapse.settings import ROOT
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Skips where results are a run of the reader's own: documents tell of the published ones."""
+    listing = ["git", "status", "--porcelain", "-uall", "--", "*.json"]
+    found = subprocess.run(listing, cwd=ROOT, check=False, capture_output=True, text=True)
+    if found.stdout.strip():
+        pytest.skip("results are a run of your own; `make findings` fills the tables from them")
+
+
+@pytest.fixture(scope="module")
+def page(published):
+    return findings.results_page()
+
+
+@pytest.mark.parametrize("name", findings.DOCUMENTS)
+def test_the_tables_of_the_documents_are_those_of_the_json(name, page):
+    text = (ROOT / name).read_text()
+    assert findings.BLOCK.search(text), f"{name} has no marked table"
+    assert findings.fill(text, page) == text, "run `make findings`"
+
+
+def test_results_md_is_that_of_the_json(page):
+    assert (ROOT / "RESULTS.md").read_text() == page.document(), "run `make findings`"
+
+
+def test_every_published_run_has_its_place_in_the_documents(page):
+    folders = {str(path.parent.relative_to(ROOT)) for path in PUBLISHED}
+    assert folders == {study.folder for study in findings.present()}
+    for folder in folders:
+        assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.document()
+    measured = read_json(ROOT / findings.RANKS)
+    assert list(findings.read_ranks()) == list(measured)  # none left out, one order
+
+
+def prose(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+
+
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?!\w)")
+
+
+def test_every_number_in_the_findings_is_in_a_table(page):
+    text = (ROOT / "FINDINGS.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    known = set(NUMBER.findall("\n".join([*rows, page.document()])))
+    told = NUMBER.findall(prose(text))
+    assert len(told) > 20 and not set(told) - known
+
+
+def test_the_answer_in_the_findings_is_that_of_the_json(published):
+    """What the sentences say without a number that a table has."""
+    ranks, shares = findings.read_ranks(), []
+    text = " ".join((ROOT / "FINDINGS.md").read_text().split())
+    assert "In none of five studies is a difference in accuracy found at the final epoch" in text
+    assert len(findings.present()) == 5
+    for study in findings.present():
+        for found in comparisons_of(findings.results_of(study))["final"].values():
+            assert found["interval"]["low"] < 0 < found["interval"]["high"]
+    for result in ranks.values():
+        ends = [result[key]["effective_rank"] for key in ("model1", "pretrained")]
+        shares.append(round(100 * ends[0] / ends[1]))
+        assert result["changes"]["model2 - model1"]["both"]["cdnv_log_ratio"]["low"] > 0
+    assert f"Model 1 ends at {min(shares)} to {max(shares)} % of its rank before training" in text
+
+
+def test_the_documents_are_read_in_ten_minutes():
+    text, readme = ((ROOT / name).read_text() for name in ("FINDINGS.md", "README.md"))
+    assert text.count("\n") <= 300 and readme.count("\n") <= 150
+    assert sum(bool(re.search(r"\w", word)) for word in text.split()) <= 2800
+    found = {kind: re.findall(rf"\*\*{kind} (\d+)\.\*\*", text) for kind in ("Table", "Figure")}
+    for kind, most in (("Table", 8), ("Figure", 6)):  # numbered as they come
+        assert found[kind] == [str(1 + place) for place in range(len(found[kind]))]
+        assert len(found[kind]) <= most
+    heads = [line for line in text.splitlines() if re.match(r"\|( ?-+:? ?\|)+$", line)]
+    assert len(heads) == len(found["Table"]) and text.count("![") == len(found["Figure"])
+
+
+def test_the_documents_tell_one_interval():
+    for name in (*findings.DOCUMENTS, "RESULTS.md"):
+        text = (ROOT / name).read_text()
+        for words in ("over seeds", "over examples", "over rows", "both intervals"):
+            assert words not in text, name
+    for path in [*(ROOT / "collapse").glob("*.py"), ROOT / "studies/findings.py"]:
+        assert "both intervals" not in path.read_text(), path.name
+
+
+def test_a_table_follows_its_json(monkeypatch):
+    run = {
+        "parameters": {"trainable": 5},
+        "final": {"accuracy": 0.5},
+        "best": {"accuracy": 0.75},
+        "git_commit": "c0ffee",
+        "hardware": {"device": "abacus", "threads": 1},
+    }
+    data = {"name": "Data", "train_rows": 4, "validation_rows": 4}
+    settings = {"data": data, "config": {"epochs": 1}}
+    results = {"settings": settings, "models": {"model1": {"7": run}}}
+    told = tables.provenance(Path("some"), results)
+    assert "seed 7" in told and "`some/results.json`" in told and "abacus" in told
+    block = lambda page: tables.table_accuracy(Path("some"), results)  # noqa: E731
+    monkeypatch.setattr(findings, "block_some", block, raising=False)
+    text = "before\n<!-- begin some -->\nold\n<!-- end -->\nafter\n"
+    filled = findings.fill(text, findings.Page())
+    assert "| 1: Classification Only | 5 | 50.00 | n/a | 75.00 |" in filled
+    assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert findings.fill(filled, findings.Page()) == filled and "old" not in filled
+
+
+def test_claims_are_those_of_the_json(page):
+    """Signs and pairs of what stands beside each claim, from the stored rows and records."""
+    block = findings.block_claims(page)
+    for study in findings.repeated():
+        runs = findings.results_of(study)["models"]
+        accuracy = [
+            np.mean([run["final"]["accuracy"] for run in runs[key].values()])
+            for key in ("model1", "model2", "model3")
+        ]
+        assert f"{study.short} {100 * (accuracy[1] - accuracy[0]):+.2f} [" in block
+        assert f"{study.short} {100 * (accuracy[2] - accuracy[1]):+.2f} [" in block
+        clusters = [run["cluster"] for run in runs["model3"].values()]
+        ari = np.mean([c["trained"]["ari"] - c["untrained"]["ari"] for c in clusters])
+        assert f"{study.short} {ari:+.3f} [" in block
+    for short, result in findings.short_names(findings.read_ranks()).values():
+        ranks = [result[key]["effective_rank"] for key in ("pretrained", "model1", "model2")]
+        if not short.startswith("snippets"):
+            assert f"{short} {ranks[1] - ranks[0]:+.1f} [" in block
+            assert f"{short} {ranks[2] - ranks[1]:+.1f} [" in block
+
+
+def test_a_mild_collapse_is_stable_rank_and_participation_without_effective_rank():
+    def study(folder, *after):
+        names = ("effective_rank", "stable_rank", "participation_ratio")
+        parts = {"pretrained": (9.0, 9.0, 9.0), "model1": after}
+        found = {k: {"seeds": {"1": dict(zip(names, v, strict=True))}} for k, v in parts.items()}
+        return found | {"folder": folder}
+
+    ranks = {
+        "SST-2, a": study("results", 8.0, 8.0, 8.0),
+        "SST-2, b": study("results_7b", 10.0, 3.0, 4.0),
+        "AG News": study("results_agnews", 10.0, 3.0, 4.0),
+    }
+    met, shown = findings.mild_collapse(ranks)
+    assert met == "met in 1 of 2: SST-2, 7B"
+    assert shown.startswith("effective rank 9.0 → 10.0; stable rank 9.0 → 3.0")
+
+
+def test_comparisons_of_an_older_run_are_made_anew(published):
+    old = read_json(ROOT / "results_agnews/smollm2-135m/results.json")
+    found = comparisons_of(old)
+    assert found["final"].keys() == old["comparisons"]["final"].keys()
+    for epoch, comparisons in old["comparisons"].items():
+        for name, stored in comparisons.items():
+            anew = found[epoch][name]
+            assert anew["interval"]["mean"] == pytest.approx(stored["difference"])
+            assert anew["mcnemar_p"] == pytest.approx(stored["mcnemar_p"])
+    assert comparisons_of({"comparisons": found}) is found
+
+
+def cells(table: str, *row: str) -> dict[str, str]:
+    """Head -> cell of the one row of a table that holds these cells."""
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    (found,) = [line for line in lines if set(row) <= set(line)]
+    return dict(zip(lines[0], found, strict=True))
+
+
+def test_each_table_of_experiment_4_puts_each_number_below_its_head():
+    keys = [
+        "effective_rank",
+        "effective_rank_share",
+        "stable_rank",
+        "participation_ratio",
+        "participation_ratio_eigen",
+    ]
+    keys += ["dims_95pct", "cdnv", "accuracy"]
+    inner = ["cdnv", "etf_error", "self_duality_error", "ncc_agreement"]
+
+    origin = {"git_commit": "c0ffee0123456789", "hardware": {"device": "abacus", "threads": 2}}
+
+    def record(base):
+        found = {key: base + place for place, key in enumerate(keys)}
+        found |= {
+            "intermediate": {key: base + 20 + place for place, key in enumerate(inner)},
+            "num_samples": 100,
+        }
+        found["layers"] = [{"effective_rank": base + rank} for rank in (7, 9, 3, 5)]
+        halves = {
+            key: [base * (2 + i) + draw for draw in (-1, 0, 1)]
+            for i, key in enumerate(records.HALVED[:3])  # as older records have them
+        }
+        return (
+            found
+            | {
+                "subsets": {"50": [base + 40 + draw for draw in (-1, 0, 1)]},
+                "halves": {"rows": 50, **halves},
+            }
+            | origin
+        )
+
+    bases = {"pretrained": 100, "model1": 200, "model2": 300, "model3": 500}
+    settings = {"config": {"model": "some/backbone"}}
+    measured = {"weights": "final", "draws": 3, "rows": 2000}
+    study = {
+        "folder": "f",
+        "settings": settings,
+        "num_samples": 100,
+        "measured": measured,
+        "records": {key: {"1": record(base)} for key, base in bases.items()},
+    }
+    results = records.summarize({"S": study}, common.find_arm)
+    told = tables.provenance_of_ranks("f", results)
+    assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
+    row = cells(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
+    heads = ["effective rank", "over N - 1", "stable rank", "participation ratio"]
+    heads += ["the same, eigenvalues", "components for 95 % of variance"]
+    assert [float(row[head]) for head in heads] == [200, 201, 202, 203, 204, 205]
+    assert (row["rows"], row["seeds"], row["at matched rows"]) == ("100", "1", "240.0")
+    assert "within classes" not in row  # no record has it
+    row = cells(tables.table_records(results, tables.COLLAPSE_COLUMNS), "Dual Head")
+    heads = ["NC1 CDNV, pooled", "NC1 CDNV, intermediate", "NC2 etf_error"]
+    heads += ["NC3 self_duality_error", "NC4 ncc_agreement", "accuracy"]
+    assert [float(row[head]) for head in heads] == [306, 320, 321, 322, 323, 307]
+    row = cells(tables.table_depth(results), "Dual + Engram")
+    assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
+    for change, first, second in (
+        ("model1 - pretrained", 100, 200),
+        ("model3 - model1", 200, 500),
+        ("model3 - model2", 300, 500),
+    ):
+        row = cells(tables.table_changes(results), change)
+        for number in ("effective rank", "stable rank"):
+            assert float(row[number].split(" [")[0]) == second - first
+        factor = float(row["NC1 CDNV, pooled, as a factor"].split(" [")[0])
+        assert factor == pytest.approx((second + 6) / (first + 6), abs=0.006)
+
+
+def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them():
+    """Ranks within classes and without the first token, of one study of two."""
+    rng = np.random.default_rng(0)
+
+    def record(numbers):
+        found = {number: float(rng.uniform(1, 9)) for number in numbers}
+        halves = {number: list(rng.uniform(1, 9, 4)) for number in numbers}
+        layers = [{n: found[n] for n in numbers if n.startswith("effective")} for _ in range(4)]
+        found |= {"halves": {"rows": 5, **halves}, "num_samples": 10, "layers": layers}
+        return found | {"subsets": {}}
+
+    studies = {}
+    for name, numbers in (("old", records.HALVED[:3]), ("new", records.HALVED)):
+        found = {key: {"1": record(numbers)} for key in ("pretrained", "model1")}
+        settings = {"config": {"model": "some/backbone"}}
+        study = {"folder": "f", "settings": settings, "num_samples": 10, "measured": {}}
+        studies[name] = study | {"records": found}
+    results = records.summarize(studies, common.find_arm)
+    heads = ["within classes", "without the first token", "within, without first"]
+    for table in (
+        tables.table_records(results, tables.RANK_COLUMNS),
+        tables.table_changes(results),
+    ):
+        old, new = (
+            [cells(part, name)[head] for head in heads]
+            for name in ("old", "new")
+            for part in [with_one_row_of(table, name)]
+        )
+        assert old == ["n/a"] * 3 and "n/a" not in new
+    assert tables.table_depth(results).count("| new |") == 2 * 4  # models by measures
+    assert tables.table_depth(results).count("| old |") == 2
+
+
+def with_one_row_of(table: str, name: str) -> str:
+    """The table's head, and the last row that starts with the name."""
+    lines = table.splitlines()
+    return "\n".join([lines[0], [line for line in lines if line.startswith(f"| {name} ")][-1]])
+
+
+def test_each_table_of_a_training_puts_each_number_below_its_head():
+    def run(base):
+        train = {
+            "accuracy": base / 1000,
+            "cls_loss": base + 1,
+            "lm_loss": base + 2,
+            "grad_norm": base + 3,
+        }
+        val = {
+            "accuracy": base / 500,
+            "cls_loss": base + 4,
+            "lm_loss": base + 5,
+            "effective_rank": base + 6,
+        }
+        earlier = {"max_grad_norm": base + 9}
+        names = ("trained", "chance", "untrained")
+        cluster = {
+            name: {
+                "ari": base + 10 + i,
+                "cluster_accuracy": (base + 13 + i) / 100,
+                "purity": {"0": 0.25, "1": 0.75},
+            }
+            for i, name in enumerate(names)
+        }
+        cosines = {
+            name: {"within": base + 16 + i, "between": base + 19 + i}
+            for i, name in enumerate(names)
+        }
+        initial = {"effective_rank": base + 7}
+        train = [train | earlier, train | {"max_grad_norm": base + 8}]
+        return {
+            "train": train,
+            "val": [{}, val],
+            "initial": initial,
+            "cluster": cluster,
+            "engram_cos": cosines,
+        }
+
+    interval = {"mean": 0.01, "low": -0.02, "high": 0.03, "se": 0.01, "df": 9.0}
+    found = {"final": {"model2 - model1": {"interval": interval, "mcnemar_p": [0.5, 0.125]}}}
+    data = {"name": "Data", "train_rows": 9, "validation_rows": 8, "class_names": ["no", "yes"]}
+    results = {
+        "settings": {"config": {"model": "m", "compute_dtype": "bfloat16"}, "data": data},
+        "models": {"model1": {"7": run(100)}, "model2": {"7": run(200)}, "model3": {"7": run(300)}},
+        "comparisons": found | {"best": {}},
+    }
+    own, theirs = Path("results_b"), Path("results_7b")
+    pair = "model2 - model1, final epoch"
+    row = cells(tables.table_comparisons(own, results), pair)
+    assert list(row.values())[1:] == ["+1.00 [-2.00, +3.00]", "0.5, 0.12"]
+    row = cells(tables.table_comparisons(theirs, results), pair)
+    assert list(row.values())[-1] == "+0.34" and list(row)[-1].startswith("reference")
+    row = cells(tables.table_training(own, results), "2: Dual Head")
+    assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
+    row = cells(tables.table_seeds(own, results), "3: Dual + Engram")
+    assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
+    case = "control: untrained compressor, trained backbone"
+    row = cells(tables.table_engrams(own, results), case)
+    assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
+    assert "no 25.0; yes 75.0" in tables.table_engrams(own, results)
+    still = {"final": {"model2 - model1": {"interval": interval | {"mean": 0.0}}}}
+    there = {
+        "settings": {"config": {"model": "m"}, "data": data | {"name": "Other"}},
+        "comparisons": still,
+        "models": {},
+    }
+    row = cells(tables.table_cross(results, there), "model2 - model1")
+    assert list(row)[1:3] == ["Data (9 / 8 rows, bfloat16)", "Other (9 / 8 rows)"]
+    assert [cell.split()[0] for cell in list(row.values())[1:]] == ["+1.00", "+0.00", "+1.00"]
+
+
+PUBLISHED = sorted(p for p in ROOT.glob("results*/**/results.json") if "limit-" not in str(p))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_published_results_are_readable_and_their_csv_says_the_same(path):
+    results = read_json(path)
+    assert summary_table(results, common.find_arm).count("(n = ") == len(results["models"])
+    assert cross_dataset_table(results) if "cross_dataset" in results else True
+    if not results["git_commit"].endswith("-modified"):  # a run of your own writes its CSV itself
+        assert (path.parent / "results.csv").read_text() == tidy_table(results)
+    rows = list(csv.DictReader((path.parent / "results.csv").open()))
+    for row in rows:
+        run = results["models"][row["model"]][row["seed"]]
+        record = run["val"][int(row["epoch"]) - 1] if row["epoch"] != "0" else run["initial"]
+        assert float(row["val_accuracy"]) == record["accuracy"]
+    epochs = results["settings"]["config"]["epochs"]
+    assert len(rows) == (epochs + 1) * sum(map(len, results["models"].values()))
+
+
+def test_published_ranks_are_readable():
+    results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    again = records.summarize(records.with_records(results), common.find_arm)
+    table = records.table(again, common.find_arm)
+    for name, result in results.items():
+        assert name in table
+        shown = rank_plots.shown_models(result, common.find_arm)
+        assert [model.key for model in shown] == ["pretrained", "model1", "model2", "model3"]
+
+
+def test_depths_are_drawn_for_each_measure_that_the_records_have(tmp_path, monkeypatch):
+    """A panel a measure and study; older records have the first measure alone."""
+    drawn = []
+    monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    deep = {name: r for name, r in results.items() if "model" in r["settings"]["config"]}
+    rank_plots.plot_layers(tmp_path / "old.png", results, common.find_arm)
+    assert len(drawn[-1].axes) == len(deep)  # none of the small transformer
+    for result in deep.values():
+        for key in records.keys_of(result):
+            for record in result[key]["seeds"].values():
+                for layer in record["layers"]:
+                    layer |= dict.fromkeys(rank_plots.DEPTH_PANELS, layer["effective_rank"])
+    rank_plots.plot_layers(tmp_path / "new.png", deep, common.find_arm)
+    assert len(drawn[-1].axes) == 4 * len(deep)
+    titles = [axis.get_title(loc="left") for axis in drawn[-1].axes]
+    assert sum("without the first token" in title for title in titles) == 2 * len(deep)
+
+
+def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
+    """Centres of AG News' bars, and the reference's fall of the rank to 1.3 %."""
+    drawn = []
+    monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
+    stored = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
+    results = records.summarize(records.with_records(stored), common.find_arm)
+    name = next(name for name in results if name.startswith("AG News"))
+    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]}, common.find_arm)
+    centres = [
+        [float(line.get_xdata()[0]) for line in axis.lines if len(line.get_xdata()) == 1]
+        for axis in drawn[-1].axes
+    ]
+    runs = read_json(ROOT / results[name]["folder"] / "results.json")["models"]
+    gains = [
+        np.mean([run["final"]["accuracy"] for run in runs[b].values()])
+        - np.mean([run["final"]["accuracy"] for run in runs["model1"].values()])
+        for b in ("model2", "model3")
+    ]
+    assert set(np.round(100 * np.array(gains), 4)) <= set(np.round(centres[0], 4))
+    start, end = (results[name][key]["effective_rank"] for key in ("pretrained", "model1"))
+    assert round(100 * end / start, 4) in np.round(centres[1], 4)
+    assert round(100 * 12.6 / 984.0, 4) in np.round(centres[1], 4)
+    assert all(factor > 1 for factor in centres[2])

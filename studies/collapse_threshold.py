@@ -414,7 +414,7 @@ MARKERS = dict(zip(OUTCOMES, ("o", "v", "X", "s", "*"), strict=True))
 def plot(folder: Path, measure: str, label: str, path: Path) -> None:
     """A measure after training against the learning rate: a panel a data set, a line an arm.
 
-    Lines are means over seeds, bands their 95 % t intervals; a marker is the commonest outcome.
+    Lines are means over seeds, bands lowest to highest; a marker is the commonest outcome.
     """
     runs = read_runs(folder)
     outcomes = outcomes_of(runs)
@@ -447,16 +447,21 @@ def plot(folder: Path, measure: str, label: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw(folder: Path) -> None:
+    share = "components kept (share of the start's)"
+    plot(folder, "kept", share, folder / "components.png")
+    plot(folder, "validation_accuracy", "validation accuracy", folder / "accuracy.png")
+
+
 def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure: str) -> None:
     arm = common.find_arm(runs[0].cell.arm)
     rates = sorted({run.cell.rate for run in runs})
     means, lows, highs = [], [], []
     for rate in rates:
         values = [value_of(run, measure) for run in runs if run.cell.rate == rate]
-        interval = mean_interval(values)
-        means.append(interval["mean"])
-        lows.append(interval["low"] if interval["low"] is not None else interval["mean"])
-        highs.append(interval["high"] if interval["high"] is not None else interval["mean"])
+        means.append(np.mean(values))
+        lows.append(min(values))
+        highs.append(max(values))
         kinds = Counter(outcomes[run.cell] for run in runs if run.cell.rate == rate)
         marker = MARKERS[kinds.most_common(1)[0][0]]
         axis.plot(10**rate, means[-1], color=arm.color, marker=marker, markersize=6)
@@ -500,15 +505,7 @@ def main() -> None:
         run_missing(config)
     results = summary(config.folder)
     write_json(config.folder / "results.json", results)
-    plot(
-        config.folder,
-        "kept",
-        "components kept (share of the start's)",
-        config.folder / "components.png",
-    )
-    plot(
-        config.folder, "validation_accuracy", "validation accuracy", config.folder / "accuracy.png"
-    )
+    draw(config.folder)
     print(text_of(results))
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import collapse_threshold
 import result_tables as tables
 import sink
+import study_tables
 
 import common
 from collapse import plots, rank_plots, records
@@ -95,6 +97,8 @@ STUDIES = (
 RANKS = "results_effective_rank/effective_rank_results.json"
 SINK = "studies/results/sink/sink.json"
 SIMULATION = "studies/results/statistics/simulation.json"
+THRESHOLD = "studies/results/collapse_threshold/newsgroups"
+FINETUNED = "studies/results/pretrain/finetuned.json"
 
 
 def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
@@ -191,6 +195,27 @@ def add_study(page: Page, study: Study) -> None:
     page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
 
 
+def add_threshold(page: Page) -> None:
+    found = read_json(ROOT / THRESHOLD / "results.json")
+    page.text("## The learning rate at which a representation collapses")
+    page.text(
+        "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
+        f"--workers 2`. Source: `{THRESHOLD}/seed-*.csv`, a row for every measurement of "
+        f"{found['runs']} trainings."
+    )
+    caption = "Where runs stop being healthy; shifts are paired over backbones."
+    page.table("threshold", caption, study_tables.table_threshold(found))
+    for dataset in found["arms"][0]["edge"]:
+        caption = f"How runs end, {dataset}: counts, and means over backbones."
+        page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
+    page.figure(f"{THRESHOLD}/components.png", "Components kept against the learning rate")
+    page.figure(f"{THRESHOLD}/accuracy.png", "Validation accuracy against the learning rate")
+    if (ROOT / FINETUNED).exists():
+        caption = "Backbones against random weights; each start at its better rate of two."
+        finetuned = read_json(ROOT / FINETUNED)
+        page.table("finetuned", caption, study_tables.table_finetuned(finetuned))
+
+
 def add_ranks(page: Page) -> None:
     ranks = read_ranks()
     page.text("## Experiment 4: ranks and neural collapse of the saved models")
@@ -253,6 +278,7 @@ def add_speed_and_reference(page: Page) -> None:
 def results_page() -> Page:
     page = Page()
     page.text(INTRODUCTION)
+    add_threshold(page)
     for study in present():
         add_study(page, study)
     add_ranks(page)
@@ -490,6 +516,10 @@ def half_width(interval: dict) -> str:
     return f"{50 * (interval['high'] - interval['low']):.1f}"
 
 
+def block_threshold(_page: Page) -> str:
+    return study_tables.table_threshold(read_json(ROOT / THRESHOLD / "results.json"))
+
+
 def block_sink(_page: Page) -> str:
     return tables.table_sink(read_json(ROOT / SINK), (0, 3, 11, 12, 20, 28, 31))
 
@@ -525,6 +555,7 @@ def fill(text: str, page: Page) -> str:
 def draw_figures() -> None:
     """Every figure whose numbers are in the JSON files; t-SNE needs the engrams of a run."""
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
+    collapse_threshold.draw(ROOT / THRESHOLD)
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)

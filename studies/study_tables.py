@@ -1,13 +1,15 @@
 """Tables of the studies' own results, for RESULTS.md and FINDINGS.md."""
 
+from result_tables import markdown
+
 from collapse.arms import find_arm
 from collapse.statistics import format_interval
 
 KINDS = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 
 
-def table_threshold(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: where runs of each arm stop being healthy, against Model 1."""
+def table_threshold(results: dict) -> str:
+    """Where runs of each arm stop being healthy, against Model 1."""
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
     header += ["edge's shift, decades", "shift of collapse alone", "backbones"]
@@ -20,11 +22,11 @@ def table_threshold(results: dict) -> tuple[list[str], list[list[str]]]:
         cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
         count = max(e["n"] for e in row["edge"].values() if e)
         rows.append([find_arm(row["arm"]).title, *edges, *cells, str(count)])
-    return header, rows
+    return markdown(header, rows)
 
 
-def table_ends(results: dict, dataset: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: what runs of each arm and rate end as, and means over backbones."""
+def table_ends(results: dict, dataset: str) -> str:
+    """What runs of each arm and rate end as, and means over backbones."""
     columns = (
         ("components", "dims_95pct", 1, 1),
         ("effective rank", "effective_rank", 1, 1),
@@ -50,4 +52,19 @@ def table_ends(results: dict, dataset: str) -> tuple[list[str], list[list[str]]]
             rows.append(
                 [title, f"{10 ** float(rate):.1e}", *(str(kinds[k]) for k in KINDS), *cells]
             )
-    return header, rows
+    return markdown(header, rows)
+
+
+def table_finetuned(results: dict) -> str:
+    """What pretraining is worth: accuracy from the backbones' weights and from random ones."""
+    rows = [
+        [
+            dataset,
+            *(f"{found['accuracy'][start] * 100:.1f}" for start in ("pretrained", "random")),
+            format_interval(found["pretrained - random"], 1, 100, "+"),
+            str(found["pretrained - random"]["n"]),
+        ]
+        for dataset, found in results.items()
+    ]
+    header = ["data", "pretrained, %", "random, %", "difference, points [95 %]", "backbones"]
+    return markdown(header, rows)

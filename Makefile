@@ -14,7 +14,7 @@ experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --dist loadfile  # a process a core
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -356,7 +356,7 @@ def summary(folder: Path) -> dict[str, Any]:
             row["ends"][dataset] = mean_ends(runs, arm, dataset)
             row["outcomes"][dataset] = {
                 rate: {kind: counts[dataset, arm, rate, kind] for kind in OUTCOMES}
-                for rate in dict.fromkeys(f"{c.rate:g}" for c in outcomes if c.dataset == dataset)
+                for rate in rates_of(outcomes, dataset)
             }
         if arm != "model1":
             for good in GOOD:
@@ -372,6 +372,11 @@ ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank
 ENDS += ("stable_rank", "top10_variance", "cdnv", "accuracy", "validation_accuracy")
 
 
+def rates_of(outcomes: dict[Cell, str], dataset: str) -> list[str]:
+    rates = sorted({cell.rate for cell in outcomes if cell.dataset == dataset})
+    return [f"{rate:g}" for rate in rates]
+
+
 def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, float]]:
     """Rate -> means over seeds of what the last record says, of runs that did not diverge.
 
@@ -379,7 +384,7 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
     """
     result = {}
     here = [run for run in runs if (run.cell.arm, run.cell.dataset) == (arm, dataset)]
-    for rate in dict.fromkeys(run.cell.rate for run in here):
+    for rate in sorted({run.cell.rate for run in here}):
         paths = [run.path for run in here if run.cell.rate == rate and run.kept is not None]
         if paths:
             found = {name: [path[-1][name] for path in paths] for name in ENDS}
@@ -422,15 +427,23 @@ def plot(folder: Path, measure: str, label: str, path: Path) -> None:
     if not datasets:
         return
     figure, axes = plt.subplots(
-        1, len(datasets), figsize=(5.5 * len(datasets), 4), layout="constrained", squeeze=False
+        1,
+        len(datasets),
+        figsize=(5.5 * len(datasets), 4),
+        layout="constrained",
+        squeeze=False,
+        sharey=True,
     )
     for dataset, axis in zip(datasets, axes[0], strict=True):
         here = [run for run in runs if run.cell.dataset == dataset]
         names = {run.cell.arm for run in here}
         for name in sorted(names, key=lambda name: common.find_arm(name).place):
             draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
-        axis.set(xscale="log", xlabel="learning rate", ylabel=label, title=dataset)
+        if measure == "kept":
+            axis.axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
+        axis.set(xscale="log", xlabel="learning rate", title=dataset)
         axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel(label)
     lines, labels = axes[0][0].get_legend_handles_labels()
     kinds = [
         plt.Line2D([], [], color="gray", linestyle="", marker=MARKERS[kind], label=kind)

@@ -407,6 +407,12 @@ def their_gains(a: str, b: str) -> str:
     return "; ".join(f"{name} {gain:+.2f}" for name, gain in zip(names, numbers, strict=True))
 
 
+def standing_of_p2() -> str:
+    """P2's verdict, and of how many of its backbones."""
+    found = read_json(ROOT / THRESHOLD / "results.json")["P2"]
+    return f"P2: {found['verdict']} on {found['n']} of {collapse_threshold.PLANNED} backbones"
+
+
 def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[str]]:
     """H4, the mild collapse on SST-2, and what the engram does to the rank."""
     sst2, ag_news = (REFERENCE[place]["ranks"] for place in ("results_7b", "results_agnews"))
@@ -424,7 +430,7 @@ def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[s
             "H4: Model 1 loses effective rank",
             f"AG News, 7B {start} → {model1}",
             f"less the start: {rank_changes(ranks, 'model1 - pretrained')}",
-            "not run (P2)",
+            standing_of_p2(),
             where["ranks changes"],
         ],
         [

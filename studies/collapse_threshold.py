@@ -53,6 +53,8 @@ class Config:
     data_dir: Path | None = None
     # A causal LM as experiment_7b.py takes it, instead of own language models.
     model: str | None = None
+    # LoRA on own language models, instead of training all their weights.
+    lora: bool = False
     # Own language models, by their seeds; with --model, seeds of adapters, heads, order of rows.
     seeds: tuple[int, ...] = tuple(range(20))
     # Data sets: names that experiment.py --dataset takes.
@@ -78,7 +80,8 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return self.output_dir / (Path(self.model).name if self.model else self.corpus)
+        own = f"{self.corpus}-lora" if self.lora else self.corpus
+        return self.output_dir / (Path(self.model).name if self.model else own)
 
     def table(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}.csv"
@@ -187,7 +190,8 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
         train_rows=SIZES[cell.dataset][0],
         max_length=SIZES[cell.dataset][1],
         letters=not config.model,
-        all_weights=not config.model,  # at width 128 LoRA is less accurate and costs as much
+        # At width 128 LoRA is less accurate and takes as long.
+        all_weights=not (config.model or config.lora),
     )
 
 

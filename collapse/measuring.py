@@ -46,8 +46,8 @@ def measures(model: nn.Module, train: Split, validation: Split) -> dict[str, flo
     """Numbers of a DualHeadModel as it stands, with the zero engram; its mode stays as it was.
 
     Ranks and `cdnv` are of pooled states of validation rows, `validation_accuracy` is theirs;
-    `loss` (nats) and `accuracy` are of the classifier on training rows. None where a state or a
-    logit is not finite.
+    `loss` (nats) and `accuracy` are of the classifier on training rows; `rows` counts validation
+    rows, on which ranks depend. None where a state or a logit is not finite.
     """
     was_training = model.training
     model.eval()
@@ -59,7 +59,8 @@ def measures(model: nn.Module, train: Split, validation: Split) -> dict[str, flo
         **collapse_of(states.numpy(), validation.labels.numpy()),
         "validation_accuracy": accuracy(logits, validation.labels),
         "loss": F.cross_entropy(train_logits, train.labels).item() if finite else None,
-        "accuracy": accuracy(train_logits, train.labels),
+        "accuracy": accuracy(train_logits, train.labels) if finite else None,
+        "rows": len(validation.labels),
     }
 
 

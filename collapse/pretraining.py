@@ -109,7 +109,7 @@ def pretrain(
     the folder holds another recipe or the loss is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(folder / "recipe.json", recipe)
+    check_recipe(folder / "recipe.json", recipe)
     run = Pretraining(recipe, blocks, build(recipe, vocabulary), folder, progress)
     state = run.run()
     run.causal_lm.save_pretrained(folder)
@@ -124,7 +124,8 @@ def pretrain(
     }
 
 
-def _check_recipe(file: Path, recipe: Recipe) -> None:
+def check_recipe(file: Path, recipe: Recipe) -> None:
+    """Note the recipe of a model's folder. Raises UserError when it has another one."""
     wanted = dataclasses.asdict(recipe)
     if file.exists() and read_json(file) != wanted:
         raise UserError(f"{file.parent} holds a model of another recipe: delete that folder.")

@@ -28,8 +28,9 @@ import torch
 import tuning
 
 import common
-from collapse.files import environment, write_json
+from collapse.files import digest_weights, environment, write_json
 from collapse.jobs import run_all
+from collapse.language_models import find_model
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
@@ -39,8 +40,7 @@ from collapse.verdicts import verdict
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 ENDPOINTS = 5  # of the protocol: Holm's interval is at least at the level 1 - 0.05 / 5
-PLANNED = 20  # backbones
-FIRST_PILOT = 100  # seeds from here on count for no endpoint
+PLANNED = 20  # backbones, by their seeds from 0 on; others, such as pilots, count for nothing
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
 MEASUREMENTS = 4  # along the way
 
@@ -156,8 +156,14 @@ def miniature_of(config: Config) -> Config:
 
 
 def missing_cells(config: Config, seed: int) -> list[Cell]:
-    """Those whose rows are not in the table; what else is left of them goes."""
-    there = {row["training"] for row in read_rows(config.table(seed))}
+    """Those whose rows are not in the table; what else is left of them goes.
+
+    Raises UserError when the table's rows are of another number of steps.
+    """
+    rows = read_rows(config.table(seed))
+    there = {row["training"] for row in rows}
+    if any(int(row["steps"]) != config.steps for row in rows):
+        raise UserError(f"{config.table(seed)} has other --steps: give another --output-dir.")
     missing = [cell for cell in cells_of(config, seed) if cell.name not in there]
     for cell in missing:
         (training_of(config, cell).folder / "metrics.json").unlink(missing_ok=True)
@@ -206,6 +212,8 @@ def run_cell(
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
     tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
+    weights = Path(find_model(recipe.model))
+    tail["weights_sha256"] = digest_weights(weights) if weights.exists() else None
     return [
         head | {name: rounded(value) for name, value in (record | tail).items()}
         for record in records
@@ -244,8 +252,10 @@ class Run:
     @property
     def kept(self) -> float | None:
         """Components for 95 % of the variance, as a share of the start's; None: it diverged."""
-        end = self.path[-1]["dims_95pct"]
-        return None if end is None else end / self.path[0]["dims_95pct"]
+        end = self.path[-1]
+        if None in (end["dims_95pct"], end["loss"]):
+            return None
+        return end["dims_95pct"] / self.path[0]["dims_95pct"]
 
     def outcome(self, best: float) -> str:
         """One of OUTCOMES; best: the highest training accuracy on this backbone and data set."""
@@ -259,48 +269,47 @@ class Run:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every training in the tables of a folder, pilots left out."""
+    """Every training in the tables of a folder, but of the seeds that the protocol plans alone."""
     runs = []
     for table in sorted(folder.glob("seed-*.csv")):
         for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
             first, *rest = rows
             cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
-            if cell.seed < FIRST_PILOT:
+            if cell.seed < PLANNED:
                 runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
     return runs
 
 
 def numbers(row: dict[str, str]) -> dict[str, float | None]:
-    words = ("training", "dataset", "arm", "git_commit")
+    words = ("training", "dataset", "arm", "git_commit", "weights_sha256")
     return {k: float(v) if v else None for k, v in row.items() if k not in words}
 
 
 def outcomes_of(runs: list[Run]) -> dict[Cell, str]:
+    """What became of each; the best accuracy is that of Models 1 and 2, whatever else has run."""
     best: dict[tuple, float] = {}
     for run in runs:
-        place = run.cell.seed, run.cell.dataset
-        best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
+        if run.cell.arm in ("model1", "model2"):
+            place = run.cell.seed, run.cell.dataset
+            best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
     return {run.cell: run.outcome(best[run.cell.seed, run.cell.dataset]) for run in runs}
 
 
-def edges(outcomes: dict[Cell, str], good: Collection[str]) -> dict[tuple[str, str], dict]:
+def edges(
+    outcomes: dict[Cell, str], good: Collection[str], rates: Collection[float]
+) -> dict[tuple[str, str], dict]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
 
     By Spearman and Karber: lowest rate + step x (good runs - 1/2). Outcomes need not change once
-    only. Seeds without a run at every rate of the data set are left out.
+    only. Runs at other rates do not count, seeds without a run at each of these are left out.
     """
-    rates: dict[str, set] = {}
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for cell, outcome in outcomes.items():
-        rates.setdefault(cell.dataset, set()).add(cell.rate)
-        by_seed = found.setdefault((cell.dataset, cell.arm), {})
-        by_seed.setdefault(cell.seed, {})[cell.rate] = outcome in good
+        if cell.rate in rates:
+            by_seed = found.setdefault((cell.dataset, cell.arm), {})
+            by_seed.setdefault(cell.seed, {})[cell.rate] = outcome in good
     return {
-        place: {
-            seed: edge(by_rate)
-            for seed, by_rate in by_seed.items()
-            if by_rate.keys() == rates[place[0]]
-        }
+        place: {seed: edge(by) for seed, by in by_seed.items() if len(by) == len(set(rates))}
         for place, by_seed in found.items()
     }
 
@@ -336,27 +345,32 @@ def difference(values: Sequence[float], level: float) -> dict[str, Any]:
 GOOD = {
     "healthy": {"healthy"},
     "not collapsed": {"healthy", "not learning"},
-    "not collapsed, functional": set(OUTCOMES) - {"collapsed, functional"},
-    "not collapsed, dead": set(OUTCOMES) - {"collapsed, dead"},
     "learning": {"healthy", "collapsed, functional"},
+    "not dead": set(OUTCOMES) - {"collapsed, dead"},
     "not diverged": set(OUTCOMES) - {"diverged"},
 }
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """What results.json holds: edges and shifts of every arm, outcomes by rate, P2."""
-    runs = read_runs(folder)
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds: edges and shifts of every arm, outcomes by rate, P2.
+
+    `at_the_top` counts backbones that are healthy at every rate: their edge is a lower bound.
+    """
+    runs, rates = read_runs(config.folder), config.rates
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(cell.dataset for cell in outcomes))
     arms = sorted({cell.arm for cell in outcomes}, key=lambda name: common.find_arm(name).place)
-    found = {good: edges(outcomes, kinds) for good, kinds in GOOD.items()}
+    found = {good: edges(outcomes, kinds, rates) for good, kinds in GOOD.items()}
+    top = edge(dict.fromkeys(rates, True))
     counts = Counter((c.dataset, c.arm, f"{c.rate:g}", kind) for c, kind in outcomes.items())
     table = []
     for arm in arms:
-        row: dict[str, Any] = {"arm": arm, "edge": {}, "shift": {}, "outcomes": {}, "ends": {}}
+        row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "shift": {}}
+        row |= {"outcomes": {}, "ends": {}}
         for dataset in datasets:
             values = found["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
+            row["at_the_top"][dataset] = sum(value == top for value in values)
             row["ends"][dataset] = mean_ends(runs, arm, dataset)
             row["outcomes"][dataset] = {
                 rate: {kind: counts[dataset, arm, rate, kind] for kind in OUTCOMES}
@@ -369,7 +383,8 @@ def summary(folder: Path) -> dict[str, Any]:
         table.append(row)
     starts = [run.path[0] for run in runs]
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
-    return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": p2(table)}
+    endpoint = p2(table) if applies and not (config.model or config.lora) else None
+    return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": endpoint}
 
 
 ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank_without_first")
@@ -392,7 +407,8 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
         paths = [run.path for run in here if run.cell.rate == rate and run.kept is not None]
         if paths:
             found = {name: [path[-1][name] for path in paths] for name in ENDS}
-            found["language_kept"] = [path[-1]["lm_loss"] - path[0]["lm_loss"] for path in paths]
+            losses = [(path[0]["lm_loss"], path[-1]["lm_loss"]) for path in paths]
+            found["language_kept"] = [b - a for a, b in losses if b is not None] or [math.nan]
             means = {name: float(np.mean(values)) for name, values in found.items()}
             result[f"{rate:g}"] = means | {"n": len(paths)}
     return result
@@ -512,6 +528,8 @@ def main() -> None:
     # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)
+    if not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
+        raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     if not config.seeds:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
@@ -520,7 +538,7 @@ def main() -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         run_missing(config)
-    results = summary(config.folder)
+    results = summary(config)
     write_json(config.folder / "results.json", results)
     draw(config.folder)
     print(text_of(results))

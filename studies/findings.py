@@ -526,6 +526,10 @@ def block_threshold(_page: Page) -> str:
     return study_tables.table_threshold(read_json(ROOT / THRESHOLD / "results.json"))
 
 
+def block_rates(_page: Page) -> str:
+    return study_tables.table_rates(read_json(ROOT / THRESHOLD / "results.json"))
+
+
 def block_sink(_page: Page) -> str:
     return tables.table_sink(read_json(ROOT / SINK), (0, 3, 11, 12, 20, 28, 31))
 

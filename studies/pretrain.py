@@ -24,7 +24,7 @@ from collapse.files import environment, write_json
 from collapse.jobs import run_all
 from collapse.kneser_ney import KneserNeyBigram
 from collapse.loaders import LOADERS
-from collapse.pretraining import Recipe, pretrain, step_cost, validation_loss
+from collapse.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.tables import put_row
@@ -77,11 +77,15 @@ def backbones(
 ) -> list[Path]:
     """Folders of the models of the fixed size with these seeds, pretrained here where they are not.
 
-    AutoModelForCausalLM and AutoTokenizer load them. Weights depend on seed and corpus alone: on
+    AutoModelForCausalLM and AutoTokenizer load them. Raises UserError where a folder has a model of
+    another recipe. Weights depend on seed and corpus alone: on
     one thread of one kind of machine they are the same bit for bit.
     """
     recipes = [fixed_size(seed, corpus) for seed in seeds]
     trainings = [training_of(recipe, corpus, models_dir) for recipe in recipes]
+    for training, recipe in zip(trainings, recipes, strict=True):
+        if training.finished:
+            check_recipe(training.folder / "recipe.json", recipe)
     left = [training for training in trainings if not training.finished]
     run_all(left, trainer(recipes, corpus, models_dir), max(1, min(workers, len(left))))
     return [training.folder for training in trainings]

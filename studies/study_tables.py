@@ -12,7 +12,7 @@ def table_threshold(results: dict) -> str:
     """Where runs of each arm stop being healthy, against Model 1."""
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
-    header += ["edge's shift, decades", "shift of collapse alone", "backbones"]
+    header += ["shift of the edge", "of collapse alone", "of learning", "of dead runs", "backbones"]
     rows = []
     for row in results["arms"]:
         edges = [f"{10 ** e['mean']:.1e}" if e else "n/a" for e in row["edge"].values()]
@@ -20,7 +20,7 @@ def table_threshold(results: dict) -> str:
             row["shift"].get(good, {}).get("mean", {}) for good in ("healthy", "not collapsed")
         ]
         cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
-        count = max(e["n"] for e in row["edge"].values() if e)
+        count = max([e["n"] for e in row["edge"].values() if e], default=0)
         rows.append([find_arm(row["arm"]).title, *edges, *cells, str(count)])
     return markdown(header, rows)
 
@@ -52,6 +52,25 @@ def table_ends(results: dict, dataset: str) -> str:
             rows.append(
                 [title, f"{10 ** float(rate):.1e}", *(str(kinds[k]) for k in KINDS), *cells]
             )
+    return markdown(header, rows)
+
+
+def table_rates(results: dict) -> str:
+    """Models 1 and 2 by rate: components, validation accuracy (%), LM loss less before (nats)."""
+    models = {row["arm"]: row["ends"] for row in results["arms"]}
+    pairs = [(key, data) for data in models["model1"] for key in ("model1", "model2")]
+    header = ["learning rate"]
+    for key, data in pairs:
+        where = f"{data.removesuffix(' by sentence')}, Model {key[-1]}"
+        header += [f"{where}: components", "accuracy", "LM loss"]
+    rows = []
+    for rate in models["model1"][pairs[0][1]]:
+        row = [f"{10 ** float(rate):.1e}"]
+        for key, data in pairs:
+            ends = models[key][data][rate]
+            row += [f"{ends['dims_95pct']:.1f}", f"{100 * ends['validation_accuracy']:.1f}"]
+            row.append(f"{ends['language_kept']:+.2f}")
+        rows.append(row)
     return markdown(header, rows)
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as token ids; the last three are fixed draws that every training is measured on."""
+    """Rows as token ids; the last three are fixed draws that every training is measured on.
+
+    On the way it is measured on fewer of them, see Measuring.
+    """
 
     classes: int
     train: Split
@@ -178,7 +182,8 @@ def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str
     """`measures` on all measured rows, and the LM loss under the LM head of the start."""
     model.eval()
     record = measures(model, data.measured_train, data.validation)
-    return record | {"lm_loss": lm_loss(model, data.language, start_head)}
+    loss = lm_loss(model, data.language, start_head)
+    return record | {"lm_loss": loss if math.isfinite(loss) else None}
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import tuning
 
 import common
-from collapse.settings import ROOT
+from collapse.settings import ROOT, UserError
 from collapse.statistics import sign_flip_p
 from collapse.tables import read_rows
 
@@ -44,8 +45,10 @@ def test_the_best_accuracy_is_that_of_the_same_backbone_and_data_set():
     runs = [run_of(accuracy=0.5), run_of("model2", accuracy=0.6), run_of(seed=1, accuracy=1.0)]
     found = study.outcomes_of([*runs, run_of(dataset="SST-2 by sentence", accuracy=1.0)])
     assert set(found.values()) == {"healthy"}  # 0.5 is more than (0.3 + 0.6) / 2
-    found = study.outcomes_of([*runs, run_of("kl", accuracy=0.75)])
+    found = study.outcomes_of([*runs, run_of("model2", rate=-2.5, accuracy=0.75)])
     assert found[runs[0].cell] == "not learning"
+    found = study.outcomes_of([*runs, run_of("kl", accuracy=0.75)])  # a control judges nobody
+    assert found[runs[0].cell] == "healthy"
 
 
 def test_the_edge_is_half_a_step_above_the_last_good_rate():
@@ -66,11 +69,14 @@ def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing()
             kind = "healthy" if number < count else "collapsed, dead"
             cells[study.Cell(seed, "AG News", arm, rate)] = kind
     cells[study.Cell(2, "AG News", "model1", -4.0)] = "healthy"
-    found = study.shift(study.edges(cells, {"healthy"}), "model2", ["AG News"])
+    cells[study.Cell(0, "AG News", "model1", -2.0)] = "healthy"  # no rate of the plan
+    rates = (-4.0, -3.5, -3.0, -2.5)
+    edges = study.edges(cells, {"healthy"}, rates)
+    found = study.shift(edges, "model2", ["AG News"])
     assert found["n"] == 2 and found["mean"] == pytest.approx(0.5)
     expected = scipy.stats.ttest_1samp([1.0, 0.0], 0).confidence_interval()
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert study.shift(study.edges(cells, {"healthy"}), "kl", ["AG News"])["n"] == 0
+    assert study.shift(edges, "kl", ["AG News"])["n"] == 0
 
 
 def test_sign_flips_agree_with_all_of_them_counted():
@@ -160,6 +166,26 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
         total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
         count += len(row) - 1
     assert found == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("arm", study.Config().arms)
+def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_ends(arm, miniature):
+    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, arm, 1e-3, 0, 3, 64, True, True)
+    start, end = tuning.tune(recipe, tuning.load_data(recipe, None), ())
+    assert end["step"] == 3 and None not in end.values()
+    assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
+    plain = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
+    assert tuning.tune(plain, tuning.load_data(plain, None), ())[0] == start
+
+
+def test_a_folder_with_another_recipe_is_not_taken_for_a_backbone(miniature, tmp_path):
+    models = tmp_path / "lm"
+    shutil.copytree(miniature / "limit-miniature" / "state" / "lm", models)
+    file = models / "miniature-w32-l1-e1-d0.1-s0" / "recipe.json"
+    file.write_text(file.read_text().replace("0.0045", "0.003"))
+    with pytest.raises(UserError, match="another recipe"):
+        study.pretrain.backbones([0], "miniature", models)
 
 
 def test_a_training_that_is_not_finite_ends_with_a_row_without_numbers(miniature):

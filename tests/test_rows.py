@@ -150,7 +150,7 @@ def test_measuring_changes_nothing_and_measures_at_its_steps(run, undisturbed, t
         assert [line["step"] for line in lines] == [0, 3, 6, 9]  # two epochs of five steps
         names = {"effective_rank", "effective_rank_within", "effective_rank_without_first"}
         names |= {"stable_rank", "dims_95pct", "top10_variance", "cdnv"}
-        names |= {"loss", "accuracy", "validation_accuracy"}
+        names |= {"loss", "accuracy", "validation_accuracy", "rows"}
         assert lines[0]["measured"].keys() == names
         assert lines[1]["measured"].keys() == names | {"grad_norm"}
         plain = (undisturbed / f"state/{model}-seed1/metrics.jsonl").read_text().splitlines()

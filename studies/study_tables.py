@@ -15,10 +15,12 @@ def table_threshold(results: dict) -> str:
     header += ["shift of the edge", "of collapse alone", "of learning", "of dead runs", "backbones"]
     rows = []
     for row in results["arms"]:
-        edges = [f"{10 ** e['mean']:.1e}" if e else "n/a" for e in row["edge"].values()]
-        shifts = [
-            row["shift"].get(good, {}).get("mean", {}) for good in ("healthy", "not collapsed")
+        edges = [
+            f"{'≥ ' if row['at_the_top'][data] else ''}{10 ** e['mean']:.1e}" if e else "n/a"
+            for data, e in row["edge"].items()
         ]
+        kinds = "healthy", "not collapsed", "learning", "not dead"
+        shifts = [row["shift"].get(kind, {}).get("mean", {}) for kind in kinds]
         cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
         count = max([e["n"] for e in row["edge"].values() if e], default=0)
         rows.append([find_arm(row["arm"]).title, *edges, *cells, str(count)])
@@ -56,7 +58,10 @@ def table_ends(results: dict, dataset: str) -> str:
 
 
 def table_rates(results: dict) -> str:
-    """Models 1 and 2 by rate: components, validation accuracy (%), LM loss less before (nats)."""
+    """Models 1 and 2 at every second rate.
+
+    Components, validation accuracy (%), LM loss less before (nats).
+    """
     models = {row["arm"]: row["ends"] for row in results["arms"]}
     pairs = [(key, data) for data in models["model1"] for key in ("model1", "model2")]
     header = ["learning rate"]
@@ -64,7 +69,7 @@ def table_rates(results: dict) -> str:
         where = f"{data.removesuffix(' by sentence')}, Model {key[-1]}"
         header += [f"{where}: components", "accuracy", "LM loss"]
     rows = []
-    for rate in models["model1"][pairs[0][1]]:
+    for rate in list(models["model1"][pairs[0][1]])[1::2]:
         row = [f"{10 ** float(rate):.1e}"]
         for key, data in pairs:
             ends = models[key][data][rate]

@@ -22,8 +22,8 @@ from collapse.tables import read_rows
 
 def run_of(arm="model1", rate=-3.0, seed=0, dataset="AG News", start=40, end=40, accuracy=0.9):
     base = {"classes": 4, "chance": 0.3}
-    path = [base | {"dims_95pct": start, "accuracy": 0.3}]
-    path.append(base | {"dims_95pct": end, "accuracy": accuracy})
+    path = [base | {"dims_95pct": start, "accuracy": 0.3, "loss": 1.0}]
+    path.append(base | {"dims_95pct": end, "accuracy": accuracy, "loss": accuracy})
     return study.Run(study.Cell(seed, dataset, arm, rate), path)
 
 

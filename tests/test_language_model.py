@@ -49,9 +49,11 @@ def model_folder(request):
 
 
 @pytest.fixture(scope="session")
-def ag_news(data_dir):
-    """A tiny AG News in the official layout, beside the tiny SST-2."""
-    folder, rng = data_dir / "ag_news_csv", np.random.default_rng(1)
+def ag_news(data_dir, tmp_path_factory):
+    """A tiny AG News in the official layout, beside a copy of the tiny SST-2."""
+    both = tmp_path_factory.mktemp("both")
+    shutil.copytree(data_dir, both, dirs_exist_ok=True)
+    folder, rng = both / "ag_news_csv", np.random.default_rng(1)
     folder.mkdir()
     for name, rows in (("train", 40), ("test", 24)):
         lines = []
@@ -61,7 +63,7 @@ def ag_news(data_dir):
                 f'"{i % 4 + 1}","{("world", "sports", "business", "science")[i % 4]}","{words}"'
             )
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    return data_dir
+    return both
 
 
 @pytest.fixture
@@ -70,10 +72,12 @@ def run(data_dir, tmp_path):
     returns its results.json.
     """
 
-    def run_experiment(model, arguments="", folder=tmp_path / "out", script=experiment_7b):
+    def run_experiment(
+        model, arguments="", folder=tmp_path / "out", script=experiment_7b, data=data_dir
+    ):
         start_script(
             script,
-            f"--model {model} --data-dir {data_dir} --output-dir {folder} {TINY} {arguments}",
+            f"--model {model} --data-dir {data} --output-dir {folder} {TINY} {arguments}",
         )
         return json.loads((folder / "results.json").read_text())
 
@@ -563,6 +567,7 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         "--seeds 1 2",
         folder=tmp_path / "results_agnews/tiny-qwen2/subset-40",
         script=experiment_agnews_7b,
+        data=ag_news,
     )
     assert results["settings"]["data"]["name"] == "AG News, 40-row training subset"
     assert "here: AG News, 40 training rows, " in capsys.readouterr().out
@@ -600,9 +605,8 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         ("--learning-rate 5e-3", "learning_rate is 0.001 there and 0.005 here"),
     ):
         folder = tmp_path / "results_agnews/tiny-qwen2" / setting.split()[1]
-        results = run(
-            qwen, f"--seeds 1 --models 1 2 {setting}", folder=folder, script=experiment_agnews_7b
-        )
+        options = {"folder": folder, "script": experiment_agnews_7b, "data": ag_news}
+        results = run(qwen, f"--seeds 1 --models 1 2 {setting}", **options)
         assert said in capsys.readouterr().out and ("cross_dataset" in results) == (
             "dtype" in setting
         )

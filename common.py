@@ -230,6 +230,18 @@ def wrap_causal_lm(
 ) -> DualHeadModel:
     """An arm's model with fresh heads on what add_lora gave, on its device."""
     causal_lm = adapters.get_base_model()
+    return put_heads_on(causal_lm, arm, num_classes, engram_source, config, adapters)
+
+
+def put_heads_on(
+    causal_lm: Any,
+    arm: Arm,
+    num_classes: int,
+    engram_source: Literal["pooled", "intermediate"],
+    config: LanguageModelConfig,
+    adapters: Any = None,
+) -> DualHeadModel:
+    """An arm's model with fresh heads on a causal LM, on its device; what is not frozen trains."""
     hidden_size = causal_lm.config.hidden_size
     return DualHeadModel(
         causal_lm.base_model,

@@ -1,9 +1,4 @@
-"""A finished training of a pretrained model as a classifier of texts, which can also continue them.
-
-from common import load_classifier
-classify = load_classifier("results_7b/smollm2-135m/state/model2-seed42")
-print(classify.class_names, classify(["A wonderful film."]), classify.generate("The plot is"))
-"""
+"""A trained model in use: classes of texts, and their continuation; load_classifier makes one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

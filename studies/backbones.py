@@ -25,7 +25,7 @@ import tuning
 
 from collapse import pretraining
 from collapse.corpus import VOCABULARY
-from collapse.files import environment, write_json
+from collapse.files import git_commit, write_json
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, check_bounds, run_script
@@ -84,7 +84,7 @@ def run_missing(config: Config) -> None:
     seeds = list(dict.fromkeys(cell.seed for cell in missing.values()))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))
-    commit = environment(torch.device("cpu"))["git_commit"]
+    commit = git_commit()
 
     def train(training: Training, progress: Progress) -> None:
         torch.set_num_threads(1)  # sums of more threads differ in their last digits

@@ -8,12 +8,13 @@ results.json and two figures. The same command goes on where it was stopped.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,19 @@ import torch
 import tuning
 
 import common
-from collapse.files import digest_weights, environment, write_json
+from collapse.files import digest_weights, git_commit, write_json
 from collapse.jobs import run_all
 from collapse.language_models import find_model
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
-from collapse.statistics import format_interval, mean_interval, sign_flip_p, t_interval
+from collapse.statistics import (
+    format_interval,
+    mean_interval,
+    paired_difference,
+    sign_flip_p,
+    t_interval,
+)
 from collapse.tables import put_rows, read_rows
 from collapse.verdicts import verdict
 
@@ -118,7 +125,7 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 
 def run_missing(config: Config) -> None:
     """Backbone by backbone, as many side by side as workers: pretrain it, run its cells."""
-    commit = environment(torch.device("cpu"))["git_commit"]
+    commit = git_commit()
     for first in range(0, len(config.seeds), config.workers):
         seeds = config.seeds[first : first + config.workers]
         cells = [cell for seed in seeds for cell in missing_cells(config, seed)]
@@ -212,12 +219,18 @@ def run_cell(
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
     tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
-    weights = Path(find_model(recipe.model))
-    tail["weights_sha256"] = digest_weights(weights) if weights.exists() else None
+    tail["weights_sha256"] = digest_of_model(recipe.model)
     return [
         head | {name: rounded(value) for name, value in (record | tail).items()}
         for record in records
     ]
+
+
+@functools.cache  # a process runs many cells of one model
+def digest_of_model(name: str) -> str | None:
+    """Digest of the weights of a model in a folder; None of one of the hub."""
+    folder = Path(find_model(name))
+    return digest_weights(folder) if folder.exists() else None
 
 
 def rounded(value: Any) -> Any:
@@ -326,19 +339,18 @@ def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str
 
     t interval over seeds, at 95 %; `p_flips` of random signs. Without shared seeds all are None.
     """
-    sides = [(found.get((d, arm), {}), found.get((d, "model1"), {})) for d in datasets]
-    seeds = set.intersection(*(a.keys() & b.keys() for a, b in sides))
-    values = [np.mean([a[seed] - b[seed] for a, b in sides]) for seed in sorted(seeds)]
-    if not values:
-        return dict.fromkeys(("mean", "low", "high", "p", "p_flips")) | {"n": 0}
-    interval = difference(values, 0.95)
-    return interval | {"p_flips": sign_flip_p(values), "n": len(values)}
+    theirs, ours = (mean_edges(found, key, datasets) for key in ("model1", arm))
+    values = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return paired_difference(theirs, ours) | {"p_flips": sign_flip_p(values) if values else None}
 
 
-def difference(values: Sequence[float], level: float) -> dict[str, Any]:
-    n = len(values)
-    se = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return t_interval(float(np.mean(values)), se, n - 1, level)
+def mean_edges(
+    found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]
+) -> dict[int, float]:
+    """Seed -> mean of an arm's edges over the data sets, of seeds that have one on each."""
+    sides = [found.get((dataset, arm), {}) for dataset in datasets]
+    seeds = sorted(set.intersection(*map(set, sides)))
+    return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
 
 
 # Beside "healthy": an arm that blocks learning must not look like one that protects.
@@ -436,16 +448,13 @@ def p2(table: list[dict]) -> dict[str, Any] | None:
 MARKERS = dict(zip(OUTCOMES, ("o", "v", "X", "s", "*"), strict=True))
 
 
-def plot(folder: Path, measure: str, label: str, path: Path) -> None:
+def plot(runs: list[Run], measure: str, label: str, path: Path) -> None:
     """A measure after training against the learning rate: a panel a data set, a line an arm.
 
     Lines are means over seeds, bands lowest to highest; a marker is the commonest outcome.
     """
-    runs = read_runs(folder)
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(run.cell.dataset for run in runs))
-    if not datasets:
-        return
     figure, axes = plt.subplots(
         1,
         len(datasets),
@@ -481,9 +490,11 @@ def plot(folder: Path, measure: str, label: str, path: Path) -> None:
 
 
 def draw(folder: Path) -> None:
-    share = "components kept (share of the start's)"
-    plot(folder, "kept", share, folder / "components.png")
-    plot(folder, "validation_accuracy", "validation accuracy", folder / "accuracy.png")
+    """Both figures of a folder's tables; none without runs that count."""
+    if runs := read_runs(folder):
+        share = "components kept (share of the start's)"
+        plot(runs, "kept", share, folder / "components.png")
+        plot(runs, "validation_accuracy", "validation accuracy", folder / "accuracy.png")
 
 
 def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure: str) -> None:

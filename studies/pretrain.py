@@ -20,7 +20,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from collapse.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
-from collapse.files import environment, write_json
+from collapse.files import git_commit, write_json
 from collapse.jobs import run_all
 from collapse.kneser_ney import KneserNeyBigram
 from collapse.loaders import LOADERS
@@ -163,7 +163,7 @@ def model_row(
         "ahead_of_bigram": bigram - loss,
         "seconds": round(record["seconds"], 1),
         "weights_sha256": record["weights_sha256"],
-        "git_commit": environment(torch.device("cpu"))["git_commit"],
+        "git_commit": git_commit(),
     }
 
 

@@ -43,9 +43,7 @@ def table_ends(results: dict, dataset: str) -> str:
     header = ["arm", "rate", *KINDS, *(title for title, *_ in columns)]
     rows = []
     for row in results["arms"]:
-        for rate, kinds in sorted(
-            row["outcomes"][dataset].items(), key=lambda item: float(item[0])
-        ):
+        for rate, kinds in row["outcomes"][dataset].items():
             ends = row["ends"][dataset].get(rate)
             cells = [
                 f"{ends[key] * scale:.{d}f}" if ends else "n/a" for _, key, scale, d in columns

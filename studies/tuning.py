@@ -130,15 +130,8 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
         model = common.build_language_model(arm, classes, "pooled", config, device)
         return model, model.adapters.get_base_model().get_output_embeddings()
     causal_lm = load_causal_lm(config, device).requires_grad_(True)
-    head, size = causal_lm.get_output_embeddings(), causal_lm.config.hidden_size
-    model = common.DualHeadModel(
-        causal_lm.model,
-        size,
-        common.ClassificationHead(size, config.classifier_size, classes),
-        lm_head=head if arm.needs_lm_head else None,
-        engram_size=config.engram_size if arm.prefix == "engram" else None,
-    )
-    return model, copy.deepcopy(head).requires_grad_(False)
+    start_head = copy.deepcopy(causal_lm.get_output_embeddings()).requires_grad_(False)
+    return common.put_heads_on(causal_lm, arm, classes, "pooled", config), start_head
 
 
 def batches_of(recipe: Recipe, lengths: np.ndarray) -> Iterator[np.ndarray]:

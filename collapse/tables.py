@@ -2,11 +2,12 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.files import locked, write_file
+from collapse.files import locked, write_file, write_json
+from collapse.progress import Progress, Training
 from collapse.settings import UserError
 
 
@@ -45,3 +46,38 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
         writer.writeheader()
         writer.writerows([*there[:place], *new, *behind])
         write_file(path, text.getvalue().encode())
+
+
+def without_rows(
+    trainings: Iterable[Training], place_of: Callable[[Training], tuple[Path, str]], key: str
+) -> list[Training]:
+    """Those trainings that have no row in their table, to be done, or to be done again.
+
+    place_of(training) gives its table and the value that its rows have for `key`. Tables outlive
+    the folders of trainings: that one there was finished does not count.
+    """
+    there: dict[Path, set[str]] = {}
+    missing = []
+    for training in trainings:
+        table, value = place_of(training)
+        if table not in there:
+            there[table] = {row[key] for row in read_rows(table)}
+        if value not in there[table]:
+            (training.folder / "metrics.json").unlink(missing_ok=True)
+            missing.append(training)
+    return missing
+
+
+def into_table(
+    rows_of: Callable[[Training, Progress], Sequence[Mapping[str, Any]]],
+    place_of: Callable[[Training], tuple[Path, str]],
+    key: str,
+) -> Callable[[Training, Progress], None]:
+    """What run_all calls: make a training's rows, put them into its table, and finish it."""
+
+    def train(training: Training, progress: Progress) -> None:
+        rows = rows_of(training, progress)
+        put_rows(place_of(training)[0], rows, key)
+        write_json(training.folder / "metrics.json", rows[-1])
+
+    return train

@@ -30,7 +30,7 @@ from collapse.jobs import run_all
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, check_bounds, run_script
 from collapse.statistics import format_interval, paired_difference
-from collapse.tables import put_row, read_rows
+from collapse.tables import into_table, read_rows, without_rows
 
 # Data set -> training rows, steps of 16 rows.
 DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), tuning.MADE_UP: (64, 10)}
@@ -78,26 +78,26 @@ class Cell:
 
 
 def run_missing(config: Config) -> None:
-    there = {row["name"] for row in read_rows(config.table)}
-    cells = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
-    missing = {cell.name: cell for cell in itertools.starmap(Cell, cells) if cell.name not in there}
-    seeds = list(dict.fromkeys(cell.seed for cell in missing.values()))
-    folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
-    backbones = dict(zip(seeds, folders, strict=True))
+    product = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
+    cells = {cell.name: cell for cell in itertools.starmap(Cell, product)}
     commit = git_commit()
 
-    def train(training: Training, progress: Progress) -> None:
-        torch.set_num_threads(1)  # sums of more threads differ in their last digits
-        cell = missing[training.name]
-        row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
-        put_row(config.table, row, "name")
-        write_json(training.folder / "metrics.json", row)
-        progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
+    def place_of(training: Training) -> tuple[Path, str]:
+        return config.table, training.name
 
-    trainings = [training_of(config, cell) for cell in missing.values()]
-    for training in trainings:  # its row is gone: make it anew
-        (training.folder / "metrics.json").unlink(missing_ok=True)
-    run_all(trainings, train, config.workers)
+    missing = without_rows((training_of(config, cell) for cell in cells.values()), place_of, "name")
+    seeds = list(dict.fromkeys(cells[training.name].seed for training in missing))
+    folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+    backbones = dict(zip(seeds, folders, strict=True))
+
+    def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
+        torch.set_num_threads(1)  # sums of more threads differ in their last digits
+        cell = cells[training.name]
+        row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
+        progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
+        return [row]
+
+    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
 
 
 def training_of(config: Config, cell: Cell) -> Training:

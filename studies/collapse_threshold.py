@@ -42,7 +42,7 @@ from collapse.statistics import (
     sign_flip_p,
     t_interval,
 )
-from collapse.tables import put_rows, read_rows
+from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import verdict
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
@@ -128,23 +128,27 @@ def run_missing(config: Config) -> None:
     commit = git_commit()
     for first in range(0, len(config.seeds), config.workers):
         seeds = config.seeds[first : first + config.workers]
-        cells = [cell for seed in seeds for cell in missing_cells(config, seed)]
-        if not cells:
+        cells = {
+            training_of(config, cell): cell for seed in seeds for cell in cells_of(config, seed)
+        }
+        for seed in seeds:
+            check_steps(config, seed)
+
+        def place_of(training: Training, cells=cells) -> tuple[Path, str]:
+            return config.table(cells[training].seed), cells[training].name
+
+        def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
+            rows = run_cell(config, cells[training], commit, progress)
+            progress.say(line_of(training.name, rows), time_left=True)
+            return rows
+
+        missing = without_rows(cells, place_of, "training")
+        if not missing:
             continue
         print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
         if not config.model:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
-        trainings = {training_of(config, cell): cell for cell in cells}
-        by_folder = {training.folder: cell for training, cell in trainings.items()}
-
-        def train(training: Training, progress: Progress, by_folder=by_folder) -> None:
-            torch.set_num_threads(1)  # sums of more threads differ in their last digits
-            rows = run_cell(config, by_folder[training.folder], commit, progress)
-            put_rows(config.table(rows[0]["seed"]), rows, "training")
-            write_json(training.folder / "metrics.json", rows[-1])
-            progress.say(line_of(training.name, rows), time_left=True)
-
-        run_all(list(trainings), train, config.workers)
+        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
 
 
 def miniature_of(config: Config) -> Config:
@@ -162,19 +166,10 @@ def miniature_of(config: Config) -> Config:
     )
 
 
-def missing_cells(config: Config, seed: int) -> list[Cell]:
-    """Those whose rows are not in the table; what else is left of them goes.
-
-    Raises UserError when the table's rows are of another number of steps.
-    """
-    rows = read_rows(config.table(seed))
-    there = {row["training"] for row in rows}
-    if any(int(row["steps"]) != config.steps for row in rows):
+def check_steps(config: Config, seed: int) -> None:
+    """Raise UserError when the table's rows are of another number of steps."""
+    if any(int(row["steps"]) != config.steps for row in read_rows(config.table(seed))):
         raise UserError(f"{config.table(seed)} has other --steps: give another --output-dir.")
-    missing = [cell for cell in cells_of(config, seed) if cell.name not in there]
-    for cell in missing:
-        (training_of(config, cell).folder / "metrics.json").unlink(missing_ok=True)
-    return missing
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -212,6 +207,7 @@ def run_cell(
     config: Config, cell: Cell, commit: str | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """The rows of one training: what it is, what was measured before it, on the way, at its end."""
+    torch.set_num_threads(1)  # sums of more threads differ in their last digits
     recipe = recipe_of(config, cell)
     data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))

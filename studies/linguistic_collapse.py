@@ -31,7 +31,7 @@ from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.statistics import correlation_interval, paired_difference, partial_spearman
 from collapse.streaming import token_collapse_metrics
-from collapse.tables import put_row, read_rows
+from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import holm
 
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
@@ -98,17 +98,19 @@ def plan(miniature: bool) -> dict[str, list[Recipe]]:
 
 def run_missing(config: Config, recipes: list[Recipe]) -> None:
     """Have every model trained and measured whose row is not in models.csv."""
-    table = config.output_dir / "models.csv"
-    there = {row["name"] for row in read_rows(table)}
-    missing = {pretrain.folder_name(recipe, config.corpus): recipe for recipe in recipes}
-    missing = {name: recipe for name, recipe in missing.items() if name not in there}
-    train_one = pretrain.trainer(list(missing.values()), config.corpus, config.models_dir)
+    table, state = config.output_dir / "models.csv", config.output_dir / "state"
+    train_one = pretrain.trainer(recipes, config.corpus, config.models_dir)
     models = {
-        name: pretrain.training_of(recipe, config.corpus, config.models_dir)
-        for name, recipe in missing.items()
+        pretrain.folder_name(recipe, config.corpus): pretrain.training_of(
+            recipe, config.corpus, config.models_dir
+        )
+        for recipe in recipes
     }
 
-    def train(training: Training, progress: Progress) -> None:
+    def place_of(training: Training) -> tuple[Path, str]:
+        return table, training.name
+
+    def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
         model = models[training.name]
         with locked(model.folder):  # other studies train backbones there
             if not model.finished:
@@ -116,15 +118,11 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         row = read_json(model.folder / "metrics.json")
         started = time.monotonic()
         row |= measure(model.folder, config)
-        row["measuring_seconds"] = round(time.monotonic() - started, 1)
-        put_row(table, row, "name")
-        write_json(training.folder / "metrics.json", row)
+        return [row | {"measuring_seconds": round(time.monotonic() - started, 1)}]
 
-    state = config.output_dir / "state"
-    for name in missing:  # a row that was taken out of the table is made anew
-        (state / name / "metrics.json").unlink(missing_ok=True)
-    trainings = [dataclasses.replace(models[name], folder=state / name) for name in missing]
-    run_all(trainings, train, config.workers)
+    trainings = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
+    missing = without_rows(trainings, place_of, "name")
+    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
 
 
 def measure(folder: Path, config: Config) -> dict[str, Any]:

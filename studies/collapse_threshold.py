@@ -8,7 +8,6 @@ results.json and two figures. The same command goes on where it was stopped.
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -29,9 +28,8 @@ import torch
 import tuning
 
 import common
-from collapse.files import digest_weights, git_commit, write_json
+from collapse.files import git_commit, write_json
 from collapse.jobs import run_all
-from collapse.language_models import find_model
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script
@@ -138,6 +136,7 @@ def run_missing(config: Config) -> None:
             return config.table(cells[training].seed), cells[training].name
 
         def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
+            torch.set_num_threads(1)  # sums of more threads differ in their last digits
             rows = run_cell(config, cells[training], commit, progress)
             progress.say(line_of(training.name, rows), time_left=True)
             return rows
@@ -207,7 +206,6 @@ def run_cell(
     config: Config, cell: Cell, commit: str | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """The rows of one training: what it is, what was measured before it, on the way, at its end."""
-    torch.set_num_threads(1)  # sums of more threads differ in their last digits
     recipe = recipe_of(config, cell)
     data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
@@ -215,18 +213,11 @@ def run_cell(
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
     tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
-    tail["weights_sha256"] = digest_of_model(recipe.model)
+    tail["weights_sha256"] = tuning.digest_of_model(recipe.model)
     return [
         head | {name: rounded(value) for name, value in (record | tail).items()}
         for record in records
     ]
-
-
-@functools.cache  # a process runs many cells of one model
-def digest_of_model(name: str) -> str | None:
-    """Digest of the weights of a model in a folder; None of one of the hub."""
-    folder = Path(find_model(name))
-    return digest_weights(folder) if folder.exists() else None
 
 
 def rounded(value: Any) -> Any:

@@ -25,7 +25,8 @@ from collapse.batches import (
 )
 from collapse.corpus import miniature_documents
 from collapse.data import Rows, Task, in_corpus_text, limit_task
-from collapse.language_models import load_causal_lm, load_tokenizer
+from collapse.files import digest_weights
+from collapse.language_models import find_model, load_causal_lm, load_tokenizer
 from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
 from collapse.measuring import Measuring, draw_rows, measures
@@ -117,6 +118,13 @@ def _load_data(
         measured_train=draw_rows(train, MEASURED_TRAIN_ROWS),
         language=draw_rows(validation, LANGUAGE_ROWS),
     )
+
+
+@functools.cache  # a process runs many cells of one model
+def digest_of_model(name: str) -> str | None:
+    """Digest of the weights of a model in a folder; None of one of the hub."""
+    folder = Path(find_model(name))
+    return digest_weights(folder) if folder.exists() else None
 
 
 def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear]:

@@ -27,7 +27,7 @@ from collapse.records import values_of
 from collapse.reference import REFERENCE, reference_for
 from collapse.reports import compare_datasets, comparisons_of
 from collapse.settings import ROOT, run_script
-from collapse.statistics import format_interval, format_spread, mean_interval
+from collapse.statistics import format_interval, mean_interval
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!-- begin (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -463,7 +463,7 @@ def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[s
     ]
 
 
-def block_experiments(_page: Page) -> str:
+def block_experiments(page: Page) -> str:
     """Three models on every data set: accuracy, rank, engrams, ours beside the reference's."""
     rows = []
     for folder, (short, result) in short_names(read_ranks()).items():
@@ -471,20 +471,21 @@ def block_experiments(_page: Page) -> str:
         start = np.mean(values_of(result, "pretrained", "effective_rank"))
         their_ranks = {key: ranks[0] for key, ranks in theirs.get("ranks", {}).items()}
         for key in records.keys_of(result):
-            cells = ["", ""]
-            if key in runs["models"]:
-                finals = (run["final"]["accuracy"] for run in runs["models"][key].values())
-                cells[0] = format_spread(finals, 2, 100)
-                cells[1] = f"{theirs['final'][key]:.2f}" if theirs else "n/a"
+            if key not in runs["models"]:  # before training: the share tells of it
+                continue
+            finals = [run["final"]["accuracy"] for run in runs["models"][key].values()]
+            cells = [
+                f"{100 * np.mean(finals):.2f}",
+                f"{theirs['final'][key]:.2f}" if theirs else "n/a",
+            ]
             rank = np.mean(values_of(result, key, "effective_rank"))
             cells.append(f"{rank:.1f} ({100 * rank / start:.0f} %)")
             cells.append("n/a")
             if key in their_ranks:
                 share = their_ranks[key] / their_ranks["pretrained"]
                 cells[-1] = f"{their_ranks[key]} ({100 * share:.0f} %)"
-            cells += engram_cells(runs, theirs) if key == "model3" else [""] * 3
-            name = "start" if key == "pretrained" else key.removeprefix("model")
-            rows.append([short, name, *cells])
+            cells += engram_cells(runs, theirs) if key == "model3" else [""] * 2
+            rows.append([short, key.removeprefix("model"), *cells])
     header = [
         "data, backbone",
         "model",
@@ -492,17 +493,19 @@ def block_experiments(_page: Page) -> str:
         "reference",
         "effective rank (of the start)",
     ]
-    header += ["reference", "engram ARI", "untrained", "reference"]
-    return tables.markdown(header, rows)
+    header += ["reference", "engram ARI, untrained", "reference"]
+    keys = [f"{study.folder} accuracy" for study in present()]
+    return with_full(tables.markdown(header, rows), page, *keys, "ranks levels")
 
 
 def engram_cells(runs: dict, theirs: dict) -> list[str]:
     clusters = [run["cluster"] for run in runs["models"]["model3"].values()]
     aris = [np.mean([c[case]["ari"] for c in clusters]) for case in ("trained", "untrained")]
-    return [*(f"{ari:.3f}" for ari in aris), f"{theirs['ari']:.3f}" if theirs else "n/a"]
+    ours = "{:.3f}, {:.3f}".format(*aris)
+    return [ours, f"{theirs['ari']:.3f}" if theirs else "n/a"]
 
 
-def block_differences(_page: Page) -> str:
+def block_differences(page: Page) -> str:
     """Model 2 less Model 1, by the measures that a reader needs."""
     by_folder, rows = short_names(read_ranks()), []
     for study in present():
@@ -517,7 +520,7 @@ def block_differences(_page: Page) -> str:
     header = ["data, backbone", "accuracy, points", "half-width"]
     header += ["effective rank", "stable rank", "CDNV, factor"]
     header += ["effective rank, intermediate, mean"]
-    return tables.markdown(header, rows)
+    return with_full(tables.markdown(header, rows), page, "ranks changes")
 
 
 DIFFERENCES = (
@@ -534,16 +537,25 @@ def half_width(interval: dict) -> str:
     return f"{50 * (interval['high'] - interval['low']):.1f}"
 
 
-def block_threshold(_page: Page) -> str:
-    return study_tables.table_threshold(read_json(ROOT / THRESHOLD / "results.json"))
+def with_full(table: str, page: Page, *keys: str) -> str:
+    """A table with the numbers of those of RESULTS.md that hold more of it."""
+    return f"{table}\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"
 
 
-def block_rates(_page: Page) -> str:
-    return study_tables.table_rates(read_json(ROOT / THRESHOLD / "results.json"))
+def block_threshold(page: Page) -> str:
+    found = read_json(ROOT / THRESHOLD / "results.json")
+    return with_full(study_tables.table_threshold(found), page, "threshold")
 
 
-def block_sink(_page: Page) -> str:
-    return tables.table_sink(read_json(ROOT / SINK), (11, 12, 31))
+def block_rates(page: Page) -> str:
+    found = read_json(ROOT / THRESHOLD / "results.json")
+    keys = [f"ends {dataset}" for dataset in found["arms"][0]["edge"]]
+    return with_full(study_tables.table_rates(found), page, *keys)
+
+
+def block_sink(page: Page) -> str:
+    table = tables.table_sink(read_json(ROOT / SINK), (11, 12, 31))
+    return with_full(table, page, "sink")
 
 
 def block_answer(_page: Page) -> str:

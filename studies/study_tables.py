@@ -56,23 +56,19 @@ def table_ends(results: dict, dataset: str) -> str:
 
 
 def table_rates(results: dict) -> str:
-    """Models 1 and 2 at every second rate.
-
-    Components, validation accuracy (%), LM loss less before (nats).
-    """
+    """Components and validation accuracy (%) of Models 1 and 2 at every second rate."""
     models = {row["arm"]: row["ends"] for row in results["arms"]}
     pairs = [(key, data) for data in models["model1"] for key in ("model1", "model2")]
     header = ["learning rate"]
     for key, data in pairs:
         where = f"{data.removesuffix(' by sentence')}, Model {key[-1]}"
-        header += [f"{where}: components", "accuracy", "LM loss"]
+        header += [f"{where}: components", "accuracy"]
     rows = []
     for rate in list(models["model1"][pairs[0][1]])[1::2]:
         row = [f"{10 ** float(rate):.1e}"]
         for key, data in pairs:
             ends = models[key][data][rate]
             row += [f"{ends['dims_95pct']:.1f}", f"{100 * ends['validation_accuracy']:.1f}"]
-            row.append(f"{ends['language_kept']:+.2f}")
         rows.append(row)
     return markdown(header, rows)
 

@@ -95,7 +95,7 @@ def miniature(tmp_path_factory):
 
 
 def rehearse(folder: Path) -> str:
-    command = [sys.executable, "studies/collapse_threshold.py", "--miniature"]
+    command = [sys.executable, "studies/collapse_threshold.py", "--miniature", "--workers", "2"]
     found = subprocess.run(
         [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
     )

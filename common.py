@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import threadpoolctl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,6 +80,7 @@ from collapse.settings import (
     UserError,
     check_config,
     pick_device,
+    set_threads,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -824,12 +824,6 @@ class Run:
         title = f"{experiment.name} on {experiment.task.title()}"
         classes = experiment.task.class_names
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
-
-
-def set_threads(count: int) -> None:
-    """Threads of torch and of the libraries below numpy: sums in other threads end otherwise."""
-    torch.set_num_threads(count)
-    threadpoolctl.threadpool_limits(count)
 
 
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess

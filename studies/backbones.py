@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,7 +27,7 @@ from collapse.corpus import VOCABULARY
 from collapse.files import git_commit, write_json
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, check_bounds, run_script
+from collapse.settings import ROOT, check_bounds, run_script, set_threads
 from collapse.statistics import format_interval, paired_difference
 from collapse.tables import into_table, read_rows, without_rows
 
@@ -91,7 +90,7 @@ def run_missing(config: Config) -> None:
     backbones = dict(zip(seeds, folders, strict=True))
 
     def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
-        torch.set_num_threads(1)  # sums of more threads differ in their last digits
+        set_threads(1)  # sums of more threads differ in their last digits
         cell = cells[training.name]
         row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
         progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)

@@ -24,7 +24,6 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pretrain
-import torch
 import tuning
 
 import common
@@ -32,7 +31,7 @@ from collapse.files import git_commit, write_json
 from collapse.jobs import run_all
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
 from collapse.statistics import (
     format_interval,
     mean_interval,
@@ -136,7 +135,7 @@ def run_missing(config: Config) -> None:
             return config.table(cells[training].seed), cells[training].name
 
         def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
-            torch.set_num_threads(1)  # sums of more threads differ in their last digits
+            set_threads(1)  # sums of more threads differ in their last digits
             rows = run_cell(config, cells[training], commit, progress)
             progress.say(line_of(training.name, rows), time_left=True)
             return rows

@@ -28,7 +28,7 @@ from collapse.jobs import run_all
 from collapse.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
 from collapse.pretraining import Recipe, states_and_targets
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
 from collapse.statistics import correlation_interval, paired_difference, partial_spearman
 from collapse.streaming import token_collapse_metrics
 from collapse.tables import into_table, read_rows, without_rows
@@ -111,6 +111,7 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         return table, training.name
 
     def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
+        set_threads(1)  # two workers would wait for each other in numpy
         model = models[training.name]
         with locked(model.folder):  # other studies train backbones there
             if not model.finished:

@@ -26,7 +26,7 @@ from collapse.kneser_ney import KneserNeyBigram
 from collapse.loaders import LOADERS
 from collapse.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
 from collapse.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
@@ -119,7 +119,7 @@ def trainer(
     by_name = {folder_name(recipe, corpus): recipe for recipe in recipes}
 
     def train(training: Training, progress: Progress) -> None:
-        torch.set_num_threads(1)  # sums of more threads differ in their last digits
+        set_threads(1)  # sums of more threads differ in their last digits
         recipe = by_name[training.name]
         tokenizer, blocks, validation = tokens_of(corpus, models_dir)
         record = pretrain(recipe, blocks, VOCABULARY, tokenizer, training.folder, progress)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,6 +31,7 @@ from collapse.settings import (
     UserError,
     pick_device,
     run_script,
+    set_threads,
 )
 from collapse.sst2 import load_sst2
 
@@ -59,7 +59,7 @@ class Config:
 def measure(config: Config) -> dict:
     """What sink.json holds: where the numbers come from, and `layers`, a record for each depth."""
     device = pick_device(config.device)
-    torch.set_num_threads(1)  # as the published numbers were made
+    set_threads(1)  # as the published numbers were made
     task = load_sst2(config.data_dir)
     if task is None:
         raise UserError("SST-2 is neither in the Hugging Face cache nor on the hub: --data-dir.")

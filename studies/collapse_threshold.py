@@ -10,7 +10,6 @@ results.json and two figures. The same command goes on where it was stopped.
 import dataclasses
 import itertools
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -23,15 +22,14 @@ import numpy as np
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pretrain
+import by_backbone
 import tuning
 
 import common
-from collapse.files import git_commit, write_json
-from collapse.jobs import run_all
+from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
+from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.statistics import (
     format_interval,
     mean_interval,
@@ -39,28 +37,24 @@ from collapse.statistics import (
     sign_flip_p,
     t_interval,
 )
-from collapse.tables import into_table, read_rows, without_rows
+from collapse.tables import read_rows
 from collapse.verdicts import verdict
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 ENDPOINTS = 5  # of the protocol: Holm's interval is at least at the level 1 - 0.05 / 5
-PLANNED = 20  # backbones, by their seeds from 0 on; others, such as pilots, count for nothing
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
 MEASUREMENTS = 4  # along the way
 
 
-@dataclasses.dataclass
-class Config:
+@dataclass
+class Config(by_backbone.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Folder with SST-2 and ag_news_csv. Default: the Hugging Face hub or its cache.
-    data_dir: Path | None = None
-    # A causal LM as experiment_7b.py takes it, instead of own language models.
+    # A causal LM as experiment_7b.py takes it, instead of own language models; --seeds are then of
+    # adapters, heads and order of rows.
     model: str | None = None
     # LoRA on own language models, instead of training all their weights.
     lora: bool = False
-    # Own language models, by their seeds; with --model, seeds of adapters, heads, order of rows.
-    seeds: tuple[int, ...] = tuple(range(20))
     # Data sets: names that experiment.py --dataset takes.
     datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
     # Models and controls, as experiment.py --models takes them.
@@ -69,16 +63,6 @@ class Config:
     rates: tuple[float, ...] = tuple(-3.25 + k / 4 for k in range(8))
     # Optimizer steps of a training: ten of warm-up, then a constant rate.
     steps: int = 200
-    # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
-    # Text of own language models: tinystories from the hub, or newsgroups, of `make corpus`.
-    corpus: pretrain.CorpusName = "tinystories"
-    # The whole study in small, on made-up text, in a folder that git ignores.
-    miniature: bool = False
-    # Only results.json and the figures, from the rows that are there.
-    summarize: bool = False
-    # Folder for own language models.
-    models_dir: Path = pretrain.LANGUAGE_MODELS
     # Folder for results, in it one for each --model or corpus.
     output_dir: Path = ROOT / "studies" / "results" / "collapse_threshold"
 
@@ -86,9 +70,6 @@ class Config:
     def folder(self) -> Path:
         own = f"{self.corpus}-lora" if self.lora else self.corpus
         return self.output_dir / (Path(self.model).name if self.model else own)
-
-    def table(self, seed: int) -> Path:
-        return self.folder / f"seed-{seed}.csv"
 
 
 # Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
@@ -121,32 +102,23 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 
 
 def run_missing(config: Config) -> None:
-    """Backbone by backbone, as many side by side as workers: pretrain it, run its cells."""
-    commit = git_commit()
-    for first in range(0, len(config.seeds), config.workers):
-        seeds = config.seeds[first : first + config.workers]
-        cells = {
-            training_of(config, cell): cell for seed in seeds for cell in cells_of(config, seed)
-        }
-        for seed in seeds:
-            check_steps(config, seed)
+    """Backbone by backbone: pretrain it, run its cells."""
+    for seed in config.seeds:
+        check_steps(config, seed)
 
-        def place_of(training: Training, cells=cells) -> tuple[Path, str]:
-            return config.table(cells[training].seed), cells[training].name
+    def rows_of(cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+        rows = run_cell(config, cell, progress)
+        progress.say(line_of(training_of(config, cell).name, rows), time_left=True)
+        return rows
 
-        def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
-            set_threads(1)  # sums of more threads differ in their last digits
-            rows = run_cell(config, cells[training], commit, progress)
-            progress.say(line_of(training.name, rows), time_left=True)
-            return rows
-
-        missing = without_rows(cells, place_of, "training")
-        if not missing:
-            continue
-        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
-        if not config.model:
-            pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
-        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
+    by_backbone.run_missing(
+        config,
+        config.folder,
+        [cell for seed in config.seeds for cell in cells_of(config, seed)],
+        lambda cell: training_of(config, cell),
+        rows_of,
+        config.model,
+    )
 
 
 def miniature_of(config: Config) -> Config:
@@ -166,8 +138,9 @@ def miniature_of(config: Config) -> Config:
 
 def check_steps(config: Config, seed: int) -> None:
     """Raise UserError when the table's rows are of another number of steps."""
-    if any(int(row["steps"]) != config.steps for row in read_rows(config.table(seed))):
-        raise UserError(f"{config.table(seed)} has other --steps: give another --output-dir.")
+    table = by_backbone.table_of(config.folder, seed)
+    if any(int(row["steps"]) != config.steps for row in read_rows(table)):
+        raise UserError(f"{table} has other --steps: give another --output-dir.")
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -184,10 +157,8 @@ def training_of(config: Config, cell: Cell) -> Training:
 
 
 def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
-    own = pretrain.fixed_size(cell.seed, config.corpus)
-    folder = config.models_dir / pretrain.folder_name(own, config.corpus)
     return tuning.Recipe(
-        model=config.model or str(folder),
+        model=config.model or str(by_backbone.backbone_folder(config, cell.seed)),
         dataset=cell.dataset,
         arm=cell.arm,
         learning_rate=10**cell.rate,
@@ -201,27 +172,15 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
     )
 
 
-def run_cell(
-    config: Config, cell: Cell, commit: str | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """The rows of one training: what it is, what was measured before it, on the way, at its end."""
+def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+    """Measures before one training, on the way and at its end, beside its data's chance."""
     recipe = recipe_of(config, cell)
     data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     records = tuning.tune(recipe, data, range(0, config.steps, every), progress.step)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
-    head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
-    tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
-    tail["weights_sha256"] = tuning.digest_of_model(recipe.model)
-    return [
-        head | {name: rounded(value) for name, value in (record | tail).items()}
-        for record in records
-    ]
-
-
-def rounded(value: Any) -> Any:
-    """Six digits, more than two machines share; a table of thousands of rows stays small."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    head, tail = {"steps": config.steps}, {"chance": chance, "classes": data.classes}
+    return [head | record | tail for record in records]
 
 
 def line_of(name: str, rows: list[dict[str, Any]]) -> str:
@@ -274,7 +233,7 @@ def read_runs(folder: Path) -> list[Run]:
         for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
             first, *rest = rows
             cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
-            if cell.seed < PLANNED:
+            if cell.seed < by_backbone.PLANNED:
                 runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
     return runs
 
@@ -423,7 +382,7 @@ def p2(table: list[dict]) -> dict[str, Any] | None:
     estimate, se, df = (shifts[0][name] for name in ("mean", "se", "df"))
     widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
     interval_90 = t_interval(estimate, se, df, 0.90)
-    found = verdict(estimate, widest, interval_90, MARGIN, shifts[0]["n"] >= PLANNED)
+    found = verdict(estimate, widest, interval_90, MARGIN, shifts[0]["n"] >= by_backbone.PLANNED)
     return {**shifts[0], "holm_at_most": widest, "interval_90": interval_90, **found}
 
 
@@ -522,14 +481,10 @@ def text_of(results: dict[str, Any]) -> str:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    check_bounds("workers", config.workers, 1, 1024)
+    by_backbone.check_config(config)
     if not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
-    if not config.seeds:
-        raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
     if config.miniature:
         config = miniature_of(config)
     config.folder.mkdir(parents=True, exist_ok=True)

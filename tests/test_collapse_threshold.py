@@ -9,6 +9,7 @@ from pathlib import Path
 
 import collapse_threshold as study
 import numpy as np
+import pretrain
 import pytest
 import scipy.stats
 import torch
@@ -185,7 +186,7 @@ def test_a_folder_with_another_recipe_is_not_taken_for_a_backbone(miniature, tmp
     file = models / "miniature-w32-l1-e1-d0.1-s0" / "recipe.json"
     file.write_text(file.read_text().replace("0.0045", "0.003"))
     with pytest.raises(UserError, match="another recipe"):
-        study.pretrain.backbones([0], "miniature", models)
+        pretrain.backbones([0], "miniature", models)
 
 
 def test_a_training_that_is_not_finite_ends_with_a_row_without_numbers(miniature):

@@ -1,0 +1,114 @@
+"""What studies share that take own language models, one after another, and train each many times.
+
+A backbone is the unit that repeats: all its trainings run, their rows are in a table of its own,
+then comes the next. So a study that is stopped has whole backbones, and goes on by what its tables
+lack.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pretrain
+import tuning
+
+from collapse.files import git_commit
+from collapse.jobs import run_all
+from collapse.progress import Progress, Training
+from collapse.settings import UserError, check_bounds, set_threads
+from collapse.tables import into_table, without_rows
+
+PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
+PILOTS = (100, 101, 102)
+
+
+@dataclass
+class Config:
+    """Settings of such a study; the comment above a field is its --help text."""
+
+    # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
+    data_dir: Path | None = None
+    # Text of the own language models: tinystories from the hub, or newsgroups, of `make corpus`.
+    corpus: pretrain.CorpusName = "tinystories"
+    # Own language models, by their seeds.
+    seeds: tuple[int, ...] = tuple(range(PLANNED))
+    # Trainings side by side, each in a process of its own with one thread.
+    workers: int = 1
+    # The whole study in small, on made-up text, in a folder that git ignores.
+    miniature: bool = False
+    # Only results.json and the figures, from the rows that are there.
+    summarize: bool = False
+    # Folder for own language models.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+
+
+class Cell(Protocol):
+    """One training of a study."""
+
+    seed: int  # of its backbone, heads, and order of rows
+
+    @property
+    def name(self) -> str: ...  # unique among its seed's
+
+
+def table_of(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}.csv"
+
+
+def run_missing(
+    config: Config,
+    folder: Path,
+    cells: Sequence[Cell],
+    training_of: Callable[[Cell], Training],
+    rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
+    model: str | None = None,
+) -> None:
+    """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
+
+    rows_of(cell, progress) trains and gives rows; the cell goes before each, behind it what it was
+    made with. With `model`, as --model takes it, seeds are no backbones but trainings of that one.
+    """
+    commit = git_commit()
+    for first in range(0, len(config.seeds), config.workers):
+        seeds = config.seeds[first : first + config.workers]
+        here = {training_of(cell): cell for cell in cells if cell.seed in seeds}
+
+        def place_of(training: Training, here=here) -> tuple[Path, str]:
+            return table_of(folder, here[training].seed), here[training].name
+
+        def rows(training: Training, progress: Progress, here=here) -> list[dict[str, Any]]:
+            set_threads(1)  # sums of more threads differ in their last digits
+            cell = here[training]
+            head = {"training": cell.name, **dataclasses.asdict(cell)}
+            made_with = model or str(backbone_folder(config, cell.seed))
+            tail = {"git_commit": commit, "weights_sha256": tuning.digest_of_model(made_with)}
+            return [head | rounded(row) | tail for row in rows_of(cell, progress)]
+
+        missing = without_rows(here, place_of, "training")
+        if not missing:
+            continue
+        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
+        if not model:
+            pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+        run_all(missing, into_table(rows, place_of, "training"), config.workers)
+
+
+def backbone_folder(config: Config, seed: int) -> Path:
+    own = pretrain.fixed_size(seed, config.corpus)
+    return config.models_dir / pretrain.folder_name(own, config.corpus)
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot be run; prepare what worker processes inherit."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
+    check_bounds("workers", config.workers, 1, 1024)
+    if not config.seeds:
+        raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+
+
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    """Six digits, more than two machines share; a table of thousands of rows stays small."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
 import collapse_threshold
 import result_tables as tables
 import sink
@@ -422,7 +423,7 @@ def their_gains(a: str, b: str) -> str:
 def standing_of_p2() -> str:
     """P2's verdict, and of how many of its backbones."""
     found = read_json(ROOT / THRESHOLD / "results.json")["P2"]
-    return f"P2: {found['verdict']} on {found['n']} of {collapse_threshold.PLANNED} backbones"
+    return f"P2: {found['verdict']} on {found['n']} of {by_backbone.PLANNED} backbones"
 
 
 def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[str]]:

@@ -79,6 +79,37 @@ def crossed_error(
     return np.sqrt(total / (n_seeds * n_rows)), np.maximum(df, least)
 
 
+def sets_interval(differences: Sequence[np.ndarray], level: float = 0.95) -> dict[str, Any]:
+    """Mean over data sets, each counted alike, of differences (S seeds, N rows of the set).
+
+    For other seeds and other rows of the same sets; a seed's trainings on all sets are one draw, so
+    seeds vary in the mean of the sets. SE^2 = max(V, sum MSe / (S N D^2)) + sum (max(MSr, MSe) -
+    MSe) / (S N D^2), V the variance over seeds of the mean of D sets over S, each sum
+    over the sets: with one set it is `crossed_error`. Satterthwaite's degrees of freedom, S - 1 at
+    least.
+    """
+    arrays = [_seeds_by_rows(array) for array in differences]
+    n_seeds, n_sets = len(arrays[0]), len(arrays)
+    if len({len(array) for array in arrays}) != 1:
+        raise ValueError(f"seeds differ between sets: {[len(array) for array in arrays]}")
+    means = np.mean([array.mean(1) for array in arrays], axis=0)  # (S,)
+    cells = np.array([array.size for array in arrays]) * n_sets**2  # (D,)
+    squares = np.array([crossed_mean_squares(array)[1:] for array in arrays])  # (D, 2)
+    residual = squares[:, 1] / cells
+    of_rows = np.maximum(squares[:, 0], squares[:, 1]) / cells
+    of_seeds = max(means.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0, residual.sum())
+    total = of_seeds + (of_rows - residual).sum()
+    row_freedom = np.array([max(1, array.shape[1] - 1) for array in arrays])
+    rest_freedom = row_freedom * max(1, n_seeds - 1)
+    scatter = (of_rows**2 / row_freedom + residual**2 / rest_freedom).sum()
+    if n_seeds > 1:
+        scatter += of_seeds**2 / (n_seeds - 1)
+    least = n_seeds - 1 if n_seeds > 1 else int(row_freedom.min())
+    df = max(total**2 / scatter, least) if scatter > 0 else least
+    found = t_interval(float(means.mean()), math.sqrt(total), float(df), level)
+    return found | {"n": n_seeds}
+
+
 def pigeonhole_interval(
     differences: np.ndarray, draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any]:

@@ -7,7 +7,7 @@ lack.
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +19,12 @@ from collapse.files import git_commit
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
 from collapse.settings import UserError, check_bounds, set_threads
+from collapse.statistics import t_interval
 from collapse.tables import into_table, without_rows
+from collapse.verdicts import verdict
 
 PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
+ENDPOINTS = 5  # of the protocol
 PILOTS = (100, 101, 102)
 
 
@@ -107,6 +110,23 @@ def check_config(config: Config) -> None:
     check_bounds("workers", config.workers, 1, 1024)
     if not config.seeds:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+
+
+def endpoint(
+    found: Mapping[str, Any] | None, margin: float, planned: int = PLANNED
+) -> dict[str, Any] | None:
+    """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
+
+    At the level of the first of ENDPOINTS, the widest that Holm can ask for. None before two
+    backbones are done.
+    """
+    if not found or found["n"] < 2:
+        return None
+    estimate, se, df = (found[name] for name in ("mean", "se", "df"))
+    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
+    interval_90 = t_interval(estimate, se, df, 0.90)
+    said = verdict(estimate, widest, interval_90, margin, found["n"] >= planned)
+    return {**found, "holm_at_most": widest, "interval_90": interval_90, **said}
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -35,13 +35,10 @@ from collapse.statistics import (
     mean_interval,
     paired_difference,
     sign_flip_p,
-    t_interval,
 )
 from collapse.tables import read_rows
-from collapse.verdicts import verdict
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
-ENDPOINTS = 5  # of the protocol: Holm's interval is at least at the level 1 - 0.05 / 5
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
 MEASUREMENTS = 4  # along the way
 
@@ -340,7 +337,9 @@ def summary(config: Config) -> dict[str, Any]:
         table.append(row)
     starts = [run.path[0] for run in runs]
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
-    endpoint = p2(table) if applies and not (config.model or config.lora) else None
+    shifts = [row["shift"]["healthy"]["mean"] for row in table if row["arm"] == "model2"]
+    counts_for_p2 = applies and shifts and not (config.model or config.lora)
+    endpoint = by_backbone.endpoint(shifts[0], MARGIN) if counts_for_p2 else None
     return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": endpoint}
 
 
@@ -369,21 +368,6 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
             means = {name: float(np.mean(values)) for name, values in found.items()}
             result[f"{rate:g}"] = means | {"n": len(paths)}
     return result
-
-
-def p2(table: list[dict]) -> dict[str, Any] | None:
-    """The protocol's endpoint: Model 2's shift of the edge. None before two backbones are done.
-
-    Its interval is at the level of the first of five endpoints, the widest that Holm can ask for.
-    """
-    shifts = [row["shift"]["healthy"]["mean"] for row in table if row["arm"] == "model2"]
-    if not shifts or shifts[0]["n"] < 2:
-        return None
-    estimate, se, df = (shifts[0][name] for name in ("mean", "se", "df"))
-    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
-    interval_90 = t_interval(estimate, se, df, 0.90)
-    found = verdict(estimate, widest, interval_90, MARGIN, shifts[0]["n"] >= by_backbone.PLANNED)
-    return {**shifts[0], "holm_at_most": widest, "interval_90": interval_90, **found}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -142,8 +142,9 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
     return common.put_heads_on(causal_lm, arm, classes, "pooled", config), start_head
 
 
-def batches_of(recipe: Recipe, lengths: np.ndarray) -> Iterator[np.ndarray]:
+def batches_of(recipe: Recipe, train: Split) -> Iterator[np.ndarray]:
     """Row numbers of the steps, epoch after epoch; from the seed: the same for every arm."""
+    lengths = train.lengths
     for epoch in itertools.count():
         rng = np.random.default_rng([recipe.seed, epoch])
         yield from length_grouped_batches(lengths, recipe.batch_size, rng)
@@ -160,23 +161,37 @@ def tune(
     A training that meets a number that is not finite ends there: its last record has None for
     every measure.
     """
-    config, arm = recipe.config(), common.find_arm(recipe.arm)
     model, start_head = build(recipe, data.classes)
-    trainer = common.make_trainer(model, data.train, config, arm)
     along_the_way = Measuring(model, data.measured_train, data.validation)
     records = [{"step": 0, **full_record(model, data, start_head)}]
-    batches = batches_of(recipe, data.train.lengths)
+    try:
+        for step in steps_of(recipe, data.train, model):
+            after_step()
+            if step in measure_at and step < recipe.steps:
+                records.append({"step": step, **along_the_way(), "lm_loss": None})
+    except Diverged as error:
+        return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
+    return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]
+
+
+@dataclass
+class Diverged(Exception):
+    """A loss or gradient was not finite; no weight has changed by it."""
+
+    step: int
+
+
+def steps_of(recipe: Recipe, train: Split, model: common.DualHeadModel) -> Iterator[int]:
+    """Train the recipe's model; after each step its number, from 1 on. Raises Diverged."""
+    config, arm = recipe.config(), common.find_arm(recipe.arm)
+    trainer, batches = common.make_trainer(model, train, config, arm), batches_of(recipe, train)
     for step in range(1, recipe.steps + 1):
         model.train()
-        rate = learning_rate_at(step - 1, recipe.steps, config)
         try:
-            trainer.step(next(batches), rate)
+            trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
         except FloatingPointError:
-            return [*records, {"step": step} | dict.fromkeys(records[0].keys() - {"step"})]
-        after_step()
-        if step in measure_at and step < recipe.steps:
-            records.append({"step": step, **along_the_way(), "lm_loss": None})
-    return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]
+            raise Diverged(step) from None
+        yield step
 
 
 def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:

@@ -1,0 +1,525 @@
+"""Does an LM loss make a classifier more accurate, and does it keep rank at equal training loss?
+
+P1 and P5 of studies/PROTOCOL.md: four data sets, own language models of many seeds, Models 1 and 2
+each at the learning rate that is best on tuning rows of pilot backbones; controls on two of the
+sets. Writes a table and a file of validation rows for each backbone, then results.json and a
+figure. The same command goes on where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
+import fitting
+import tuning
+
+import common
+from collapse.files import write_json
+from collapse.loaders import LOADERS
+from collapse.plots import save_figure
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, run_script
+from collapse.statistics import (
+    crossed_interval,
+    format_interval,
+    mean_interval,
+    paired_difference,
+    sets_interval,
+)
+from collapse.tables import read_rows
+from collapse.verdicts import equivalence
+
+MARGIN_P1 = 0.005  # half a point of accuracy
+MARGIN_P5 = 0.1  # of log rank
+PARTS = ("pilot", "endpoint", "controls")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How a data set is trained on."""
+
+    train_rows: int
+    epochs: int
+    max_length: int  # tokens
+    other: str | None  # the set whose labels the states are probed for
+
+
+SIZES = {
+    "AG News": Size(4000, 4, 32, "SST-2 by sentence"),
+    "SST-2 by sentence": Size(8000, 3, 64, "AG News"),
+    "CLINC150": Size(15_000, 4, 32, "AG News"),
+    "Banking77": Size(9000, 6, 32, "AG News"),
+    tuning.MADE_UP: Size(64, 2, 32, None),
+}
+
+
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Parts to run: pilot (chooses the rates), endpoint (Models 1 and 2), controls (of the first
+    # ten seeds).
+    parts: tuple[str, ...] = PARTS
+    # Data sets: names that experiment.py --dataset takes.
+    datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence", "CLINC150", "Banking77")
+    # Data sets of the controls.
+    control_datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
+    # Controls, as experiment.py --models takes them.
+    controls: tuple[str, ...] = ("longer", "shuffled-lm", "2@0.1", "2@0.9")
+    # Base-10 logarithms of the learning rates that the pilot tries.
+    rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "benefit"
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.corpus
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study."""
+
+    seed: int
+    dataset: str
+    arm: str  # its name in results
+    rate: float  # base-10 logarithm
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
+
+    @property
+    def pilot(self) -> bool:
+        return self.seed >= by_backbone.PILOTS[0]
+
+
+def miniature_of(config: Config) -> Config:
+    folder = config.output_dir / "limit-miniature"
+    return dataclasses.replace(
+        config,
+        corpus="miniature",
+        seeds=(0, 1, 2),
+        datasets=(tuning.MADE_UP,),
+        control_datasets=(tuning.MADE_UP,),
+        controls=("longer", "2@0.1"),
+        rates=(-3.0, -2.0),
+        models_dir=folder / "state" / "lm",
+        output_dir=folder,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_missing(config: Config) -> None:
+    """The pilot, then what rests on the rates that it chose."""
+    if "pilot" in config.parts:
+        product = itertools.product(
+            by_backbone.PILOTS, config.datasets, ("model1", "model2"), config.rates
+        )
+        pilots = [Cell(*parts) for parts in product]
+        run(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
+    if set(config.parts) - {"pilot"}:
+        run(config, cells_of(config, chosen_rates(config)))
+
+
+def run(config: Config, cells: list[Cell]) -> None:
+    def rows_of(cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+        found = run_cell(config, cell, progress)
+        progress.say(line_of(cell, found), time_left=True)
+        return found
+
+    by_backbone.run_missing(
+        config, config.folder, cells, lambda cell: training_of(config, cell), rows_of
+    )
+
+
+def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
+    """Cells that count: each of Models 1 and 2 at its own rate, Model 2 at Model 1's, controls.
+
+    A control has the rate of the model that it varies: `longer` Model 1's, others Model 2's.
+    """
+    cells = []
+    for seed in config.seeds:
+        if "endpoint" in config.parts:
+            for dataset in config.datasets:
+                ones, twos = rates[dataset, "model1"], rates[dataset, "model2"]
+                cells.append(Cell(seed, dataset, "model1", ones))
+                cells += [Cell(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
+        if "controls" in config.parts and seed < by_backbone.PLANNED // 2:
+            for dataset, name in itertools.product(config.control_datasets, config.controls):
+                arm = common.find_arm(name)
+                rate = rates[dataset, "model1" if arm.lm == "none" else "model2"]
+                cells.append(Cell(seed, dataset, arm.name, rate))
+    return cells
+
+
+def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
+    """(data set, model) -> the rate with the best tuning accuracy, mean over pilot backbones.
+
+    Each training's accuracy is that of its best epoch. Raises UserError before the pilot has run.
+    """
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for seed in by_backbone.PILOTS:
+        for run in read_runs(config.folder, seed):
+            place = run.cell.dataset, run.cell.arm
+            found.setdefault(place, {}).setdefault(run.cell.rate, []).append(run.tuning_accuracy)
+    wanted = set(itertools.product(config.datasets, ("model1", "model2")))
+    if lacking := [" ".join(place) for place in sorted(wanted - set(found))]:
+        raise UserError(f"no pilot of {', '.join(lacking)}: run --parts pilot before.")
+    return {
+        place: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
+        for place, by_rate in found.items()
+    }
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    size, arm = SIZES[cell.dataset], common.find_arm(cell.arm)
+    epochs = math.ceil(round(size.epochs * arm.epochs, 6))
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
+        kind=f"{cell.dataset}, {cell.arm}",
+        cost=arm.cost,
+        evaluation_cost=100.0,
+        steps=epochs * math.ceil(size.train_rows / tuning.Recipe.batch_size),
+        evaluations=1,
+    )
+
+
+def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+    """The records of one training; what it had right goes to the backbone's file of rows."""
+    size = SIZES[cell.dataset]
+    recipe = tuning.Recipe(
+        model=str(by_backbone.backbone_folder(config, cell.seed)),
+        dataset=cell.dataset,
+        arm=cell.arm,
+        learning_rate=10**cell.rate,
+        seed=cell.seed,
+        steps=0,
+        train_rows=size.train_rows,
+        letters=True,
+        all_weights=True,
+        max_length=size.max_length,
+    )
+    loader = (LOADERS | {tuning.MADE_UP: tuning.made_up_task})[cell.dataset]
+    shape = size.train_rows, size.max_length
+    data = fitting.load_data(
+        cell.dataset, loader, *shape, recipe.model, size.other, config.data_dir
+    )
+    recipe = fitting.whole_epochs(recipe, data, size.epochs)
+    found = fitting.fit(recipe, data, not cell.pilot, progress.step)
+    if found.rows:
+        fitting.put_rows(fitting.rows_file(config.folder, cell.seed), cell.name, found.rows)
+    return found.records
+
+
+def line_of(cell: Cell, records: list[dict[str, Any]]) -> str:
+    end = records[-1]
+    if end["best_epoch"] is None:
+        return f"seed {cell.seed}, {cell.name}: diverged at step {end['step']}"
+    asked = max(r["tuning_accuracy"] for r in records if r["tuning_accuracy"] is not None)
+    text = f"seed {cell.seed}, {cell.name}: best epoch {end['best_epoch']}, tuning {asked:.1%}"
+    accuracy = end["best_accuracy"]
+    return text + (f", validation {accuracy:.1%}" if accuracy is not None else "")
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended."""
+
+    cell: Cell
+    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+
+    @property
+    def end(self) -> dict[str, float | None]:
+        return self.path[-1]
+
+    @property
+    def tuning_accuracy(self) -> float:
+        """At the best epoch; 0 without a whole epoch."""
+        found = [row["tuning_accuracy"] for row in self.path if row["tuning_accuracy"] is not None]
+        return max(found, default=0.0)
+
+
+def read_runs(folder: Path, seed: int) -> list[Run]:
+    """Every training in the table of a backbone."""
+    rows = read_rows(by_backbone.table_of(folder, seed))
+    runs = []
+    for _, path in itertools.groupby(rows, key=lambda row: row["training"]):
+        first, *rest = path
+        cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
+        runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
+    return runs
+
+
+def numbers(row: dict[str, str]) -> dict[str, float | None]:
+    words = ("training", "dataset", "arm", "git_commit", "weights_sha256")
+    return {k: float(v) if v else None for k, v in row.items() if k not in words}
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that counts: (data set, arm, rate) -> seed -> run, and its right or wrong rows (N,)."""
+
+    runs: dict[tuple[str, str, float], dict[int, Run]]
+    correct: dict[tuple[str, str, float], dict[int, np.ndarray]]
+    rates: dict[tuple[str, str], float]
+
+    def place(self, dataset: str, arm: str) -> tuple[str, str, float]:
+        """Where an arm's runs at its own rate are."""
+        if (dataset, arm) in self.rates:
+            return dataset, arm, self.rates[dataset, arm]
+        base = "model1" if common.find_arm(arm).lm == "none" else "model2"
+        return dataset, arm, self.rates[dataset, base]
+
+    def differences(self, dataset: str, arm: str, base: str = "model1") -> np.ndarray:
+        """Right rows of an arm less a base's, (S, N), of the seeds that both have; (0, 0): none."""
+        ours, theirs = (self.correct.get(self.place(dataset, a), {}) for a in (arm, base))
+        both = sorted(ours.keys() & theirs.keys())
+        if not both:
+            return np.zeros((0, 0))
+        return np.stack([ours[s].astype(float) - theirs[s].astype(float) for s in both])
+
+
+def read_study(config: Config) -> Study:
+    runs: dict[tuple[str, str, float], dict[int, Run]] = {}
+    correct: dict[tuple[str, str, float], dict[int, np.ndarray]] = {}
+    for seed in range(by_backbone.PLANNED):
+        rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
+        for run in read_runs(config.folder, seed):
+            place = run.cell.dataset, run.cell.arm, run.cell.rate
+            runs.setdefault(place, {})[seed] = run
+            if run.cell.name in rows:
+                correct.setdefault(place, {})[seed] = rows[run.cell.name].correct
+    return Study(runs, correct, chosen_rates(config))
+
+
+def sets_difference(
+    study: Study, datasets: Iterable[str], arm: str, base: str = "model1"
+) -> dict[str, Any]:
+    """Accuracy of an arm less a base's: of each set, and of their mean (`mean`), with intervals.
+
+    Seeds that lack a set do not enter the mean. None where there are no two seeds.
+    """
+    found: dict[str, Any] = {}
+    values = {dataset: study.differences(dataset, arm, base) for dataset in datasets}
+    for dataset, array in values.items():
+        found[dataset] = crossed_interval(array) if len(array) > 1 else None
+    shared = min(len(array) for array in values.values())
+    same = len({len(array) for array in values.values()}) == 1
+    found["mean"] = sets_interval(list(values.values())) if shared > 1 and same else None
+    return found
+
+
+def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | None:
+    """Log effective rank within classes where a run's training loss first reaches a level.
+
+    Between two measurements it is linear in log loss. None where the loss stays above.
+    """
+    before = None
+    for row in path:
+        if row["loss"] is None or not row["effective_rank_within"]:
+            return None
+        loss, rank = math.log(row["loss"]), math.log(row["effective_rank_within"])
+        if row["loss"] <= level:
+            if before is None or before[0] == loss:
+                return rank
+            share = (before[0] - math.log(level)) / (before[0] - loss)
+            return before[1] + share * (rank - before[1])
+        before = loss, rank
+    return None
+
+
+def rank_at_equal_loss(one: Run, two: Run) -> float | None:
+    """P5 of one backbone and set: log rank within classes, Model 2 less Model 1.
+
+    The level is the larger of the two runs' least training losses. None where one diverged first.
+    """
+    losses = [[row["loss"] for row in run.path if row["loss"] is not None] for run in (one, two)]
+    level = max(map(min, losses))
+    ranks = [log_rank_at(run.path, level) for run in (one, two)]
+    return None if None in ranks else ranks[1] - ranks[0]
+
+
+def rank_differences(study: Study, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
+    """Data set -> seed -> rank_at_equal_loss, both at Model 1's rate."""
+    found: dict[str, dict[int, float]] = {}
+    for dataset in datasets:
+        rate = study.rates[dataset, "model1"]
+        ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
+        by_seed = {s: rank_at_equal_loss(ones[s], twos[s]) for s in ones.keys() & twos.keys()}
+        found[dataset] = {s: value for s, value in sorted(by_seed.items()) if value is not None}
+    return found
+
+
+def mean_over_sets(found: dict[str, dict[int, float]]) -> dict[int, float]:
+    """Seed -> mean of the sets, of seeds that have them all."""
+    shared = set.intersection(*map(set, found.values()))
+    return {seed: float(np.mean([side[seed] for side in found.values()])) for seed in shared}
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds."""
+    study = read_study(config)
+    datasets = list(config.datasets)
+    p1 = sets_difference(study, datasets, "model2")
+    ranks = rank_differences(study, datasets)
+    by_seed = mean_over_sets(ranks)
+    zero = dict.fromkeys(by_seed, 0.0)
+    p5 = paired_difference(zero, by_seed)
+    arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
+    return {
+        "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
+        "P1": by_backbone.endpoint(p1["mean"], MARGIN_P1),
+        "P1_equivalence": equivalence_of(p1["mean"], MARGIN_P1),
+        "accuracy_differences": {
+            arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
+        },
+        "less_model2": {
+            arm: sets_difference(study, sets_of(study, arm), arm, "model2")
+            for arm in arms
+            if arm not in ("model1", "model2")
+        },
+        "P5": by_backbone.endpoint(p5, MARGIN_P5),
+        "rank_at_equal_loss": {
+            dataset: paired_difference(dict.fromkeys(found, 0.0), found)
+            for dataset, found in ranks.items()
+        },
+        "arms": {
+            dataset: {
+                arm: ends(study, dataset, arm) for arm in arms if dataset in sets_of(study, arm)
+            }
+            for dataset in datasets
+        },
+    }
+
+
+def equivalence_of(interval: dict[str, Any] | None, margin: float) -> dict[str, float] | None:
+    if not interval or interval["se"] is None:
+        return None
+    return equivalence(*(interval[key] for key in ("mean", "se", "df")), margin)
+
+
+def sets_of(study: Study, arm: str) -> list[str]:
+    return list(dict.fromkeys(dataset for dataset, name, _ in study.runs if name == arm))
+
+
+def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
+    """Means over seeds of an arm at its own rate.
+
+    `language_kept` (nats) and `transfer_kept` are less what they were before training, `seconds`
+    the time of all steps over Model 1's of the same seed.
+    """
+    here = study.runs.get(study.place(dataset, arm), {})
+    ones = study.runs.get(study.place(dataset, "model1"), {})
+    names = ("best_accuracy", "best_loss", "best_scaled_loss", "best_epoch")
+    columns: dict[str, list[float]] = {name: [] for name in names}
+    columns |= {"language_kept": [], "transfer_kept": [], "seconds": []}
+    for seed, run in here.items():
+        start, end = run.path[0], run.end
+        for name in names:
+            columns[name].append(end[name])
+        for name, column in (("language_kept", "lm_loss"), ("transfer_kept", "transfer_accuracy")):
+            if None not in (start[column], end[column]):
+                columns[name].append(end[column] - start[column])
+        if seed in ones:
+            columns["seconds"].append(end["seconds"] / ones[seed].end["seconds"])
+    found = {name: [v for v in values if v is not None] for name, values in columns.items()}
+    means = {name: mean_interval(values) if values else None for name, values in found.items()}
+    return means | {"n": len(here)}
+
+
+# --------------------------------------------------------------------------------------------------
+# The figure
+# --------------------------------------------------------------------------------------------------
+
+
+def draw(config: Config) -> None:
+    """Above, accuracy of every arm less Model 1's; below, rank within classes as the loss falls."""
+    study, datasets = read_study(config), list(config.datasets)
+    results = summary(config)
+    shape = {"figsize": (3.2 * len(datasets), 6), "layout": "constrained", "squeeze": False}
+    figure, axes = plt.subplots(2, len(datasets), sharex="row", **shape)
+    for dataset, above, below in zip(datasets, axes[0], axes[1], strict=True):
+        differences = results["accuracy_differences"]
+        shown = [(a, found[dataset]) for a, found in differences.items() if found.get(dataset)]
+        for place, (name, found) in enumerate(shown):
+            arm = common.find_arm(name)
+            bar = [[100 * (found["mean"] - found["low"])], [100 * (found["high"] - found["mean"])]]
+            above.errorbar(
+                [100 * found["mean"]], [place], xerr=bar, fmt=arm.marker, color=arm.color
+            )
+        above.set_yticks(range(len(shown)), [common.find_arm(name).title for name, _ in shown])
+        above.axvline(0, color="gray", linewidth=0.8)
+        above.axvspan(-100 * MARGIN_P1, 100 * MARGIN_P1, color="gray", alpha=0.15, linewidth=0)
+        above.set(title=dataset, xlabel="accuracy less Model 1's (points)")
+        above.invert_yaxis()
+        rate = study.rates[dataset, "model1"]
+        for name in ("model1", "model2"):
+            arm = common.find_arm(name)
+            for run in study.runs.get((dataset, name, rate), {}).values():
+                path = [row for row in run.path if row["loss"] is not None]
+                start = path[0]["effective_rank_within"]
+                x = [row["loss"] for row in path]
+                y = [row["effective_rank_within"] / start for row in path]
+                below.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
+            below.plot([], [], color=arm.color, label=arm.title)
+        below.set(xscale="log", xlabel="training loss (nats)", ylim=(0, None))
+        below.invert_xaxis()
+    axes[1][0].set_ylabel("rank within classes, share of the start's")
+    axes[1][0].legend(fontsize=8)
+    save_figure(figure, config.folder / "benefit.png")
+
+
+def text_of(results: dict[str, Any]) -> str:
+    lines = []
+    for name in ("P1", "P5"):
+        lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
+    for arm, found in results["accuracy_differences"].items():
+        parts = [
+            f"{place} {format_interval(value, 2, 100, '+')}"
+            for place, value in found.items()
+            if value
+        ]
+        lines.append(f"{arm} less Model 1, points: {', '.join(parts) or 'no two seeds yet'}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    by_backbone.check_config(config)
+    if unknown := set(config.parts) - set(PARTS):
+        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(PARTS)}.")
+    if config.miniature:
+        config = miniature_of(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config)
+    print(text_of(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

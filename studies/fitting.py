@@ -1,0 +1,236 @@
+"""Fine-tuning as the studies of accuracy do it: to the epoch that is best on tuning rows.
+
+Tuning rows are taken from the training rows and choose epochs and learning rates. Validation rows
+are asked once in an epoch that is the best so far, and nothing is chosen by their answer.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+import tuning
+from torch import Tensor, nn
+
+import common
+from collapse.batches import Split, encode_rows
+from collapse.data import Task, in_corpus_text, limit_task, tuning_split
+from collapse.files import locked, read_tensors, write_tensors
+from collapse.language_models import load_tokenizer
+from collapse.loaders import LOADERS
+from collapse.measuring import accuracy, draw_rows, measures, outputs
+from collapse.rows import RowResults, fit_temperature, log_probabilities, pack, unpack
+from collapse.settings import UserError
+from collapse.spread import transfer_accuracy
+
+TUNING_ROWS = 1000
+MEASURED_AN_EPOCH = 4  # times
+# On which other set's rows the states are probed, as many to train the probe as to test it.
+TRANSFER_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Data(tuning.Data):
+    """What a training reads; `validation` is the fixed draw that ranks are measured on."""
+
+    tuning: Split
+    all_validation: Split
+    other: tuple[Split, Split] | None  # of another data set: to train a probe, and to test it
+
+    def steps(self, epochs: int, batch_size: int) -> int:
+        return epochs * math.ceil(len(self.train.labels) / batch_size)
+
+
+Loader = Callable[[Path | None], Task | None]
+
+
+@functools.lru_cache(maxsize=8)  # a process runs a data set's cells in turn
+def load_data(
+    dataset: str,
+    loader: Loader,
+    train_rows: int,
+    max_length: int,
+    model: str,
+    other: str | None,
+    data_dir: Path | None,
+) -> Data:
+    """Rows in the letters of the own language models, as the tokens of the model in a folder.
+
+    Up to train_rows training rows, after TUNING_ROWS are taken away. Raises UserError where rows
+    cannot be had.
+    """
+    task, encode = _task(dataset, loader, data_dir), load_tokenizer(model)
+    task, tuning_rows = tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
+    task = limit_task(task, train_rows, None)
+    parts = (task.train, task.validation, tuning_rows)
+    train, validation, tuning_part = (encode_rows(part, encode, max_length) for part in parts)
+    probe = None
+    if other:
+        second = limit_task(_task(other, LOADERS[other], data_dir), TRANSFER_ROWS, TRANSFER_ROWS)
+        probe = tuple(
+            encode_rows(part, encode, max_length) for part in (second.train, second.validation)
+        )
+    return Data(
+        classes=len(task.class_names),
+        train=train,
+        validation=draw_rows(validation, tuning.MEASURED_ROWS),
+        measured_train=draw_rows(train, tuning.MEASURED_TRAIN_ROWS),
+        language=draw_rows(validation, tuning.LANGUAGE_ROWS),
+        tuning=tuning_part,
+        all_validation=validation,
+        other=probe,
+    )
+
+
+def _task(dataset: str, loader: Loader, data_dir: Path | None) -> Task:
+    task = loader(data_dir)
+    if task is None:
+        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
+    return in_corpus_text(task)
+
+
+@dataclass
+class Fit:
+    """What one training gave: its measurements in order, and each validation row at the best epoch.
+
+    The last record also has what `AT_THE_END` names.
+    """
+
+    records: list[dict[str, Any]]
+    rows: dict[str, Tensor] | None  # as collapse.rows packs them; None without a whole epoch
+
+
+# Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
+# rows at the best epoch; LM loss under the start's LM head and transfer after the last step;
+# seconds of the steps alone.
+AT_THE_END = ("best_epoch", "best_accuracy", "best_loss", "best_scaled_loss")
+AT_THE_END += ("lm_loss", "transfer_accuracy", "seconds")
+
+
+def fit(
+    recipe: tuning.Recipe,
+    data: Data,
+    validate: bool = True,
+    after_step: Callable[[], None] = lambda: None,
+) -> Fit:
+    """Train for recipe.steps, whole epochs; without `validate` tuning rows alone are asked.
+
+    A training that meets a number that is not finite ends there: its last record has None for
+    what is measured then, and its best epoch is one before.
+    """
+    model, start_head = tuning.build(recipe, data.classes)
+    an_epoch = data.steps(1, recipe.batch_size)
+    every = math.ceil(an_epoch / MEASURED_AN_EPOCH)
+    best: dict[str, Any] = dict.fromkeys(AT_THE_END[:4])
+    records, rows, highest = [], None, -1.0
+    seconds, started = 0.0, time.perf_counter()
+
+    def record(step: int) -> dict[str, Any]:
+        found = measures(model, data.measured_train, data.validation) if validate else {}
+        asked = {"tuning_accuracy": None, "tuning_loss": None} | dict.fromkeys(AT_THE_END)
+        return {"step": step, "epoch": step / an_epoch, **found, **asked}
+
+    records.append(record(0) | at_the_end(model, data, start_head, validate))
+    try:
+        started = time.perf_counter()
+        for step in tuning.steps_of(recipe, data.train, model):
+            after_step()
+            if step % an_epoch and (step % an_epoch) % every:
+                continue
+            seconds += time.perf_counter() - started
+            records.append(record(step))
+            if step % an_epoch == 0:
+                logits = ask(model, data.tuning)
+                records[-1] |= {
+                    "tuning_accuracy": accuracy(logits, data.tuning.labels),
+                    "tuning_loss": F.cross_entropy(logits, data.tuning.labels).item(),
+                }
+                if records[-1]["tuning_accuracy"] > highest:
+                    highest = records[-1]["tuning_accuracy"]
+                    best["best_epoch"] = step // an_epoch
+                    if validate:
+                        found, rows = validation_at(model, data, logits)
+                        best |= found
+            started = time.perf_counter()
+        end = at_the_end(model, data, start_head, validate)
+    except tuning.Diverged as error:
+        nothing = dict.fromkeys(records[0].keys() - {"step", "epoch"})
+        records.append({"step": error.step, "epoch": error.step / an_epoch, **nothing})
+        end = {}
+    records[-1] |= best | end | {"seconds": round(seconds, 2)}
+    return Fit(records, rows)
+
+
+def at_the_end(
+    model: nn.Module, data: Data, start_head: nn.Linear, validate: bool
+) -> dict[str, float | None]:
+    """What a model knows beside its task: LM loss, accuracy of a probe on another data set."""
+    model.eval()
+    loss = tuning.lm_loss(model, data.language, start_head)
+    found: dict[str, float | None] = {"lm_loss": loss if math.isfinite(loss) else None}
+    if validate and data.other and found["lm_loss"] is not None:
+        (train, _), (test, _) = (outputs(model, split) for split in data.other)
+        labels = [split.labels.numpy() for split in data.other]
+        probe = transfer_accuracy(train[0].numpy(), labels[0], test[0].numpy(), labels[1], seed=0)
+        found["transfer_accuracy"] = probe["accuracy"]
+    return found
+
+
+def ask(model: nn.Module, split: Split) -> Tensor:
+    """Logits (N, C) in evaluation mode."""
+    model.eval()
+    return outputs(model, split)[1]
+
+
+def validation_at(
+    model: nn.Module, data: Data, tuning_logits: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Numbers of all validation rows as the model stands, and the rows themselves, packed."""
+    logits, labels = ask(model, data.all_validation).numpy(), data.all_validation.labels.numpy()
+    temperature = fit_temperature(tuning_logits.numpy(), data.tuning.labels.numpy())
+    plain, scaled = (
+        log_probabilities(logits, labels, np.full(len(labels), t)) for t in (1.0, temperature)
+    )
+    correct = logits.argmax(1) == labels
+    found = {"best_accuracy": float(correct.mean())}
+    found |= {"best_loss": -float(plain.mean()), "best_scaled_loss": -float(scaled.mean())}
+    return found, pack(correct, plain, scaled)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows of many trainings in one file
+# --------------------------------------------------------------------------------------------------
+
+
+def rows_file(folder: Path, seed: int) -> Path:
+    """Beside the table of a backbone: which validation rows its trainings had right."""
+    return folder / f"rows-{seed}.safetensors"
+
+
+def put_rows(file: Path, name: str, rows: Mapping[str, Tensor]) -> None:
+    """Add a training's rows, or put them in the place of its former ones; commands take turns."""
+    with locked(file.parent):
+        stored = read_tensors(file)[0] if file.exists() else {}
+        write_tensors(file, stored | {f"{name}/{part}": rows[part] for part in rows}, {})
+
+
+def read_all_rows(file: Path) -> dict[str, RowResults]:
+    """Name of a training -> its rows; empty where there is no file."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in (read_tensors(file)[0] if file.exists() else {}).items():
+        name, _, part = key.rpartition("/")
+        parts.setdefault(name, {})[part] = tensor
+    return {name: unpack(tensors) for name, tensors in parts.items()}
+
+
+def whole_epochs(recipe: tuning.Recipe, data: Data, epochs: int) -> tuning.Recipe:
+    """The recipe for whole epochs of these data: of its arm's factor times as many."""
+    own = common.find_arm(recipe.arm).epochs
+    steps = data.steps(math.ceil(round(epochs * own, 6)), recipe.batch_size)
+    return dataclasses.replace(recipe, steps=steps)

@@ -25,6 +25,7 @@ import fitting
 import tuning
 
 import common
+from collapse.data import Rows, Task
 from collapse.files import write_json
 from collapse.loaders import LOADERS
 from collapse.plots import save_figure
@@ -37,7 +38,6 @@ from collapse.statistics import (
     paired_difference,
     sets_interval,
 )
-from collapse.tables import read_rows
 from collapse.verdicts import equivalence
 
 MARGIN_P1 = 0.005  # half a point of accuracy
@@ -100,10 +100,6 @@ class Cell:
     def name(self) -> str:
         return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
 
-    @property
-    def pilot(self) -> bool:
-        return self.seed >= by_backbone.PILOTS[0]
-
 
 def miniature_of(config: Config) -> Config:
     folder = config.output_dir / "limit-miniature"
@@ -138,13 +134,11 @@ def run_missing(config: Config) -> None:
 
 
 def run(config: Config, cells: list[Cell]) -> None:
-    def rows_of(cell: Cell, progress: Progress) -> list[dict[str, Any]]:
-        found = run_cell(config, cell, progress)
-        progress.say(line_of(cell, found), time_left=True)
-        return found
-
-    by_backbone.run_missing(
-        config, config.folder, cells, lambda cell: training_of(config, cell), rows_of
+    fitting.run_cells(
+        config,
+        cells,
+        lambda cell: training_of(config, cell),
+        lambda cell, progress: fit_cell(config, cell, progress),
     )
 
 
@@ -169,22 +163,9 @@ def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
 
 
 def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
-    """(data set, model) -> the rate with the best tuning accuracy, mean over pilot backbones.
-
-    Each training's accuracy is that of its best epoch. Raises UserError before the pilot has run.
-    """
-    found: dict[tuple[str, str], dict[float, list[float]]] = {}
-    for seed in by_backbone.PILOTS:
-        for run in read_runs(config.folder, seed):
-            place = run.cell.dataset, run.cell.arm
-            found.setdefault(place, {}).setdefault(run.cell.rate, []).append(run.tuning_accuracy)
-    wanted = set(itertools.product(config.datasets, ("model1", "model2")))
-    if lacking := [" ".join(place) for place in sorted(wanted - set(found))]:
-        raise UserError(f"no pilot of {', '.join(lacking)}: run --parts pilot before.")
-    return {
-        place: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
-        for place, by_rate in found.items()
-    }
+    """(data set, model) -> its rate, see fitting.best_rates."""
+    wanted = list(itertools.product(config.datasets, ("model1", "model2")))
+    return fitting.best_rates(config.folder, Cell, lambda cell: (cell.dataset, cell.arm), wanted)
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -201,8 +182,12 @@ def training_of(config: Config, cell: Cell) -> Training:
     )
 
 
-def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
-    """The records of one training; what it had right goes to the backbone's file of rows."""
+def load(dataset: str, data_dir: Path | None) -> tuple[Task, Rows]:
+    loaders = LOADERS | {tuning.MADE_UP: tuning.made_up_task}
+    return fitting.load_split(dataset, loaders[dataset], data_dir)
+
+
+def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
     size = SIZES[cell.dataset]
     recipe = tuning.Recipe(
         model=str(by_backbone.backbone_folder(config, cell.seed)),
@@ -216,26 +201,11 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
         all_weights=True,
         max_length=size.max_length,
     )
-    loader = (LOADERS | {tuning.MADE_UP: tuning.made_up_task})[cell.dataset]
-    shape = size.train_rows, size.max_length
-    data = fitting.load_data(
-        cell.dataset, loader, *shape, recipe.model, size.other, config.data_dir
-    )
+    task, tuning_rows = load(cell.dataset, config.data_dir)
+    other = load(size.other, config.data_dir)[0] if size.other else None
+    data = fitting.as_tokens(recipe, task, tuning_rows, other)
     recipe = fitting.whole_epochs(recipe, data, size.epochs)
-    found = fitting.fit(recipe, data, not cell.pilot, progress.step)
-    if found.rows:
-        fitting.put_rows(fitting.rows_file(config.folder, cell.seed), cell.name, found.rows)
-    return found.records
-
-
-def line_of(cell: Cell, records: list[dict[str, Any]]) -> str:
-    end = records[-1]
-    if end["best_epoch"] is None:
-        return f"seed {cell.seed}, {cell.name}: diverged at step {end['step']}"
-    asked = max(r["tuning_accuracy"] for r in records if r["tuning_accuracy"] is not None)
-    text = f"seed {cell.seed}, {cell.name}: best epoch {end['best_epoch']}, tuning {asked:.1%}"
-    accuracy = end["best_accuracy"]
-    return text + (f", validation {accuracy:.1%}" if accuracy is not None else "")
+    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,44 +214,10 @@ def line_of(cell: Cell, records: list[dict[str, Any]]) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A training that has ended."""
-
-    cell: Cell
-    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
-
-    @property
-    def end(self) -> dict[str, float | None]:
-        return self.path[-1]
-
-    @property
-    def tuning_accuracy(self) -> float:
-        """At the best epoch; 0 without a whole epoch."""
-        found = [row["tuning_accuracy"] for row in self.path if row["tuning_accuracy"] is not None]
-        return max(found, default=0.0)
-
-
-def read_runs(folder: Path, seed: int) -> list[Run]:
-    """Every training in the table of a backbone."""
-    rows = read_rows(by_backbone.table_of(folder, seed))
-    runs = []
-    for _, path in itertools.groupby(rows, key=lambda row: row["training"]):
-        first, *rest = path
-        cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
-        runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
-    return runs
-
-
-def numbers(row: dict[str, str]) -> dict[str, float | None]:
-    words = ("training", "dataset", "arm", "git_commit", "weights_sha256")
-    return {k: float(v) if v else None for k, v in row.items() if k not in words}
-
-
-@dataclass(frozen=True)
 class Study:
     """All that counts: (data set, arm, rate) -> seed -> run, and its right or wrong rows (N,)."""
 
-    runs: dict[tuple[str, str, float], dict[int, Run]]
+    runs: dict[tuple[str, str, float], dict[int, fitting.Run]]
     correct: dict[tuple[str, str, float], dict[int, np.ndarray]]
     rates: dict[tuple[str, str], float]
 
@@ -302,11 +238,11 @@ class Study:
 
 
 def read_study(config: Config) -> Study:
-    runs: dict[tuple[str, str, float], dict[int, Run]] = {}
+    runs: dict[tuple[str, str, float], dict[int, fitting.Run]] = {}
     correct: dict[tuple[str, str, float], dict[int, np.ndarray]] = {}
     for seed in range(by_backbone.PLANNED):
         rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
-        for run in read_runs(config.folder, seed):
+        for run in fitting.read_runs(config.folder, seed, Cell):
             place = run.cell.dataset, run.cell.arm, run.cell.rate
             runs.setdefault(place, {})[seed] = run
             if run.cell.name in rows:
@@ -350,7 +286,7 @@ def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | No
     return None
 
 
-def rank_at_equal_loss(one: Run, two: Run) -> float | None:
+def rank_at_equal_loss(one: fitting.Run, two: fitting.Run) -> float | None:
     """P5 of one backbone and set: log rank within classes, Model 2 less Model 1.
 
     The level is the larger of the two runs' least training losses. None where one diverged first.

@@ -6,8 +6,9 @@ lack.
 """
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from collapse.jobs import run_all
 from collapse.progress import Progress, Training
 from collapse.settings import UserError, check_bounds, set_threads
 from collapse.statistics import t_interval
-from collapse.tables import into_table, without_rows
+from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import verdict
 
 PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
@@ -87,7 +88,8 @@ def run_missing(
             cell = here[training]
             head = {"training": cell.name, **dataclasses.asdict(cell)}
             made_with = model or str(backbone_folder(config, cell.seed))
-            tail = {"git_commit": commit, "weights_sha256": tuning.digest_of_model(made_with)}
+            digest = tuning.digest_of_model(made_with)
+            tail = dict(zip(MADE_WITH, (commit, digest), strict=True))
             return [head | rounded(row) | tail for row in rows_of(cell, progress)]
 
         missing = without_rows(here, place_of, "training")
@@ -97,6 +99,31 @@ def run_missing(
         if not model:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
         run_all(missing, into_table(rows, place_of, "training"), config.workers)
+
+
+MADE_WITH = ("git_commit", "weights_sha256")
+
+
+def read_paths(
+    table: Path, cell_type: type[Cell]
+) -> Iterator[tuple[Cell, list[dict[str, float | None]]]]:
+    """Each training in a table: its cell, and its measurements in order, numbers as numbers."""
+    fields = {field.name: field.type for field in dataclasses.fields(cell_type)}
+    for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
+        rows = list(rows)
+        cell = cell_type(**{name: kind(rows[0][name]) for name, kind in fields.items()})
+        words = {"training", *MADE_WITH, *fields}
+        yield (
+            cell,
+            [
+                {
+                    key: float(value) if value else None
+                    for key, value in row.items()
+                    if key not in words
+                }
+                for row in rows
+            ],
+        )
 
 
 def backbone_folder(config: Config, seed: int) -> Path:

@@ -225,19 +225,9 @@ class Run:
 
 def read_runs(folder: Path) -> list[Run]:
     """Every training in the tables of a folder, but of the seeds that the protocol plans alone."""
-    runs = []
-    for table in sorted(folder.glob("seed-*.csv")):
-        for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
-            first, *rest = rows
-            cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
-            if cell.seed < by_backbone.PLANNED:
-                runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
-    return runs
-
-
-def numbers(row: dict[str, str]) -> dict[str, float | None]:
-    words = ("training", "dataset", "arm", "git_commit", "weights_sha256")
-    return {k: float(v) if v else None for k, v in row.items() if k not in words}
+    tables = sorted(folder.glob("seed-*.csv"))
+    found = itertools.chain.from_iterable(by_backbone.read_paths(t, Cell) for t in tables)
+    return [Run(cell, path) for cell, path in found if cell.seed < by_backbone.PLANNED]
 
 
 def outcomes_of(runs: list[Run]) -> dict[Cell, str]:

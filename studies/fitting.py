@@ -6,13 +6,15 @@ are asked once in an epoch that is the best so far, and nothing is chosen by the
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import by_backbone
 import numpy as np
 import torch.nn.functional as F
 import tuning
@@ -20,11 +22,11 @@ from torch import Tensor, nn
 
 import common
 from collapse.batches import Split, encode_rows
-from collapse.data import Task, in_corpus_text, limit_task, tuning_split
+from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split
 from collapse.files import locked, read_tensors, write_tensors
 from collapse.language_models import load_tokenizer
-from collapse.loaders import LOADERS
 from collapse.measuring import accuracy, draw_rows, measures, outputs
+from collapse.progress import Progress, Training
 from collapse.rows import RowResults, fit_temperature, log_probabilities, pack, unpack
 from collapse.settings import UserError
 from collapse.spread import transfer_accuracy
@@ -47,32 +49,35 @@ class Data(tuning.Data):
         return epochs * math.ceil(len(self.train.labels) / batch_size)
 
 
-Loader = Callable[[Path | None], Task | None]
+@functools.lru_cache(maxsize=8)  # sentences among phrases take a while to find
+def load_split(
+    dataset: str, loader: Callable[[Path | None], Task | None], data_dir: Path | None
+) -> tuple[Task, Rows]:
+    """A task in the letters of the own language models, and TUNING_ROWS of its training rows.
 
-
-@functools.lru_cache(maxsize=8)  # a process runs a data set's cells in turn
-def load_data(
-    dataset: str,
-    loader: Loader,
-    train_rows: int,
-    max_length: int,
-    model: str,
-    other: str | None,
-    data_dir: Path | None,
-) -> Data:
-    """Rows in the letters of the own language models, as the tokens of the model in a folder.
-
-    Up to train_rows training rows, after TUNING_ROWS are taken away. Raises UserError where rows
-    cannot be had.
+    Raises UserError where rows cannot be had.
     """
-    task, encode = _task(dataset, loader, data_dir), load_tokenizer(model)
-    task, tuning_rows = tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
-    task = limit_task(task, train_rows, None)
+    task = loader(data_dir)
+    if task is None:
+        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
+    task = in_corpus_text(task)
+    return tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
+
+
+def as_tokens(
+    recipe: tuning.Recipe, task: Task, tuning_rows: Rows, other: Task | None = None
+) -> Data:
+    """Rows as the tokens of the recipe's model; of training rows a draw of recipe.train_rows.
+
+    other: another data set, whose labels states are probed for.
+    """
+    encode, max_length = load_tokenizer(recipe.model), recipe.max_length
+    task = limit_task(task, recipe.train_rows, None)
     parts = (task.train, task.validation, tuning_rows)
     train, validation, tuning_part = (encode_rows(part, encode, max_length) for part in parts)
     probe = None
     if other:
-        second = limit_task(_task(other, LOADERS[other], data_dir), TRANSFER_ROWS, TRANSFER_ROWS)
+        second = limit_task(other, TRANSFER_ROWS, TRANSFER_ROWS)
         probe = tuple(
             encode_rows(part, encode, max_length) for part in (second.train, second.validation)
         )
@@ -86,13 +91,6 @@ def load_data(
         all_validation=validation,
         other=probe,
     )
-
-
-def _task(dataset: str, loader: Loader, data_dir: Path | None) -> Task:
-    task = loader(data_dir)
-    if task is None:
-        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
-    return in_corpus_text(task)
 
 
 @dataclass
@@ -204,8 +202,89 @@ def validation_at(
 
 
 # --------------------------------------------------------------------------------------------------
-# Rows of many trainings in one file
+# Many trainings of a study
 # --------------------------------------------------------------------------------------------------
+
+
+def run_cells(
+    config: Any,
+    cells: Sequence[Any],
+    training_of: Callable[[Any], Training],
+    fit_of: Callable[[Any, Progress], Fit],
+) -> None:
+    """Have every cell's records in its backbone's table, and its rows in the file beside it.
+
+    config: a by_backbone.Config with a `folder`; cells as by_backbone.Cell.
+    """
+
+    def rows_of(cell: Any, progress: Progress) -> list[dict[str, Any]]:
+        found = fit_of(cell, progress)
+        if found.rows:
+            put_rows(rows_file(config.folder, cell.seed), cell.name, found.rows)
+        progress.say(f"seed {cell.seed}, {cell.name}: {text_of(found.records)}", time_left=True)
+        return found.records
+
+    by_backbone.run_missing(config, config.folder, cells, training_of, rows_of)
+
+
+def text_of(records: list[dict[str, Any]]) -> str:
+    end = records[-1]
+    if end["best_epoch"] is None:
+        return f"diverged at step {end['step']}"
+    asked = max(r["tuning_accuracy"] for r in records if r["tuning_accuracy"] is not None)
+    text = f"best epoch {end['best_epoch']}, tuning {asked:.1%}"
+    accuracy = end["best_accuracy"]
+    return text + (f", validation {accuracy:.1%}" if accuracy is not None else "")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended."""
+
+    cell: Any  # as by_backbone.Cell, with a `rate`
+    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+
+    @property
+    def end(self) -> dict[str, float | None]:
+        return self.path[-1]
+
+    @property
+    def tuning_accuracy(self) -> float:
+        """At the best epoch; 0 without a whole epoch."""
+        found = [row["tuning_accuracy"] for row in self.path if row["tuning_accuracy"] is not None]
+        return max(found, default=0.0)
+
+
+def read_runs(folder: Path, seed: int, cell_type: type) -> list[Run]:
+    """Every training in the table of a backbone."""
+    table = by_backbone.table_of(folder, seed)
+    return list(itertools.starmap(Run, by_backbone.read_paths(table, cell_type)))
+
+
+def best_rates(
+    folder: Path, cell_type: type, kind_of: Callable[[Any], Any], wanted: Collection[Any]
+) -> dict[Any, float]:
+    """Kind of cell -> the rate with the best tuning accuracy, mean over pilot backbones.
+
+    Each training's accuracy is that of its best epoch. Raises UserError before every wanted kind
+    had its pilot.
+    """
+    found: dict[Any, dict[float, list[float]]] = {}
+    for run in itertools.chain.from_iterable(
+        read_runs(folder, seed, cell_type) for seed in by_backbone.PILOTS
+    ):
+        by_rate = found.setdefault(kind_of(run.cell), {})
+        by_rate.setdefault(run.cell.rate, []).append(run.tuning_accuracy)
+    if lacking := [str(kind) for kind in wanted if kind not in found]:
+        raise UserError(f"no pilot of {', '.join(lacking)}: run --parts pilot before.")
+    return {
+        kind: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
+        for kind, by_rate in found.items()
+    }
+
+
+def is_pilot(cell: Any) -> bool:
+    return cell.seed in by_backbone.PILOTS
 
 
 def rows_file(folder: Path, seed: int) -> Path:

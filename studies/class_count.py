@@ -1,0 +1,433 @@
+"""Does an LM loss help more where there are more classes? And does rank follow their number?
+
+P3 of studies/PROTOCOL.md: CLINC150's same rows with their labels merged to 2, 5, 10, 30, 75 and 150
+classes, Models 1 and 2 on own language models of many seeds, both at the rate that is best on
+tuning rows of pilot backbones at ten classes. Writes a table and a file of validation rows for each
+backbone, then results.json and a figure. The same command goes on where it was stopped.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
+import fitting
+import tuning
+
+import common
+from collapse.clinc_domains import CLINC_DOMAINS
+from collapse.data import Rows, Task, check_task, fixed_draw, in_corpus_text
+from collapse.files import write_json
+from collapse.intents import load_clinc150
+from collapse.plots import save_figure
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, run_script
+from collapse.statistics import crossed_interval, format_interval, mean_interval, paired_difference
+
+MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
+PLANNED = 10  # backbones
+COUNTS = (2, 5, 10, 30, 75, 150)
+CHOSEN_AT = 10  # classes: where the rates are chosen
+RANDOM_COUNTS = (2, 10, 30)
+TRAIN_ROWS, EPOCHS, MAX_LENGTH = 7500, 4, 32
+MODELS = ("model1", "model2")
+
+
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Own language models, by their seeds.
+    seeds: tuple[int, ...] = tuple(range(PLANNED))
+    # Parts to run: pilot (chooses the rates), endpoint, random (merges drawn at random).
+    parts: tuple[str, ...] = ("pilot", "endpoint", "random")
+    # Base-10 logarithms of the learning rates that the pilot tries.
+    rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "class_count"
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.corpus
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study."""
+
+    seed: int
+    classes: int
+    merge: str  # nested in domains, or random
+    arm: str  # its name in results
+    rate: float  # base-10 logarithm
+
+    @property
+    def name(self) -> str:
+        return f"{self.classes} {self.merge} classes, {self.arm}, 1e{self.rate:g}"
+
+
+def miniature_of(config: Config) -> Config:
+    folder = config.output_dir / "limit-miniature"
+    return dataclasses.replace(
+        config,
+        corpus="miniature",
+        seeds=(0, 1, 2),
+        rates=(-3.0, -2.0),
+        models_dir=folder / "state" / "lm",
+        output_dir=folder,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Merged labels
+# --------------------------------------------------------------------------------------------------
+
+
+def nested_classes(count: int) -> dict[str, int]:
+    """Intent -> class of `count` classes, each of whole classes of the next larger count.
+
+    Ten are the domains, five are pairs of them in their written order, two are three of these pairs
+    and the other two; a domain's fifteen intents, in alphabetical order, are cut into three classes
+    of five (30), and these in turn into two or three (75).
+    """
+    intents = sorted(CLINC_DOMAINS)
+    if count == len(intents):
+        return {intent: number for number, intent in enumerate(intents)}
+    domains = list(dict.fromkeys(CLINC_DOMAINS.values()))
+    if count in (2, 5, 10):
+        pairs = [place // 2 for place in range(10)]
+        class_of = {2: [int(pair > 2) for pair in pairs], 5: pairs, 10: list(range(10))}[count]
+        return {intent: class_of[domains.index(CLINC_DOMAINS[intent])] for intent in intents}
+    if count not in COUNTS:
+        raise UserError(f"no {count} classes nested in domains: {', '.join(map(str, COUNTS))}.")
+    found, number = {}, 0
+    for domain in domains:
+        mine = [intent for intent in intents if CLINC_DOMAINS[intent] == domain]
+        for first in range(0, len(mine), 5):
+            five = mine[first : first + 5]
+            pieces = 1 if count == 30 else 2 + (number_of_five(domain, first, domains) % 2)
+            for piece in np.array_split(np.array(five), pieces):
+                found |= dict.fromkeys(map(str, piece), number)
+                number += 1
+    return found
+
+
+def number_of_five(domain: str, first: int, domains: list[str]) -> int:
+    """Which of the thirty fives one is, from 0 on."""
+    return domains.index(domain) * 3 + first // 5
+
+
+def random_classes(count: int, seed: int) -> dict[str, int]:
+    """Intent -> class of `count` classes of as like sizes as can be, drawn by the seed."""
+    order = np.random.default_rng([seed, count]).permutation(sorted(CLINC_DOMAINS))
+    return {str(intent): place % count for place, intent in enumerate(order)}
+
+
+def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
+    """CLINC150 under merged labels, with fifty training rows of each intent; and tuning rows.
+
+    Both are fixed draws, the same for every number of classes. Tuning rows are others of the
+    training split, and none has the text of one that is trained on.
+    """
+    task = load_clinc150(data_dir)
+    if task is None:
+        raise UserError("CLINC150 is not at hand: give --data-dir a folder with a download.")
+    task = in_corpus_text(task)
+    trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
+    train = task.train.take(trained)
+    known = set(train.texts)
+    others = [n for n, text in enumerate(task.train.texts) if text not in known]
+    tuning_rows = task.train.take([others[n] for n in fixed_draw(len(others), fitting.TUNING_ROWS)])
+    to_class = nested_classes(classes) if merge == "nested" else random_classes(classes, seed)
+    numbers = [to_class[intent] for intent in task.class_names]  # intent's number -> class
+    train, validation, tuning_rows = (
+        Rows(rows.texts, [numbers[label] for label in rows.labels])
+        for rows in (train, task.validation, tuning_rows)
+    )
+    names = tuple(map(str, range(classes)))
+    task = dataclasses.replace(task, class_names=names, train=train, validation=validation)
+    return check_task(task), tuning_rows
+
+
+def balanced_draw(labels: list[int], each: int) -> np.ndarray:
+    """Numbers of `each` rows of every label, in order: the same draw everywhere and always."""
+    labels, rng = np.array(labels), np.random.default_rng(0)
+    draws = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in np.unique(labels)]
+    return np.sort(np.concatenate(draws))
+
+
+def made_up(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
+    """Texts for rehearsals, with as many labels as asked for."""
+    task, tuning_rows = fitting.load_split(tuning.MADE_UP, tuning.made_up_task, data_dir)
+    train, validation, tuning_rows = (
+        Rows(rows.texts, [number % classes for number in range(len(rows))])
+        for rows in (task.train, task.validation, tuning_rows)
+    )
+    names = tuple(map(str, range(classes)))
+    task = dataclasses.replace(task, class_names=names, train=train, validation=validation)
+    return task, tuning_rows
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def counts_of(config: Config) -> tuple[int, ...]:
+    return (2, 4, 10) if config.miniature else COUNTS
+
+
+def run_missing(config: Config) -> None:
+    """The pilot, then what rests on the rates that it chose."""
+    if "pilot" in config.parts:
+        product = itertools.product(
+            by_backbone.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates
+        )
+        pilots = [Cell(*parts) for parts in product]
+        run(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
+    if set(config.parts) - {"pilot"}:
+        run(config, cells_of(config, chosen_rates(config)))
+
+
+def run(config: Config, cells: list[Cell]) -> None:
+    fitting.run_cells(
+        config,
+        cells,
+        lambda cell: training_of(config, cell),
+        lambda cell, progress: fit_cell(config, cell, progress),
+    )
+
+
+def cells_of(config: Config, rates: dict[str, float]) -> list[Cell]:
+    """Cells that count, seed by seed; random merges at three counts."""
+    kinds = []
+    if "endpoint" in config.parts:
+        kinds += [(count, "nested") for count in counts_of(config)]
+    if "random" in config.parts:
+        counts = (2,) if config.miniature else RANDOM_COUNTS
+        kinds += [(count, "random") for count in counts]
+    product = itertools.product(config.seeds, kinds, MODELS)
+    return [Cell(seed, *kind, model, rates[model]) for seed, kind, model in product]
+
+
+def chosen_rates(config: Config) -> dict[str, float]:
+    """Model -> its rate at ten classes, see fitting.best_rates."""
+    return fitting.best_rates(config.folder, Cell, lambda cell: cell.arm, MODELS)
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
+        kind=cell.arm,
+        cost=common.find_arm(cell.arm).cost,
+        evaluation_cost=100.0,
+        steps=EPOCHS * math.ceil(TRAIN_ROWS / tuning.Recipe.batch_size),
+        evaluations=1,
+    )
+
+
+def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
+    recipe = tuning.Recipe(
+        model=str(by_backbone.backbone_folder(config, cell.seed)),
+        dataset="CLINC150",
+        arm=cell.arm,
+        learning_rate=10**cell.rate,
+        seed=cell.seed,
+        steps=0,
+        train_rows=TRAIN_ROWS,
+        letters=True,
+        all_weights=True,
+        max_length=MAX_LENGTH,
+    )
+    load = made_up if config.miniature else load_merged
+    task, tuning_rows = load(cell.classes, cell.merge, cell.seed, config.data_dir)
+    data = fitting.as_tokens(recipe, task, tuning_rows)
+    recipe = fitting.whole_epochs(recipe, data, EPOCHS)
+    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+
+def logit(correct: np.ndarray) -> float:
+    """Empirical logit of right rows (N,): log((k + 1/2) / (n - k + 1/2))."""
+    k, n = correct.sum(), len(correct)
+    return math.log((k + 0.5) / (n - k + 0.5))
+
+
+def slope(gains: dict[int, float]) -> float:
+    """Least-squares slope of gains on log2 of their numbers of classes."""
+    return float(np.polyfit(np.log2(list(gains)), list(gains.values()), 1)[0])
+
+
+def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, tuple]]]:
+    """(merge, classes) -> seed -> model -> (run, right rows (N,)); what has both models."""
+    found: dict[tuple[str, int], dict[int, dict[str, tuple]]] = {}
+    for seed in range(PLANNED):
+        rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
+        for run in fitting.read_runs(config.folder, seed, Cell):
+            if run.cell.name in rows:
+                by_seed = found.setdefault((run.cell.merge, run.cell.classes), {})
+                pair = by_seed.setdefault(seed, {})
+                pair[run.cell.arm] = run, rows[run.cell.name].correct
+    for by_seed in found.values():
+        for seed in [seed for seed, pair in by_seed.items() if len(pair) < len(MODELS)]:
+            del by_seed[seed]
+    return found
+
+
+def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict[int, float]]:
+    """Seed -> classes -> Model 2's empirical logit less Model 1's; seeds that have all counts."""
+    gains: dict[int, dict[int, float]] = {}
+    for count in counts:
+        for seed, pair in study.get((merge, count), {}).items():
+            one, two = (logit(pair[model][1]) for model in MODELS)
+            gains.setdefault(seed, {})[count] = two - one
+    return {seed: by_count for seed, by_count in gains.items() if len(by_count) == len(counts)}
+
+
+def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) -> dict | None:
+    """Bootstrap interval of the mean slope: seeds and rows drawn anew, apart (Owen 2007).
+
+    A row keeps its place at every number of classes. None with fewer than two seeds.
+    """
+    seeds = sorted(gains_of(study, "nested", counts))
+    if len(seeds) < 2:
+        return None
+    correct = np.array(
+        [
+            [[study["nested", count][seed][model][1] for model in MODELS] for count in counts]
+            for seed in seeds
+        ],
+        dtype=np.float64,
+    )  # (S, C, 2, N)
+    n_rows, rng = correct.shape[-1], np.random.default_rng(0)
+    x = np.log2(counts) - np.log2(counts).mean()
+    found = []
+    for _ in range(draws):
+        rows = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows))  # (N,) how often
+        right = correct @ rows  # (S, C, 2)
+        logits = np.log((right + 0.5) / (n_rows - right + 0.5))
+        slopes = (logits[..., 1] - logits[..., 0]) @ x / (x @ x)  # (S,)
+        found.append(slopes[rng.integers(0, len(seeds), len(seeds))].mean())
+    low, high = np.quantile(found, [0.025, 0.975])
+    return {"low": float(low), "high": float(high), "n": len(seeds)}
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds."""
+    study, counts = read_study(config), counts_of(config)
+    slopes = {seed: slope(gains) for seed, gains in gains_of(study, "nested", counts).items()}
+    found = paired_difference(dict.fromkeys(slopes, 0.0), slopes)
+    return {
+        "rates": chosen_rates(config),
+        "P3": by_backbone.endpoint(found, MARGIN, PLANNED),
+        "P3_rows_too": pigeonhole_slope(study, counts),
+        "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
+    }
+
+
+def row_of(by_seed: dict[int, dict[str, tuple]], merge: str, classes: int) -> dict[str, Any]:
+    """Models 1 and 2 at one number of classes: means over seeds, and their difference."""
+    row: dict[str, Any] = {"merge": merge, "classes": classes, "seeds": len(by_seed)}
+    differences = [pair["model2"][1] * 1.0 - pair["model1"][1] for pair in by_seed.values()]
+    row["accuracy_difference"] = crossed_interval(np.array(differences))
+    gains = [logit(pair["model2"][1]) - logit(pair["model1"][1]) for pair in by_seed.values()]
+    row["logit_gain"] = mean_interval(gains)
+    for model in MODELS:
+        runs = [pair[model][0] for pair in by_seed.values()]
+        ends = ("best_accuracy", "effective_rank", "effective_rank_within", "stable_rank")
+        ends += ("dims_95pct", "cdnv", "loss")
+        row[model] = {
+            name: mean_interval([run.end[name] for run in runs if run.end[name] is not None])
+            for name in ends
+            if any(run.end[name] is not None for run in runs)
+        }
+    return row
+
+
+# --------------------------------------------------------------------------------------------------
+# The figure
+# --------------------------------------------------------------------------------------------------
+
+
+def draw(config: Config, results: dict[str, Any]) -> None:
+    """Gain, accuracy and components against the number of classes, nested and random merges."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for merge, fill, line in (("nested", "full", "-"), ("random", "none", ":")):
+        rows = [row for row in results["table"] if row["merge"] == merge]
+        if not rows:
+            continue
+        x = [row["classes"] for row in rows]
+        gain = [row["logit_gain"] for row in rows]
+        low, high = (
+            [side[end] if side[end] is not None else side["mean"] for side in gain]
+            for end in ("low", "high")
+        )
+        means = [side["mean"] for side in gain]
+        bars = np.abs(np.array([low, high]) - means)
+        look = {"linestyle": line, "marker": "o", "fillstyle": fill, "capsize": 2}
+        axes[0].errorbar(x, means, yerr=bars, color="black", label=f"{merge} merges", **look)
+        for model in MODELS:
+            arm = common.find_arm(model)
+            look = {"linestyle": line, "marker": arm.marker, "fillstyle": fill, "color": arm.color}
+            for axis, name in ((axes[1], "best_accuracy"), (axes[2], "dims_95pct")):
+                y = [row[model][name]["mean"] for row in rows]
+                axis.plot(x, y, label=f"{arm.title}, {merge}", **look)
+    axes[0].axhline(0, color="gray", linewidth=0.8)
+    axes[2].plot(
+        counts_of(config),
+        [c - 1 for c in counts_of(config)],
+        color="gray",
+        linewidth=0.8,
+        label="classes - 1",
+    )
+    axes[2].set_yscale("log")
+    labels = ("gain of Model 2, logits", "validation accuracy", "components for 95 % of variance")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xscale="log", xlabel="classes", ylabel=label)
+        axis.set_xticks(counts_of(config), counts_of(config))
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+    save_figure(figure, config.folder / "class_count.png")
+
+
+def text_of(results: dict[str, Any]) -> str:
+    lines = [f"P3: {results['P3']['text'] if results['P3'] else 'no interval yet'}"]
+    for row in results["table"]:
+        gain = format_interval(row["accuracy_difference"], 2, 100, "+")
+        lines.append(f"{row['classes']} {row['merge']} classes: Model 2 less Model 1 {gain} points")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    by_backbone.check_config(config)
+    parts = Config().parts
+    if unknown := set(config.parts) - set(parts):
+        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(parts)}.")
+    if config.miniature:
+        config = miniature_of(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config, results)
+    print(text_of(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

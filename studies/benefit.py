@@ -390,10 +390,9 @@ def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def draw(config: Config) -> None:
+def draw(config: Config, results: dict[str, Any]) -> None:
     """Above, accuracy of every arm less Model 1's; below, rank within classes as the loss falls."""
     study, datasets = read_study(config), list(config.datasets)
-    results = summary(config)
     shape = {"figsize": (3.2 * len(datasets), 6), "layout": "constrained", "squeeze": False}
     figure, axes = plt.subplots(2, len(datasets), sharex="row", **shape)
     for dataset, above, below in zip(datasets, axes[0], axes[1], strict=True):
@@ -441,6 +440,14 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def report(config: Config) -> dict[str, Any]:
+    """Write results.json and the figure from the rows that are there."""
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config, results)
+    return results
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     by_backbone.check_config(config)
@@ -451,10 +458,7 @@ def main() -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         run_missing(config)
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config)
-    print(text_of(results))
+    print(text_of(report(config)))
 
 
 if __name__ == "__main__":

@@ -412,6 +412,14 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def report(config: Config) -> dict[str, Any]:
+    """Write results.json and the figure from the rows that are there."""
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config, results)
+    return results
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     by_backbone.check_config(config)
@@ -423,10 +431,7 @@ def main() -> None:
     config.folder.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         run_missing(config)
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config, results)
-    print(text_of(results))
+    print(text_of(report(config)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import benefit
 import by_backbone
+import class_count
 import collapse_threshold
 import result_tables as tables
 import sink
@@ -28,7 +30,8 @@ from collapse.records import values_of
 from collapse.reference import REFERENCE, reference_for
 from collapse.reports import compare_datasets, comparisons_of
 from collapse.settings import ROOT, run_script
-from collapse.statistics import format_interval, mean_interval
+from collapse.statistics import format_bounds, format_interval, mean_interval, t_interval
+from collapse.verdicts import holm, holm_levels, verdict
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!-- begin (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -98,6 +101,12 @@ STUDIES = (
 RANKS = "results_effective_rank/effective_rank_results.json"
 SINK = "studies/results/sink/sink.json"
 SIMULATION = "studies/results/statistics/simulation.json"
+# Studies on own language models: module, and what it is called with.
+OWN_MODELS = {
+    "collapse_threshold": collapse_threshold,
+    "benefit": benefit,
+    "class_count": class_count,
+}
 THRESHOLD = "studies/results/collapse_threshold/newsgroups"
 FINETUNED = "studies/results/pretrain/finetuned.json"
 
@@ -124,6 +133,76 @@ def short_names(ranks: dict[str, dict]) -> dict[str, tuple[str, dict]]:
     """Results folder -> short name, and the result of Experiment 4."""
     names = {study.folder: study.short for study in STUDIES}
     return {result["folder"]: (names[result["folder"]], result) for result in ranks.values()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol's endpoints
+# --------------------------------------------------------------------------------------------------
+
+# Endpoint -> its study, what it measures, a unit, and what a number is multiplied by for it.
+ENDPOINTS = {
+    "P1": ("benefit", "accuracy, Model 2 - Model 1", "points", 100),
+    "P2": ("collapse_threshold", "shift of the edge by the LM loss", "decades", 1),
+    "P3": ("class_count", "slope of the gain on log2 classes", "logits", 1),
+    "P4": ("engram_salience", "ARI, trained label - other label", "", 1),
+    "P5": ("benefit", "log rank within classes at equal loss, Model 2 - Model 1", "", 1),
+}
+
+
+def endpoints() -> dict[str, dict]:
+    """P1 to P5 as far as they have run, each with `interval` at Holm's level and its verdict.
+
+    One that has not run keeps its place among the five: it counts as if its p were 1.
+    """
+    found = {}
+    for name, (study, *_) in ENDPOINTS.items():
+        path = ROOT / "studies" / "results" / study / "newsgroups" / "results.json"
+        result = read_json(path)[name] if path.exists() else None
+        if result:
+            found[name] = result
+    p_values = {name: found[name]["p"] if name in found else 1.0 for name in ENDPOINTS}
+    levels, adjusted = holm_levels(p_values), holm(p_values)
+    for name, result in found.items():
+        estimate = [result[key] for key in ("mean", "se", "df")]
+        interval = t_interval(*estimate, levels[name])
+        done = "not all planned" not in result["text"]
+        said = verdict(result["mean"], interval, result["interval_90"], result["margin"], done)
+        result |= {"interval": interval, "p_holm": adjusted[name], "done": done, **said}
+    return found
+
+
+def standing(found: dict[str, dict], name: str) -> str:
+    """An endpoint's verdict in a word, and of how many backbones."""
+    if name not in found:
+        return f"{name}: not run"
+    planned = "" if found[name]["done"] else ", fewer than planned"
+    return f"{name}: {found[name]['verdict']} ({found[name]['n']} backbones{planned})"
+
+
+def of_h4(found: dict[str, dict]) -> str:
+    """H4 is decided only where P2 and P5 agree."""
+    both = [found[name]["verdict"] for name in ("P2", "P5") if name in found]
+    agree = len(both) == 2 and len(set(both)) == 1
+    return f"{both[0] if agree else 'not decided'}: {standing(found, 'P2')}"
+
+
+def table_endpoints() -> str:
+    rows = []
+    for name, (_, what, unit, scale) in ENDPOINTS.items():
+        found = endpoints().get(name)
+        title = f"{what}, {unit}" if unit else what
+        if not found:
+            rows.append([name, title, "not run", *["n/a"] * 5])
+            continue
+        ends = [{**found[key], "mean": found["mean"]} for key in ("interval", "interval_90")]
+        digits = 2 if abs(scale * found["margin"]) >= 0.1 else 3
+        cells = [format_interval(end, digits, scale, "+") for end in ends]
+        cells[1] = format_bounds(ends[1], digits, scale, "+")
+        said = found["verdict"] if found["done"] else f"{found['verdict']} so far"
+        cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
+        rows.append([name, title, *cells])
+    header = ["", "what", "estimate [Holm-adjusted]", "90 %", "margin", "backbones"]
+    return tables.markdown([*header, "p, Holm", "verdict"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -290,6 +369,9 @@ Collapse). Xiao et al. 2023 (attention sinks).
 def results_page() -> Page:
     page = Page()
     page.text(INTRODUCTION)
+    page.text("## The protocol's endpoints")
+    page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
+    page.table("endpoints", "P1 to P5, adjusted together by Holm.", table_endpoints())
     add_threshold(page)
     for study in present():
         add_study(page, study)
@@ -367,12 +449,13 @@ def mild_collapse(ranks: dict) -> tuple[str, str]:
 def block_claims(page: Page) -> str:
     """What the reference claims, and what stands beside it here."""
     ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
+    found = endpoints()
     header = ["claim of the reference", "its number", "ours", "verdict", "RESULTS"]
-    rows = [*claims_of_accuracy(page.numbers), *claims_of_rank(page.numbers, ranks)]
+    rows = [*claims_of_accuracy(page.numbers, found), *claims_of_rank(page.numbers, ranks, found)]
     return tables.markdown(header, rows, numbers=False)
 
 
-def claims_of_accuracy(where: dict[str, str]) -> list[list[str]]:
+def claims_of_accuracy(where: dict[str, str], found: dict[str, dict]) -> list[list[str]]:
     """H1, H2, H3, and what the engram does to the accuracy."""
     here = next(study for study in STUDIES if study.folder == "results_agnews/smollm2-135m")
     there = next(study for study in STUDIES if study.folder == here.other)
@@ -387,21 +470,21 @@ def claims_of_accuracy(where: dict[str, str]) -> list[list[str]]:
             "H1: Model 2 is more accurate than Model 1, points",
             their_gains("model1", "model2"),
             gains("model2 - model1"),
-            "not run (P1)",
+            standing(found, "P1"),
             comparisons,
         ],
         [
             "H2: that gain grows with task complexity, points",
             "four classes against two: fourteen times",
             f"AG News less SST-2, stand-in {more}",
-            "not run (P3)",
+            standing(found, "P3"),
             where[f"{here.folder} cross"],
         ],
         [
             "H3: engrams group by class unsupervised, ARI",
             "SST-2, 7B {}; AG News, 7B {}; no control".format(*their_aris),
             f"less an untrained compressor's: {aris}",
-            "not run (P4)",
+            standing(found, "P4"),
             ", ".join(where[f"{study.folder} engrams"] for study in repeated()),
         ],
         [
@@ -420,13 +503,9 @@ def their_gains(a: str, b: str) -> str:
     return "; ".join(f"{name} {gain:+.2f}" for name, gain in zip(names, numbers, strict=True))
 
 
-def standing_of_p2() -> str:
-    """P2's verdict, and of how many of its backbones."""
-    found = read_json(ROOT / THRESHOLD / "results.json")["P2"]
-    return f"P2: {found['verdict']} on {found['n']} of {by_backbone.PLANNED} backbones"
-
-
-def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[str]]:
+def claims_of_rank(
+    where: dict[str, str], ranks: dict[str, dict], found: dict[str, dict]
+) -> list[list[str]]:
     """H4, the mild collapse on SST-2, and what the engram does to the rank."""
     sst2, ag_news = (REFERENCE[place]["ranks"] for place in ("results_7b", "results_agnews"))
     start, model1, model2 = (ag_news[key][0] for key in ("pretrained", "model1", "model2"))
@@ -443,14 +522,14 @@ def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[s
             "H4: Model 1 loses effective rank",
             f"AG News, 7B {start} → {model1}",
             f"less the start: {rank_changes(ranks, 'model1 - pretrained')}",
-            standing_of_p2(),
+            of_h4(found),
             where["ranks changes"],
         ],
         [
             "H4: Model 2 keeps it",
             f"AG News, 7B {start} → {model2}",
             f"less Model 1: {rank_changes(ranks, 'model2 - model1')}",
-            "not run (P5)",
+            standing(found, "P5"),
             where["ranks changes"],
         ],
         ["On SST-2 Model 1 collapses mildly", mild, shown, met, where["ranks levels"]],
@@ -543,6 +622,10 @@ def with_full(table: str, page: Page, *keys: str) -> str:
     return f"{table}\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"
 
 
+def block_endpoints(page: Page) -> str:
+    return with_full(table_endpoints(), page, "endpoints")
+
+
 def block_threshold(page: Page) -> str:
     found = read_json(ROOT / THRESHOLD / "results.json")
     return with_full(study_tables.table_threshold(found), page, "threshold")
@@ -587,10 +670,16 @@ def fill(text: str, page: Page) -> str:
     return BLOCK.sub(replace, text)
 
 
-def draw_figures() -> None:
-    """Every figure whose numbers are in the JSON files; t-SNE needs the engrams of a run."""
+def summarize_and_draw() -> None:
+    """Summaries and figures of the tables of own models, figures of what the JSON files hold.
+
+    t-SNE needs the engrams of a run.
+    """
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
-    collapse_threshold.draw(ROOT / THRESHOLD)
+    for study in OWN_MODELS.values():
+        config = study.Config(corpus="newsgroups")
+        if by_backbone.table_of(config.folder, 0).exists():
+            study.report(config)
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)
@@ -602,7 +691,7 @@ def draw_figures() -> None:
 
 
 def main() -> None:
-    draw_figures()
+    summarize_and_draw()
     page = results_page()
     write_file(ROOT / "RESULTS.md", page.document().encode())
     for name in DOCUMENTS:

@@ -19,6 +19,7 @@ from collapse.statistics import (
     format_interval,
     format_spread,
     independent_difference,
+    paired_difference,
 )
 
 # Name -> (a, b, which correctness of a, which of b): b is compared with a.
@@ -209,7 +210,11 @@ def column_width(names: Iterable[str], least: int) -> int:
 
 
 def reproduction_table(published: dict, results: dict) -> str:
-    """The published results that stood in this folder beside this run's."""
+    """The published results that stood in this folder beside this run's.
+
+    Both read the same rows, so they differ by their trainings: paired over seeds where both ran the
+    same two or more, else as independent seeds.
+    """
     keys = [key for key in results["models"] if key in published["models"]]
     width = column_width(keys, 10)
     lines = [
@@ -219,17 +224,26 @@ def reproduction_table(published: dict, results: dict) -> str:
     ]
     for key in keys:
         theirs, yours = (
-            [run["final"]["accuracy"] for run in part["models"][key].values()]
+            {seed: run["final"]["accuracy"] for seed, run in part["models"][key].items()}
             for part in (published, results)
         )
-        difference = difference_interval(theirs, yours)
+        shared = theirs.keys() & yours.keys()
+        if len(shared) > 1:
+            difference, how = paired_difference(theirs, yours), "seed by seed, "
+        else:
+            difference, how = difference_interval([*theirs.values()], [*yours.values()]), ""
         if difference["low"] is None:
             verdict = "one seed each: no interval"
+        elif how and all(theirs[seed] == yours[seed] for seed in shared):
+            verdict = "the same in every seed"
         elif difference["low"] <= 0 <= difference["high"]:
-            verdict = "no difference found"
+            verdict = f"{how}no difference found"
         else:
-            verdict = "yours differ from the published ones"
-        columns = [f"{100 * np.mean(values):.2f} (n={len(values)})" for values in (theirs, yours)]
+            verdict = f"{how}yours differ from the published ones"
+        columns = [
+            f"{100 * np.mean([*values.values()]):.2f} (n={len(values)})"
+            for values in (theirs, yours)
+        ]
         shown = format_interval(difference, scale=100, sign="+")
         lines.append(f"{key:{width}}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
     return "\n".join(lines)

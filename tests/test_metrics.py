@@ -211,6 +211,21 @@ def test_reproduction_table_tells_a_difference_from_none():
     assert reproduction_table(results(0.8), results(0.6)).endswith("no interval")
 
 
+def test_reruns_with_the_same_seeds_are_compared_seed_by_seed():
+    """A fall of a point in each seed is found though seeds lie twenty points apart."""
+
+    def results(*accuracies):
+        runs = {str(i): {"final": {"accuracy": a}} for i, a in enumerate(accuracies)}
+        return {"models": {"model1": runs}}
+
+    published = results(0.60, 0.70, 0.80)
+    fallen = reproduction_table(published, results(0.59, 0.689, 0.791))
+    assert fallen.endswith("seed by seed, yours differ from the published ones")
+    assert reproduction_table(published, published).endswith("the same in every seed")
+    both_ways = reproduction_table(published, results(0.61, 0.69, 0.80))
+    assert both_ways.endswith("seed by seed, no difference found")
+
+
 def test_neural_collapse_of_a_perfect_simplex():
     """Every row at its class mean, means a scaled, shifted and rotated simplex, the head its dual:
     all measures are ideal.

@@ -98,7 +98,22 @@ def run_missing(
         print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
         if not model:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+        for seed in seeds:
+            check_weights(table_of(folder, seed), model or str(backbone_folder(config, seed)))
         run_all(missing, into_table(rows, place_of, "training"), config.workers)
+
+
+def check_weights(table: Path, model: str) -> None:
+    """Raise UserError when a table's rows were made with other weights than the model has.
+
+    Arms are compared on one backbone, and another kind of machine pretrains another one.
+    """
+    theirs = {row["weights_sha256"] for row in read_rows(table)}
+    if theirs - {tuning.digest_of_model(model) or ""}:
+        raise UserError(
+            f"{table} has rows of other weights than {model} has: move it away, or give another "
+            "--output-dir."
+        )
 
 
 MADE_WITH = ("git_commit", "weights_sha256")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import by_backbone
 import collapse_threshold as study
 import numpy as np
 import pretrain
@@ -178,6 +179,20 @@ def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_e
     assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
     plain = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
     assert tuning.tune(plain, tuning.load_data(plain, None), ())[0] == start
+
+
+def test_a_table_of_other_weights_is_not_gone_on_with(miniature, tmp_path):
+    """As on another kind of machine, whose pretraining ends with other last digits."""
+    folder = miniature / "limit-miniature"
+    model = str(folder / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0")
+    table = folder / "miniature" / "seed-0.csv"
+    by_backbone.check_weights(table, model)
+    by_backbone.check_weights(tmp_path / "none.csv", model)
+    other = tmp_path / "seed-0.csv"
+    digest = read_rows(table)[0]["weights_sha256"]
+    other.write_text(table.read_text().replace(digest, "0" * 64, 1))
+    with pytest.raises(UserError, match="other weights"):
+        by_backbone.check_weights(other, model)
 
 
 def test_a_folder_with_another_recipe_is_not_taken_for_a_backbone(miniature, tmp_path):

@@ -19,6 +19,7 @@ import benefit
 import by_backbone
 import class_count
 import collapse_threshold
+import linguistic_collapse
 import result_tables as tables
 import sink
 import study_tables
@@ -108,6 +109,7 @@ OWN_MODELS = {
     "class_count": class_count,
 }
 THRESHOLD = "studies/results/collapse_threshold/newsgroups"
+LINGUISTIC = "studies/results/linguistic_collapse"
 FINETUNED = "studies/results/pretrain/finetuned.json"
 
 
@@ -338,6 +340,28 @@ def add_other_studies(page: Page) -> None:
     page.table("false positives", caption, tables.table_false_positives(simulation))
 
 
+def add_linguistic(page: Page) -> None:
+    if not (ROOT / LINGUISTIC / "models.csv").exists():
+        return
+    found = read_json(ROOT / LINGUISTIC / "results.json")
+    page.text("## Tokens as classes: Linguistic Collapse on own language models")
+    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in found["models"].items())
+    page.text(
+        "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
+        f"--paper-table CSV`. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}."
+    )
+    caption = (
+        "Spearman correlation with validation loss [95 %]; *theirs*: from Wu & Papyan's table, "
+        "20 seeds of one size and 210 models, CDNV with exponent 4 alone."
+    )
+    table = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
+    page.table("linguistic", caption, table)
+    page.figure(f"{LINGUISTIC}/linguistic_collapse.png", "Each measure against validation loss")
+    parts = linguistic_collapse.rows_of_parts(linguistic_collapse.Config(corpus="newsgroups"))
+    table = study_tables.table_language_models(linguistic_collapse.distinct(parts))
+    page.table("models", "Every model; the bigram is Kneser and Ney's, of the same tokens.", table)
+
+
 def add_speed_and_reference(page: Page) -> None:
     page.text("## Speed\n\nCommand: `python studies/throughput.py --help`")
     measured = read_json(ROOT / "results/throughput.json")
@@ -377,6 +401,7 @@ def results_page() -> Page:
         add_study(page, study)
     add_ranks(page)
     add_other_studies(page)
+    add_linguistic(page)
     add_speed_and_reference(page)
     page.text(REFERENCES)
     return page

@@ -160,6 +160,13 @@ def rows_of_parts(config: Config) -> dict[str, Rows]:
     return result
 
 
+def distinct(parts: dict[str, Rows]) -> Rows:
+    """Every model once: some stand in two parts."""
+    kind = ("width", "layers", "epochs", "weight_decay", "seed")
+    found = {tuple(row[key] for key in kind): row for rows in parts.values() for row in rows}
+    return list(found.values())
+
+
 def column(rows: Rows, name: str) -> np.ndarray:
     return np.array([row[name] for row in rows])
 
@@ -197,8 +204,22 @@ def summary(config: Config) -> dict[str, Any]:
         "fixed_scale": at_fixed_scale,
         "grid": over_grid,
         "less_weight_decay": {name: decay_effect(parts, name) for name in TITLES},
-        "behind_bigram": sum(row["ahead_of_bigram"] < 0 for rows in parts.values() for row in rows),
+        "paper": correlations_of_paper(config.paper_table) if config.paper_table else None,
+        "behind_bigram": sum(row["ahead_of_bigram"] < 0 for row in distinct(parts)),
         "least_ahead_at_fixed_scale": min((r["ahead_of_bigram"] for r in fixed), default=None),
+    }
+
+
+def correlations_of_paper(path: Path) -> dict[str, Any]:
+    """Rank correlations with validation loss in Wu & Papyan's table, as of ours: theirs."""
+    rows = paper_rows(path)
+    measures = [name for name in TITLES if name in rows[0]]
+    grid = [row for row in rows if not row["of_one_size"]]
+    fixed = [row for row in rows if row["of_one_size"]]
+    parts = {"fixed_scale": fixed, "grid": grid}
+    return {
+        part: {name: spearman_with_loss(here, name) for name in measures}
+        for part, here in parts.items()
     }
 
 

@@ -86,3 +86,51 @@ def table_finetuned(results: dict) -> str:
     ]
     header = ["data", "pretrained, %", "random, %", "difference, points [95 %]", "backbones"]
     return markdown(header, rows)
+
+
+def table_linguistic(results: dict, titles: dict[str, str]) -> str:
+    """Rank correlation of each measure with validation loss: at one size, over sizes, theirs."""
+    paper = results["paper"] or {"fixed_scale": {}, "grid": {}}
+    rows = []
+    for name, title in titles.items():
+        at_one_size, over_sizes = results["fixed_scale"][name], results["grid"][name]
+        p = at_one_size.get("p_holm")
+        rows.append(
+            [
+                title,
+                correlation(at_one_size),
+                "n/a" if p is None else f"{p:.2g}",
+                correlation(paper["fixed_scale"].get(name)),
+                correlation(over_sizes["spearman"]),
+                correlation(over_sizes.get("without_size")),
+                correlation(paper["grid"].get(name)),
+            ]
+        )
+    header = ["measure", "one size", "p, Holm", "theirs", "over sizes", "size taken out", "theirs"]
+    return markdown(header, rows)
+
+
+def correlation(found: dict | None) -> str:
+    """r [95 %]; n/a where it is not known."""
+    if not found or found["r"] is None:
+        return "n/a"
+    return format_interval(found | {"mean": found["r"]}, 2, sign="+")
+
+
+def table_language_models(rows: list[dict[str, float]]) -> str:
+    """Every language model: its size, its loss beside a bigram's, its measures."""
+    columns = (
+        ("width", "width", 0),
+        ("layers", "layers", 0),
+        ("epochs", "epochs", 0),
+        ("weight decay", "weight_decay", 4),
+        ("seed", "seed", 0),
+        ("validation loss, nats", "validation_loss", 3),
+        ("ahead of the bigram", "ahead_of_bigram", 3),
+        ("CDNV", "cdnv", 2),
+        ("log-kernel variance", "log_kernel_var", 4),
+        ("variation of cosines", "cosine_cv", 2),
+        ("agreement", "agreement", 4),
+    )
+    cells = [[f"{row[key]:.{digits}f}" for _, key, digits in columns] for row in rows]
+    return markdown([title for title, *_ in columns], cells)

@@ -12,6 +12,8 @@ import linguistic_collapse
 import numpy as np
 import pretrain
 import pytest
+import scipy.stats
+import study_tables
 import torch
 import transformers
 from conftest import fails, start_script
@@ -288,6 +290,33 @@ def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatc
     put_row(table, rows[1] | {"agreement": "0.125"}, "name")
     start_script(linguistic_collapse, f"--miniature --output-dir {tmp_path}")
     assert read_rows(table)[1]["agreement"] == "0.125"
+
+
+def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path):
+    rng, table = np.random.default_rng(0), tmp_path / "models.csv"
+    parts = linguistic_collapse.plan(miniature=False)
+    made = {}
+    for recipe in dict.fromkeys([*parts["seeds"], *parts["grid"]]):
+        size = {key: getattr(recipe, key) for key in ("width", "layers", "epochs", "seed")}
+        numbers = {name: rng.random() for name in linguistic_collapse.TITLES}
+        numbers |= {"validation_loss": 5 - 0.5 * numbers["agreement"], "ahead_of_bigram": -0.1}
+        numbers["weight_decay"] = recipe.weight_decay
+        made[recipe] = numbers
+        put_row(
+            table, {"name": pretrain.folder_name(recipe, "newsgroups")} | size | numbers, "name"
+        )
+    config = linguistic_collapse.Config(corpus="newsgroups", output_dir=tmp_path)
+    found = linguistic_collapse.summary(config)
+    assert found["models"] == {"seeds": [30, 30], "decay": [0, 10], "grid": [58, 58]}
+    assert found["behind_bigram"] == 30 + 58 - 2  # two are in both
+    loss, cdnv = ([made[r][key] for r in parts["seeds"]] for key in ("validation_loss", "cdnv"))
+    expected = scipy.stats.spearmanr(cdnv, loss)[0]
+    assert found["fixed_scale"]["cdnv"]["r"] == pytest.approx(expected)
+    assert found["fixed_scale"]["agreement"]["r"] == pytest.approx(-1)
+    assert found["fixed_scale"]["agreement"]["p_holm"] == 0
+    assert found["grid"]["agreement"]["without_size"]["r"] < -0.9
+    text = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
+    assert f"| NC1: CDNV | {expected:+.2f} [" in text and "-1.00 [-1.00, -1.00]" in text
 
 
 def test_the_plan_is_that_of_the_protocol():

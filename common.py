@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from collapse import jobs, publishing, reports
+from collapse import jobs, publishing, reports, sharing
 from collapse.arms import Arm, chosen_arms, find_arm
 from collapse.batches import (
     EVALUATION_TOKENS,
@@ -688,6 +688,9 @@ class Experiment:
     details: dict[str, Any] = field(default_factory=dict)
     other: Path | None = None  # folder of the experiment on the other data set, to compare with
 
+    def folder(self, config: RunConfig) -> Path:
+        return config.output_dir or self.results / self.task.folder
+
 
 def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """Train every arm with every seed, evaluate, analyse engrams, publish results.json and plots.
@@ -702,7 +705,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
         | experiment.details,
         "data": task.summary(),
     }
-    path = config.output_dir or experiment.results / task.folder
+    path = experiment.folder(config)
     folder = RunFolder(path, settings, config.fresh)
     title = f"{experiment.name} on {task.title()}"
     print(f"{title}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True)
@@ -895,7 +898,13 @@ def run_language_model_experiment(
         details=details,
         other=other and other / subfolder,
     )
-    return run_experiment(experiment, dataclasses.replace(config, model=name_in_results))
+    config = dataclasses.replace(config, model=name_in_results)
+    if config.push_to_hub is None:
+        return run_experiment(experiment, config)
+    repository = sharing.open_repository(config.push_to_hub)
+    results = run_experiment(experiment, config)
+    sharing.push(experiment.folder(config), repository, find_arm)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------

@@ -121,6 +121,10 @@ class LanguageModelConfig(RunConfig):
     classifier_size: int = 256
     # Size of the engram of model 3.
     engram_size: int = 128
+    # Repository of the Hugging Face hub, OWNER/NAME, that gets the trained models after the run:
+    # adapters, heads and a model card, for every model and seed of the output folder a subfolder
+    # MODEL-seedN. It is made, private, where it is not there.
+    push_to_hub: str | None = None
 
 
 # Settings that say where, or how much of, a study is run; the others define the study itself. The
@@ -142,6 +146,7 @@ NOT_IN_FINGERPRINT = (
     "measure_every",
     "fresh",
     "gradient_checkpointing",
+    "push_to_hub",
     "revision",  # results hold the commit that it stands for
 )
 

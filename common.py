@@ -82,6 +82,7 @@ from collapse.settings import (
     pick_device,
     set_threads,
 )
+from collapse.tracking import load_tracker, tracked
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -691,6 +692,9 @@ class Experiment:
     def folder(self, config: RunConfig) -> Path:
         return config.output_dir or self.results / self.task.folder
 
+    def title(self) -> str:
+        return f"{self.name} on {self.task.title()}"
+
 
 def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """Train every arm with every seed, evaluate, analyse engrams, publish results.json and plots.
@@ -700,6 +704,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """
     arms, device, task = chosen_arms(config), training_device(config), experiment.task
     set_threads(config.threads)
+    load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
         "config": {k: v for k, v in vars(config).items() if k not in NOT_IN_FINGERPRINT}
         | experiment.details,
@@ -707,8 +712,9 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     }
     path = experiment.folder(config)
     folder = RunFolder(path, settings, config.fresh)
-    title = f"{experiment.name} on {task.title()}"
-    print(f"{title}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True)
+    print(
+        f"{experiment.title()}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True
+    )
     run = Run(experiment, dataclasses.replace(config), device, folder, settings)
     trainings = [run.training(arm, seed) for seed in dict.fromkeys(config.seeds) for arm in arms]
     left = [training for training in trainings if not training.finished]
@@ -781,17 +787,21 @@ class Run:
         model = self.experiment.build_model(arm).to(self.device)
         trainer = make_trainer(model, train, config, arm)
         announce(training.name, trainer, progress)
-        loop = TrainingLoop(
-            label=training.name,
-            trainer=trainer,
-            validate=partial(validate, trainer, validation),
-            measure=Measuring(model, train, validation),
-            config=config,
-            seed=seed,
-            folder=training.folder,
-            progress=progress,
-        )
-        history, evaluation = loop.run()
+        settings = {**self.folder.settings["config"], "arm": arm.name, "seed": seed}
+        title = self.experiment.title()
+        with tracked(config.log_to, training.folder, training.name, title, settings) as track:
+            loop = TrainingLoop(
+                label=training.name,
+                trainer=trainer,
+                validate=partial(validate, trainer, validation),
+                measure=Measuring(model, train, validation),
+                config=config,
+                seed=seed,
+                folder=training.folder,
+                progress=progress,
+                track=track,
+            )
+            history, evaluation = loop.run()
         metrics = self.metrics(trainer.model, history)
         if evaluation.engrams is not None:
             metrics |= engram_analysis(trainer.model, evaluation, seed, training.folder)
@@ -824,8 +834,7 @@ class Run:
         experiment = self.experiment
         here = environment(self.device, self.commit)
         head = {"experiment": experiment.name, "settings": self.settings, **here}
-        title = f"{experiment.name} on {experiment.task.title()}"
-        classes = experiment.task.class_names
+        title, classes = experiment.title(), experiment.task.class_names
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
 
 

@@ -66,6 +66,8 @@ class RunConfig:
     # Optimizer steps between two measures of collapse (256 validation rows) and training loss (256
     # training rows), in metrics.jsonl; 0 makes none. Training is the same with and without.
     measure_every: int = 0
+    # Tracker that gets the numbers of metrics.jsonl, too, each training as a run of its own.
+    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     # Delete what this output folder holds of earlier runs, every model and seed of it, and train
     # anew.
     fresh: bool = False
@@ -144,6 +146,7 @@ NOT_IN_FINGERPRINT = (
     "cluster_memory_gib",
     "cluster_partition",
     "measure_every",
+    "log_to",
     "fresh",
     "gradient_checkpointing",
     "push_to_hub",

@@ -106,7 +106,7 @@ def model_card(results: dict, name: str, folders: list[str], find_arm: Callable[
         head=head.to_yaml(),
         title=f"{results['experiment']} on {data['name']}",
         model=model,
-        at=f" at commit {commit}" if commit else "",
+        at=f" at commit {commit}" if commit else " (a folder with a model that is not on the hub)",
         revision=revision,
         data=data["name"],
         train_rows=data["train_rows"],

@@ -38,7 +38,6 @@ def train(qwen, data_dir):
 
 @pytest.fixture(scope="module")
 def folder(train, tmp_path_factory):
-    """Of a run as the README's example has it."""
     top = tmp_path_factory.mktemp("repository")
     train(top / "results_7b/smollm2-135m")
     return top
@@ -69,10 +68,13 @@ def test_it_generates_what_peft_does(folder, qwen):
     assert found == classify.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_the_lines_that_the_readme_shows_run(folder, monkeypatch):
+def test_the_lines_that_the_readme_shows_run(folder, tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     lines = readme[readme.index("    from common import load_classifier") :].partition("\n\n")[0]
-    monkeypatch.chdir(folder)
+    named = tmp_path / re.search(r"results_7b/.+(?=/state/)", lines)[0]
+    named.parent.mkdir(parents=True)
+    named.symlink_to(folder / "results_7b/smollm2-135m")
+    monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(textwrap.dedent(lines), {})

@@ -50,14 +50,15 @@ def tracked(
                 writer.add_scalar(key, value, step)
     else:
         run_id = stored_id(folder / "tracker-run")
-        by_id = {"id": run_id} if kind == "wandb" else {}  # trackio finds a run by its name
+        # trackio finds a run by its name, and keeps all runs in one place of its own.
+        own = {"id": run_id, "dir": folder} if kind == "wandb" else {}
         run = module.init(
             project="collapse",
             name=f"{name} {run_id}",
             group=group,
             config=config,
             resume="allow",
-            **by_id,
+            **own,
         )
         log, close = run.log, run.finish
     try:

@@ -38,9 +38,9 @@ def tracker(request, monkeypatch):
 
         close = finish
 
-    def init(project, name, group, config, resume, **by_id):
-        assert resume == "allow" and bool(by_id) == (request.param == "wandb")
-        return Run(by_id.get("id", name), {"name": name, "group": group, "config": config})
+    def init(project, name, group, config, resume, **own):
+        assert resume == "allow" and bool(own) == (request.param == "wandb")
+        return Run(own.get("id", name), {"name": name, "group": group, "config": config})
 
     module = types.ModuleType(request.param)
     module.init, module.SummaryWriter = init, lambda folder: Run(str(folder))

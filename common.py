@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from collapse import jobs, publishing, reports
+from collapse import jobs, publishing, reports, sharing
 from collapse.arms import Arm, chosen_arms, find_arm
 from collapse.batches import (
     EVALUATION_TOKENS,
@@ -82,6 +82,7 @@ from collapse.settings import (
     pick_device,
     set_threads,
 )
+from collapse.tracking import load_tracker, tracked
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -688,6 +689,12 @@ class Experiment:
     details: dict[str, Any] = field(default_factory=dict)
     other: Path | None = None  # folder of the experiment on the other data set, to compare with
 
+    def folder(self, config: RunConfig) -> Path:
+        return config.output_dir or self.results / self.task.folder
+
+    def title(self) -> str:
+        return f"{self.name} on {self.task.title()}"
+
 
 def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """Train every arm with every seed, evaluate, analyse engrams, publish results.json and plots.
@@ -697,15 +704,17 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """
     arms, device, task = chosen_arms(config), training_device(config), experiment.task
     set_threads(config.threads)
+    load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
         "config": {k: v for k, v in vars(config).items() if k not in NOT_IN_FINGERPRINT}
         | experiment.details,
         "data": task.summary(),
     }
-    path = config.output_dir or experiment.results / task.folder
+    path = experiment.folder(config)
     folder = RunFolder(path, settings, config.fresh)
-    title = f"{experiment.name} on {task.title()}"
-    print(f"{title}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True)
+    print(
+        f"{experiment.title()}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True
+    )
     run = Run(experiment, dataclasses.replace(config), device, folder, settings)
     trainings = [run.training(arm, seed) for seed in dict.fromkeys(config.seeds) for arm in arms]
     left = [training for training in trainings if not training.finished]
@@ -778,17 +787,21 @@ class Run:
         model = self.experiment.build_model(arm).to(self.device)
         trainer = make_trainer(model, train, config, arm)
         announce(training.name, trainer, progress)
-        loop = TrainingLoop(
-            label=training.name,
-            trainer=trainer,
-            validate=partial(validate, trainer, validation),
-            measure=Measuring(model, train, validation),
-            config=config,
-            seed=seed,
-            folder=training.folder,
-            progress=progress,
-        )
-        history, evaluation = loop.run()
+        settings = {**self.folder.settings["config"], "arm": arm.name, "seed": seed}
+        title = self.experiment.title()
+        with tracked(config.log_to, training.folder, training.name, title, settings) as track:
+            loop = TrainingLoop(
+                label=training.name,
+                trainer=trainer,
+                validate=partial(validate, trainer, validation),
+                measure=Measuring(model, train, validation),
+                config=config,
+                seed=seed,
+                folder=training.folder,
+                progress=progress,
+                track=track,
+            )
+            history, evaluation = loop.run()
         metrics = self.metrics(trainer.model, history)
         if evaluation.engrams is not None:
             metrics |= engram_analysis(trainer.model, evaluation, seed, training.folder)
@@ -821,8 +834,7 @@ class Run:
         experiment = self.experiment
         here = environment(self.device, self.commit)
         head = {"experiment": experiment.name, "settings": self.settings, **here}
-        title = f"{experiment.name} on {experiment.task.title()}"
-        classes = experiment.task.class_names
+        title, classes = experiment.title(), experiment.task.class_names
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
 
 
@@ -895,7 +907,13 @@ def run_language_model_experiment(
         details=details,
         other=other and other / subfolder,
     )
-    return run_experiment(experiment, dataclasses.replace(config, model=name_in_results))
+    config = dataclasses.replace(config, model=name_in_results)
+    if config.push_to_hub is None:
+        return run_experiment(experiment, config)
+    repository = sharing.open_repository(config.push_to_hub)
+    results = run_experiment(experiment, config)
+    sharing.push(experiment.folder(config), repository, find_arm)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------

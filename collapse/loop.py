@@ -91,6 +91,7 @@ class TrainingLoop:
         validate: the model's Validation as it stands.
         measure: numbers of the model as it stands, every config.measure_every steps.
         progress: is told of every step and evaluation; of those behind it after a kill, too.
+        track: gets every record that metrics.jsonl gets.
     """
 
     label: str
@@ -101,6 +102,7 @@ class TrainingLoop:
     seed: int
     folder: Path
     progress: Progress
+    track: Callable[[dict[str, Any]], None]
 
     def run(self) -> tuple[History, Any]:
         """Train, with a validation after each epoch.
@@ -146,12 +148,17 @@ class TrainingLoop:
     def log(self) -> Path:
         return self.folder / "metrics.jsonl"
 
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl, and tell the tracker."""
+        append_line(self.log, record)
+        self.track(record)
+
     def begin(self) -> History:
         self.log.unlink(missing_ok=True)
         initial = self.timed_validation().record
-        append_line(self.log, {"step": 0, "epoch": 0, "validation": initial})
+        self.write({"step": 0, "epoch": 0, "validation": initial})
         if self.config.measure_every:
-            append_line(self.log, {"step": 0, "epoch": 0, "measured": self.measure()})
+            self.write({"step": 0, "epoch": 0, "measured": self.measure()})
         return History(initial=initial)
 
     def resume(self) -> History:
@@ -200,14 +207,14 @@ class TrainingLoop:
     def log_steps(self) -> None:
         """A line of metrics.jsonl: means over the steps since the last one."""
         place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
-        append_line(self.log, place | self.trainer.record(self.history.unlogged))
+        self.write(place | self.trainer.record(self.history.unlogged))
         self.history.unlogged = StepSums()
 
     def log_measures(self, sums: StepSums) -> None:
         """A line of metrics.jsonl: the model after this step, and the step's gradient."""
         place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
         measured = {**self.measure(), "grad_norm": sums.grad_norm}
-        append_line(self.log, place | {"measured": measured})
+        self.write(place | {"measured": measured})
 
     def end_epoch(self) -> Validation:
         """Validate, append the epoch's records, keep the weights if they are the best so far."""
@@ -220,7 +227,7 @@ class TrainingLoop:
         history.train.append({"epoch": history.epoch, **train})
         history.val.append({"epoch": history.epoch, **validation.record})
         place = {"step": history.epoch * self.batches_per_epoch, "epoch": history.epoch}
-        append_line(self.log, place | {"validation": validation.record})
+        self.write(place | {"validation": validation.record})
         if history.best_epoch() == history.epoch:
             save_weights(self.folder, "best", self.trainer.model, history.epoch)
             write_tensors(file_of(self.folder, "best"), validation.rows, {"epoch": history.epoch})

@@ -66,6 +66,8 @@ class RunConfig:
     # Optimizer steps between two measures of collapse (256 validation rows) and training loss (256
     # training rows), in metrics.jsonl; 0 makes none. Training is the same with and without.
     measure_every: int = 0
+    # Tracker that gets the numbers of metrics.jsonl, too, each training as a run of its own.
+    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     # Delete what this output folder holds of earlier runs, every model and seed of it, and train
     # anew.
     fresh: bool = False
@@ -121,6 +123,10 @@ class LanguageModelConfig(RunConfig):
     classifier_size: int = 256
     # Size of the engram of model 3.
     engram_size: int = 128
+    # Repository of the Hugging Face hub, OWNER/NAME, that gets the trained models after the run:
+    # adapters, heads and a model card, for every model and seed of the output folder a subfolder
+    # MODEL-seedN. It is made, private, where it is not there.
+    push_to_hub: str | None = None
 
 
 # Settings that say where, or how much of, a study is run; the others define the study itself. The
@@ -140,8 +146,10 @@ NOT_IN_FINGERPRINT = (
     "cluster_memory_gib",
     "cluster_partition",
     "measure_every",
+    "log_to",
     "fresh",
     "gradient_checkpointing",
+    "push_to_hub",
     "revision",  # results hold the commit that it stands for
 )
 

@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import os
 import re
 import sys
 
 import pytest
+import yaml
 
 from collapse import source
 from collapse.settings import ROOT
@@ -146,3 +148,20 @@ def test_readme_names_files_that_exist():
         r"`((?:collapse|studies|tests)/[\w.]+\.\w+)`", (ROOT / "README.md").read_text()
     ):
         assert (ROOT / name).exists(), name
+
+
+def test_the_workflow_runs_what_is_there_on_the_oldest_and_the_newest_python():
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]
+    limits = re.search(r"\((3, \d+)\) <= .* <= \((3, \d+)\)", (ROOT / "Makefile").read_text())
+    taken = [limit.replace(", ", ".") for limit in limits.groups()]
+    assert job["strategy"]["matrix"]["python-version"] == taken
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands and all(os.access(ROOT / command, os.X_OK) for command in commands)
+
+
+def test_the_citation_has_the_title_of_the_readme_and_what_its_format_asks_for():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f"# {citation['title']}" == (ROOT / "README.md").read_text().partition("\n")[0]
+    assert citation["cff-version"] == "1.2.0" and citation["message"]
+    assert citation["license"] in (ROOT / "LICENSE").read_text().partition("\n")[0]
+    assert all(author["name"] for author in citation["authors"])

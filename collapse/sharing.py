@@ -1,0 +1,171 @@
+"""A run's trained models for others: adapters, heads and a card in one folder, and on the hub."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from collapse.files import read_json, write_file, write_json
+from collapse.reports import summary_table
+from collapse.settings import UserError
+
+
+def open_repository(name: str) -> str:
+    """Full name of a model repository of the hub, which is made, private, where it is not there.
+
+    Called before a run, so that a name or token that will not do costs no training. Raises
+    UserError for those.
+    """
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        return api.create_repo(name, private=True, exist_ok=True).repo_id
+    except Exception as error:  # of the hub, of its client for HTTP, of names that are none
+        raise _refused(name, error) from None
+
+
+def push(run: Path, name: str, find_arm: Callable[[str], Any]) -> None:
+    """Upload what lay_out makes of a run, in the place of an earlier run's models.
+
+    Raises UserError when the hub does not take it.
+    """
+    import huggingface_hub
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = lay_out(run, Path(folder), name, find_arm)
+        try:
+            huggingface_hub.HfApi().upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=f"{len(trainings)} trained models",
+                delete_patterns="*-seed*/*",
+            )
+        except Exception as error:  # as in open_repository
+            raise _refused(name, error) from None
+    print(f"on the hub as {name}: {', '.join(trainings)}", flush=True)
+
+
+def _refused(name: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return UserError(
+        f"the hub does not take {name} ({reason}): give --push-to-hub OWNER/NAME after "
+        "`.venv/bin/hf auth login` with a token that may write; the same command, without --fresh, "
+        "tries again and keeps what is trained."
+    )
+
+
+def lay_out(run: Path, target: Path, name: str, find_arm: Callable[[str], Any]) -> list[str]:
+    """Put every finished training of a results folder where others can use it; returns their names.
+
+    target gets README.md, results.json, settings.json, and for each training MODEL-seedN/ with
+    what load_classifier and peft read of its last epoch. name is the repository's, for the card;
+    find_arm gives the title of a key of the results.
+    """
+    results = read_json(run / "results.json")
+    model = results["settings"]["config"]["model"]
+    folders = [f"{arm}-seed{seed}" for arm, runs in results["models"].items() for seed in runs]
+    for training in (run / "state" / folder for folder in folders):
+        shared = target / training.name
+        shutil.copytree(training / "final-adapter", shared / "final-adapter")
+        for file in ("final.safetensors", "metrics.json"):
+            shutil.copyfile(training / file, shared / file)
+        # Where a folder with the pretrained model lay is nobody's business.
+        adapter = shared / "final-adapter/adapter_config.json"
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": model})
+    shutil.copyfile(run / "results.json", target / "results.json")
+    shutil.copyfile(run / "state/settings.json", target / "settings.json")
+    write_file(target / "README.md", model_card(results, name, folders, find_arm).encode())
+    return folders
+
+
+def model_card(results: dict, name: str, folders: list[str], find_arm: Callable[[str], Any]) -> str:
+    """The repository's README.md: the run's numbers, what the files are, how to load them."""
+    from huggingface_hub import ModelCardData
+
+    config, data = results["settings"]["config"], results["settings"]["data"]
+    model, commit = config["model"], config.get("model_commit")
+    head = ModelCardData(
+        base_model=model if commit else None,  # only then the hub knows it
+        library_name="peft",
+        pipeline_tag="text-classification",
+        tags=["lora"],
+    )
+    rows = []
+    for folder in folders:
+        key, _, seed = folder.rpartition("-seed")
+        run = results["models"][key][seed]
+        accuracy, rank = run["final"]["accuracy"], run["val"][-1]["effective_rank"]
+        before = run["initial"]["effective_rank"]
+        rows.append(
+            f"| `{folder}` | {find_arm(key).title} | {accuracy:.2%} | {rank:.1f} ({before:.1f}) |"
+        )
+    revision = f', revision="{commit}"' if commit else ""
+    return CARD.format(
+        head=head.to_yaml(),
+        title=f"{results['experiment']} on {data['name']}",
+        model=model,
+        at=f" at commit {commit}" if commit else " (a folder with a model that is not on the hub)",
+        revision=revision,
+        data=data["name"],
+        train_rows=data["train_rows"],
+        validation_rows=data["validation_rows"],
+        classes=", ".join(data["class_names"]),
+        table="\n".join(rows),
+        summary=summary_table(results, find_arm).strip("\n"),
+        name=name,
+        folder=folders[0],
+        code=results["git_commit"] or "that made them",
+    )
+
+
+CARD = """---
+{head}
+---
+
+# {title}
+
+LoRA adapters and classification heads on `{model}`{at}, trained on {train_rows:,} rows of {data}
+with the classes {classes}. Numbers are of {validation_rows:,} validation rows.
+
+| folder | model | accuracy after the last epoch | effective rank of the states (before training) |
+| --- | --- | --: | --: |
+{table}
+
+```
+{summary}
+```
+
+## Files
+
+    results.json               settings, versions, hardware; numbers of every epoch; comparisons
+    settings.json              what load_classifier needs to know of the run
+    MODEL-seedN/               one training: its weights after the last epoch
+        final-adapter/         LoRA adapters, a peft folder
+        final.safetensors      classification head; of model 3 the engram's compressor and projector
+        metrics.json           the training's numbers
+
+## Loading
+
+Class probabilities and generation, in a clone of the code at {code}:
+
+```python
+from huggingface_hub import snapshot_download
+
+from common import load_classifier
+
+classify = load_classifier(snapshot_download("{name}") + "/{folder}")
+print(classify.class_names, classify(["A wonderful film."]), classify.generate("The plot is"))
+```
+
+The language model alone, without that code:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{model}"{revision})
+adapted = PeftModel.from_pretrained(base, "{name}", subfolder="{folder}/final-adapter")
+```
+"""

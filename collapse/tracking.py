@@ -1,0 +1,85 @@
+"""The numbers of metrics.jsonl in an experiment tracker, too: --log-to."""
+
+import contextlib
+import importlib
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from collapse.files import write_file
+from collapse.settings import UserError
+
+MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
+
+def load_tracker(kind: str) -> Any:
+    """The module that writes to a tracker, None for "none".
+
+    Raises UserError where its package, which nothing else here needs, is not installed.
+    """
+    if kind == "none":
+        return None
+    try:
+        return importlib.import_module(MODULES[kind])
+    except ImportError:
+        install = f".venv/bin/python -m pip install {kind}"
+        raise UserError(f"--log-to {kind}: its package is not installed; `{install}`.") from None
+
+
+@contextlib.contextmanager
+def tracked(
+    kind: str, folder: Path, name: str, group: str, config: dict[str, Any]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What a training calls with each record that it adds to metrics.jsonl.
+
+    The training is one run of the tracker, whose id stands in its folder: after a kill it goes on
+    there. Steps since the last checkpoint are then sent twice, with the same numbers. group is what
+    trainings of one study share.
+    """
+    module = load_tracker(kind)
+    if module is None:
+        yield lambda record: None
+        return
+    if kind == "tensorboard":
+        writer = module.SummaryWriter(folder / "tensorboard")
+        close = writer.close
+
+        def log(numbers: dict[str, float], step: int) -> None:
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+    else:
+        run_id = stored_id(folder / "tracker-run")
+        # trackio finds a run by its name, and keeps all runs in one place of its own.
+        own = {"id": run_id, "dir": folder} if kind == "wandb" else {}
+        run = module.init(
+            project="collapse",
+            name=f"{name} {run_id}",
+            group=group,
+            config=config,
+            resume="allow",
+            **own,
+        )
+        log, close = run.log, run.finish
+    try:
+        yield lambda record: log(numbers_of(record), step=record["step"])
+    finally:
+        close()
+
+
+def stored_id(file: Path) -> str:
+    """The id in the file, which gets a new one where there is none."""
+    if not file.exists():
+        write_file(file, uuid.uuid4().hex[:8].encode())
+    return file.read_text()
+
+
+def numbers_of(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A record's numbers as trackers take them: {"validation": {"loss": 1}} -> validation/loss."""
+    numbers = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            numbers |= numbers_of(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "step":
+            numbers[prefix + key] = value
+    return numbers

@@ -21,7 +21,7 @@ import effective_rank_analysis
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-from collapse import files, loop, publishing
+from collapse import files, labelled_text, loop, publishing
 from collapse.batches import encode_rows
 from collapse.files import read_tensors, write_file
 from collapse.metrics import rank_metrics
@@ -334,12 +334,13 @@ def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
     assert experiment.load_task(experiment.Config(data_dir=data_dir)).folder == ""
 
 
-def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, tmp_path):
+def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, monkeypatch):
     config = experiment.Config(
         data_dir=shared_data, dataset="AG News", train_limit=30, eval_limit=9
     )
     task = experiment.load_task(config)
     assert len(task.class_names) == 4 and task.folder == "subset-9983/limit-30-9"
+    monkeypatch.setattr(labelled_text, "load_all_splits", lambda *_: None)
     with pytest.raises(UserError, match=r"--dataset news is none of SST-2, .*AG News"):
         experiment.load_task(dataclasses.replace(config, dataset="news"))
 

@@ -73,15 +73,14 @@ def find_path(dataset: str) -> Path | None:
     """
     path = Path(dataset).expanduser()
     if path.exists():
-        return path
+        return path.resolve()  # "." has no name of its own
     if path.suffix.lower() in SUFFIXES or dataset.startswith((".", "/", "~")):
         raise UserError(f"{path} is not there: give --dataset a file or folder that is.")
     return None
 
 
 def path_in_origin(path: Path) -> str:
-    """A path as a run's settings keep it: from ./, the repository, where it lies in that."""
-    path = path.resolve()
+    """A full path as a run's settings keep it: from ./, the repository, where it lies in that."""
     return f"./{path.relative_to(ROOT).as_posix()}" if path.is_relative_to(ROOT) else str(path)
 
 

@@ -1,7 +1,6 @@
 """Every figure: fit to print, in colours that colour-blind readers can tell apart."""
 
 import io
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,7 @@ def plot_engram_clusters(
     figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
     for axis, (panel, points, colouring) in zip(axes, panels, strict=True):
         for c, class_name in enumerate(class_names):
-            name = textwrap.shorten(class_name.replace("$", r"\$"), 40)  # $ would begin a formula
+            name = class_name[:40].replace("$", r"\$")  # which would begin a formula
             chosen = colouring[shown] == c
             look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
             axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=name, **look)

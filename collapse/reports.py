@@ -78,6 +78,7 @@ def comparisons_of(results: dict) -> dict[str, dict]:
 DIFFERS_BY_DATA = ("max_length", "engram_source", "compute_dtype")
 
 
+# Of Experiments 2 and 3, whose folders hold runs on further data, too.
 OTHER_DATA = {"SST-2": "AG News", "AG News": "SST-2"}
 
 

@@ -88,6 +88,10 @@ def read_json_lines(
         yield where, [record[name] for name in columns]
 
 
+# What pyarrow and Python raise for bytes that are damaged, beside pyarrow's own kind.
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+
+
 def read_parquet(path: Path, columns: Sequence[str]) -> Table:
     """The columns of a Parquet file; page checksums are verified where it has them.
 
@@ -104,7 +108,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         feature = stored["info"]["features"][columns[-1]] if stored else {}
         names = feature["names"] if feature.get("_type") == "ClassLabel" else None
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
+    except (pyarrow.ArrowException, *DAMAGED) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is damaged, or no Parquet file ({reason}): replace it.") from None
     rows = zip(*values, strict=True)

@@ -462,6 +462,10 @@ def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached)
     if cached:
         write_hub_cache(tmp_path / "datasets/stanfordnlp___sst2/default/0.0.0/0123")
     code = "import experiment; print('TASK', experiment.load_task(experiment.Config()).name)"
+    if cached:  # the same set by its name on the hub
+        code += "; own = {'dataset': 'stanfordnlp/sst2', 'text_column': ('sentence',)}"
+        code += "; task = experiment.load_task(experiment.Config(**own))"
+        code += "; print('OWN', task.title(), task.class_names, task.train.texts[0], task.origin)"
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path),
@@ -475,7 +479,9 @@ def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached)
         text=True,
     )
     if cached:
-        assert "TASK SST-2" in done.stdout
+        assert "TASK SST-2" in done.stdout, done.stderr
+        own = "OWN stanfordnlp/sst2 (10 training, 10 validation rows) ('negative', 'positive')"
+        assert f"{own} sentence 0 {{'dataset': 'stanfordnlp/sst2'" in done.stdout, done.stderr
     else:
         assert "NOT SST-2" in done.stdout
         assert "TASK movie-review snippets" in done.stdout or "make data" in done.stderr

@@ -136,7 +136,7 @@ class LanguageModelConfig(RunConfig):
     engram_size: int = 128
 
 
-# Settings of a file or hub set; what its rows are read by, see Task.origin.
+# How the rows of a file or hub set are read; with `dataset` they make up Task.origin.
 READ_BY = ("text_column", "label_column", "train_split", "validation_split")
 
 

@@ -55,7 +55,7 @@ def read_csv(
             where, start = f"{path}, line {start}", reader.line_num + 1
             if header is None:
                 header = values
-                check_columns(header, columns, f"{path}, line 1,")
+                check_columns(header, columns, f"{path}, line 1")
                 places = [header.index(name) for name in columns]
             elif values and len(values) != len(header):
                 raise UserError(
@@ -84,7 +84,7 @@ def read_json_lines(
             record = None
         if not isinstance(record, dict):
             raise UserError(f"{where}: not a JSON object of its own; mend or remove the line.")
-        check_columns(list(record), columns, f"{where},")
+        check_columns(list(record), columns, where)
         yield where, [record[name] for name in columns]
 
 
@@ -102,7 +102,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Table:
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         schema = file.schema_arrow
-        check_columns(schema.names, columns, f"{path}")
+        check_columns(schema.names, columns, str(path))
         table = file.read(columns=list(dict.fromkeys(columns)))
         values = [table.column(name).to_pylist() for name in columns]
         stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
@@ -130,7 +130,7 @@ def check_columns(found: Sequence[str], wanted: Sequence[str], where: str) -> No
             if (count := found.count(name)) != 1:
                 times = "no column" if count == 0 else f"{count} columns"
                 raise UserError(
-                    f"{where} has {times} {shown([name])} among {shown(found)}: "
+                    f"{where}: {times} {shown([name])} among {shown(found)}; "
                     f"name one with --{option}-column."
                 )
 

@@ -138,10 +138,10 @@ def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path)
         (
             "a.csv",
             "text;label\nx;a\n",
-            r"line 1, has no column 'text' among 'text;label': .*--text",
+            r"line 1: no column 'text' among 'text;label'; .*--text",
         ),
-        ("a.csv", "text,text,label\nx,y,a\n", r"line 1, has 2 columns 'text'"),
-        ("a.csv", "text,kind\nx,a\n", r"no column 'label' among 'text', 'kind': .*--label-column"),
+        ("a.csv", "text,text,label\nx,y,a\n", r"line 1: 2 columns 'text'"),
+        ("a.csv", "text,kind\nx,a\n", r"no column 'label' among 'text', 'kind'; .*--label-column"),
         ("a.csv", "", r"a\.csv is empty"),
         ("a.csv", "text,label\nx,a\ny,a\n", "have 1 different labels: two or more"),
         ("a.csv", "text,label\nx,a\ny,b\nz,c\n", "the 3 training rows .* have 3 different labels"),
@@ -149,7 +149,7 @@ def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path)
         ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"\n', "line 3: not a JSON object"),
         ("a.jsonl", "[" * 100_000, "line 1: not a JSON object"),
         ("a.json", '[{"text": "x", "label": 1}]', r"a\.json, line 1: not a JSON object"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2, has no column 'label'"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: no column 'label'"),
         ("a.jsonl", '{"text": "x", "label": null}', "line 1: the label is missing"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "line 1: the label is a float"),
         ("a.jsonl", f'{{"text": "x", "label": {"1" * 300}}}', "line 1: the label has more than"),
@@ -220,7 +220,7 @@ def test_a_hub_set_has_its_own_class_names_and_splits(monkeypatch):
     assert load_again(task.summary(), None) == task
     with pytest.raises(UserError, match=r"row 1 of the unlabelled split of .* label -1 is not one"):
         load("owner/name", validation="unlabelled")
-    with pytest.raises(UserError, match=r"the train split of .* has no column 'sentence'"):
+    with pytest.raises(UserError, match=r"the train split of .*: no column 'sentence'"):
         load("owner/name", columns=("sentence",))
     tables.clear()
     with pytest.raises(UserError, match="has nothing for splits"):

@@ -4,7 +4,9 @@ Which rows a file gives is in test_labelled_text.py.
 """
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import TINY, fails, start_script
 from test_labelled_text import FORMATS, write_table
@@ -12,7 +14,7 @@ from test_labelled_text import FORMATS, write_table
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse import rank_plots
+from collapse import plots, rank_plots
 from collapse.files import read_json
 from common import load_classifier
 
@@ -31,6 +33,18 @@ def test_a_file_of_every_format_trains_by_one_command(suffix, tmp_path, monkeypa
     data = results["settings"]["data"]
     assert (data["name"], data["train_rows"], data["validation_rows"]) == (path.name, 54, 6)
     assert tuple(data["class_names"]) == CLASSES and list(results["models"]) == ["model1"]
+
+
+def test_class_names_that_look_like_formulas_can_be_drawn(tmp_path, monkeypatch):
+    drawn = []
+    plane = SimpleNamespace(fit_transform=lambda engrams: engrams[:, :2])
+    monkeypatch.setattr(plots, "TSNE", lambda **_: plane)
+    monkeypatch.setattr(plots, "write_file", lambda path, content: drawn.append(len(content)))
+    engrams = np.random.default_rng(0).normal(size=(12, 4))
+    labels = np.arange(12) % 2
+    names = ("$x_{$", "$5 or $6 " + "a" * 10_000)
+    plots.plot_engram_clusters(tmp_path / "a.png", "reviews", engrams, engrams, labels, names, 0)
+    assert drawn[0] > 10_000
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from collapse.batches import (
 from collapse.checkpoints import load_weights
 from collapse.classifier import TextClassifier
 from collapse.cluster import cluster_of
-from collapse.data import Task, fixed_draw, limit_task
+from collapse.data import Task, fixed_draw
 from collapse.files import (
     RunFolder,
     digest_weights,
@@ -57,6 +57,7 @@ from collapse.language_models import (
     without_mask,
 )
 from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
+from collapse.loaders import load_task
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
 from collapse.measuring import Measuring
@@ -870,7 +871,6 @@ def run_language_model_experiment(
     name: str,
     results: Path,
     other: Path | None,
-    load_task: Callable[[Path | None], Task | None],
     engram_source: Literal["pooled", "intermediate"],
     config: LanguageModelConfig,
 ) -> dict:
@@ -887,13 +887,12 @@ def run_language_model_experiment(
             " to try the script without a GPU, run `make standin` and give "
             f"--model {STANDIN_MODEL}."
         )
-    task = load_task(config.data_dir)
+    task = load_task(config)
     if task is None:
         raise UserError(
             "the data is neither in the Hugging Face cache nor on the hub: "
             "give --data-dir a folder with a download."
         )
-    task = limit_task(task, config.train_limit, config.eval_limit)
     settings, name_in_results, found = pin_model(config)
     short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name

@@ -7,7 +7,6 @@ movie-review snippets (9,473 to train, 1,095 to validate) and writes to results/
 import common  # isort: skip  # before torch: it sets the allocator
 
 import collections
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+from collapse import loaders
 from collapse.data import Task, limit_task
-from collapse.loaders import LOADERS, load_movie_snippets
 from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
 from collapse.settings import check_config as check_run_config
 
@@ -29,8 +28,6 @@ from collapse.settings import check_config as check_run_config
 class Config(RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
-    # Data set: a name of LOADERS in collapse/loaders.py. Any but SST-2 has a results subfolder.
-    dataset: str = "SST-2"
     # Passes over the training split.
     epochs: int = 8
     # Examples per optimizer step.
@@ -184,9 +181,7 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
-    if config.dataset not in LOADERS:
-        raise UserError(f"--dataset {config.dataset} is none of {', '.join(LOADERS)}.")
-    task = LOADERS[config.dataset](config.data_dir)
+    task = loaders.load_task(config)
     if task is None and config.dataset != "SST-2":
         raise UserError(f"{config.dataset} is not to be had: give --data-dir.")
     if task is None:
@@ -194,10 +189,9 @@ def load_task(config: Config) -> Task:
             "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "
             "These are NOT SST-2 results; for those use --data-dir."
         )
-        task = load_movie_snippets()
-    if config.dataset != "SST-2" and not task.folder:
-        task = dataclasses.replace(task, folder=config.dataset.lower().replace(" ", "-"))
-    return limit_task(task, config.train_limit, config.eval_limit)
+        snippets = loaders.load_movie_snippets()
+        task = limit_task(snippets, config.train_limit, config.eval_limit)
+    return task
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import tyro
 
 import common
 from collapse.settings import ROOT, LanguageModelConfig, run_script
-from collapse.sst2 import load_sst2
 
 
 @dataclass
@@ -25,7 +24,6 @@ def main() -> None:
         "Experiment 2",
         results=ROOT / "results_7b",
         other=ROOT / "results_agnews",
-        load_task=load_sst2,
         engram_source="pooled",
         config=config,
     )

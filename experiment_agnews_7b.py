@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.loaders import load_ag_news
 from collapse.settings import ROOT, LanguageModelConfig, run_script
 
 
@@ -18,6 +17,9 @@ from collapse.settings import ROOT, LanguageModelConfig, run_script
 class Config(LanguageModelConfig):
     """Settings of Experiment 3; the comment above a field is its --help text."""
 
+    # Data set: a name of LOADERS in collapse/loaders.py, a file, a folder or a hub set, as in
+    # experiment_7b.py. Any but AG News has results in a subfolder.
+    dataset: str = "AG News"
     max_length: int = 256  # Longest input in tokens; the rest of a row is cut off.
 
 
@@ -27,7 +29,6 @@ def main() -> None:
         "Experiment 3",
         results=ROOT / "results_agnews",
         other=ROOT / "results_7b",
-        load_task=load_ag_news,
         engram_source="intermediate",
         config=config,
     )

@@ -42,6 +42,8 @@ class Task:
     train: Rows
     validation: Rows
     of_phrases: bool = False  # rows are phrases of others: tuning rows are whole sentences then
+    # Of a file or hub set: what load_labelled_text takes to read it again.
+    origin: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """What results.json says of the data; the digest tells if two runs saw the same rows."""
@@ -54,6 +56,7 @@ class Task:
             "validation_rows": len(self.validation),
             "class_names": list(self.class_names),
             "sha256": digest.hexdigest(),
+            **({"origin": self.origin} if self.origin else {}),
         }
 
     def title(self) -> str:
@@ -152,6 +155,11 @@ def read_lines(path: Path) -> list[str]:
             f"{path} cannot be read ({error.strerror}): "
             "point --data-dir at a download in the official layout."
         ) from None
+    return decode_lines(content, path)
+
+
+def decode_lines(content: bytes, path: Path) -> list[str]:
+    """Lines of UTF-8 without line ends. Raises UserError naming the file, and the line."""
     lines = []
     for number, line in enumerate(content.splitlines(), 1):
         try:

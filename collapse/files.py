@@ -248,14 +248,14 @@ def settings_difference(file: Any, here: dict) -> str | None:
     """In which setting a results.json or settings.json differs from those here; None: in none.
 
     A setting that only one side knows is no difference: what the code learnt later had one value
-    before.
+    before. Where the rows were read from is none either: their digest says what they are.
     """
     there = file.get("settings", file) if isinstance(file, dict) else {}
     for part in ("config", "data"):
         if not isinstance(there.get(part), dict):
             return f"its file names no {part}"
         for key, value in here[part].items():
-            if key in there[part] and there[part][key] != value:
+            if key in there[part] and there[part][key] != value and key != "origin":
                 return f"{key} is {there[part][key]} there and {value} here"
     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from typing import Any
 
 from collapse.settings import DISK_FULL
 
@@ -45,8 +46,16 @@ def load_named_from_hub(
     return found
 
 
-def _tables(dataset: str, splits: tuple[str, ...], configuration: str | None) -> list | None:
-    """The splits as `datasets` has them, or None with the reason printed."""
+def load_all_splits(dataset: str, configuration: str | None) -> dict[str, Any] | None:
+    """Every split of a hub data set as `datasets` has it, from where load_from_hub looks."""
+    found = _tables(dataset, (None,), configuration)
+    return found and found[0]
+
+
+def _tables(
+    dataset: str, splits: tuple[str | None, ...], configuration: str | None
+) -> list[Any] | None:
+    """The splits as `datasets` has them, or None with the reason printed; split None is all."""
     import datasets
 
     datasets.logging.set_verbosity_error()

@@ -1,6 +1,7 @@
 """Data sets: files or the Hugging Face hub -> a Task."""
 
 import csv
+import dataclasses
 import hashlib
 import io
 import tarfile
@@ -20,7 +21,8 @@ from collapse.data import (
 )
 from collapse.hub import load_from_hub
 from collapse.intents import load_banking77, load_clinc150
-from collapse.settings import ROOT, UserError
+from collapse.labelled_text import dataset_of_origin, load_labelled_text
+from collapse.settings import READ_BY, ROOT, RunConfig, UserError
 from collapse.sst2 import load_sst2, load_sst2_by_sentence
 
 AG_NEWS_ROWS = 120_000  # of the official training split
@@ -160,16 +162,47 @@ LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
 }
 
 
+def load_task(config: RunConfig) -> Task | None:
+    """The data set of the settings, cut to their limits; any but a script's own has a folder.
+
+    None when it is a data set of LOADERS, and neither the Hugging Face cache nor the hub gives it.
+    Raises UserError when it cannot be had otherwise.
+    """
+    defaults = type(config)
+    reading = {name: getattr(config, name) for name in READ_BY}
+    if config.dataset in LOADERS:
+        for name, value in reading.items():
+            if value != getattr(defaults, name):
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} is for files and hub sets: leave it out.")
+        task = LOADERS[config.dataset](config.data_dir)
+    else:
+        task = load_labelled_text(config.dataset, **reading)
+        if task is None:
+            raise UserError(
+                f"--dataset {config.dataset} is none of {', '.join(LOADERS)}, no file or folder, "
+                "and neither in the Hugging Face cache nor on the hub."
+            )
+    if task is None:
+        return None
+    if config.dataset != defaults.dataset and not task.folder:
+        task = dataclasses.replace(task, folder=config.dataset.lower().replace(" ", "-"))
+    return limit_task(task, config.train_limit, config.eval_limit)
+
+
 def load_again(summary: dict[str, Any], data_dir: Path | None) -> Task:
     """The rows that a run's `Task.summary` tells of. Raises UserError when they cannot be had."""
     name = summary["name"]
-    task = LOADERS[name.partition(",")[0]](data_dir)
+    if origin := summary.get("origin"):
+        task = load_labelled_text(**origin | {"dataset": dataset_of_origin(origin["dataset"])})
+    else:
+        task = LOADERS[name.partition(",")[0]](data_dir)
     if task is None:
-        raise UserError(
-            f"{name} is neither in the Hugging Face cache nor on the hub: give --data-dir."
-        )
+        give = "" if origin else ": give --data-dir"
+        raise UserError(f"{name} is neither in the Hugging Face cache nor on the hub{give}.")
     task = limit_task(task, summary["train_rows"], summary["validation_rows"])
-    if task.summary()["sha256"] != summary["sha256"]:
+    here = task.summary()
+    if any(here[key] != summary[key] for key in ("sha256", "class_names")):
         raise UserError(
             f"{task.source} holds other rows of {name} than the models were trained on."
         )

@@ -117,12 +117,13 @@ def plot_engram_clusters(
         ("control: untrained compressor, true class", untrained_points, labels),
     )
     figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
-    for axis, (name, points, colouring) in zip(axes, panels, strict=True):
+    for axis, (panel, points, colouring) in zip(axes, panels, strict=True):
         for c, class_name in enumerate(class_names):
+            name = class_name[:40].replace("$", r"\$")  # which would begin a formula
             chosen = colouring[shown] == c
             look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
-            axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=class_name, **look)
-        axis.set(title=name, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
+            axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=name, **look)
+        axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
     axes[0].legend(markerscale=2)
     figure.suptitle(f"{title}; {len(shown):,} of {len(engrams):,} validation rows shown")
     save_figure(figure, path)

@@ -79,16 +79,23 @@ def comparisons_of(results: dict) -> dict[str, dict]:
 DIFFERS_BY_DATA = ("max_length", "engram_source", "compute_dtype")
 
 
+# Of Experiments 2 and 3, whose folders hold runs on further data, too.
+OTHER_DATA = {"SST-2": "AG News", "AG News": "SST-2"}
+
+
 def find_other(folder: Path | None, results: dict) -> dict | None:
-    """The results on the other data set that were made with the same settings.
+    """The results on the other data set, of these two, that were made with the same settings.
 
     Of several, those computed in the same type, with as many rows, or most. Says why, when there
     are results and none of them will do.
     """
     found, reasons = [], []
+    wanted = OTHER_DATA.get(data_name(results["settings"]))
     for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
         with contextlib.suppress(UserError):  # not ours to mend
             other = read_json(path)
+            if data_name(other["settings"]) != wanted:
+                continue
             theirs, ours = (alike_on_both(part["settings"]) for part in (other, results))
             if reason := settings_difference(theirs, ours):
                 reasons.append(f"NOTE: not compared with {path}: {reason}")
@@ -111,12 +118,17 @@ def compute_type(results: dict) -> str | None:
     return results["settings"]["config"].get("compute_dtype")
 
 
+def data_name(settings: dict) -> str:
+    """The data set's name, a subset's as that of the whole."""
+    return settings["data"]["name"].partition(",")[0]
+
+
 def study_name(settings: dict) -> str:
     """What was trained on what: data, its training rows, backbone, a language model's type."""
     data, config = settings["data"], settings["config"]
     backbone = Path(config["model"]).name if "model" in config else "small transformer"
     parts = (
-        data["name"].partition(",")[0],
+        data_name(settings),
         f"{data['train_rows']:,} training rows",
         backbone,
         config.get("compute_dtype"),

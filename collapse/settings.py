@@ -32,6 +32,19 @@ class RunConfig:
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
+    # Data set: a name of LOADERS in collapse/loaders.py; a file of CSV, TSV, JSON lines or Parquet,
+    # or a folder with train.*, and validation.*, dev.* or test.* of these; or a set of the Hugging
+    # Face hub: owner/name, owner/name:config. Any but the script's own has a results subfolder.
+    dataset: str = "SST-2"
+    # Column of the texts in a file or hub set; the texts of several are joined by a space.
+    text_column: tuple[str, ...] = ("text",)
+    # Column of the labels in a file or hub set: words or whole numbers.
+    label_column: str = "label"
+    # Split to train on, of a hub set or a folder (there a file's name before its suffix).
+    train_split: str = "train"
+    # Split to validate on. Default: validation, dev or test, the first of them that is there; where
+    # there is none, a fixed tenth of the training rows, and copies of their texts.
+    validation_split: str | None = None
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by
     # name: shuffled-lm, kl, l2-start, shared-scale, constant-prefix, frozen-compressor,
     # lm-only-engram, longer. NAME@WEIGHT gives a weight of its own: 2@0.1; longer@4 trains model 1
@@ -129,12 +142,17 @@ class LanguageModelConfig(RunConfig):
     push_to_hub: str | None = None
 
 
-# Settings that say where, or how much of, a study is run; the others define the study itself. The
-# limits show in the data.
+# How the rows of a file or hub set are read; with `dataset` they make up Task.origin.
+READ_BY = ("text_column", "label_column", "train_split", "validation_split")
+
+
+# Settings that say where, or how much of, a study is run; the others define the study itself. What
+# rows are read, and how many, shows in the data.
 NOT_IN_FINGERPRINT = (
     "output_dir",
     "data_dir",
     "dataset",
+    *READ_BY,
     "models",
     "seeds",
     "train_limit",
@@ -160,6 +178,8 @@ def check_config(config: RunConfig) -> None:
         raise UserError("--seeds is empty: name at least one, as in --seeds 42.")
     if not config.models:
         raise UserError("--models is empty: name at least one of 1 2 3.")
+    if not config.text_column:
+        raise UserError("--text-column is empty: name at least one column.")
     bounds = {
         "epochs": (1, math.inf),
         "batch_size": (1, math.inf),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import SIZES, arm_of, fails, random_split, start_script, without_times
+from test_labelled_text import write_table
 
 import common
 import experiment_7b
@@ -612,8 +613,10 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
         )
 
 
-def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, monkeypatch):
-    seen = {}
+def test_results_of_a_model_and_data_have_folders_of_their_own(
+    qwen, ag_news, monkeypatch, tmp_path
+):
+    seen, own = {}, write_table(tmp_path / "own.csv", [("a", 0), ("b", 1), ("c", 0), ("d", 1)])
     monkeypatch.setattr(
         common,
         "run_experiment",
@@ -622,6 +625,8 @@ def test_results_of_a_model_and_data_have_folders_of_their_own(qwen, ag_news, mo
     for script, data, expected in (
         (experiment_7b, "--train-limit 9", ("results_7b/tiny-qwen2", "limit-9-24")),
         (experiment_agnews_7b, "", ("results_agnews/tiny-qwen2", "subset-40")),
+        (experiment_agnews_7b, "--dataset SST-2", ("results_agnews/tiny-qwen2", "sst-2")),
+        (experiment_7b, f"--dataset {own}", ("results_7b/tiny-qwen2", "data-own-csv")),
     ):
         monkeypatch.setattr(
             sys, "argv", ["x", *f"--model {qwen} --data-dir {ag_news} --device cpu {data}".split()]
@@ -683,22 +688,3 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
     after = common.evaluate(model, validation)
     assert after.accuracy > 0.5
     assert after.lm_loss < before.lm_loss < 8  # of ln 49,152 = 10.8: it knew English from the start
-
-
-def test_the_experiment_that_the_readme_shows_runs(qwen, tmp_path, monkeypatch):
-    """Its code as it stands, on three classes of lines of label, tab, text."""
-    readme = (ROOT / "README.md").read_text()
-    (tmp_path / "topics.py").write_text(readme.partition("```python\n")[2].partition("```")[0])
-    for name, rows in (("train.tsv", 24), ("test.tsv", 12)):
-        (tmp_path / name).write_text(
-            "\n".join(
-                f"{i % 3}\t{('good', 'bad', 'world')[i % 3]} word{i % 2}" for i in range(rows)
-            )
-        )
-    monkeypatch.syspath_prepend(tmp_path)
-    topics = importlib.import_module("topics")
-    monkeypatch.setattr(topics, "ROOT", tmp_path)
-    start_script(topics, f"--model {qwen} --data-dir {tmp_path} {TINY}")
-    results = json.loads((tmp_path / "results_topics/tiny-qwen2/results.json").read_text())
-    assert results["settings"]["data"]["class_names"] == ["music", "politics", "sport"]
-    assert list(results["models"]) == ["model1", "model2", "model3"]

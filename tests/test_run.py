@@ -21,7 +21,7 @@ import effective_rank_analysis
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-from collapse import files, loop, publishing
+from collapse import files, labelled_text, loop, publishing
 from collapse.batches import encode_rows
 from collapse.files import read_tensors, write_file
 from collapse.metrics import rank_metrics
@@ -334,12 +334,13 @@ def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
     assert experiment.load_task(experiment.Config(data_dir=data_dir)).folder == ""
 
 
-def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, tmp_path):
+def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, monkeypatch):
     config = experiment.Config(
         data_dir=shared_data, dataset="AG News", train_limit=30, eval_limit=9
     )
     task = experiment.load_task(config)
     assert len(task.class_names) == 4 and task.folder == "subset-9983/limit-30-9"
+    monkeypatch.setattr(labelled_text, "load_all_splits", lambda *_: None)
     with pytest.raises(UserError, match=r"--dataset news is none of SST-2, .*AG News"):
         experiment.load_task(dataclasses.replace(config, dataset="news"))
 
@@ -461,6 +462,10 @@ def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached)
     if cached:
         write_hub_cache(tmp_path / "datasets/stanfordnlp___sst2/default/0.0.0/0123")
     code = "import experiment; print('TASK', experiment.load_task(experiment.Config()).name)"
+    if cached:  # the same set by its name on the hub
+        code += "; own = {'dataset': 'stanfordnlp/sst2', 'text_column': ('sentence',)}"
+        code += "; task = experiment.load_task(experiment.Config(**own))"
+        code += "; print('OWN', task.title(), task.class_names, task.train.texts[0], task.origin)"
     environment = {
         **os.environ,
         "HF_HOME": str(tmp_path),
@@ -474,7 +479,9 @@ def test_without_a_hub_its_cache_is_used_and_then_the_snippets(tmp_path, cached)
         text=True,
     )
     if cached:
-        assert "TASK SST-2" in done.stdout
+        assert "TASK SST-2" in done.stdout, done.stderr
+        own = "OWN stanfordnlp/sst2 (10 training, 10 validation rows) ('negative', 'positive')"
+        assert f"{own} sentence 0 {{'dataset': 'stanfordnlp/sst2'" in done.stdout, done.stderr
     else:
         assert "NOT SST-2" in done.stdout
         assert "TASK movie-review snippets" in done.stdout or "make data" in done.stderr

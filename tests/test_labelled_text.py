@@ -1,0 +1,418 @@
+"""Labelled text of files and of the hub: its rows as they stand there, or one sentence."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from collapse import labelled_text
+from collapse.data import Rows, Task, limit_task
+from collapse.files import settings_difference
+from collapse.labelled_text import load_labelled_text
+from collapse.loaders import LOADERS, load_again, load_task
+from collapse.settings import NOT_IN_FINGERPRINT, ROOT, RunConfig, UserError
+
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def write_table(path: Path, rows: list[tuple], header: tuple = ("text", "label")) -> Path:
+    """Rows in the format of the suffix; texts without tabs and line ends suit all four."""
+    if path.suffix == ".parquet":
+        columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, write_page_checksum=True)
+    elif path.suffix == ".jsonl":
+        lines = [
+            json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) for row in rows
+        ]
+        path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".tsv":
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in (header, *rows)))
+    else:
+        stream = io.StringIO()
+        csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+        path.write_text(stream.getvalue())
+    return path
+
+
+def load(path, columns=("text",), label="label", train="train", validation=None) -> Task:
+    return load_labelled_text(str(path), columns, label, train, validation)
+
+
+def named(task: Task) -> list[tuple[str, str]]:
+    """(text, class name) of all rows, those of training first."""
+    return [
+        (text, task.class_names[label])
+        for rows in (task.train, task.validation)
+        for text, label in zip(rows.texts, rows.labels, strict=True)
+    ]
+
+
+ROWS = [(f'row {i}, "é" null', ("neg", "pos", "NA")[i % 3]) for i in range(24)]
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_is_read_as_it_stands_and_a_tenth_of_its_rows_is_held_out(tmp_path, suffix):
+    """ "NA" and "null" are words here, as any."""
+    path = write_table(tmp_path / f"My reviews{suffix}", ROWS)
+    task = load(path)
+    assert sorted(named(task)) == sorted(ROWS) and len(task.validation) == 2
+    assert task.class_names == ("NA", "neg", "pos")
+    assert task.name == f"My reviews{suffix}" and task.folder == f"data-my-reviews-{suffix[1:]}"
+    assert load(path).summary() == task.summary()
+
+
+def test_copies_of_a_text_are_on_one_side(tmp_path):
+    rows = [(f"text {i % 25}", str(i % 2)) for i in range(100)]
+    task = load(write_table(tmp_path / "a.csv", rows))
+    assert not set(task.train.texts) & set(task.validation.texts)
+    assert len(set(task.validation.texts)) == 2 and len(task.validation) == 8
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_folder_holds_a_file_for_each_split(tmp_path, suffix):
+    for split, rows in (("train", ROWS[:9]), ("test", ROWS[9:15]), ("dev", ROWS[15:])):
+        write_table(tmp_path / f"{split}{suffix}", rows)
+    (tmp_path / "notes.txt").touch()
+    task = load(tmp_path)
+    assert named(task) == ROWS[:9] + ROWS[15:]  # GLUE's test.tsv has no labels: dev comes first
+    assert task.name == f"folder {tmp_path.name}"
+    assert named(load(tmp_path, validation="test"))[9:] == ROWS[9:15]
+    assert named(load(tmp_path, train="test"))[:6] == ROWS[9:15]
+    write_table(tmp_path / f"validation{suffix}", ROWS[:2])
+    assert named(load(tmp_path))[9:] == ROWS[:2]
+
+
+def test_whole_numbers_are_classes_in_their_order(tmp_path):
+    path = write_table(tmp_path / "a.jsonl", [(f"text {i}", (10, 9)[i % 2]) for i in range(8)])
+    assert load(path).class_names == ("9", "10")
+
+
+def test_columns_are_named_and_several_texts_joined(tmp_path):
+    rows = [(f"title {i} ", " ", i % 2) if i else ("", "body", 1) for i in range(9)]
+    path = write_table(tmp_path / "a.tsv", rows, ("title", "description", "kind"))
+    task = load(path, ("title", "description"), "kind")
+    assert {"title 1", "body"} <= {text for text, _ in named(task)}
+
+
+def test_texts_with_line_ends_a_byte_order_mark_and_blank_lines(tmp_path):
+    path = tmp_path / "a.csv"
+    content = '\ufefftext,label\r\n"two\r\nlines",a\r\n\r\n' + "x,a\r\ny,b\r\nz,b\r\n"
+    path.write_bytes(content.encode())
+    assert ("two\nlines", "a") in named(load(path)) and len(named(load(path))) == 4
+
+
+def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path):
+    feature = {"names": ["bad", "good"], "_type": "ClassLabel"}
+    stored = json.dumps({"info": {"features": {"label": feature}}})
+    columns = {"text": [f"t{i}" for i in range(4)], "label": [0, 1, 1, 0]}
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": stored})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = dict(named(load(tmp_path / "a.parquet")))
+    assert found == {"t0": "bad", "t1": "good", "t2": "good", "t3": "bad"}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\nx,a\ny\n", r"a\.csv, line 3: 1 columns where the header has 2"),
+        ("a.csv", 'text,label\n"x\ny",a\n"z,b\n', r"a\.csv, line 4: unexpected end"),
+        ("a.csv", 'text,label\n"x"y,a\n', r"a\.csv, line 2: .*expected after"),
+        ("a.csv", "text,label\nx,a\n \t,b\n", r"a\.csv, line 3: the text is empty"),
+        ("a.csv", "text,label\nx,a\ny, \n", r"a\.csv, line 3: the label is empty"),
+        ("a.csv", "text,label\nx," + "a" * 201, r"line 2: the label has more than 200 characters"),
+        ("a.csv", f"text,label\n{'x' * 200_000},a\n", r"line 2: field larger than field limit"),
+        (
+            "a.csv",
+            "text;label\nx;a\n",
+            r"line 1: no column 'text' among 'text;label'; .*--text",
+        ),
+        ("a.csv", "text,text,label\nx,y,a\n", r"line 1: 2 columns 'text'"),
+        ("a.csv", "text,kind\nx,a\n", r"no column 'label' among 'text', 'kind'; .*--label-column"),
+        ("a.csv", "", r"a\.csv is empty"),
+        ("a.csv", "text,label\nx,a\ny,a\n", "have 1 different labels: two or more"),
+        ("a.csv", "text,label\nx,a\ny,b\nz,c\n", "the 3 training rows .* have 3 different labels"),
+        ("a.tsv", "text\tlabel\nx\ta\tb\n", r"a\.tsv, line 2: 3 columns"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"\n', "line 3: not a JSON object"),
+        ("a.jsonl", "[" * 100_000, "line 1: not a JSON object"),
+        ("a.json", '[{"text": "x", "label": 1}]', r"a\.json, line 1: not a JSON object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: no column 'label'"),
+        ("a.jsonl", '{"text": "x", "label": null}', "line 1: the label is missing"),
+        ("a.jsonl", '{"text": "x", "label": 0.5}', "line 1: the label is a float"),
+        ("a.jsonl", f'{{"text": "x", "label": {"1" * 300}}}', "line 1: the label has more than"),
+        ("a.jsonl", '{"text": 5, "label": 1}', "line 1: the text is a number or list"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "line 1: half of a character"),
+        ("a.parquet", "PAR1", r"a\.parquet is damaged, or no Parquet file"),
+        ("a.txt", "x", r"a\.txt is none of \.csv"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path / name)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    for path in (tmp_path / "a.csv", tmp_path / "folder"):
+        with pytest.raises(UserError, match="is not there: give --dataset"):
+            load(path)
+    with pytest.raises(UserError, match="has nothing for splits and no 'train'"):
+        load(tmp_path)
+    path = write_table(tmp_path / "train.csv", ROWS)
+    with pytest.raises(
+        UserError, match=r"has 'train' for splits and no 'test'.*--validation-split"
+    ):
+        load(path, validation="test")
+    with pytest.raises(UserError, match="is the training split"):
+        load(path, validation="train")
+    with pytest.raises(UserError, match="--label-column text is one of --text-column"):
+        load(path, label="text")
+    write_table(tmp_path / "dev.tsv", [("x", "pos"), ("y", "neutral")])
+    with pytest.raises(UserError, match=r"dev\.tsv, line 3: no training row has .* 'neutral'"):
+        load(tmp_path)
+    write_table(tmp_path / "train.tsv", ROWS)
+    with pytest.raises(UserError, match=r"holds train\.csv and train\.tsv"):
+        load(tmp_path)
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+class HubTable:
+    """A split as `datasets` has it, as far as it is asked."""
+
+    def __init__(self, names=None, **columns):
+        self.columns, self.column_names = columns, list(columns)
+        label = type("ClassLabel", (), {"names": names} if names else {})
+        self.features = dict.fromkeys(columns, label)
+
+    def __getitem__(self, name):
+        return self.columns[name]
+
+
+def test_a_hub_set_has_its_own_class_names_and_splits(monkeypatch):
+    tables = {
+        "train": HubTable(["no", "yes"], text=["a ", "b", "c"], label=[1, 0, 1]),
+        "test": HubTable(["no", "yes"], text=["d"], label=[0]),
+        "unlabelled": HubTable(["no", "yes"], text=["d"], label=[-1]),
+    }
+    asked = []
+    monkeypatch.setattr(
+        labelled_text, "load_all_splits", lambda *name: asked.append(name) or tables
+    )
+    task = load("owner/name:part")
+    assert asked == [("owner/name", "part")] and task.class_names == ("no", "yes")
+    assert (task.train, task.validation) == (Rows(["a", "b", "c"], [1, 0, 1]), Rows(["d"], [0]))
+    assert (task.name, task.folder) == ("owner/name:part", "data-owner-name-part")
+    assert load_again(task.summary(), None) == task
+    with pytest.raises(UserError, match=r"row 1 of the unlabelled split of .* label -1 is not one"):
+        load("owner/name", validation="unlabelled")
+    with pytest.raises(UserError, match=r"the train split of .*: no column 'sentence'"):
+        load("owner/name", columns=("sentence",))
+    tables.clear()
+    with pytest.raises(UserError, match="has nothing for splits"):
+        load("owner/name")
+
+
+def test_a_set_that_nobody_has_is_refused(monkeypatch):
+    monkeypatch.setattr(labelled_text, "load_all_splits", lambda *name: None)
+    with pytest.raises(UserError, match=r"--dataset nobody/has is none of SST-2, .*no file"):
+        load_task(RunConfig(dataset="nobody/has"))
+
+
+# --- as a run's settings have it ------------------------------------------------------------------
+
+
+def test_rows_are_found_again_from_what_a_run_keeps_and_changed_ones_refused(tmp_path):
+    path = write_table(tmp_path / "a.csv", ROWS)
+    task = load_task(RunConfig(dataset=str(path), train_limit=9))
+    assert task.folder == "data-a-csv/limit-9-2"
+    kept = json.loads(json.dumps(task.summary()))
+    assert load_again(kept, None).summary() == task.summary()
+    write_table(path, [(text, label.upper()) for text, label in ROWS])
+    with pytest.raises(UserError, match=r"holds other rows of a\.csv than the models were"):
+        load_again(kept, None)  # the same texts and numbers, other names
+    write_table(path, [*ROWS[1:], ("row 0", "pos")])
+    with pytest.raises(UserError, match="holds other rows"):
+        load_again(kept, None)
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.csv is not there"):
+        load_again(kept, None)
+
+
+def test_a_path_in_the_repository_is_kept_relative_to_it_and_no_part_of_the_study(tmp_path):
+    task = limit_task(load(write_table(tmp_path / "a.csv", ROWS)), 9, None)
+    here = {"config": {}, "data": task.summary()}
+    (tmp_path / "b").mkdir()
+    moved = limit_task(load((tmp_path / "a.csv").rename(tmp_path / "b/a.csv")), 9, None)
+    there = {"config": {}, "data": moved.summary()}
+    assert here != there and settings_difference(there, here) is None
+    inside = labelled_text.path_in_origin(ROOT / "data" / "a.csv")
+    assert inside == "./data/a.csv"
+    assert labelled_text.dataset_of_origin(inside) == str(ROOT / "data" / "a.csv")
+    assert labelled_text.dataset_of_origin("owner/name") == "owner/name"
+
+
+def test_settings_of_a_file_change_no_fingerprint_and_suit_no_set_by_name():
+    added = {"dataset", "text_column", "label_column", "train_split", "validation_split"}
+    assert added <= set(NOT_IN_FINGERPRINT)
+    for name in LOADERS:
+        with pytest.raises(UserError, match="--label-column is for files and hub sets"):
+            load_task(RunConfig(dataset=name, label_column="kind"))
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def change_row(change: Callable[[list], None], header=("text", "label")):
+    """A damage that changes one of the rows and writes the file anew."""
+
+    def damaged(path: Path, rng: np.random.Generator) -> None:
+        rows = [list(row) for row in ROWS]
+        change(rows[rng.integers(len(rows))])
+        write_table(path, rows, header)
+
+    return damaged
+
+
+def change_bytes(change: Callable[[bytearray, int, np.random.Generator], None]):
+    """A damage of the file's bytes at a random place."""
+
+    def damaged(path: Path, rng: np.random.Generator) -> None:
+        content = bytearray(path.read_bytes())
+        change(content, int(rng.integers(len(content))), rng)
+        path.write_bytes(content)
+
+    return damaged
+
+
+def change_lines(change: Callable[[list[bytes], int], None]):
+    def damaged(path: Path, rng: np.random.Generator) -> None:
+        lines = path.read_bytes().splitlines(keepends=True)
+        change(lines, int(rng.integers(len(lines))))
+        path.write_bytes(b"".join(lines))
+
+    return damaged
+
+
+def flip(content, place, rng):
+    content[place] ^= 1 << int(rng.integers(8))
+
+
+def other_byte(content, place, rng):
+    content[place] = int(rng.integers(256))
+
+
+def drop_quote(content, place, rng):
+    if (found := content.find(b'"', place)) >= 0:
+        del content[found]
+
+
+DAMAGES = {
+    "a flipped bit": change_bytes(flip),
+    "another byte": change_bytes(other_byte),
+    "cut short": change_bytes(lambda content, place, rng: content.__delitem__(slice(place, None))),
+    "a piece gone": change_bytes(
+        lambda content, place, rng: content.__delitem__(slice(place, place + int(rng.integers(60))))
+    ),
+    "a quote more": change_bytes(lambda content, place, rng: content.insert(place, ord('"'))),
+    "a quote less": change_bytes(drop_quote),
+    "not UTF-8": change_bytes(lambda content, place, rng: content.insert(place, 0xFF)),
+    "a line gone": change_lines(lambda lines, place: lines.pop(place)),
+    "a line twice": change_lines(lambda lines, place: lines.insert(place, lines[place])),
+    "lines joined": change_lines(
+        lambda lines, place: lines.__setitem__(place, lines[place].rstrip(b"\r\n"))
+    ),
+    "UTF-16": lambda path, rng: path.write_bytes(
+        path.read_bytes().decode("latin-1").encode("utf-16")
+    ),
+    "an empty text": change_row(lambda row: row.__setitem__(0, " ")),
+    "an empty label": change_row(lambda row: row.__setitem__(1, "")),
+    "a huge text": change_row(lambda row: row.__setitem__(0, "x" * 140_000)),
+    "a huge label": change_row(lambda row: row.__setitem__(1, "x" * 140_000)),
+    "another header": change_row(lambda row: None, header=("Text", "label")),
+    "columns swapped": change_row(lambda row: None, header=("label", "text")),
+    "one class": lambda path, rng: write_table(path, [(text, "pos") for text, _ in ROWS]),
+}
+REFUSED = {"not UTF-8", "UTF-16", "an empty text", "an empty label", "a huge label"}
+REFUSED |= {"another header", "columns swapped", "one class"}
+
+
+def reference_rows(path: Path) -> list[tuple[str, str]] | None:
+    """What a damaged file says, read another way; None where it says nothing clear.
+
+    Of a Parquet file with checksums, nothing but what was written.
+    """
+    if path.suffix == ".parquet":
+        return ROWS
+    text = re.sub("\r\n?", "\n", path.read_bytes().decode()).removeprefix("\ufeff")
+    if path.suffix == ".jsonl":
+        records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        return [(record["text"].strip(), str(record["label"]).strip()) for record in records]
+    table, row, place = [], [], 0
+    quoted = r'"(?:[^"]|"")*"|(?!")[^,\n]*' if path.suffix == ".csv" else r"[^\t\n]*"
+    field = re.compile(f"({quoted})([,\t\n]|\\Z)")
+    while place < len(text):
+        if (found := field.match(text, place)) is None:
+            return None
+        value, place = found[1], found.end()
+        if path.suffix == ".csv" and value.startswith('"'):
+            value = value[1:-1].replace('""', '"')
+        row.append(value)
+        if found[2] in ("\n", ""):
+            table, row = [*table, row] if row != [""] else table, []
+    header = table[0]
+    text_at, label_at = header.index("text"), header.index("label")
+    return [(values[text_at].strip(), values[label_at].strip()) for values in table[1:]]
+
+
+def try_damages(folder: Path, count: int, seed: int) -> Counter:
+    """Damage files of every format so often, each time anew: (suffix, damage, outcome) -> times.
+
+    Anything but UserError in one short line, or other rows than the file says, ends here.
+    """
+    rng, outcomes = np.random.default_rng(seed), Counter()
+    wholes = {suffix: write_table(folder / f"whole{suffix}", ROWS) for suffix in FORMATS}
+    wholes = {suffix: path.read_bytes() for suffix, path in wholes.items()}
+    for number in range(count):
+        suffix = FORMATS[number % len(FORMATS)]
+        kind = list(DAMAGES)[number // len(FORMATS) % len(DAMAGES)]
+        path = folder / f"damaged{suffix}"
+        path.write_bytes(wholes[suffix])
+        DAMAGES[kind](path, rng)
+        try:
+            task = load(path)
+        except UserError as error:
+            sentence = str(error)
+            assert "\n" not in sentence and len(sentence) < 500, (suffix, kind, sentence)
+            assert path.name in sentence, (suffix, kind, sentence)
+            assert path.read_bytes() != wholes[suffix], f"{suffix} is whole and refused: {sentence}"
+            outcomes[suffix, kind, "refused"] += 1
+            continue
+        assert kind not in REFUSED or path.read_bytes() == wholes[suffix], (suffix, kind)
+        expected = reference_rows(path) if kind != "a huge text" else None
+        if kind == "a huge text":
+            assert max(map(len, task.train.texts + task.validation.texts)) == 140_000
+        else:
+            assert Counter(named(task)) == Counter(expected), (suffix, kind, path.read_bytes())
+        outcomes[suffix, kind, "read"] += 1
+    return outcomes
+
+
+def test_a_damaged_file_is_refused_in_one_sentence_or_read_as_it_says(tmp_path):
+    outcomes = try_damages(tmp_path, 5 * len(FORMATS) * len(DAMAGES), seed=0)
+    refused = sum(times for (*_, outcome), times in outcomes.items() if outcome == "refused")
+    assert 150 < refused < outcomes.total() - 50  # some damages leave a file that can be read

@@ -4,6 +4,7 @@ Which rows a file gives is in test_labelled_text.py.
 """
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,12 @@ import experiment
 import experiment_7b
 from collapse import plots, rank_plots
 from collapse.files import read_json
+from collapse.settings import ROOT
 from common import load_classifier
 
 WORDS = {"good": "praise", "bad": "blame", "world": "neither $"}
 ROWS = [(f"{word} word{i}", WORDS[word]) for i in range(20) for word in WORDS]
+COLUMNS = ("review", "stars")
 CLASSES = ("blame", "neither $", "praise")
 
 
@@ -49,10 +52,13 @@ def test_class_names_that_look_like_formulas_can_be_drawn(tmp_path, monkeypatch)
 
 @pytest.fixture(scope="module")
 def trained(qwen, tmp_path_factory):
-    """A language model's results folder beside the CSV that it was trained on."""
+    """A language model's results folder beside the CSV, trained by the command of the README."""
     top = tmp_path_factory.mktemp("own")
-    path = write_table(top / "reviews.csv", ROWS)
-    line = f"--model {qwen} --dataset {path} --output-dir {top / 'out'} --models 1 --epochs 1"
+    path = write_table(top / "reviews.csv", ROWS, COLUMNS)
+    readme = (ROOT / "README.md").read_text()
+    line = re.search(r"experiment_7b\.py (.+--dataset reviews\.csv.+)", readme)[1]
+    line = line.replace("smollm2-135m", str(qwen)).replace("reviews.csv", str(path))
+    line += f" --output-dir {top / 'out'} --models 1 --epochs 1"
     line += " --batch-size 8 --max-length 12 --lora-rank 4 --classifier-size 10 --engram-size 6"
     start_script(experiment_7b, f"{line} --device cpu --workers 1")
     return top / "out"
@@ -76,5 +82,5 @@ def test_experiment_4_needs_the_folder_alone_and_the_rows_where_they_were(
     path = trained.parent / "reviews.csv"
     path.rename(trained.parent / "gone.csv")
     assert f"{path} is not there" in fails(start_script, capsys, analysis, line)
-    write_table(path, ROWS[1:])
+    write_table(path, ROWS[1:], COLUMNS)
     assert "holds other rows of reviews.csv" in fails(start_script, capsys, analysis, line)

@@ -653,18 +653,14 @@ def block_endpoints(page: Page) -> str:
 
 def block_threshold(page: Page) -> str:
     found = read_json(ROOT / THRESHOLD / "results.json")
-    return with_full(study_tables.table_threshold(found), page, "threshold")
+    table = study_tables.table_threshold(found, ("healthy", "not collapsed", "learning"))
+    return with_full(table, page, "threshold")
 
 
 def block_rates(page: Page) -> str:
     found = read_json(ROOT / THRESHOLD / "results.json")
     keys = [f"ends {dataset}" for dataset in found["arms"][0]["edge"]]
     return with_full(study_tables.table_rates(found), page, *keys)
-
-
-def block_sink(page: Page) -> str:
-    table = tables.table_sink(read_json(ROOT / SINK), (11, 12, 31))
-    return with_full(table, page, "sink")
 
 
 def block_answer(_page: Page) -> str:

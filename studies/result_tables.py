@@ -345,8 +345,8 @@ def table_depth(results: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def table_sink(results: dict, layers: tuple[int, ...] = ()) -> str:
-    """Of each layer (or these) of a pretrained model; layer 0 are the embeddings."""
+def table_sink(results: dict) -> str:
+    """Of each layer of a pretrained model; layer 0 are the embeddings."""
     rows = [
         [
             str(number),
@@ -359,7 +359,6 @@ def table_sink(results: dict, layers: tuple[int, ...] = ()) -> str:
             f"{layer['sink_ratio']:.1f}",
         ]
         for number, layer in enumerate(results["layers"])
-        if not layers or number in layers
     ]
     header = ["layer", "effective rank", "within classes", "without the first token"]
     header += ["within, without first", "share of 1/length", "the same, without first"]

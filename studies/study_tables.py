@@ -1,5 +1,7 @@
 """Tables of the studies' own results, for RESULTS.md and FINDINGS.md."""
 
+from collections.abc import Sequence
+
 from result_tables import markdown
 
 from collapse.arms import find_arm
@@ -8,18 +10,25 @@ from collapse.statistics import format_interval
 KINDS = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 
 
-def table_threshold(results: dict) -> str:
+SHIFTS = {
+    "healthy": "shift of the edge",
+    "not collapsed": "of collapse alone",
+    "learning": "of learning",
+    "not dead": "of dead runs",
+}
+
+
+def table_threshold(results: dict, kinds: Sequence[str] = tuple(SHIFTS)) -> str:
     """Where runs of each arm stop being healthy, against Model 1."""
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
-    header += ["shift of the edge", "of collapse alone", "of learning", "of dead runs", "backbones"]
+    header += [*(SHIFTS[kind] for kind in kinds), "backbones"]
     rows = []
     for row in results["arms"]:
         edges = [
             f"{'≥ ' if row['at_the_top'][data] else ''}{10 ** e['mean']:.1e}" if e else "n/a"
             for data, e in row["edge"].items()
         ]
-        kinds = "healthy", "not collapsed", "learning", "not dead"
         shifts = [row["shift"].get(kind, {}).get("mean", {}) for kind in kinds]
         cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
         count = max([e["n"] for e in row["edge"].values() if e], default=0)

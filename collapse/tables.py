@@ -19,6 +19,11 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with floats at six digits, more than two machines share: large tables stay small."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
 def put_row(path: Path, row: Mapping[str, Any], key: str) -> None:
     put_rows(path, [row], key)
 

@@ -7,6 +7,25 @@ from scipy.special import stdtr
 
 from collapse.statistics import t_interval
 
+ENDPOINTS = 5  # of studies/PROTOCOL.md, adjusted together
+
+
+def endpoint(
+    difference: Mapping[str, Any], margin: float, planned_done: bool
+) -> dict[str, Any] | None:
+    """A primary endpoint by itself: its paired_difference, and the verdict on it.
+
+    Its interval is at the level of the first of the endpoints, the widest that Holm can ask for
+    whatever p the others have. None before two seeds are done.
+    """
+    if difference["n"] < 2:
+        return None
+    estimate, se, df = (difference[name] for name in ("mean", "se", "df"))
+    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
+    interval_90 = t_interval(estimate, se, df, 0.90)
+    found = verdict(estimate, widest, interval_90, margin, planned_done)
+    return {**difference, "holm_at_most": widest, "interval_90": interval_90, **found}
+
 
 def verdict(
     estimate: float,

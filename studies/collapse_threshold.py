@@ -15,6 +15,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,14 @@ import tuning
 
 import common
 from collapse.files import git_commit, write_json
-from collapse.jobs import run_all
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
-from collapse.statistics import (
-    format_interval,
-    mean_interval,
-    paired_difference,
-    sign_flip_p,
-    t_interval,
-)
-from collapse.tables import into_table, read_rows, without_rows
-from collapse.verdicts import verdict
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.statistics import format_interval, mean_interval, paired_difference, sign_flip_p
+from collapse.tables import read_rows, rounded
+from collapse.verdicts import endpoint
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
-ENDPOINTS = 5  # of the protocol: Holm's interval is at least at the level 1 - 0.05 / 5
-PLANNED = 20  # backbones, by their seeds from 0 on; others, such as pilots, count for nothing
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
 MEASUREMENTS = 4  # along the way
 
@@ -121,32 +113,17 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 
 
 def run_missing(config: Config) -> None:
-    """Backbone by backbone, as many side by side as workers: pretrain it, run its cells."""
-    commit = git_commit()
-    for first in range(0, len(config.seeds), config.workers):
-        seeds = config.seeds[first : first + config.workers]
-        cells = {
-            training_of(config, cell): cell for seed in seeds for cell in cells_of(config, seed)
-        }
-        for seed in seeds:
-            check_steps(config, seed)
-
-        def place_of(training: Training, cells=cells) -> tuple[Path, str]:
-            return config.table(cells[training].seed), cells[training].name
-
-        def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
-            set_threads(1)  # sums of more threads differ in their last digits
-            rows = run_cell(config, cells[training], commit, progress)
-            progress.say(line_of(training.name, rows), time_left=True)
-            return rows
-
-        missing = without_rows(cells, place_of, "training")
-        if not missing:
-            continue
-        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
-        if not config.model:
-            pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
-        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
+    """Every cell that a table lacks, on own language models that are pretrained where needed."""
+    for seed in config.seeds:
+        check_steps(config, seed)
+    tuning.run_by_backbone(
+        config,
+        cells_of=partial(cells_of, config),
+        training_of=partial(training_of, config),
+        run_cell=partial(run_cell, config, git_commit()),
+        line_of=line_of,
+        own_models=not config.model,
+    )
 
 
 def miniature_of(config: Config) -> Config:
@@ -202,7 +179,7 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
 
 
 def run_cell(
-    config: Config, cell: Cell, commit: str | None, progress: Progress
+    config: Config, commit: str | None, cell: Cell, progress: Progress
 ) -> list[dict[str, Any]]:
     """The rows of one training: what it is, what was measured before it, on the way, at its end."""
     recipe = recipe_of(config, cell)
@@ -213,15 +190,7 @@ def run_cell(
     head = {"training": cell.name, **dataclasses.asdict(cell), "steps": config.steps}
     tail = {"chance": chance, "classes": data.classes, "git_commit": commit}
     tail["weights_sha256"] = tuning.digest_of_model(recipe.model)
-    return [
-        head | {name: rounded(value) for name, value in (record | tail).items()}
-        for record in records
-    ]
-
-
-def rounded(value: Any) -> Any:
-    """Six digits, more than two machines share; a table of thousands of rows stays small."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    return [head | rounded(record | tail) for record in records]
 
 
 def line_of(name: str, rows: list[dict[str, Any]]) -> str:
@@ -274,7 +243,7 @@ def read_runs(folder: Path) -> list[Run]:
         for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
             first, *rest = rows
             cell = Cell(int(first["seed"]), first["dataset"], first["arm"], float(first["rate"]))
-            if cell.seed < PLANNED:
+            if cell.seed < tuning.PLANNED:
                 runs.append(Run(cell, [numbers(row) for row in (first, *rest)]))
     return runs
 
@@ -413,18 +382,9 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
 
 
 def p2(table: list[dict]) -> dict[str, Any] | None:
-    """The protocol's endpoint: Model 2's shift of the edge. None before two backbones are done.
-
-    Its interval is at the level of the first of five endpoints, the widest that Holm can ask for.
-    """
+    """The protocol's endpoint: Model 2's shift of the edge. None before two backbones are done."""
     shifts = [row["shift"]["healthy"]["mean"] for row in table if row["arm"] == "model2"]
-    if not shifts or shifts[0]["n"] < 2:
-        return None
-    estimate, se, df = (shifts[0][name] for name in ("mean", "se", "df"))
-    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
-    interval_90 = t_interval(estimate, se, df, 0.90)
-    found = verdict(estimate, widest, interval_90, MARGIN, shifts[0]["n"] >= PLANNED)
-    return {**shifts[0], "holm_at_most": widest, "interval_90": interval_90, **found}
+    return endpoint(shifts[0], MARGIN, shifts[0]["n"] >= tuning.PLANNED) if shifts else None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import collapse_threshold
 import result_tables as tables
 import sink
 import study_tables
+import tuning
 
 import common
 from collapse import plots, rank_plots, records
@@ -422,7 +423,7 @@ def their_gains(a: str, b: str) -> str:
 def standing_of_p2() -> str:
     """P2's verdict, and of how many of its backbones."""
     found = read_json(ROOT / THRESHOLD / "results.json")["P2"]
-    return f"P2: {found['verdict']} on {found['n']} of {collapse_threshold.PLANNED} backbones"
+    return f"P2: {found['verdict']} on {found['n']} of {tuning.PLANNED} backbones"
 
 
 def claims_of_rank(where: dict[str, str], ranks: dict[str, dict]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pretrain
 import torch
 from torch import nn
 
@@ -26,14 +27,54 @@ from collapse.batches import (
 from collapse.corpus import miniature_documents
 from collapse.data import Rows, Task, in_corpus_text, limit_task
 from collapse.files import digest_weights
+from collapse.jobs import run_all
 from collapse.language_models import find_model, load_causal_lm, load_tokenizer
 from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
 from collapse.measuring import Measuring, draw_rows, measures
 from collapse.optimizer import learning_rate_at
-from collapse.settings import LanguageModelConfig, UserError
+from collapse.progress import Progress, Training
+from collapse.settings import LanguageModelConfig, UserError, set_threads
+from collapse.tables import into_table, without_rows
 
 WARMUP_STEPS = 10
+PLANNED = 20  # backbones, by their seeds from 0 on; others, such as pilots, count for nothing
+
+
+def run_by_backbone(
+    config: Any,
+    cells_of: Callable[[int], list[Any]],
+    training_of: Callable[[Any], Training],
+    run_cell: Callable[[Any, Progress], list[dict[str, Any]]],
+    line_of: Callable[[str, list[dict[str, Any]]], str],
+    own_models: bool = True,
+) -> None:
+    """Run the cells whose rows the tables of a study lack, as many backbones at once as workers.
+
+    Backbones with the seeds of the config are pretrained first, unless the models are not our own.
+    A cell is a training of a study: its `seed` names its table, config.table(seed), its `name` its
+    rows there. line_of(name, rows) is what is printed when it ends.
+    """
+    for first in range(0, len(config.seeds), config.workers):
+        seeds = config.seeds[first : first + config.workers]
+        cells = {training_of(cell): cell for seed in seeds for cell in cells_of(seed)}
+
+        def place_of(training: Training, cells=cells) -> tuple[Path, str]:
+            return config.table(cells[training].seed), cells[training].name
+
+        def rows_of(training: Training, progress: Progress, cells=cells) -> list[dict[str, Any]]:
+            set_threads(1)  # sums of more threads differ in their last digits
+            rows = run_cell(cells[training], progress)
+            progress.say(line_of(training.name, rows), time_left=True)
+            return rows
+
+        missing = without_rows(cells, place_of, "training")
+        if not missing:
+            continue
+        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
+        if own_models:
+            pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
+        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
 
 
 @dataclass(frozen=True)
@@ -149,6 +190,18 @@ def batches_of(recipe: Recipe, lengths: np.ndarray) -> Iterator[np.ndarray]:
         yield from length_grouped_batches(lengths, recipe.batch_size, rng)
 
 
+def training_steps(trainer: common.Trainer, recipe: Recipe) -> Iterator[int]:
+    """Train by the recipe; gives the number of each step when it is done, from 1 on.
+
+    Raises FloatingPointError as Trainer.step does.
+    """
+    config, batches = recipe.config(), batches_of(recipe, trainer.split.lengths)
+    for step in range(1, recipe.steps + 1):
+        trainer.model.train()
+        trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
+        yield step
+
+
 def tune(
     recipe: Recipe,
     data: Data,
@@ -160,23 +213,25 @@ def tune(
     A training that meets a number that is not finite ends there: its last record has None for
     every measure.
     """
-    config, arm = recipe.config(), common.find_arm(recipe.arm)
     model, start_head = build(recipe, data.classes)
-    trainer = common.make_trainer(model, data.train, config, arm)
+    arm = common.find_arm(recipe.arm)
+    trainer = common.make_trainer(model, data.train, recipe.config(), arm)
     along_the_way = Measuring(model, data.measured_train, data.validation)
     records = [{"step": 0, **full_record(model, data, start_head)}]
-    batches = batches_of(recipe, data.train.lengths)
-    for step in range(1, recipe.steps + 1):
-        model.train()
-        rate = learning_rate_at(step - 1, recipe.steps, config)
-        try:
-            trainer.step(next(batches), rate)
-        except FloatingPointError:
-            return [*records, {"step": step} | dict.fromkeys(records[0].keys() - {"step"})]
-        after_step()
-        if step in measure_at and step < recipe.steps:
-            records.append({"step": step, **along_the_way(), "lm_loss": None})
+    step = 0
+    try:
+        for step in training_steps(trainer, recipe):
+            after_step()
+            if step in measure_at and step < recipe.steps:
+                records.append({"step": step, **along_the_way(), "lm_loss": None})
+    except FloatingPointError:
+        return [*records, diverged(step + 1, records[0])]
     return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]
+
+
+def diverged(step: int, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a training that met a number that is not finite in this step."""
+    return {"step": step} | dict.fromkeys(record.keys() - {"step"})
 
 
 def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:

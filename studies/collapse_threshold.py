@@ -115,7 +115,7 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 def run_missing(config: Config) -> None:
     """Every cell that a table lacks, on own language models that are pretrained where needed."""
     for seed in config.seeds:
-        check_steps(config, seed)
+        tuning.check_settings(config.table(seed), steps=config.steps)
     tuning.run_by_backbone(
         config,
         cells_of=partial(cells_of, config),
@@ -139,12 +139,6 @@ def miniature_of(config: Config) -> Config:
         models_dir=folder / "state" / "lm",
         output_dir=folder,
     )
-
-
-def check_steps(config: Config, seed: int) -> None:
-    """Raise UserError when the table's rows are of another number of steps."""
-    if any(int(row["steps"]) != config.steps for row in read_rows(config.table(seed))):
-        raise UserError(f"{config.table(seed)} has other --steps: give another --output-dir.")
 
 
 def training_of(config: Config, cell: Cell) -> Training:

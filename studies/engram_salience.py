@@ -216,7 +216,9 @@ def headlines_of(task: Task) -> Task:
 
 def run_missing(config: Config) -> None:
     for seed in config.seeds:
-        check_settings(config, seed)
+        tuning.check_settings(
+            config.table(seed), steps=config.steps, learning_rate=config.learning_rate
+        )
     tuning.run_by_backbone(
         config,
         cells_of=functools.partial(cells_of, config),
@@ -237,17 +239,6 @@ def miniature_of(config: Config) -> Config:
         models_dir=folder / "state" / "lm",
         output_dir=folder,
     )
-
-
-def check_settings(config: Config, seed: int) -> None:
-    """Raise UserError when the table's rows are of another rate or number of steps."""
-    settings = config.steps, config.learning_rate
-    for row in read_rows(config.table(seed)):
-        if (int(row["steps"]), float(row["learning_rate"])) != settings:
-            raise UserError(
-                f"{config.table(seed)} has other --steps or another --learning-rate: "
-                "give another --output-dir."
-            )
 
 
 def training_of(config: Config, cell: Cell) -> Training:

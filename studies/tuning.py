@@ -35,10 +35,19 @@ from collapse.measuring import Measuring, draw_rows, measures
 from collapse.optimizer import learning_rate_at
 from collapse.progress import Progress, Training
 from collapse.settings import LanguageModelConfig, UserError, set_threads
-from collapse.tables import into_table, without_rows
+from collapse.tables import into_table, read_rows, without_rows
 
 WARMUP_STEPS = 10
 PLANNED = 20  # backbones, by their seeds from 0 on; others, such as pilots, count for nothing
+
+
+def check_settings(table: Path, **settings: float) -> None:
+    """Raise UserError when rows of a study's table were made with other settings than these."""
+    for row in read_rows(table):
+        for name, value in settings.items():
+            if float(row[name]) != value:
+                option = f"--{name.replace('_', '-')} {row[name]}"
+                raise UserError(f"{table} is of {option}: give another --output-dir.")
 
 
 def run_by_backbone(
@@ -190,12 +199,15 @@ def batches_of(recipe: Recipe, lengths: np.ndarray) -> Iterator[np.ndarray]:
         yield from length_grouped_batches(lengths, recipe.batch_size, rng)
 
 
-def training_steps(trainer: common.Trainer, recipe: Recipe) -> Iterator[int]:
+def training_steps(
+    trainer: common.Trainer, recipe: Recipe, batches: Iterator[np.ndarray] | None = None
+) -> Iterator[int]:
     """Train by the recipe; gives the number of each step when it is done, from 1 on.
 
-    Raises FloatingPointError as Trainer.step does.
+    `batches` are row numbers of the steps, by default those of batches_of. Raises
+    FloatingPointError as Trainer.step does.
     """
-    config, batches = recipe.config(), batches_of(recipe, trainer.split.lengths)
+    config, batches = recipe.config(), batches or batches_of(recipe, trainer.split.lengths)
     for step in range(1, recipe.steps + 1):
         trainer.model.train()
         trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))

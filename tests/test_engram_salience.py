@@ -195,7 +195,7 @@ def test_miniature_runs_every_cell_and_trains_only_what_is_lost_again(miniature)
 def test_rows_of_another_rate_are_refused(miniature):
     config = study.miniature_of(study.Config(output_dir=miniature[0], learning_rate=0.1))
     with pytest.raises(UserError, match="--learning-rate"):
-        study.check_settings(config, 0)
+        study.run_missing(config)
 
 
 def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):

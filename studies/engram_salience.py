@@ -47,7 +47,7 @@ MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
 LABELS = ("sentiment", "topic")
 NEITHER = "neither"  # the LM loss alone trains
-TRAIN_PAIRS, VALIDATION_PAIRS = 12_000, 2000
+TRAIN_PAIRS, VALIDATION_PAIRS = 32_000, 2000
 TUNING_ROWS = 600  # of each source
 HEADLINE_WORDS = 16  # of an AG News row: a sentence of SST-2 has 17 on average
 MAX_LENGTH = 128  # tokens, more than any pair has
@@ -72,6 +72,8 @@ class Config:
     workers: int = 1
     # Text of own language models: tinystories from the hub, or newsgroups, of `make corpus`.
     corpus: pretrain.CorpusName = "tinystories"
+    # Train on all rows of SST-2, most of them phrases of sentences, not on whole sentences alone.
+    phrases: bool = False
     # Measure on tuning rows, taken from the training rows: for pilots, which choose rate and steps.
     tuning: bool = False
     # The whole study in small, on made-up text, in a folder that git ignores.
@@ -85,7 +87,8 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        return self.output_dir / (f"{self.corpus}-tuning" if self.tuning else self.corpus)
+        parts = "phrases" * self.phrases, "tuning" * self.tuning
+        return self.output_dir / "-".join([self.corpus, *filter(None, parts)])
 
     def table(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}.csv"
@@ -152,10 +155,17 @@ def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
 
 
 @functools.lru_cache(maxsize=1)  # a process runs many cells
-def load_pairs(data_dir: Path | None, on_tuning_rows: bool, made_up: bool) -> tuple[Pairs, Pairs]:
+def load_pairs(
+    data_dir: Path | None,
+    phrases: bool = False,
+    on_tuning_rows: bool = False,
+    made_up: bool = False,
+) -> tuple[Pairs, Pairs]:
     """Training pairs, and those to measure on: of validation rows, or of tuning rows.
 
-    No text of one is in the other. Raises UserError where a source cannot be had.
+    No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole;
+    those to train on, too, unless phrases may be among them. Raises UserError where a source cannot
+    be had.
     """
     if made_up:
         sources = [tuning.made_up_task(None)] * 2
@@ -169,7 +179,8 @@ def load_pairs(data_dir: Path | None, on_tuning_rows: bool, made_up: bool) -> tu
         sources = [measured_on_tuning_rows(task) for task in sources]
         counts = counts[0], TUNING_ROWS
     if not made_up:
-        sources = [whole_sentences(sources[0]), headlines_of(sources[1])]
+        sentences = sources[0] if phrases else whole_sentences(sources[0])
+        sources = [in_corpus_text(sentences), headlines_of(sources[1])]
     train = pair_up(*(task.train for task in sources), counts[0], seed=0)
     held = [task.validation for task in sources]
     held = [rows.take(fixed_draw(len(rows), counts[1])) for rows in held]
@@ -185,7 +196,7 @@ def measured_on_tuning_rows(task: Task) -> Task:
 def whole_sentences(task: Task) -> Task:
     """SST-2 whose training rows are whole sentences too, as its validation rows are."""
     train = task.train.take(maximal_phrases(task.train.texts))
-    return in_corpus_text(dataclasses.replace(task, train=train))
+    return dataclasses.replace(task, train=train)
 
 
 def headlines_of(task: Task) -> Task:
@@ -284,7 +295,7 @@ def run_cell(
     """
     recipe = recipe_of(config, cell)
     encode = load_tokenizer(recipe.model)
-    train, validation = load_pairs(config.data_dir, config.tuning, config.miniature)
+    train, validation = load_pairs(config.data_dir, config.phrases, config.tuning, config.miniature)
     model, _ = tuning.build(recipe, classes=2)
     trainer = common.make_trainer(
         model, train.split(cell.trained, encode), recipe.config(), arm_of(cell)

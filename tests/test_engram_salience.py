@@ -55,7 +55,7 @@ def test_no_text_is_in_both_splits_and_sentences_are_whole(data_dir, on_tuning_r
     monkeypatch.setattr(study, "TUNING_ROWS", 8)
     parts = {}
     for name, pairs in zip(
-        ("train", "held"), study.load_pairs(data_dir, on_tuning_rows, False), strict=True
+        ("train", "held"), study.load_pairs(data_dir, False, on_tuning_rows), strict=True
     ):
         found = set()
         for text, first in zip(pairs.texts, pairs.sentence_first, strict=True):
@@ -71,9 +71,21 @@ def test_no_text_is_in_both_splits_and_sentences_are_whole(data_dir, on_tuning_r
     assert all(part in whole for part in parts["train"] | parts["held"] if part[0] == "sentence")
     headlines = {text for kind, text in parts["train"] if kind == "headline"}
     assert len(headlines) == (42 if on_tuning_rows else 45)
-    assert len(study.load_pairs(data_dir, on_tuning_rows, False)[1].texts) == (
+    assert len(study.load_pairs(data_dir, False, on_tuning_rows)[1].texts) == (
         8 if on_tuning_rows else 35
     )
+
+
+def test_phrases_to_train_on_are_of_no_sentence_that_is_measured(data_dir):
+    train, held = study.load_pairs(data_dir, phrases=True)
+    sentences = {
+        " ".join(text.split()[slice(9) if first else slice(-9, None)])
+        for text, first in zip(held.texts, held.sentence_first, strict=True)
+    }
+    assert sentences <= {sentence(number) for number in range(70)}
+    words = {word for text in sentences for word in text.split()}
+    assert not any(words & set(text.split()) for text in train.texts)
+    assert len({len(text.split()) for text in train.texts}) > 1
 
 
 def test_neither_label_nor_order_tells_of_another():
@@ -95,7 +107,7 @@ def test_neither_label_nor_order_tells_of_another():
 
 
 def test_the_label_that_is_trained_is_the_splits(data_dir):
-    train, _ = study.load_pairs(data_dir, False, False)
+    train, _ = study.load_pairs(data_dir)
     for place, label in enumerate(study.LABELS):
         split = train.split(label, lambda texts: [[len(text)] for text in texts])
         assert split.labels.tolist() == train.labels[:, place].tolist()
@@ -202,7 +214,7 @@ def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
     config = study.miniature_of(study.Config(output_dir=miniature[0]))
     cell = study.Cell(0, study.NEITHER, "model3")
     recipe = study.recipe_of(config, cell)
-    train, _ = study.load_pairs(None, False, True)
+    train, _ = study.load_pairs(None, made_up=True)
     ends = []
     for label in study.LABELS:
         model, _ = tuning.build(recipe, 2)

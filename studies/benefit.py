@@ -318,7 +318,7 @@ def summary(config: Config) -> dict[str, Any]:
     """What results.json holds."""
     study = read_study(config)
     datasets = list(config.datasets)
-    p1 = sets_difference(study, datasets, "model2")
+    p1 = sets_difference(study, datasets, "model2")["mean"]
     ranks = rank_differences(study, datasets)
     by_seed = mean_over_sets(ranks)
     zero = dict.fromkeys(by_seed, 0.0)
@@ -326,8 +326,8 @@ def summary(config: Config) -> dict[str, Any]:
     arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
-        "P1": by_backbone.endpoint(p1["mean"], MARGIN_P1),
-        "P1_equivalence": equivalence_of(p1["mean"], MARGIN_P1),
+        "P1": by_backbone.endpoint(p1, MARGIN_P1, bool(p1) and p1["n"] >= by_backbone.PLANNED),
+        "P1_equivalence": equivalence_of(p1, MARGIN_P1),
         "accuracy_differences": {
             arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
         },
@@ -336,7 +336,7 @@ def summary(config: Config) -> dict[str, Any]:
             for arm in arms
             if arm not in ("model1", "model2")
         },
-        "P5": by_backbone.endpoint(p5, MARGIN_P5),
+        "P5": by_backbone.endpoint(p5, MARGIN_P5, p5["n"] >= by_backbone.PLANNED),
         "rank_at_equal_loss": {
             dataset: paired_difference(dict.fromkeys(found, 0.0), found)
             for dataset, found in ranks.items()

@@ -68,12 +68,14 @@ def run_missing(
     cells: Sequence[Cell],
     training_of: Callable[[Cell], Training],
     rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
+    line_of: Callable[[str, list[dict[str, Any]]], str],
     model: str | None = None,
 ) -> None:
     """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
 
     rows_of(cell, progress) trains and gives rows; the cell goes before each, behind it what it was
-    made with. With `model`, as --model takes it, seeds are no backbones but trainings of that one.
+    made with. line_of(training's name, rows) is printed then. With `model`, as --model takes it,
+    seeds are no backbones but trainings of that one.
     """
     commit = git_commit()
     for first in range(0, len(config.seeds), config.workers):
@@ -90,7 +92,9 @@ def run_missing(
             made_with = model or str(backbone_folder(config, cell.seed))
             digest = tuning.digest_of_model(made_with)
             tail = dict(zip(MADE_WITH, (commit, digest), strict=True))
-            return [head | rounded(row) | tail for row in rows_of(cell, progress)]
+            found = rows_of(cell, progress)
+            progress.say(line_of(training.name, found), time_left=True)
+            return [head | rounded(row) | tail for row in found]
 
         missing = without_rows(here, place_of, "training")
         if not missing:
@@ -101,6 +105,15 @@ def run_missing(
         for seed in seeds:
             check_weights(table_of(folder, seed), model or str(backbone_folder(config, seed)))
         run_all(missing, into_table(rows, place_of, "training"), config.workers)
+
+
+def check_settings(table: Path, **settings: float) -> None:
+    """Raise UserError when a table's rows were made with other settings than these."""
+    for row in read_rows(table):
+        for name, value in settings.items():
+            if float(row[name]) != value:
+                option = f"--{name.replace('_', '-')} {row[name]}"
+                raise UserError(f"{table} is of {option}: give another --output-dir.")
 
 
 def check_weights(table: Path, model: str) -> None:
@@ -154,20 +167,18 @@ def check_config(config: Config) -> None:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
 
 
-def endpoint(
-    found: Mapping[str, Any] | None, margin: float, planned: int = PLANNED
-) -> dict[str, Any] | None:
+def endpoint(found: Mapping[str, Any] | None, margin: float, done: bool) -> dict[str, Any] | None:
     """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
 
-    At the level of the first of ENDPOINTS, the widest that Holm can ask for. None before two
-    backbones are done.
+    At the level of the first of ENDPOINTS, the widest that Holm can ask for; done: all planned
+    backbones ran. None before two are done.
     """
     if not found or found["n"] < 2:
         return None
     estimate, se, df = (found[name] for name in ("mean", "se", "df"))
     widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
     interval_90 = t_interval(estimate, se, df, 0.90)
-    said = verdict(estimate, widest, interval_90, margin, found["n"] >= planned)
+    said = verdict(estimate, widest, interval_90, margin, done)
     return {**found, "holm_at_most": widest, "interval_90": interval_90, **said}
 
 

@@ -333,7 +333,7 @@ def summary(config: Config) -> dict[str, Any]:
     found = paired_difference(dict.fromkeys(slopes, 0.0), slopes)
     return {
         "rates": chosen_rates(config),
-        "P3": by_backbone.endpoint(found, MARGIN, PLANNED),
+        "P3": by_backbone.endpoint(found, MARGIN, found["n"] >= PLANNED),
         "P3_rows_too": pigeonhole_slope(study, counts),
         "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
     }

@@ -36,7 +36,6 @@ from collapse.statistics import (
     paired_difference,
     sign_flip_p,
 )
-from collapse.tables import read_rows
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
@@ -101,19 +100,15 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 def run_missing(config: Config) -> None:
     """Backbone by backbone: pretrain it, run its cells."""
     for seed in config.seeds:
-        check_steps(config, seed)
-
-    def rows_of(cell: Cell, progress: Progress) -> list[dict[str, Any]]:
-        rows = run_cell(config, cell, progress)
-        progress.say(line_of(training_of(config, cell).name, rows), time_left=True)
-        return rows
-
+        table = by_backbone.table_of(config.folder, seed)
+        by_backbone.check_settings(table, steps=config.steps)
     by_backbone.run_missing(
         config,
         config.folder,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
         lambda cell: training_of(config, cell),
-        rows_of,
+        lambda cell, progress: run_cell(config, cell, progress),
+        line_of,
         config.model,
     )
 
@@ -131,13 +126,6 @@ def miniature_of(config: Config) -> Config:
         models_dir=folder / "state" / "lm",
         output_dir=folder,
     )
-
-
-def check_steps(config: Config, seed: int) -> None:
-    """Raise UserError when the table's rows are of another number of steps."""
-    table = by_backbone.table_of(config.folder, seed)
-    if any(int(row["steps"]) != config.steps for row in read_rows(table)):
-        raise UserError(f"{table} has other --steps: give another --output-dir.")
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -329,7 +317,10 @@ def summary(config: Config) -> dict[str, Any]:
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
     shifts = [row["shift"]["healthy"]["mean"] for row in table if row["arm"] == "model2"]
     counts_for_p2 = applies and shifts and not (config.model or config.lora)
-    endpoint = by_backbone.endpoint(shifts[0], MARGIN) if counts_for_p2 else None
+    endpoint = None
+    if counts_for_p2:
+        done = shifts[0]["n"] >= by_backbone.PLANNED
+        endpoint = by_backbone.endpoint(shifts[0], MARGIN, done)
     return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": endpoint}
 
 

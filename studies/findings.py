@@ -19,6 +19,7 @@ import benefit
 import by_backbone
 import class_count
 import collapse_threshold
+import engram_salience
 import linguistic_collapse
 import result_tables as tables
 import sink
@@ -107,6 +108,7 @@ OWN_MODELS = {
     "collapse_threshold": collapse_threshold,
     "benefit": benefit,
     "class_count": class_count,
+    "engram_salience": engram_salience,
 }
 THRESHOLD = "studies/results/collapse_threshold/newsgroups"
 LINGUISTIC = "studies/results/linguistic_collapse"

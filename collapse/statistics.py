@@ -121,18 +121,32 @@ def pigeonhole_interval(
     one seed (or one row) only the other is resampled.
     """
     differences = _seeds_by_rows(differences)
-    n_seeds, n_rows = differences.shape
+    interval = pigeonhole_sets_interval([differences], draws, seed, level)
+    return interval | {"n_rows": differences.shape[1]}
+
+
+def pigeonhole_sets_interval(
+    differences: Sequence[np.ndarray], draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """The same for the mean over data sets of sets_interval: a seed is drawn with all its sets."""
+    arrays = [_seeds_by_rows(array) for array in differences]
+    n_seeds = len(arrays[0])
     # Rows alike in every seed are one kind: right-or-wrong differences have some hundred kinds.
-    kinds, counts = np.unique(differences, axis=1, return_counts=True)  # (S, K), (K,)
+    kinds = [np.unique(array, axis=1, return_counts=True) for array in arrays]  # (S, K), (K,)
     rng, means = np.random.default_rng(seed), np.empty(draws)
     for start in range(0, draws, PIGEONHOLE_CHUNK):
         n = min(PIGEONHOLE_CHUNK, draws - start)
         seeds = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=n)  # (n, S) how often
-        rows = rng.multinomial(n_rows, counts / n_rows, size=n)  # (n, K)
-        means[start : start + n] = ((seeds @ kinds) * rows).sum(1) / (n_seeds * n_rows)
+        total = np.zeros(n)
+        for values, counts in kinds:
+            n_rows = counts.sum()
+            rows = rng.multinomial(n_rows, counts / n_rows, size=n)  # (n, K)
+            total += ((seeds @ values) * rows).sum(1) / (n_seeds * n_rows)
+        means[start : start + n] = total / len(arrays)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    interval = {"mean": float(differences.mean()), "low": float(low), "high": float(high)}
-    return interval | {"se": float(means.std(ddof=1)), "n_seeds": n_seeds, "n_rows": n_rows}
+    mean = float(np.mean([array.mean() for array in arrays]))
+    interval = {"mean": mean, "low": float(low), "high": float(high)}
+    return interval | {"se": float(means.std(ddof=1)), "n_seeds": n_seeds}
 
 
 def seeds_and_rows_interval(

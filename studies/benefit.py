@@ -36,11 +36,13 @@ from collapse.statistics import (
     format_interval,
     mean_interval,
     paired_difference,
+    pigeonhole_sets_interval,
     sets_interval,
 )
 from collapse.verdicts import equivalence
 
 MARGIN_P1 = 0.005  # half a point of accuracy
+FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
 MARGIN_P5 = 0.1  # of log rank
 PARTS = ("pilot", "endpoint", "controls")
 
@@ -133,7 +135,16 @@ def run_missing(config: Config) -> None:
         run(config, cells_of(config, chosen_rates(config)))
 
 
+def settings_of(dataset: str) -> dict[str, float]:
+    """What rows of a data set were made with, beside their cell."""
+    size = SIZES[dataset]
+    return {"train_rows": size.train_rows, "epochs": size.epochs, "max_length": size.max_length}
+
+
 def run(config: Config, cells: list[Cell]) -> None:
+    for seed in config.seeds:
+        table = by_backbone.table_of(config.folder, seed)
+        by_backbone.check_settings(table, lambda row: settings_of(row["dataset"]))
     fitting.run_cells(
         config,
         cells,
@@ -165,7 +176,7 @@ def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
 def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
     """(data set, model) -> its rate, see fitting.best_rates."""
     wanted = list(itertools.product(config.datasets, ("model1", "model2")))
-    return fitting.best_rates(config.folder, Cell, lambda cell: (cell.dataset, cell.arm), wanted)
+    return fitting.best_rates(config, Cell, lambda cell: (cell.dataset, cell.arm), wanted)
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -205,7 +216,8 @@ def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
     other = load(size.other, config.data_dir)[0] if size.other else None
     data = fitting.as_tokens(recipe, task, tuning_rows, other)
     recipe = fitting.whole_epochs(recipe, data, size.epochs)
-    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+    found = fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+    return found.made_with(settings_of(cell.dataset))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,13 +240,11 @@ class Study:
         base = "model1" if common.find_arm(arm).lm == "none" else "model2"
         return dataset, arm, self.rates[dataset, base]
 
-    def differences(self, dataset: str, arm: str, base: str = "model1") -> np.ndarray:
-        """Right rows of an arm less a base's, (S, N), of the seeds that both have; (0, 0): none."""
+    def differences(self, dataset: str, arm: str, base: str = "model1") -> dict[int, np.ndarray]:
+        """Seed -> right rows (N,) of an arm less a base's, of seeds that have both."""
         ours, theirs = (self.correct.get(self.place(dataset, a), {}) for a in (arm, base))
         both = sorted(ours.keys() & theirs.keys())
-        if not both:
-            return np.zeros((0, 0))
-        return np.stack([ours[s].astype(float) - theirs[s].astype(float) for s in both])
+        return {s: ours[s].astype(float) - theirs[s].astype(float) for s in both}
 
 
 def read_study(config: Config) -> Study:
@@ -245,8 +255,9 @@ def read_study(config: Config) -> Study:
         for run in fitting.read_runs(config.folder, seed, Cell):
             place = run.cell.dataset, run.cell.arm, run.cell.rate
             runs.setdefault(place, {})[seed] = run
-            if run.cell.name in rows:
-                correct.setdefault(place, {})[seed] = rows[run.cell.name].correct
+            right = fitting.right_rows(run, rows)
+            if right is not None:
+                correct.setdefault(place, {})[seed] = right
     return Study(runs, correct, chosen_rates(config))
 
 
@@ -259,11 +270,14 @@ def sets_difference(
     """
     found: dict[str, Any] = {}
     values = {dataset: study.differences(dataset, arm, base) for dataset in datasets}
-    for dataset, array in values.items():
-        found[dataset] = crossed_interval(array) if len(array) > 1 else None
-    shared = min(len(array) for array in values.values())
-    same = len({len(array) for array in values.values()}) == 1
-    found["mean"] = sets_interval(list(values.values())) if shared > 1 and same else None
+    for dataset, by_seed in values.items():
+        rows = list(by_seed.values())
+        found[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
+    shared = sorted(set.intersection(*map(set, values.values())))
+    arrays = [[by_seed[seed] for seed in shared] for by_seed in values.values()]
+    found["mean"] = sets_interval([np.stack(rows) for rows in arrays]) if len(shared) > 1 else None
+    if len(shared) >= FEWEST_TO_DRAW_FROM:
+        found["mean"]["pigeonhole"] = pigeonhole_sets_interval([np.stack(rows) for rows in arrays])
     return found
 
 
@@ -276,9 +290,9 @@ def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | No
     for row in path:
         if row["loss"] is None or not row["effective_rank_within"]:
             return None
-        loss, rank = math.log(row["loss"]), math.log(row["effective_rank_within"])
+        loss, rank = math.log(max(row["loss"], 1e-9)), math.log(row["effective_rank_within"])
         if row["loss"] <= level:
-            if before is None or before[0] == loss:
+            if before is None:
                 return rank
             share = (before[0] - math.log(level)) / (before[0] - loss)
             return before[1] + share * (rank - before[1])
@@ -319,6 +333,7 @@ def summary(config: Config) -> dict[str, Any]:
     study = read_study(config)
     datasets = list(config.datasets)
     p1 = sets_difference(study, datasets, "model2")["mean"]
+    all_sets = datasets == list(Config().datasets)  # the endpoints' four
     ranks = rank_differences(study, datasets)
     by_seed = mean_over_sets(ranks)
     zero = dict.fromkeys(by_seed, 0.0)
@@ -326,7 +341,9 @@ def summary(config: Config) -> dict[str, Any]:
     arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
-        "P1": by_backbone.endpoint(p1, MARGIN_P1, bool(p1) and p1["n"] >= by_backbone.PLANNED),
+        "P1": by_backbone.endpoint(
+            p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= by_backbone.PLANNED
+        ),
         "P1_equivalence": equivalence_of(p1, MARGIN_P1),
         "accuracy_differences": {
             arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
@@ -336,7 +353,7 @@ def summary(config: Config) -> dict[str, Any]:
             for arm in arms
             if arm not in ("model1", "model2")
         },
-        "P5": by_backbone.endpoint(p5, MARGIN_P5, p5["n"] >= by_backbone.PLANNED),
+        "P5": by_backbone.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= by_backbone.PLANNED),
         "rank_at_equal_loss": {
             dataset: paired_difference(dict.fromkeys(found, 0.0), found)
             for dataset, found in ranks.items()
@@ -382,7 +399,8 @@ def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
             columns["seconds"].append(end["seconds"] / ones[seed].end["seconds"])
     found = {name: [v for v in values if v is not None] for name, values in columns.items()}
     means = {name: mean_interval(values) if values else None for name, values in found.items()}
-    return means | {"n": len(here)}
+    diverged = sum(run.end["best_epoch"] is None for run in here.values())
+    return means | {"n": len(here), "diverged": diverged}
 
 
 # --------------------------------------------------------------------------------------------------

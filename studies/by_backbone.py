@@ -107,13 +107,17 @@ def run_missing(
         run_all(missing, into_table(rows, place_of, "training"), config.workers)
 
 
-def check_settings(table: Path, **settings: float) -> None:
-    """Raise UserError when a table's rows were made with other settings than these."""
+def check_settings(
+    table: Path, settings_of: Callable[[Mapping[str, str]], Mapping[str, float]]
+) -> None:
+    """Raise UserError when a row of a table was made with other settings than settings_of(row)."""
     for row in read_rows(table):
-        for name, value in settings.items():
+        for name, value in rounded(settings_of(row)).items():
             if float(row[name]) != value:
-                option = f"--{name.replace('_', '-')} {row[name]}"
-                raise UserError(f"{table} is of {option}: give another --output-dir.")
+                raise UserError(
+                    f"{table} was made with {name} {row[name]}, not {value}: give another "
+                    "--output-dir."
+                )
 
 
 def check_weights(table: Path, model: str) -> None:
@@ -182,6 +186,6 @@ def endpoint(found: Mapping[str, Any] | None, margin: float, done: bool) -> dict
     return {**found, "holm_at_most": widest, "interval_90": interval_90, **said}
 
 
-def rounded(row: dict[str, Any]) -> dict[str, Any]:
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     """Six digits, more than two machines share; a table of thousands of rows stays small."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

@@ -39,6 +39,7 @@ COUNTS = (2, 5, 10, 30, 75, 150)
 CHOSEN_AT = 10  # classes: where the rates are chosen
 RANDOM_COUNTS = (2, 10, 30)
 TRAIN_ROWS, EPOCHS, MAX_LENGTH = 7500, 4, 32
+SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH}
 MODELS = ("model1", "model2")
 
 
@@ -199,6 +200,8 @@ def run_missing(config: Config) -> None:
 
 
 def run(config: Config, cells: list[Cell]) -> None:
+    for seed in config.seeds:
+        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: SETTINGS)
     fitting.run_cells(
         config,
         cells,
@@ -221,7 +224,11 @@ def cells_of(config: Config, rates: dict[str, float]) -> list[Cell]:
 
 def chosen_rates(config: Config) -> dict[str, float]:
     """Model -> its rate at ten classes, see fitting.best_rates."""
-    return fitting.best_rates(config.folder, Cell, lambda cell: cell.arm, MODELS)
+
+    def kind_of(cell: Cell) -> str:
+        return cell.arm if (cell.classes, cell.merge) == (CHOSEN_AT, "nested") else ""
+
+    return fitting.best_rates(config, Cell, kind_of, MODELS)
 
 
 def training_of(config: Config, cell: Cell) -> Training:
@@ -253,7 +260,8 @@ def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
     task, tuning_rows = load(cell.classes, cell.merge, cell.seed, config.data_dir)
     data = fitting.as_tokens(recipe, task, tuning_rows)
     recipe = fitting.whole_epochs(recipe, data, EPOCHS)
-    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+    found = fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+    return found.made_with(SETTINGS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -275,13 +283,14 @@ def slope(gains: dict[int, float]) -> float:
 def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, tuple]]]:
     """(merge, classes) -> seed -> model -> (run, right rows (N,)); what has both models."""
     found: dict[tuple[str, int], dict[int, dict[str, tuple]]] = {}
+    rates = chosen_rates(config)
     for seed in range(PLANNED):
         rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
         for run in fitting.read_runs(config.folder, seed, Cell):
-            if run.cell.name in rows:
+            right = fitting.right_rows(run, rows)
+            if right is not None and run.cell.rate == rates[run.cell.arm]:
                 by_seed = found.setdefault((run.cell.merge, run.cell.classes), {})
-                pair = by_seed.setdefault(seed, {})
-                pair[run.cell.arm] = run, rows[run.cell.name].correct
+                by_seed.setdefault(seed, {})[run.cell.arm] = run, right
     for by_seed in found.values():
         for seed in [seed for seed, pair in by_seed.items() if len(pair) < len(MODELS)]:
             del by_seed[seed]

@@ -101,7 +101,7 @@ def run_missing(config: Config) -> None:
     """Backbone by backbone: pretrain it, run its cells."""
     for seed in config.seeds:
         table = by_backbone.table_of(config.folder, seed)
-        by_backbone.check_settings(table, steps=config.steps)
+        by_backbone.check_settings(table, lambda row: {"steps": config.steps})
     by_backbone.run_missing(
         config,
         config.folder,

@@ -147,7 +147,7 @@ def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]
 def run_missing(config: Config) -> None:
     settings = {name: getattr(config, name) for name in SETTINGS}
     for seed in config.seeds:
-        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), **settings)
+        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: settings)
     by_backbone.run_missing(
         config,
         config.folder,

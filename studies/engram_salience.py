@@ -208,7 +208,7 @@ def headlines_of(task: Task) -> Task:
 def run_missing(config: Config) -> None:
     settings = {"steps": config.steps, "learning_rate": config.learning_rate}
     for seed in config.seeds:
-        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), **settings)
+        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: settings)
     by_backbone.run_missing(
         config,
         config.folder,

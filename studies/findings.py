@@ -185,8 +185,10 @@ def standing(found: dict[str, dict], name: str) -> str:
 
 def of_h4(found: dict[str, dict]) -> str:
     """H4 is decided only where P2 and P5 agree."""
-    both = [found[name]["verdict"] for name in ("P2", "P5") if name in found]
-    agree = len(both) == 2 and len(set(both)) == 1
+    both = [
+        found[name]["verdict"] for name in ("P2", "P5") if name in found and found[name]["done"]
+    ]
+    agree = len(both) == 2 and len(set(both)) == 1 and both[0] in ("supported", "refuted")
     parts = "; ".join(standing(found, name) for name in ("P2", "P5"))
     return f"{both[0] if agree else 'open'} ({parts})"
 

@@ -1,7 +1,7 @@
 """Fine-tuning as the studies of accuracy do it: to the epoch that is best on tuning rows.
 
 Tuning rows are taken from the training rows and choose epochs and learning rates. Validation rows
-are asked once in an epoch that is the best so far, and nothing is chosen by their answer.
+choose nothing: some are measured along the way, all of them in an epoch that is the best so far.
 """
 
 import dataclasses
@@ -103,6 +103,10 @@ class Fit:
     records: list[dict[str, Any]]
     rows: dict[str, Tensor] | None  # as collapse.rows packs them; None without a whole epoch
 
+    def made_with(self, settings: Mapping[str, float]) -> "Fit":
+        """The same, its records led by what they were made with."""
+        return Fit([{**settings, **record} for record in self.records], self.rows)
+
 
 # Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
 # rows at the best epoch; LM loss under the start's LM head and transfer after the last step;
@@ -146,6 +150,8 @@ def fit(
             records.append(record(step))
             if step % an_epoch == 0:
                 logits = ask(model, data.tuning)
+                if not logits.isfinite().all():
+                    raise tuning.Diverged(step)
                 records[-1] |= {
                     "tuning_accuracy": accuracy(logits, data.tuning.labels),
                     "tuning_loss": F.cross_entropy(logits, data.tuning.labels).item(),
@@ -262,21 +268,25 @@ def read_runs(folder: Path, seed: int, cell_type: type) -> list[Run]:
 
 
 def best_rates(
-    folder: Path, cell_type: type, kind_of: Callable[[Any], Any], wanted: Collection[Any]
+    config: Any, cell_type: type, kind_of: Callable[[Any], Any], wanted: Collection[Any]
 ) -> dict[Any, float]:
-    """Kind of cell -> the rate with the best tuning accuracy, mean over pilot backbones.
+    """Kind of cell -> the one of config.rates with the best mean tuning accuracy over the pilots.
 
-    Each training's accuracy is that of its best epoch. Raises UserError before every wanted kind
-    had its pilot.
+    Each training's accuracy is that of its best epoch; of equal rates it is the lowest. Raises
+    UserError before every wanted kind ran at every rate on every pilot backbone.
     """
-    found: dict[Any, dict[float, list[float]]] = {}
+    found: dict[Any, dict[float, list[float]]] = {
+        kind: {rate: [] for rate in sorted(config.rates)} for kind in wanted
+    }
     for run in itertools.chain.from_iterable(
-        read_runs(folder, seed, cell_type) for seed in by_backbone.PILOTS
+        read_runs(config.folder, seed, cell_type) for seed in by_backbone.PILOTS
     ):
-        by_rate = found.setdefault(kind_of(run.cell), {})
-        by_rate.setdefault(run.cell.rate, []).append(run.tuning_accuracy)
-    if lacking := [str(kind) for kind in wanted if kind not in found]:
-        raise UserError(f"no pilot of {', '.join(lacking)}: run --parts pilot before.")
+        here = found.get(kind_of(run.cell), {}).get(run.cell.rate)
+        if here is not None:
+            here.append(run.tuning_accuracy)
+    for kind, by_rate in found.items():
+        if any(len(values) < len(by_backbone.PILOTS) for values in by_rate.values()):
+            raise UserError(f"the pilot of {kind} has not run whole: run --parts pilot before.")
     return {
         kind: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
         for kind, by_rate in found.items()
@@ -290,6 +300,22 @@ def is_pilot(cell: Any) -> bool:
 def rows_file(folder: Path, seed: int) -> Path:
     """Beside the table of a backbone: which validation rows its trainings had right."""
     return folder / f"rows-{seed}.safetensors"
+
+
+def right_rows(run: Run, rows: Mapping[str, RowResults]) -> np.ndarray | None:
+    """Which validation rows (N,) a run had right at its best epoch; None where it has none.
+
+    Rows that are not of the run's table, left from one before, are refused with UserError.
+    """
+    stored = rows.get(run.cell.name)
+    if stored is None or run.end["best_epoch"] is None:
+        return None
+    if abs(stored.correct.mean() - run.end["best_accuracy"]) > 1e-5:
+        raise UserError(
+            f"rows and table of {run.cell.name}, seed {run.cell.seed}, are of two trainings: "
+            "delete its rows from the table."
+        )
+    return stored.correct
 
 
 def put_rows(file: Path, name: str, rows: Mapping[str, Tensor]) -> None:

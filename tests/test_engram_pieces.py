@@ -117,5 +117,5 @@ def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
     assert rehearse(tmp_path).count("LM loss (accuracy)") == 1
     assert read_rows(table) == before
     config = study.miniature_of(study.Config(output_dir=tmp_path, learning_rate=0.1))
-    with pytest.raises(UserError, match="--learning-rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         study.run_missing(config)

@@ -207,7 +207,7 @@ def test_miniature_runs_every_cell_and_trains_only_what_is_lost_again(miniature)
 
 def test_rows_of_another_rate_are_refused(miniature):
     config = study.miniature_of(study.Config(output_dir=miniature[0], learning_rate=0.1))
-    with pytest.raises(UserError, match="--learning-rate"):
+    with pytest.raises(UserError, match="learning_rate"):
         study.run_missing(config)
 
 

@@ -188,19 +188,25 @@ def write_study(config, seeds, rng):
             best = -3.0 if arm == "model1" else -2.5
             for rate in config.rates if pilot else dict.fromkeys((best, -3.0)):
                 cell = benefit.Cell(seed, dataset, arm, rate)
-                rows = path_of(cell, 0.8 if rate == best else 0.7, rng)
-                put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
-                if not pilot:
-                    correct = rng.random(40) < (0.6 if arm == "model1" else 0.7)
-                    packed = pack(correct, *-rng.random((2, 40)))
-                    fitting.put_rows(fitting.rows_file(config.folder, seed), cell.name, packed)
-                    truth[seed, dataset, arm, rate] = correct
+                correct = rng.random(40) < (0.6 if arm == "model1" else 0.7)
+                write_run(config.folder, cell, correct, rng, 0.8 if rate == best else 0.7)
+                truth[seed, dataset, arm, rate] = correct
     return truth
 
 
-def path_of(cell, tuned, rng):
+def write_run(folder, cell, correct, rng, tuned=0.8):
+    """A training in a table, with its validation rows where it is no pilot."""
+    rows = path_of(cell, tuned, rng, correct.mean())
+    put_rows(by_backbone.table_of(folder, cell.seed), rows, "training")
+    if cell.seed not in by_backbone.PILOTS:
+        packed = pack(correct, *np.zeros((2, len(correct))))
+        fitting.put_rows(fitting.rows_file(folder, cell.seed), cell.name, packed)
+
+
+def path_of(cell, tuned, rng, right):
     head = {"training": cell.name, **dataclasses.asdict(cell)}
     end = dict.fromkeys(fitting.AT_THE_END, 0.5) | {"best_epoch": 1, "seconds": 2.0}
+    end["best_accuracy"] = right
     losses, ranks = (1.0, 0.5 * rng.random()), (90.0, 30 + 30 * rng.random())
     return [
         head
@@ -225,8 +231,63 @@ def test_the_rate_is_chosen_by_tuning_accuracy_on_pilots(study):
     config, _ = study
     rates = benefit.chosen_rates(config)
     assert rates["AG News", "model1"] == -3.0 and rates["Banking77", "model2"] == -2.5
-    with pytest.raises(UserError, match="CLINC150"):
+    with pytest.raises(UserError, match=r"CLINC150.*not run whole"):
         benefit.chosen_rates(dataclasses.replace(config, datasets=("CLINC150",)))
+
+
+def test_a_pilot_that_is_not_whole_chooses_nothing(study):
+    config, _ = study
+    tried = dataclasses.replace(config, rates=(-3.0, -2.5, -2.0))
+    with pytest.raises(UserError, match="not run whole"):
+        benefit.chosen_rates(tried)
+
+
+def test_a_backbone_without_one_of_the_sets_is_not_in_the_mean(study):
+    """Sets with other seeds: the mean pairs by seed, not by place."""
+    config, truth = study
+    cell = benefit.Cell(0, "AG News", "model2", -2.5)
+    other = benefit.Cell(3, "Banking77", "model2", -2.5)
+    for lost in (cell, other):
+        diverged = path_of(lost, 0.8, np.random.default_rng(0), None)
+        diverged[-1]["best_epoch"] = None
+        put_rows(by_backbone.table_of(config.folder, lost.seed), diverged, "training")
+    found = benefit.summary(config)
+    means = [
+        np.mean(truth[s, d, "model2", -2.5]) - np.mean(truth[s, d, "model1", -3.0])
+        for s in (1, 2)
+        for d in config.datasets
+    ]
+    assert found["P1"]["n"] == 2 and found["P1"]["mean"] == pytest.approx(np.mean(means))
+    assert found["arms"]["AG News"]["model2"]["diverged"] == 1
+
+
+def test_rows_of_another_training_than_the_tables_are_refused(study):
+    config, _ = study
+    cell = benefit.Cell(0, "AG News", "model1", -3.0)
+    packed = pack(np.zeros(40, dtype=bool), *np.zeros((2, 40)))
+    fitting.put_rows(fitting.rows_file(config.folder, 0), cell.name, packed)
+    with pytest.raises(UserError, match="are of two trainings"):
+        benefit.summary(config)
+
+
+def test_endpoints_of_some_of_the_sets_are_not_done(study):
+    config, _ = study
+    write_study(config, range(4, by_backbone.PLANNED), np.random.default_rng(1))
+    found = benefit.summary(config)
+    assert found["P1"]["n"] == found["P5"]["n"] == by_backbone.PLANNED
+    boot = found["P1"]["pigeonhole"]  # asks for the same, without a normal distribution
+    assert boot["mean"] == pytest.approx(found["P1"]["mean"])
+    assert 0.7 < boot["se"] / found["P1"]["se"] < 1.8
+    assert all("not all planned" in found[name]["text"] for name in ("P1", "P5"))
+
+
+def test_rows_made_with_another_size_are_not_gone_on_with(tmp_path):
+    table = tmp_path / "seed-0.csv"
+    put_rows(table, [{"training": "a", "rate": 0.00177828, "epochs": 4}], "training")
+    settings = {"rate": 10**-2.75, "epochs": 4}  # rows hold six digits
+    by_backbone.check_settings(table, lambda row: settings)
+    with pytest.raises(UserError, match="epochs 4, not 3"):
+        by_backbone.check_settings(table, lambda row: settings | {"epochs": 3})
 
 
 def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
@@ -289,20 +350,18 @@ def test_the_interval_over_sets_excludes_no_effect_rarely(seeds_vary, rows_vary)
 
 def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
     """Made-up rows: Model 2 gains a tenth of a logit with each doubling of the classes."""
-    config = class_count.Config(output_dir=tmp_path)
+    config = class_count.Config(output_dir=tmp_path, rates=(-3.0, -2.5))
     config.folder.mkdir(parents=True)
     n = 100_000
     for seed in (*by_backbone.PILOTS, *range(3)):
         for count, arm in itertools.product(class_count.COUNTS, class_count.MODELS):
             cell = class_count.Cell(seed, count, "nested", arm, -3.0)
-            rng = np.random.default_rng([seed, count])
-            put_rows(by_backbone.table_of(config.folder, seed), path_of(cell, 0.8, rng), "training")
             gain = 0.1 * math.log2(count) + 0.02 * (seed - 1) if arm == "model2" else 0.0
-            share = 1 / (1 + math.exp(-0.5 - gain))
-            correct = np.arange(n) < round(share * n)
-            if seed not in by_backbone.PILOTS:
-                packed = pack(correct, *np.zeros((2, n)))
-                fitting.put_rows(fitting.rows_file(config.folder, seed), cell.name, packed)
+            correct = np.arange(n) < round(n / (1 + math.exp(-0.5 - gain)))
+            rng = np.random.default_rng([seed, count])
+            write_run(config.folder, cell, correct, rng)
+            other = dataclasses.replace(cell, rate=-2.5)  # a rate that was not chosen
+            write_run(config.folder, other, ~correct, rng, 0.7)
     study = class_count.read_study(config)
     gains = class_count.gains_of(study, "nested", class_count.COUNTS)
     slopes = [class_count.slope(by_count) for by_count in gains.values()]

@@ -142,7 +142,7 @@ def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> t
     task = load_clinc150(data_dir)
     if task is None:
         raise UserError("CLINC150 is not at hand: give --data-dir a folder with a download.")
-    task = in_corpus_text(task)
+    task = fitting.apart_from_validation(in_corpus_text(task))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
     train = task.train.take(trained)
     known = set(train.texts)

@@ -49,6 +49,16 @@ class Data(tuning.Data):
         return epochs * math.ceil(len(self.train.labels) / batch_size)
 
 
+def apart_from_validation(task: Task) -> Task:
+    """The task without training rows that have the text of a validation row.
+
+    Official splits have some that differ in capitals and marks alone, which corpus text drops.
+    """
+    held = set(task.validation.texts)
+    kept = [number for number, text in enumerate(task.train.texts) if text not in held]
+    return dataclasses.replace(task, train=task.train.take(kept))
+
+
 @functools.lru_cache(maxsize=8)  # sentences among phrases take a while to find
 def load_split(
     dataset: str, loader: Callable[[Path | None], Task | None], data_dir: Path | None
@@ -60,7 +70,7 @@ def load_split(
     task = loader(data_dir)
     if task is None:
         raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
-    task = in_corpus_text(task)
+    task = apart_from_validation(in_corpus_text(task))
     return tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
 
 

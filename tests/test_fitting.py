@@ -371,6 +371,16 @@ def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
     assert boot["low"] < 0.1 < boot["high"]
 
 
+def test_no_text_is_trained_on_and_measured(shared_data):
+    """In corpus text some rows of the official splits are the same."""
+    for task, tuned in (
+        benefit.load("Banking77", shared_data),
+        class_count.load_merged(10, "nested", 0, shared_data),
+    ):
+        train, held = set(task.train.texts), set(task.validation.texts)
+        assert not train & held and not set(tuned.texts) & (train | held)
+
+
 def test_merged_rows_are_the_same_whatever_the_number_of_classes(shared_data):
     two, twos = class_count.load_merged(2, "nested", 0, shared_data)
     all_, alls = class_count.load_merged(150, "nested", 0, shared_data)

@@ -23,13 +23,14 @@ import pretrain
 import scipy.stats
 
 from collapse.corpus import VOCABULARY, tokens_of
+from collapse.correlations import correlation_interval, partial_spearman
 from collapse.files import locked, read_json, write_json
 from collapse.jobs import run_all
 from collapse.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
 from collapse.pretraining import Recipe, states_and_targets
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
-from collapse.statistics import correlation_interval, paired_difference, partial_spearman
+from collapse.statistics import paired_difference
 from collapse.streaming import token_collapse_metrics
 from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import holm

@@ -367,7 +367,8 @@ def test_shared_scale_without_an_lm_weight_is_model_1():
         train(trainer, epochs=3)
         found.append(dict(trainer.model.named_parameters()))
     for name, parameter in found[1].items():
-        torch.testing.assert_close(found[0][name], parameter, rtol=1e-3, atol=1e-4)
+        # Less than a step of 3e-3: where a gradient is all rounding, Adam moves by its sign.
+        torch.testing.assert_close(found[0][name], parameter, rtol=1e-3, atol=1e-3)
 
 
 # --- controls of the engram ----------------------------------------------------------------------

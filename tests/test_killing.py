@@ -169,8 +169,10 @@ def test_a_command_does_not_go_on_in_a_folder_that_another_study_has_taken(
 
 
 def test_fresh_after_a_kill_begins_anew(long_command, run, undisturbed, tmp_path):
+    family = psutil.Process(long_command.pid).children(recursive=True)
     os.killpg(long_command.pid, signal.SIGKILL)
     long_command.wait()
+    psutil.wait_procs(family, timeout=30)  # a worker that is dying still holds its lock
     results = run("--models 1 --seeds 1 --fresh")
     expected = results_of(undisturbed)["models"]["model1"]["1"]
     assert without_times(results)["models"] == {"model1": {"1": expected}}

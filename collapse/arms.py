@@ -57,8 +57,11 @@ class Arm:
 
         The schedule of the learning rate spans them all.
         """
-        epochs = math.ceil(round(config.epochs * self.epochs, 6))
-        return dataclasses.replace(config, epochs=epochs)
+        return dataclasses.replace(config, epochs=self.epochs_of(config.epochs))
+
+    def epochs_of(self, epochs: int) -> int:
+        """Its own whole epochs in a study of so many, rounded up."""
+        return math.ceil(round(epochs * self.epochs, 6))
 
     def weight_in(self, config: RunConfig) -> float:
         return config.lm_weight if self.weight is None else self.weight

@@ -118,11 +118,16 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
         )
     tuning = train.take([whole[i] for i in fixed_draw(len(whole), rows)])
     if task.of_phrases:
-        left = rows_apart(train.texts, tuning.texts)
+        left = train.take(rows_apart(train.texts, tuning.texts))
     else:
-        drawn = set(tuning.texts)
-        left = [number for number, text in enumerate(train.texts) if text not in drawn]
-    return check_task(dataclasses.replace(task, train=train.take(left))), tuning
+        left = without_texts(train, tuning.texts)
+    return check_task(dataclasses.replace(task, train=left)), tuning
+
+
+def without_texts(rows: Rows, texts: Iterable[str]) -> Rows:
+    """The rows that have none of these texts, in order."""
+    known = set(texts)
+    return rows.take([number for number, text in enumerate(rows.texts) if text not in known])
 
 
 NO_LETTERS = "x"

@@ -25,9 +25,7 @@ import fitting
 import tuning
 
 import common
-from collapse.data import Rows, Task
 from collapse.files import write_json
-from collapse.loaders import LOADERS
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, run_script
@@ -167,10 +165,15 @@ def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
                 cells += [Cell(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
         if "controls" in config.parts and seed < by_backbone.PLANNED // 2:
             for dataset, name in itertools.product(config.control_datasets, config.controls):
-                arm = common.find_arm(name)
-                rate = rates[dataset, "model1" if arm.lm == "none" else "model2"]
-                cells.append(Cell(seed, dataset, arm.name, rate))
+                arm = common.find_arm(name).name
+                cells.append(Cell(seed, dataset, arm, rate_of(rates, dataset, arm)))
     return cells
+
+
+def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> float:
+    """An arm's own rate, of a control that of the model that it varies."""
+    model = "model1" if common.find_arm(arm).lm == "none" else "model2"
+    return rates[dataset, model]
 
 
 def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
@@ -181,7 +184,7 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
 
 def training_of(config: Config, cell: Cell) -> Training:
     size, arm = SIZES[cell.dataset], common.find_arm(cell.arm)
-    epochs = math.ceil(round(size.epochs * arm.epochs, 6))
+    epochs = arm.epochs_of(size.epochs)
     return Training(
         name=f"seed {cell.seed}, {cell.name}",
         folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
@@ -191,11 +194,6 @@ def training_of(config: Config, cell: Cell) -> Training:
         steps=epochs * math.ceil(size.train_rows / tuning.Recipe.batch_size),
         evaluations=1,
     )
-
-
-def load(dataset: str, data_dir: Path | None) -> tuple[Task, Rows]:
-    loaders = LOADERS | {tuning.MADE_UP: tuning.made_up_task}
-    return fitting.load_split(dataset, loaders[dataset], data_dir)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
@@ -212,8 +210,8 @@ def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
         all_weights=True,
         max_length=size.max_length,
     )
-    task, tuning_rows = load(cell.dataset, config.data_dir)
-    other = load(size.other, config.data_dir)[0] if size.other else None
+    task, tuning_rows = fitting.load_split(cell.dataset, config.data_dir)
+    other = fitting.load_split(size.other, config.data_dir)[0] if size.other else None
     data = fitting.as_tokens(recipe, task, tuning_rows, other)
     recipe = fitting.whole_epochs(recipe, data, size.epochs)
     found = fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
@@ -235,10 +233,7 @@ class Study:
 
     def place(self, dataset: str, arm: str) -> tuple[str, str, float]:
         """Where an arm's runs at its own rate are."""
-        if (dataset, arm) in self.rates:
-            return dataset, arm, self.rates[dataset, arm]
-        base = "model1" if common.find_arm(arm).lm == "none" else "model2"
-        return dataset, arm, self.rates[dataset, base]
+        return dataset, arm, rate_of(self.rates, dataset, arm)
 
     def differences(self, dataset: str, arm: str, base: str = "model1") -> dict[int, np.ndarray]:
         """Seed -> right rows (N,) of an arm less a base's, of seeds that have both."""
@@ -274,10 +269,12 @@ def sets_difference(
         rows = list(by_seed.values())
         found[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
     shared = sorted(set.intersection(*map(set, values.values())))
-    arrays = [[by_seed[seed] for seed in shared] for by_seed in values.values()]
-    found["mean"] = sets_interval([np.stack(rows) for rows in arrays]) if len(shared) > 1 else None
-    if len(shared) >= FEWEST_TO_DRAW_FROM:
-        found["mean"]["pigeonhole"] = pigeonhole_sets_interval([np.stack(rows) for rows in arrays])
+    found["mean"] = None
+    if len(shared) > 1:
+        arrays = [np.stack([by_seed[s] for s in shared]) for by_seed in values.values()]
+        found["mean"] = sets_interval(arrays)
+        if len(shared) >= FEWEST_TO_DRAW_FROM:
+            found["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
     return found
 
 
@@ -322,12 +319,6 @@ def rank_differences(study: Study, datasets: Iterable[str]) -> dict[str, dict[in
     return found
 
 
-def mean_over_sets(found: dict[str, dict[int, float]]) -> dict[int, float]:
-    """Seed -> mean of the sets, of seeds that have them all."""
-    shared = set.intersection(*map(set, found.values()))
-    return {seed: float(np.mean([side[seed] for side in found.values()])) for seed in shared}
-
-
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds."""
     study = read_study(config)
@@ -335,7 +326,7 @@ def summary(config: Config) -> dict[str, Any]:
     p1 = sets_difference(study, datasets, "model2")["mean"]
     all_sets = datasets == list(Config().datasets)  # the endpoints' four
     ranks = rank_differences(study, datasets)
-    by_seed = mean_over_sets(ranks)
+    by_seed = by_backbone.mean_over_sets(list(ranks.values()))
     zero = dict.fromkeys(by_seed, 0.0)
     p5 = paired_difference(zero, by_seed)
     arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)

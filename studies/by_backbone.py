@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pretrain
 import tuning
 
@@ -171,6 +172,12 @@ def check_config(config: Config) -> None:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
 
 
+def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Seed -> mean of its values on all data sets, of seeds that have one on each."""
+    seeds = sorted(set.intersection(*map(set, sides)))
+    return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
+
+
 def endpoint(found: Mapping[str, Any] | None, margin: float, done: bool) -> dict[str, Any] | None:
     """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
 
@@ -183,7 +190,7 @@ def endpoint(found: Mapping[str, Any] | None, margin: float, done: bool) -> dict
     widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
     interval_90 = t_interval(estimate, se, df, 0.90)
     said = verdict(estimate, widest, interval_90, margin, done)
-    return {**found, "holm_at_most": widest, "interval_90": interval_90, **said}
+    return {**found, "holm_at_most": widest, "interval_90": interval_90, **said, "done": done}
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:

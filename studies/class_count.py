@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,8 @@ import tuning
 
 import common
 from collapse.clinc_domains import CLINC_DOMAINS
-from collapse.data import Rows, Task, check_task, fixed_draw, in_corpus_text
+from collapse.data import Rows, Task, check_task, fixed_draw, in_corpus_text, without_texts
 from collapse.files import write_json
-from collapse.intents import load_clinc150
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, run_script
@@ -110,21 +110,14 @@ def nested_classes(count: int) -> dict[str, int]:
         return {intent: class_of[domains.index(CLINC_DOMAINS[intent])] for intent in intents}
     if count not in COUNTS:
         raise UserError(f"no {count} classes nested in domains: {', '.join(map(str, COUNTS))}.")
-    found, number = {}, 0
-    for domain in domains:
-        mine = [intent for intent in intents if CLINC_DOMAINS[intent] == domain]
-        for first in range(0, len(mine), 5):
-            five = mine[first : first + 5]
-            pieces = 1 if count == 30 else 2 + (number_of_five(domain, first, domains) % 2)
-            for piece in np.array_split(np.array(five), pieces):
-                found |= dict.fromkeys(map(str, piece), number)
-                number += 1
-    return found
-
-
-def number_of_five(domain: str, first: int, domains: list[str]) -> int:
-    """Which of the thirty fives one is, from 0 on."""
-    return domains.index(domain) * 3 + first // 5
+    by_domain = [intent for d in domains for intent in intents if CLINC_DOMAINS[intent] == d]
+    fives = np.array(by_domain).reshape(-1, 5)
+    pieces = [
+        piece
+        for place, five in enumerate(fives)
+        for piece in np.array_split(five, 1 if count == 30 else 2 + place % 2)
+    ]
+    return {str(intent): number for number, piece in enumerate(pieces) for intent in piece}
 
 
 def random_classes(count: int, seed: int) -> dict[str, int]:
@@ -139,20 +132,23 @@ def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> t
     Both are fixed draws, the same for every number of classes. Tuning rows are others of the
     training split, and none has the text of one that is trained on.
     """
-    task = load_clinc150(data_dir)
-    if task is None:
-        raise UserError("CLINC150 is not at hand: give --data-dir a folder with a download.")
-    task = fitting.apart_from_validation(in_corpus_text(task))
+    task = fitting.apart_from_validation(in_corpus_text(tuning.load_task("CLINC150", data_dir)))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
     train = task.train.take(trained)
-    known = set(train.texts)
-    others = [n for n, text in enumerate(task.train.texts) if text not in known]
-    tuning_rows = task.train.take([others[n] for n in fixed_draw(len(others), fitting.TUNING_ROWS)])
+    others = without_texts(task.train, train.texts)
+    tuning_rows = others.take(fixed_draw(len(others), fitting.TUNING_ROWS))
     to_class = nested_classes(classes) if merge == "nested" else random_classes(classes, seed)
     numbers = [to_class[intent] for intent in task.class_names]  # intent's number -> class
+    task = dataclasses.replace(task, train=train)
+    return relabelled(task, tuning_rows, classes, lambda rows: [numbers[n] for n in rows.labels])
+
+
+def relabelled(
+    task: Task, tuning_rows: Rows, classes: int, labels_of: Callable[[Rows], list[int]]
+) -> tuple[Task, Rows]:
+    """Task and tuning rows with other labels, of so many classes."""
     train, validation, tuning_rows = (
-        Rows(rows.texts, [numbers[label] for label in rows.labels])
-        for rows in (train, task.validation, tuning_rows)
+        Rows(rows.texts, labels_of(rows)) for rows in (task.train, task.validation, tuning_rows)
     )
     names = tuple(map(str, range(classes)))
     task = dataclasses.replace(task, class_names=names, train=train, validation=validation)
@@ -168,14 +164,8 @@ def balanced_draw(labels: list[int], each: int) -> np.ndarray:
 
 def made_up(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
     """Texts for rehearsals, with as many labels as asked for."""
-    task, tuning_rows = fitting.load_split(tuning.MADE_UP, tuning.made_up_task, data_dir)
-    train, validation, tuning_rows = (
-        Rows(rows.texts, [number % classes for number in range(len(rows))])
-        for rows in (task.train, task.validation, tuning_rows)
-    )
-    names = tuple(map(str, range(classes)))
-    task = dataclasses.replace(task, class_names=names, train=train, validation=validation)
-    return task, tuning_rows
+    split = fitting.load_split(tuning.MADE_UP, data_dir)
+    return relabelled(*split, classes, lambda rows: [n % classes for n in range(len(rows))])
 
 
 # --------------------------------------------------------------------------------------------------

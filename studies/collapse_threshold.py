@@ -269,8 +269,7 @@ def mean_edges(
 ) -> dict[int, float]:
     """Seed -> mean of an arm's edges over the data sets, of seeds that have one on each."""
     sides = [found.get((dataset, arm), {}) for dataset in datasets]
-    seeds = sorted(set.intersection(*map(set, sides)))
-    return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
+    return by_backbone.mean_over_sets(sides)
 
 
 # Beside "healthy": an arm that blocks learning must not look like one that protects.

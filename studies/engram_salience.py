@@ -27,7 +27,7 @@ import tuning
 
 import common
 from collapse.batches import Split, encode_rows
-from collapse.data import Rows, Task, fixed_draw, in_corpus_text, tuning_split
+from collapse.data import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
 from collapse.files import write_json
 from collapse.language_models import load_tokenizer
 from collapse.loaders import load_ag_news
@@ -192,12 +192,9 @@ def headlines_of(task: Task) -> Task:
         return Rows(texts, [label // 2 for label in rows.labels])
 
     train, validation = cut(task.train), cut(task.validation)
-    known = set(validation.texts)
-    apart = [number for number, text in enumerate(train.texts) if text not in known]
+    train = without_texts(train, validation.texts)
     classes = "World or Sports", "Business or Sci/Tech"
-    return dataclasses.replace(
-        task, class_names=classes, train=train.take(apart), validation=validation
-    )
+    return dataclasses.replace(task, class_names=classes, train=train, validation=validation)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -169,9 +169,9 @@ def endpoints() -> dict[str, dict]:
     for name, result in found.items():
         estimate = [result[key] for key in ("mean", "se", "df")]
         interval = t_interval(*estimate, levels[name])
-        done = "not all planned" not in result["text"]
-        said = verdict(result["mean"], interval, result["interval_90"], result["margin"], done)
-        result |= {"interval": interval, "p_holm": adjusted[name], "done": done, **said}
+        bounds = interval, result["interval_90"]
+        said = verdict(result["mean"], *bounds, result["margin"], result["done"])
+        result |= {"interval": interval, "p_holm": adjusted[name], **said}
     return found
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import common
 from collapse.batches import Split, encode_rows
-from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split
+from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
 from collapse.files import locked, read_tensors, write_tensors
 from collapse.language_models import load_tokenizer
 from collapse.measuring import accuracy, draw_rows, measures, outputs
@@ -54,23 +54,16 @@ def apart_from_validation(task: Task) -> Task:
 
     Official splits have some that differ in capitals and marks alone, which corpus text drops.
     """
-    held = set(task.validation.texts)
-    kept = [number for number, text in enumerate(task.train.texts) if text not in held]
-    return dataclasses.replace(task, train=task.train.take(kept))
+    return dataclasses.replace(task, train=without_texts(task.train, task.validation.texts))
 
 
 @functools.lru_cache(maxsize=8)  # sentences among phrases take a while to find
-def load_split(
-    dataset: str, loader: Callable[[Path | None], Task | None], data_dir: Path | None
-) -> tuple[Task, Rows]:
+def load_split(dataset: str, data_dir: Path | None) -> tuple[Task, Rows]:
     """A task in the letters of the own language models, and TUNING_ROWS of its training rows.
 
     Raises UserError where rows cannot be had.
     """
-    task = loader(data_dir)
-    if task is None:
-        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
-    task = apart_from_validation(in_corpus_text(task))
+    task = apart_from_validation(in_corpus_text(tuning.load_task(dataset, data_dir)))
     return tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
 
 
@@ -346,6 +339,6 @@ def read_all_rows(file: Path) -> dict[str, RowResults]:
 
 def whole_epochs(recipe: tuning.Recipe, data: Data, epochs: int) -> tuning.Recipe:
     """The recipe for whole epochs of these data: of its arm's factor times as many."""
-    own = common.find_arm(recipe.arm).epochs
-    steps = data.steps(math.ceil(round(epochs * own, 6)), recipe.batch_size)
+    own = common.find_arm(recipe.arm).epochs_of(epochs)
+    steps = data.steps(own, recipe.batch_size)
     return dataclasses.replace(recipe, steps=steps)

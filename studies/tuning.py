@@ -94,6 +94,14 @@ def made_up_task(data_dir: Path | None) -> Task:
     return Task(MADE_UP, "", "made up here", ("late", "early"), *parts)
 
 
+def load_task(dataset: str, data_dir: Path | None) -> Task:
+    """A data set of LOADERS, or the made-up one. Raises UserError where it cannot be had."""
+    task = (LOADERS | {MADE_UP: made_up_task})[dataset](data_dir)
+    if task is None:
+        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
+    return task
+
+
 def load_data(recipe: Recipe, data_dir: Path | None) -> Data:
     """The recipe's data set as its model's tokens. Raises UserError where rows cannot be had."""
     what = recipe.dataset, recipe.train_rows, recipe.letters, recipe.max_length
@@ -104,9 +112,7 @@ def load_data(recipe: Recipe, data_dir: Path | None) -> Data:
 def _load_data(
     dataset: str, train_rows: int, letters: bool, max_length: int, model: str, data_dir: Path | None
 ) -> Data:
-    task = (LOADERS | {MADE_UP: made_up_task})[dataset](data_dir)
-    if task is None:
-        raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
+    task = load_task(dataset, data_dir)
     task, encode = limit_task(task, train_rows, MEASURED_ROWS), load_tokenizer(model)
     if letters:
         task = in_corpus_text(task)

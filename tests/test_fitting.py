@@ -81,7 +81,7 @@ def made(tmp_path_factory):
         all_weights=True,
         max_length=32,
     )
-    data = fitting.as_tokens(recipe, *benefit.load(tuning.MADE_UP, None))
+    data = fitting.as_tokens(recipe, *fitting.load_split(tuning.MADE_UP, None))
     return fitting.whole_epochs(recipe, data, 3), data
 
 
@@ -374,7 +374,7 @@ def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
 def test_no_text_is_trained_on_and_measured(shared_data):
     """In corpus text some rows of the official splits are the same."""
     for task, tuned in (
-        benefit.load("Banking77", shared_data),
+        fitting.load_split("Banking77", shared_data),
         class_count.load_merged(10, "nested", 0, shared_data),
     ):
         train, held = set(task.train.texts), set(task.validation.texts)

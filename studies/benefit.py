@@ -6,11 +6,10 @@ sets. Writes a table and a file of validation rows for each backbone, then resul
 figure. The same command goes on where it was stopped.
 """
 
-import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ import common
 from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, run_script
+from collapse.settings import ROOT, run_script
 from collapse.statistics import (
     crossed_interval,
     format_interval,
@@ -42,7 +41,6 @@ from collapse.verdicts import equivalence
 MARGIN_P1 = 0.005  # half a point of accuracy
 FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
 MARGIN_P5 = 0.1  # of log rank
-PARTS = ("pilot", "endpoint", "controls")
 
 
 @dataclass(frozen=True)
@@ -65,26 +63,20 @@ SIZES = {
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(fitting.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Parts to run: pilot (chooses the rates), endpoint (Models 1 and 2), controls (of the first
     # ten seeds).
-    parts: tuple[str, ...] = PARTS
+    parts: tuple[str, ...] = ("pilot", "endpoint", "controls")
     # Data sets: names that experiment.py --dataset takes.
     datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence", "CLINC150", "Banking77")
     # Data sets of the controls.
     control_datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
     # Controls, as experiment.py --models takes them.
     controls: tuple[str, ...] = ("longer", "shuffled-lm", "2@0.1", "2@0.9")
-    # Base-10 logarithms of the learning rates that the pilot tries.
-    rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
     # Folder for results, in it one for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "benefit"
-
-    @property
-    def folder(self) -> Path:
-        return self.output_dir / self.corpus
 
 
 @dataclass(frozen=True)
@@ -102,17 +94,13 @@ class Cell:
 
 
 def miniature_of(config: Config) -> Config:
-    folder = config.output_dir / "limit-miniature"
-    return dataclasses.replace(
+    return by_backbone.in_small(
         config,
-        corpus="miniature",
         seeds=(0, 1, 2),
         datasets=(tuning.MADE_UP,),
         control_datasets=(tuning.MADE_UP,),
         controls=("longer", "2@0.1"),
         rates=(-3.0, -2.0),
-        models_dir=folder / "state" / "lm",
-        output_dir=folder,
     )
 
 
@@ -123,32 +111,26 @@ def miniature_of(config: Config) -> Config:
 
 def run_missing(config: Config) -> None:
     """The pilot, then what rests on the rates that it chose."""
-    if "pilot" in config.parts:
-        product = itertools.product(
-            by_backbone.PILOTS, config.datasets, ("model1", "model2"), config.rates
-        )
-        pilots = [Cell(*parts) for parts in product]
-        run(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
-    if set(config.parts) - {"pilot"}:
-        run(config, cells_of(config, chosen_rates(config)))
+    models = ("model1", "model2")
+    product = itertools.product(by_backbone.PILOTS, config.datasets, models, config.rates)
+    pilots = list(itertools.starmap(Cell, product))
+    fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
 
 
-def settings_of(dataset: str) -> dict[str, float]:
-    """What rows of a data set were made with, beside their cell."""
-    size = SIZES[dataset]
-    return {"train_rows": size.train_rows, "epochs": size.epochs, "max_length": size.max_length}
-
-
-def run(config: Config, cells: list[Cell]) -> None:
-    for seed in config.seeds:
-        table = by_backbone.table_of(config.folder, seed)
-        by_backbone.check_settings(table, lambda row: settings_of(row["dataset"]))
+def run_some(config: Config, cells: Sequence[Cell]) -> None:
     fitting.run_cells(
         config,
         cells,
         lambda cell: training_of(config, cell),
         lambda cell, progress: fit_cell(config, cell, progress),
+        settings_of,
     )
+
+
+def settings_of(cell: Mapping[str, Any]) -> dict[str, float]:
+    """What a cell's rows are made with, of its fields."""
+    size = SIZES[cell["dataset"]]
+    return {"train_rows": size.train_rows, "epochs": size.epochs, "max_length": size.max_length}
 
 
 def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
@@ -183,39 +165,28 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
 
 
 def training_of(config: Config, cell: Cell) -> Training:
-    size, arm = SIZES[cell.dataset], common.find_arm(cell.arm)
-    epochs = arm.epochs_of(size.epochs)
-    return Training(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        kind=f"{cell.dataset}, {cell.arm}",
-        cost=arm.cost,
-        evaluation_cost=100.0,
-        steps=epochs * math.ceil(size.train_rows / tuning.Recipe.batch_size),
-        evaluations=1,
-    )
+    size = SIZES[cell.dataset]
+    epochs = common.find_arm(cell.arm).epochs_of(size.epochs)
+    steps = epochs * math.ceil(size.train_rows / tuning.Recipe.batch_size)
+    return by_backbone.training_of(config, cell, f"{cell.dataset}, {cell.arm}", steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
     size = SIZES[cell.dataset]
-    recipe = tuning.Recipe(
-        model=str(by_backbone.backbone_folder(config, cell.seed)),
+    recipe = by_backbone.recipe_of(
+        config,
+        cell,
         dataset=cell.dataset,
-        arm=cell.arm,
         learning_rate=10**cell.rate,
-        seed=cell.seed,
         steps=0,
         train_rows=size.train_rows,
-        letters=True,
-        all_weights=True,
         max_length=size.max_length,
     )
     task, tuning_rows = fitting.load_split(cell.dataset, config.data_dir)
     other = fitting.load_split(size.other, config.data_dir)[0] if size.other else None
     data = fitting.as_tokens(recipe, task, tuning_rows, other)
     recipe = fitting.whole_epochs(recipe, data, size.epochs)
-    found = fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
-    return found.made_with(settings_of(cell.dataset))
+    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -459,15 +430,10 @@ def report(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    by_backbone.check_config(config)
-    if unknown := set(config.parts) - set(PARTS):
-        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(PARTS)}.")
+    fitting.check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    print(text_of(report(config)))
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pretrain
 import tuning
 
+import common
 from collapse.files import git_commit
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
-from collapse.settings import UserError, check_bounds, set_threads
+from collapse.settings import ROOT, UserError, check_bounds, pick_device, set_threads
 from collapse.statistics import t_interval
 from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import verdict
@@ -42,18 +43,29 @@ class Config:
     seeds: tuple[int, ...] = tuple(range(PLANNED))
     # Trainings side by side, each in a process of its own with one thread.
     workers: int = 1
+    # Where trainings compute: auto takes a GPU where there is one. Own models are pretrained on
+    # the CPU in any case.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     # The whole study in small, on made-up text, in a folder that git ignores.
     miniature: bool = False
     # Only results.json and the figures, from the rows that are there.
     summarize: bool = False
     # Folder for own language models.
     models_dir: Path = pretrain.LANGUAGE_MODELS
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results"
+
+    @property
+    def folder(self) -> Path:
+        """Of the tables, results.json and figures."""
+        return self.output_dir / self.corpus
 
 
 class Cell(Protocol):
     """One training of a study."""
 
     seed: int  # of its backbone, heads, and order of rows
+    arm: str  # its name in results
 
     @property
     def name(self) -> str: ...  # unique among its seed's
@@ -65,33 +77,36 @@ def table_of(folder: Path, seed: int) -> Path:
 
 def run_missing(
     config: Config,
-    folder: Path,
     cells: Sequence[Cell],
     training_of: Callable[[Cell], Training],
     rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
     line_of: Callable[[str, list[dict[str, Any]]], str],
+    settings_of: Callable[[Mapping[str, Any]], Mapping[str, float]],
     model: str | None = None,
 ) -> None:
     """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
 
-    rows_of(cell, progress) trains and gives rows; the cell goes before each, behind it what it was
-    made with. line_of(training's name, rows) is printed then. With `model`, as --model takes it,
-    seeds are no backbones but trainings of that one.
+    rows_of(cell, progress) trains and gives rows; the cell and settings_of(its fields) go before
+    each, behind it what it was made with. line_of(training's name, rows) is printed then. With
+    `model`, as --model takes it, seeds are no backbones but trainings of that one. Raises UserError
+    for a table that was made with other settings, or other weights.
     """
     commit = git_commit()
+    for seed in config.seeds:
+        check_settings(table_of(config.folder, seed), settings_of)
     for first in range(0, len(config.seeds), config.workers):
         seeds = config.seeds[first : first + config.workers]
         here = {training_of(cell): cell for cell in cells if cell.seed in seeds}
 
         def place_of(training: Training, here=here) -> tuple[Path, str]:
-            return table_of(folder, here[training].seed), here[training].name
+            return table_of(config.folder, here[training].seed), here[training].name
 
         def rows(training: Training, progress: Progress, here=here) -> list[dict[str, Any]]:
             set_threads(1)  # sums of more threads differ in their last digits
             cell = here[training]
-            head = {"training": cell.name, **dataclasses.asdict(cell)}
-            made_with = model or str(backbone_folder(config, cell.seed))
-            digest = tuning.digest_of_model(made_with)
+            fields = dataclasses.asdict(cell)
+            head = {"training": cell.name} | fields | rounded(settings_of(fields))
+            digest = tuning.digest_of_model(model or backbone(config, cell.seed))
             tail = dict(zip(MADE_WITH, (commit, digest), strict=True))
             found = rows_of(cell, progress)
             progress.say(line_of(training.name, found), time_left=True)
@@ -104,7 +119,7 @@ def run_missing(
         if not model:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
         for seed in seeds:
-            check_weights(table_of(folder, seed), model or str(backbone_folder(config, seed)))
+            check_weights(table_of(config.folder, seed), model or backbone(config, seed))
         run_all(missing, into_table(rows, place_of, "training"), config.workers)
 
 
@@ -159,9 +174,52 @@ def read_paths(
         )
 
 
-def backbone_folder(config: Config, seed: int) -> Path:
+def backbone(config: Config, seed: int) -> str:
+    """An own language model as --model takes it: its folder."""
     own = pretrain.fixed_size(seed, config.corpus)
-    return config.models_dir / pretrain.folder_name(own, config.corpus)
+    return str(config.models_dir / pretrain.folder_name(own, config.corpus))
+
+
+def recipe_of(config: Config, cell: Cell, **other: Any) -> tuning.Recipe:
+    """Of a training of all weights of the cell's backbone; `other` fields are the study's."""
+    made_of = {"model": backbone(config, cell.seed), "arm": cell.arm, "seed": cell.seed}
+    device = pick_device(config.device).type
+    return tuning.Recipe(**made_of, letters=True, all_weights=True, device=device, **other)
+
+
+def training_of(
+    config: Config, cell: Cell, kind: str, steps: int, evaluation_cost: float = 100.0
+) -> Training:
+    """The unit of work that run_all takes.
+
+    evaluation_cost: of all measurements, in steps of Model 1; kind: of trainings that take alike.
+    """
+    return Training(
+        name=f"seed {cell.seed}, {cell.name}",
+        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
+        kind=kind,
+        cost=common.find_arm(cell.arm).cost,
+        evaluation_cost=evaluation_cost,
+        steps=steps,
+        evaluations=1,
+    )
+
+
+def in_small(config: Config, **other: Any) -> Any:
+    """The settings of a study's miniature; `other` fields are the study's."""
+    folder = config.output_dir / "limit-miniature"
+    places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
+    return dataclasses.replace(config, corpus="miniature", **places, **other)
+
+
+def carry_out(
+    config: Config, run_missing: Callable[[Any], None], report: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """Run what is missing, unless only a summary is asked for, and report; gives the report."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        run_missing(config)
+    return report(config)
 
 
 def check_config(config: Config) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,21 +44,15 @@ MODELS = ("model1", "model2")
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(fitting.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Own language models, by their seeds.
     seeds: tuple[int, ...] = tuple(range(PLANNED))
     # Parts to run: pilot (chooses the rates), endpoint, random (merges drawn at random).
     parts: tuple[str, ...] = ("pilot", "endpoint", "random")
-    # Base-10 logarithms of the learning rates that the pilot tries.
-    rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
     # Folder for results, in it one for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "class_count"
-
-    @property
-    def folder(self) -> Path:
-        return self.output_dir / self.corpus
 
 
 @dataclass(frozen=True)
@@ -77,15 +71,7 @@ class Cell:
 
 
 def miniature_of(config: Config) -> Config:
-    folder = config.output_dir / "limit-miniature"
-    return dataclasses.replace(
-        config,
-        corpus="miniature",
-        seeds=(0, 1, 2),
-        rates=(-3.0, -2.0),
-        models_dir=folder / "state" / "lm",
-        output_dir=folder,
-    )
+    return by_backbone.in_small(config, seeds=(0, 1, 2), rates=(-3.0, -2.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,24 +165,18 @@ def counts_of(config: Config) -> tuple[int, ...]:
 
 def run_missing(config: Config) -> None:
     """The pilot, then what rests on the rates that it chose."""
-    if "pilot" in config.parts:
-        product = itertools.product(
-            by_backbone.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates
-        )
-        pilots = [Cell(*parts) for parts in product]
-        run(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
-    if set(config.parts) - {"pilot"}:
-        run(config, cells_of(config, chosen_rates(config)))
+    product = itertools.product(by_backbone.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates)
+    pilots = list(itertools.starmap(Cell, product))
+    fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
 
 
-def run(config: Config, cells: list[Cell]) -> None:
-    for seed in config.seeds:
-        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: SETTINGS)
+def run_some(config: Config, cells: Sequence[Cell]) -> None:
     fitting.run_cells(
         config,
         cells,
         lambda cell: training_of(config, cell),
         lambda cell, progress: fit_cell(config, cell, progress),
+        lambda cell: SETTINGS,
     )
 
 
@@ -222,36 +202,25 @@ def chosen_rates(config: Config) -> dict[str, float]:
 
 
 def training_of(config: Config, cell: Cell) -> Training:
-    return Training(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        kind=cell.arm,
-        cost=common.find_arm(cell.arm).cost,
-        evaluation_cost=100.0,
-        steps=EPOCHS * math.ceil(TRAIN_ROWS / tuning.Recipe.batch_size),
-        evaluations=1,
-    )
+    steps = EPOCHS * math.ceil(TRAIN_ROWS / tuning.Recipe.batch_size)
+    return by_backbone.training_of(config, cell, cell.arm, steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
-    recipe = tuning.Recipe(
-        model=str(by_backbone.backbone_folder(config, cell.seed)),
+    recipe = by_backbone.recipe_of(
+        config,
+        cell,
         dataset="CLINC150",
-        arm=cell.arm,
         learning_rate=10**cell.rate,
-        seed=cell.seed,
         steps=0,
         train_rows=TRAIN_ROWS,
-        letters=True,
-        all_weights=True,
         max_length=MAX_LENGTH,
     )
     load = made_up if config.miniature else load_merged
     task, tuning_rows = load(cell.classes, cell.merge, cell.seed, config.data_dir)
     data = fitting.as_tokens(recipe, task, tuning_rows)
     recipe = fitting.whole_epochs(recipe, data, EPOCHS)
-    found = fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
-    return found.made_with(SETTINGS)
+    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -421,16 +390,10 @@ def report(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    by_backbone.check_config(config)
-    parts = Config().parts
-    if unknown := set(config.parts) - set(parts):
-        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(parts)}.")
+    fitting.check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    print(text_of(report(config)))
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

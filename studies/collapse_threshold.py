@@ -7,7 +7,6 @@ seeds. Writes a CSV file for each seed, a row for every measurement, as training
 results.json and two figures. The same command goes on where it was stopped.
 """
 
-import dataclasses
 import itertools
 import math
 import sys
@@ -29,7 +28,7 @@ import common
 from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import ROOT, UserError, check_bounds, pick_device, run_script
 from collapse.statistics import (
     format_interval,
     mean_interval,
@@ -99,51 +98,36 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 
 def run_missing(config: Config) -> None:
     """Backbone by backbone: pretrain it, run its cells."""
-    for seed in config.seeds:
-        table = by_backbone.table_of(config.folder, seed)
-        by_backbone.check_settings(table, lambda row: {"steps": config.steps})
     by_backbone.run_missing(
         config,
-        config.folder,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
         lambda cell: training_of(config, cell),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
+        lambda cell: {"steps": config.steps},
         config.model,
     )
 
 
 def miniature_of(config: Config) -> Config:
-    folder = config.output_dir / "limit-miniature"
-    return dataclasses.replace(
+    return by_backbone.in_small(
         config,
-        corpus="miniature",
         seeds=(0, 1),
         datasets=(tuning.MADE_UP,),
         arms=("1", "2", "l2-start"),
         rates=(-3.0, 0.0, 3.0),
         steps=20,
-        models_dir=folder / "state" / "lm",
-        output_dir=folder,
     )
 
 
 def training_of(config: Config, cell: Cell) -> Training:
-    cost = common.find_arm(cell.arm).cost
-    return Training(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        kind=f"{cell.dataset}, {cell.arm}",
-        cost=cost,
-        evaluation_cost=20.0,  # that of rows that are measured: model 1's steps
-        steps=config.steps,
-        evaluations=1,
-    )
+    kind = f"{cell.dataset}, {cell.arm}"
+    return by_backbone.training_of(config, cell, kind, config.steps, evaluation_cost=20.0)
 
 
 def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
     return tuning.Recipe(
-        model=config.model or str(by_backbone.backbone_folder(config, cell.seed)),
+        model=config.model or by_backbone.backbone(config, cell.seed),
         dataset=cell.dataset,
         arm=cell.arm,
         learning_rate=10**cell.rate,
@@ -154,6 +138,7 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
         letters=not config.model,
         # At width 128 LoRA is less accurate and takes as long.
         all_weights=not (config.model or config.lora),
+        device=pick_device(config.device).type,
     )
 
 
@@ -164,8 +149,7 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     records = tuning.tune(recipe, data, range(0, config.steps, every), progress.step)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
-    head, tail = {"steps": config.steps}, {"chance": chance, "classes": data.classes}
-    return [head | record | tail for record in records]
+    return [record | {"chance": chance, "classes": data.classes} for record in records]
 
 
 def line_of(name: str, rows: list[dict[str, Any]]) -> str:
@@ -459,10 +443,7 @@ def main() -> None:
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     if config.miniature:
         config = miniature_of(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    print(text_of(report(config)))
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

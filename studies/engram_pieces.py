@@ -9,7 +9,6 @@ leaves out. Exploratory. Writes a CSV file for each seed, a row a training, as t
 results.json. The same command goes on where it was stopped.
 """
 
-import dataclasses
 import functools
 import itertools
 import sys
@@ -32,7 +31,7 @@ from collapse.corpus import corpus_text, miniature_documents, read_wheel_table
 from collapse.data import fixed_draw
 from collapse.files import write_json
 from collapse.language_models import load_tokenizer
-from collapse.progress import Progress, Training
+from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.statistics import format_interval, paired_difference
 
@@ -53,10 +52,6 @@ class Config(by_backbone.Config):
     steps: int = 1000
     # Folder for results, in it one for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "engram_pieces"
-
-    @property
-    def folder(self) -> Path:
-        return self.output_dir / self.corpus
 
 
 @dataclass(frozen=True)
@@ -145,50 +140,29 @@ def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]
 
 
 def run_missing(config: Config) -> None:
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    for seed in config.seeds:
-        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: settings)
     by_backbone.run_missing(
         config,
-        config.folder,
         [Cell(seed, arm) for seed in config.seeds for arm in ARMS],
-        lambda cell: training_of(config, cell),
+        lambda cell: by_backbone.training_of(config, cell, cell.arm, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
+        lambda cell: {name: getattr(config, name) for name in SETTINGS},
     )
 
 
 def miniature_of(config: Config) -> Config:
-    folder = config.output_dir / "limit-miniature"
-    small = {"seeds": (0, 1), "piece_tokens": 16, "steps": 20, "corpus": "miniature"}
-    places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
-    return dataclasses.replace(config, **small, **places)
-
-
-def training_of(config: Config, cell: Cell) -> Training:
-    return Training(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name}",
-        kind=cell.arm,
-        cost=common.find_arm(cell.arm).cost,
-        evaluation_cost=100.0,  # that of all measurements: model 1's steps
-        steps=config.steps,
-        evaluations=1,
-    )
+    return by_backbone.in_small(config, seeds=(0, 1), piece_tokens=16, steps=20)
 
 
 def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
     """The row of one training: what was measured at its end."""
-    recipe = tuning.Recipe(
-        model=str(by_backbone.backbone_folder(config, cell.seed)),
+    recipe = by_backbone.recipe_of(
+        config,
+        cell,
         dataset="pieces of 20 Newsgroups",
-        arm=cell.arm,
         learning_rate=config.learning_rate,
-        seed=cell.seed,
         steps=config.steps,
         train_rows=0,
-        letters=True,
-        all_weights=True,
         max_length=config.piece_tokens,
     )
     train, validation, classes = load_pieces(config, load_tokenizer(recipe.model))
@@ -201,8 +175,7 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
         found = measures(model, validation)
     except tuning.Diverged:
         found = dict.fromkeys(MEASURES)
-    settings = {name: getattr(config, name) for name in SETTINGS}
-    return [settings | found | {"posts": len(validation.first.labels)}]
+    return [found | {"posts": len(validation.first.labels)}]
 
 
 PREFIXES = ("own", "other", "zero")
@@ -272,6 +245,13 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines) or "no backbone is done yet"
 
 
+def report(config: Config) -> dict[str, Any]:
+    """Write results.json from the rows that are there."""
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    return results
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     by_backbone.check_config(config)
@@ -279,12 +259,7 @@ def main() -> None:
     check_bounds("piece_tokens", config.piece_tokens, 2, 127)  # positions that were pretrained
     if config.miniature:
         config = miniature_of(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    print(text_of(results))
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

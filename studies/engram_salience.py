@@ -34,7 +34,7 @@ from collapse.loaders import load_ag_news
 from collapse.metrics import k_means, match_clusters
 from collapse.phrases import maximal_phrases
 from collapse.plots import CLASS_COLORS, save_figure
-from collapse.progress import Progress, Training
+from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.spread import transfer_accuracy
 from collapse.sst2 import load_sst2_by_sentence
@@ -203,55 +203,28 @@ def headlines_of(task: Task) -> Task:
 
 
 def run_missing(config: Config) -> None:
-    settings = {"steps": config.steps, "learning_rate": config.learning_rate}
-    for seed in config.seeds:
-        by_backbone.check_settings(by_backbone.table_of(config.folder, seed), lambda row: settings)
     by_backbone.run_missing(
         config,
-        config.folder,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: training_of(config, cell),
+        lambda cell: by_backbone.training_of(config, cell, cell.arm, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
+        lambda cell: {"steps": config.steps, "learning_rate": config.learning_rate},
     )
 
 
 def miniature_of(config: Config) -> Config:
-    folder = config.output_dir / "limit-miniature"
-    return dataclasses.replace(
-        config,
-        corpus="miniature",
-        seeds=(0, 1),
-        arms=("3", "lm-only-engram"),
-        steps=20,
-        models_dir=folder / "state" / "lm",
-        output_dir=folder,
-    )
-
-
-def training_of(config: Config, cell: Cell) -> Training:
-    return Training(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        kind=cell.arm,
-        cost=common.find_arm(cell.arm).cost,
-        evaluation_cost=100.0,  # that of all measurements: model 1's steps
-        steps=config.steps,
-        evaluations=1,
-    )
+    return by_backbone.in_small(config, seeds=(0, 1), arms=("3", "lm-only-engram"), steps=20)
 
 
 def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
-    return tuning.Recipe(
-        model=str(by_backbone.backbone_folder(config, cell.seed)),
+    return by_backbone.recipe_of(
+        config,
+        cell,
         dataset="SST-2 by sentence with AG News",
-        arm=cell.arm,
         learning_rate=config.learning_rate,
-        seed=cell.seed,
         steps=config.steps,
         train_rows=TRAIN_PAIRS,
-        letters=True,
-        all_weights=True,
         max_length=MAX_LENGTH,
     )
 
@@ -293,10 +266,8 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     if cell.trained == NEITHER:
         for record in records:
             record["accuracy"] = None  # its classifier is as it was drawn
-    head = {"steps": config.steps, "learning_rate": config.learning_rate}
-    rows = {"rows": len(validation.texts)}
-    names = ("step", *MEASURES)
-    return [head | {name: record[name] for name in names} | rows for record in records]
+    names, rows = ("step", *MEASURES), {"rows": len(validation.texts)}
+    return [{name: record[name] for name in names} | rows for record in records]
 
 
 MEASURES = ("accuracy", "lm_loss")
@@ -510,10 +481,7 @@ def main() -> None:
     check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    print(text_of(report(config)))
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -106,10 +106,6 @@ class Fit:
     records: list[dict[str, Any]]
     rows: dict[str, Tensor] | None  # as collapse.rows packs them; None without a whole epoch
 
-    def made_with(self, settings: Mapping[str, float]) -> "Fit":
-        """The same, its records led by what they were made with."""
-        return Fit([{**settings, **record} for record in self.records], self.rows)
-
 
 # Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
 # rows at the best epoch; LM loss under the start's LM head and transfer after the last step;
@@ -216,16 +212,48 @@ def validation_at(
 # --------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of such a study; the comment above a field is its --help text."""
+
+    # Parts to run: pilot (chooses the rates), endpoint.
+    parts: tuple[str, ...] = ("pilot", "endpoint")
+    # Base-10 logarithms of the learning rates that the pilot tries.
+    rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
+
+
+def check_config(config: Config) -> None:
+    """Raise UserError for settings that cannot be run."""
+    by_backbone.check_config(config)
+    known = type(config).parts
+    if unknown := set(config.parts) - set(known):
+        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(known)}.")
+
+
+def run_parts(
+    config: Config,
+    pilots: Sequence[Any],
+    others: Callable[[], Sequence[Any]],
+    run_some: Callable[[Any, Sequence[Any]], None],
+) -> None:
+    """The pilot's cells, then those of the other parts, which rest on the rates that it chose.
+
+    run_some(config, cells) runs the cells of the config's seeds.
+    """
+    if "pilot" in config.parts:
+        run_some(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
+    if set(config.parts) - {"pilot"}:
+        run_some(config, others())
+
+
 def run_cells(
-    config: Any,
+    config: Config,
     cells: Sequence[Any],
     training_of: Callable[[Any], Training],
     fit_of: Callable[[Any, Progress], Fit],
+    settings_of: Callable[[Mapping[str, Any]], Mapping[str, float]],
 ) -> None:
-    """Have every cell's records in its backbone's table, and its rows in the file beside it.
-
-    config: a by_backbone.Config with a `folder`; cells as by_backbone.Cell.
-    """
+    """Have every cell's records in its backbone's table, and its rows in the file beside it."""
 
     def rows_of(cell: Any, progress: Progress) -> list[dict[str, Any]]:
         found = fit_of(cell, progress)
@@ -233,7 +261,7 @@ def run_cells(
             put_rows(rows_file(config.folder, cell.seed), cell.name, found.rows)
         return found.records
 
-    by_backbone.run_missing(config, config.folder, cells, training_of, rows_of, line_of)
+    by_backbone.run_missing(config, cells, training_of, rows_of, line_of, settings_of)
 
 
 def line_of(name: str, records: list[dict[str, Any]]) -> str:
@@ -271,7 +299,7 @@ def read_runs(folder: Path, seed: int, cell_type: type) -> list[Run]:
 
 
 def best_rates(
-    config: Any, cell_type: type, kind_of: Callable[[Any], Any], wanted: Collection[Any]
+    config: Config, cell_type: type, kind_of: Callable[[Any], Any], wanted: Collection[Any]
 ) -> dict[Any, float]:
     """Kind of cell -> the one of config.rates with the best mean tuning accuracy over the pilots.
 

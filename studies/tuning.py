@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -49,19 +50,19 @@ class Recipe:
     train_rows: int  # a fixed draw
     letters: bool  # texts as the corpus of the own language models has them
     all_weights: bool = False  # instead of LoRA adapters
+    device: str = "cpu"
     max_length: int = 64
     batch_size: int = 16
 
     def config(self) -> LanguageModelConfig:
+        whole = {"quantization": "none", "compute_dtype": "float32"} if self.all_weights else {}
         return LanguageModelConfig(
             model=self.model,
             learning_rate=self.learning_rate,
             schedule="constant",
             warmup_fraction=WARMUP_STEPS / self.steps,
             batch_size=self.batch_size,
-            gradient_checkpointing="off",
-            quantization="none",
-            compute_dtype="float32",
+            **whole,
         )
 
 
@@ -138,8 +139,9 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
 
     The second is what `language_kept` is measured under: Model 1 has no LM head of its own.
     """
+    gc.collect()  # the model before is gone; its memory is not, while a ring of references is
     torch.manual_seed(recipe.seed)
-    arm, config, device = common.find_arm(recipe.arm), recipe.config(), torch.device("cpu")
+    arm, config, device = common.find_arm(recipe.arm), recipe.config(), torch.device(recipe.device)
     if not recipe.all_weights:
         model = common.build_language_model(arm, classes, "pooled", config, device)
         return model, model.adapters.get_base_model().get_output_embeddings()
@@ -205,6 +207,8 @@ def steps_of(
 
 
 def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> common.Trainer:
+    if plan := model.memory_plan:
+        plan.unpack_what_fits(train, recipe.batch_size)
     return common.make_trainer(model, train, recipe.config(), common.find_arm(recipe.arm))
 
 
@@ -219,8 +223,8 @@ def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str
 @torch.inference_mode()
 def lm_loss(model: nn.Module, split: Split, lm_head: nn.Linear) -> float:
     """Mean next-token loss in nats over the split's targets, under that LM head."""
-    total = 0.0
-    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS["cpu"]):
-        batch = collate(split, rows, torch.device("cpu"))
+    total, device = 0.0, lm_head.weight.device
+    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type]):
+        batch = collate(split, rows, device)
         total += lm_loss_sum(model(batch.input_ids, batch.text_mask).hidden, batch, lm_head).item()
     return total / count_targets(split, range(len(split.labels)))

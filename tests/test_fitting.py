@@ -70,7 +70,7 @@ def made(tmp_path_factory):
     config = benefit.Config(corpus="miniature", models_dir=folder)
     by_backbone.pretrain.backbones([0], "miniature", folder)
     recipe = tuning.Recipe(
-        model=str(by_backbone.backbone_folder(config, 0)),
+        model=by_backbone.backbone(config, 0),
         dataset=tuning.MADE_UP,
         arm="1",
         learning_rate=1e-2,

@@ -282,19 +282,21 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     """Versions, hardware and git commit (default: the present one), for results.json."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    # On the machine that hands trainings to a cluster the device may be absent.
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
     return {
         "versions": {"python": platform.python_version(), **versions},
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+            "device": hardware_name(device),
             "threads": torch.get_num_threads(),
         },
         "git_commit": commit or git_commit(),
     }
 
 
-def _cpu_name() -> str:
+def hardware_name(device: torch.device) -> str:
+    """Of the GPU or processor."""
+    # On the machine that hands trainings to a cluster the device may be absent.
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

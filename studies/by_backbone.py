@@ -18,7 +18,7 @@ import pretrain
 import tuning
 
 import common
-from collapse.files import git_commit
+from collapse.files import git_commit, hardware_name
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, pick_device, set_threads
@@ -107,7 +107,8 @@ def run_missing(
             fields = dataclasses.asdict(cell)
             head = {"training": cell.name} | fields | rounded(settings_of(fields))
             digest = tuning.digest_of_model(model or backbone(config, cell.seed))
-            tail = dict(zip(MADE_WITH, (commit, digest), strict=True))
+            made_with = commit, digest, hardware_name(pick_device(config.device))
+            tail = dict(zip(MADE_WITH, made_with, strict=True))
             found = rows_of(cell, progress)
             progress.say(line_of(training.name, found), time_left=True)
             return [head | rounded(row) | tail for row in found]
@@ -149,7 +150,7 @@ def check_weights(table: Path, model: str) -> None:
         )
 
 
-MADE_WITH = ("git_commit", "weights_sha256")
+MADE_WITH = ("git_commit", "weights_sha256", "hardware")
 
 
 def read_paths(

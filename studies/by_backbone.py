@@ -150,6 +150,12 @@ def check_weights(table: Path, model: str) -> None:
         )
 
 
+def published_rows(folder: Path) -> list[dict[str, str]]:
+    """Rows of all tables in a folder, seed by seed, pilots' among them."""
+    tables = sorted(folder.glob("seed-*.csv"), key=lambda table: int(table.stem[5:]))
+    return [row for table in tables for row in read_rows(table)]
+
+
 MADE_WITH = ("git_commit", "weights_sha256", "hardware")
 
 

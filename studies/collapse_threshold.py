@@ -11,7 +11,7 @@ import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,29 +213,36 @@ def outcomes_of(runs: list[Run]) -> dict[Cell, str]:
 
 
 def edges(
-    outcomes: dict[Cell, str], good: Collection[str], rates: Collection[float]
+    outcomes: dict[Cell, str], good: Collection[str], rates: Mapping[str, Collection[float]]
 ) -> dict[tuple[str, str], dict]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
 
-    By Spearman and Karber: lowest rate + step x (good runs - 1/2). Outcomes need not change once
-    only. Runs at other rates do not count, seeds without a run at each of these are left out.
+    By Spearman and Karber, see `edge`. Outcomes need not change once only. Runs at other rates
+    than a data set's do not count, seeds without a run at each of these are left out.
     """
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for cell, outcome in outcomes.items():
-        if cell.rate in rates:
+        if cell.rate in rates[cell.dataset]:
             by_seed = found.setdefault((cell.dataset, cell.arm), {})
             by_seed.setdefault(cell.seed, {})[cell.rate] = outcome in good
     return {
-        place: {seed: edge(by) for seed, by in by_seed.items() if len(by) == len(set(rates))}
-        for place, by_seed in found.items()
+        (dataset, arm): {
+            seed: edge(by) for seed, by in by_seed.items() if len(by) == len(set(rates[dataset]))
+        }
+        for (dataset, arm), by_seed in found.items()
     }
 
 
 def edge(good: dict[float, bool]) -> float:
-    """Spearman-Karber's edge of equally spaced logarithms of rates -> whether a run was good."""
-    lowest, highest = min(good), max(good)
-    spacing = (highest - lowest) / max(1, len(good) - 1)
-    return lowest + spacing * (sum(good.values()) - 0.5)
+    """Spearman-Karber's edge of logarithms of rates -> whether a run was good.
+
+    Lowest rate + step x (good runs - 1/2). Where steps differ, a good run moves the edge by half of
+    the way between the rates beside its own; the first and last step go on beyond the rates. One
+    rate is its own edge.
+    """
+    rates = sorted(good)
+    steps = np.gradient(rates) if len(rates) > 1 else np.zeros(1)
+    return float(rates[0] - steps[0] / 2 + steps @ [good[rate] for rate in rates])
 
 
 def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
@@ -269,27 +276,31 @@ GOOD = {
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds: edges and shifts of every arm, outcomes by rate, P2.
 
-    `at_the_top` counts backbones that are healthy at every rate: their edge is a lower bound.
+    Edges are over the planned rates, those of a given model over all that ran on a data set.
+    `at_the_top` counts backbones that are healthy at every rate: their edge is a lower bound;
+    `at_the_bottom` those that are at none: it is an upper one.
     """
-    runs, rates = read_runs(config.folder), config.rates
+    runs = read_runs(config.folder)
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(cell.dataset for cell in outcomes))
+    rates = {d: rates_of(outcomes, d) if config.model else config.rates for d in datasets}
     arms = sorted({cell.arm for cell in outcomes}, key=lambda name: common.find_arm(name).place)
     found = {good: edges(outcomes, kinds, rates) for good, kinds in GOOD.items()}
-    top = edge(dict.fromkeys(rates, True))
     counts = Counter((c.dataset, c.arm, f"{c.rate:g}", kind) for c, kind in outcomes.items())
     table = []
     for arm in arms:
-        row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "shift": {}}
-        row |= {"outcomes": {}, "ends": {}}
+        row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "at_the_bottom": {}}
+        row |= {"shift": {}, "outcomes": {}, "ends": {}}
         for dataset in datasets:
             values = found["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
-            row["at_the_top"][dataset] = sum(value == top for value in values)
+            for name, healthy in (("at_the_top", True), ("at_the_bottom", False)):
+                bound = edge(dict.fromkeys(rates[dataset], healthy))
+                row[name][dataset] = sum(value == bound for value in values)
             row["ends"][dataset] = mean_ends(runs, arm, dataset)
             row["outcomes"][dataset] = {
                 rate: {kind: counts[dataset, arm, rate, kind] for kind in OUTCOMES}
-                for rate in rates_of(outcomes, dataset)
+                for rate in (f"{rate:g}" for rate in rates_of(outcomes, dataset))
             }
         if arm != "model1":
             for good in GOOD:
@@ -311,9 +322,8 @@ ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank
 ENDS += ("stable_rank", "top10_variance", "cdnv", "accuracy", "validation_accuracy")
 
 
-def rates_of(outcomes: dict[Cell, str], dataset: str) -> list[str]:
-    rates = sorted({cell.rate for cell in outcomes if cell.dataset == dataset})
-    return [f"{rate:g}" for rate in rates]
+def rates_of(outcomes: dict[Cell, str], dataset: str) -> list[float]:
+    return sorted({cell.rate for cell in outcomes if cell.dataset == dataset})
 
 
 def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, float]]:

@@ -2,28 +2,23 @@
 
 RESULTS.md holds every table and figure of every run, in one order, each study with its command and
 where its numbers come from. A block stands between <!-- begin NAME --> and <!-- end -->; NAME is a
-function below named block_NAME, and all between the marks is replaced. Figures whose numbers are in
-the JSON files are drawn anew.
+function block_NAME below or in findings_own_models.py, and all between the marks is replaced.
+Figures whose numbers are in the JSON files are drawn anew.
 """
 
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benefit
-import by_backbone
-import class_count
-import collapse_threshold
-import engram_salience
-import linguistic_collapse
+import findings_own_models as own_models
 import result_tables as tables
 import sink
-import study_tables
+from page import Page, with_full
 
 import common
 from collapse import plots, rank_plots, records
@@ -32,8 +27,7 @@ from collapse.records import values_of
 from collapse.reference import REFERENCE, reference_for
 from collapse.reports import compare_datasets, comparisons_of
 from collapse.settings import ROOT, run_script
-from collapse.statistics import format_bounds, format_interval, mean_interval, t_interval
-from collapse.verdicts import holm, holm_levels, verdict
+from collapse.statistics import format_interval, mean_interval
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!-- begin (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
@@ -103,16 +97,6 @@ STUDIES = (
 RANKS = "results_effective_rank/effective_rank_results.json"
 SINK = "studies/results/sink/sink.json"
 SIMULATION = "studies/results/statistics/simulation.json"
-# Studies on own language models: module, and what it is called with.
-OWN_MODELS = {
-    "collapse_threshold": collapse_threshold,
-    "benefit": benefit,
-    "class_count": class_count,
-    "engram_salience": engram_salience,
-}
-THRESHOLD = "studies/results/collapse_threshold/newsgroups"
-LINGUISTIC = "studies/results/linguistic_collapse"
-FINETUNED = "studies/results/pretrain/finetuned.json"
 
 
 def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
@@ -140,79 +124,6 @@ def short_names(ranks: dict[str, dict]) -> dict[str, tuple[str, dict]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The protocol's endpoints
-# --------------------------------------------------------------------------------------------------
-
-# Endpoint -> its study, what it measures, a unit, and what a number is multiplied by for it.
-ENDPOINTS = {
-    "P1": ("benefit", "accuracy, Model 2 - Model 1", "points", 100),
-    "P2": ("collapse_threshold", "shift of the edge by the LM loss", "decades", 1),
-    "P3": ("class_count", "slope of the gain on log2 classes", "logits", 1),
-    "P4": ("engram_salience", "ARI, trained label - other label", "", 1),
-    "P5": ("benefit", "log rank within classes at equal loss, Model 2 - Model 1", "", 1),
-}
-
-
-def endpoints() -> dict[str, dict]:
-    """P1 to P5 as far as they have run, each with `interval` at Holm's level and its verdict.
-
-    One that has not run keeps its place among the five: it counts as if its p were 1.
-    """
-    found = {}
-    for name, (study, *_) in ENDPOINTS.items():
-        path = ROOT / "studies" / "results" / study / "newsgroups" / "results.json"
-        result = read_json(path)[name] if path.exists() else None
-        if result:
-            found[name] = result
-    p_values = {name: found[name]["p"] if name in found else 1.0 for name in ENDPOINTS}
-    levels, adjusted = holm_levels(p_values), holm(p_values)
-    for name, result in found.items():
-        estimate = [result[key] for key in ("mean", "se", "df")]
-        interval = t_interval(*estimate, levels[name])
-        bounds = interval, result["interval_90"]
-        said = verdict(result["mean"], *bounds, result["margin"], result["done"])
-        result |= {"interval": interval, "p_holm": adjusted[name], **said}
-    return found
-
-
-def standing(found: dict[str, dict], name: str) -> str:
-    """An endpoint's verdict in a word, and of how many backbones."""
-    if name not in found:
-        return f"{name} not run"
-    planned = "" if found[name]["done"] else ", fewer than planned"
-    return f"{name} {found[name]['verdict']}, {found[name]['n']} backbones{planned}"
-
-
-def of_h4(found: dict[str, dict]) -> str:
-    """H4 is decided only where P2 and P5 agree."""
-    both = [
-        found[name]["verdict"] for name in ("P2", "P5") if name in found and found[name]["done"]
-    ]
-    agree = len(both) == 2 and len(set(both)) == 1 and both[0] in ("supported", "refuted")
-    parts = "; ".join(standing(found, name) for name in ("P2", "P5"))
-    return f"{both[0] if agree else 'open'} ({parts})"
-
-
-def table_endpoints() -> str:
-    """Those that ran, and a line that names the others."""
-    ran, rows = endpoints(), []
-    for name, found in ran.items():
-        _, what, unit, scale = ENDPOINTS[name]
-        title = f"{what}, {unit}" if unit else what
-        ends = [{**found[key], "mean": found["mean"]} for key in ("interval", "interval_90")]
-        digits = 2 if abs(scale * found["margin"]) >= 0.1 else 3
-        cells = [format_interval(end, digits, scale, "+") for end in ends]
-        cells[1] = format_bounds(ends[1], digits, scale, "+")
-        said = found["verdict"] if found["done"] else f"{found['verdict']} so far"
-        cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
-        rows.append([name, title, *cells])
-    header = ["", "what", "estimate [Holm-adjusted]", "90 %", "margin", "backbones"]
-    table = tables.markdown([*header, "p, Holm", "verdict"], rows)
-    others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
-    return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
-
-
-# --------------------------------------------------------------------------------------------------
 # RESULTS.md
 # --------------------------------------------------------------------------------------------------
 
@@ -232,30 +143,6 @@ mean stands in [FINDINGS.md](FINDINGS.md).
   pooled validation states. Columns and rows headed *reference* are
   [the reference's](https://github.com/MikeyBeez/sentiment): one seed, its own code.
 """
-
-
-@dataclass
-class Page:
-    """Lines of RESULTS.md; tables and figures are numbered as they come."""
-
-    parts: list[str] = field(default_factory=list)
-    numbers: dict[str, str] = field(default_factory=dict)  # FOLDER TABLE -> A1 and so on
-    figures: int = 0
-
-    def text(self, text: str) -> None:
-        self.parts.append(text.strip("\n"))
-
-    def table(self, key: str, caption: str, table: str) -> None:
-        self.numbers[key] = f"A{len(self.numbers) + 1}"
-        self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
-
-    def document(self) -> str:
-        return "\n\n".join(self.parts) + "\n"
-
-    def figure(self, path: str, caption: str) -> None:
-        if (ROOT / path).exists():
-            self.figures += 1
-            self.text(f"![{caption}]({path})\n\n**Figure A{self.figures}.** {caption}.")
 
 
 TABLES: dict[str, tuple[str, Callable[[Path, dict], str]]] = {
@@ -280,27 +167,6 @@ def add_study(page: Page, study: Study) -> None:
         page.table(f"{study.folder} cross", caption, tables.table_cross(results, other))
     page.figure(f"{study.folder}/learning_curves.png", f"Learning curves: {study.short}")
     page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
-
-
-def add_threshold(page: Page) -> None:
-    found = read_json(ROOT / THRESHOLD / "results.json")
-    page.text("## The learning rate at which a representation collapses")
-    page.text(
-        "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
-        f"--workers 2`. Source: `{THRESHOLD}/seed-*.csv`, a row for every measurement of "
-        f"{found['runs']} trainings."
-    )
-    caption = "Where runs stop being healthy; shifts are paired over backbones."
-    page.table("threshold", caption, study_tables.table_threshold(found))
-    for dataset in found["arms"][0]["edge"]:
-        caption = f"How runs end, {dataset}: counts, and means over backbones."
-        page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
-    page.figure(f"{THRESHOLD}/components.png", "Components kept against the learning rate")
-    page.figure(f"{THRESHOLD}/accuracy.png", "Validation accuracy against the learning rate")
-    if (ROOT / FINETUNED).exists():
-        caption = "Backbones against random weights; each start at its better rate of two."
-        finetuned = read_json(ROOT / FINETUNED)
-        page.table("finetuned", caption, study_tables.table_finetuned(finetuned))
 
 
 def add_ranks(page: Page) -> None:
@@ -345,28 +211,6 @@ def add_other_studies(page: Page) -> None:
     page.table("false positives", caption, tables.table_false_positives(simulation))
 
 
-def add_linguistic(page: Page) -> None:
-    if not (ROOT / LINGUISTIC / "models.csv").exists():
-        return
-    found = read_json(ROOT / LINGUISTIC / "results.json")
-    page.text("## Tokens as classes: Linguistic Collapse on own language models")
-    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in found["models"].items())
-    page.text(
-        "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
-        f"--paper-table CSV`. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}."
-    )
-    caption = (
-        "Spearman correlation with validation loss [95 %]; *theirs*: from Wu & Papyan's table, "
-        "20 seeds of one size and 210 models, CDNV with exponent 4 alone."
-    )
-    table = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
-    page.table("linguistic", caption, table)
-    page.figure(f"{LINGUISTIC}/linguistic_collapse.png", "Each measure against validation loss")
-    parts = linguistic_collapse.rows_of_parts(linguistic_collapse.Config(corpus="newsgroups"))
-    table = study_tables.table_language_models(linguistic_collapse.distinct(parts))
-    page.table("models", "Every model; the bigram is Kneser and Ney's, of the same tokens.", table)
-
-
 def add_speed_and_reference(page: Page) -> None:
     page.text("## Speed\n\nCommand: `python studies/throughput.py --help`")
     measured = read_json(ROOT / "results/throughput.json")
@@ -400,13 +244,12 @@ def results_page() -> Page:
     page.text(INTRODUCTION)
     page.text("## The protocol's endpoints")
     page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
-    page.table("endpoints", "P1 to P5, adjusted together by Holm.", table_endpoints())
-    add_threshold(page)
+    page.table("endpoints", "P1 to P5, adjusted together by Holm.", own_models.table_endpoints())
+    own_models.add_studies(page)
     for study in present():
         add_study(page, study)
     add_ranks(page)
     add_other_studies(page)
-    add_linguistic(page)
     add_speed_and_reference(page)
     page.text(REFERENCES)
     return page
@@ -479,7 +322,7 @@ def mild_collapse(ranks: dict) -> tuple[str, str]:
 def block_claims(page: Page) -> str:
     """What the reference claims, and what stands beside it here."""
     ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
-    found = endpoints()
+    found = own_models.endpoints()
     header = ["claim of the reference", "its number", "ours", "verdict", "RESULTS"]
     rows = [*claims_of_accuracy(page.numbers, found), *claims_of_rank(page.numbers, ranks, found)]
     return tables.markdown(header, rows, numbers=False)
@@ -500,21 +343,21 @@ def claims_of_accuracy(where: dict[str, str], found: dict[str, dict]) -> list[li
             "H1: Model 2 is more accurate than Model 1, points",
             their_gains("model1", "model2"),
             gains("model2 - model1"),
-            standing(found, "P1"),
+            own_models.standing(found, "P1"),
             comparisons,
         ],
         [
             "H2: that gain grows with task complexity, points",
             "four classes against two: fourteen times",
             f"AG News less SST-2, stand-in {more}",
-            standing(found, "P3"),
+            own_models.standing(found, "P3"),
             where[f"{here.folder} cross"],
         ],
         [
             "H3: engrams group by class unsupervised, ARI",
             "SST-2, 7B {}; AG News, 7B {}; no control".format(*their_aris),
             f"less an untrained compressor's: {aris}",
-            standing(found, "P4"),
+            own_models.standing(found, "P4"),
             ", ".join(where[f"{study.folder} engrams"] for study in repeated()),
         ],
         [
@@ -552,14 +395,14 @@ def claims_of_rank(
             "H4: Model 1 loses effective rank",
             f"AG News, 7B {start} → {model1}",
             f"less the start: {rank_changes(ranks, 'model1 - pretrained')}",
-            of_h4(found),
+            own_models.of_h4(found),
             where["ranks changes"],
         ],
         [
             "H4: Model 2 keeps it",
             f"AG News, 7B {start} → {model2}",
             f"less Model 1: {rank_changes(ranks, 'model2 - model1')}",
-            standing(found, "P5"),
+            own_models.standing(found, "P5"),
             where["ranks changes"],
         ],
         ["On SST-2 Model 1 collapses mildly", mild, shown, met, where["ranks levels"]],
@@ -647,27 +490,6 @@ def half_width(interval: dict) -> str:
     return f"{50 * (interval['high'] - interval['low']):.1f}"
 
 
-def with_full(table: str, page: Page, *keys: str) -> str:
-    """A table with the numbers of those of RESULTS.md that hold more of it."""
-    return f"{table}\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"
-
-
-def block_endpoints(page: Page) -> str:
-    return with_full(table_endpoints(), page, "endpoints")
-
-
-def block_threshold(page: Page) -> str:
-    found = read_json(ROOT / THRESHOLD / "results.json")
-    table = study_tables.table_threshold(found, ("healthy", "not collapsed", "learning"))
-    return with_full(table, page, "threshold")
-
-
-def block_rates(page: Page) -> str:
-    found = read_json(ROOT / THRESHOLD / "results.json")
-    keys = [f"ends {dataset}" for dataset in found["arms"][0]["edge"]]
-    return with_full(study_tables.table_rates(found), page, *keys)
-
-
 def block_answer(_page: Page) -> str:
     """README.md's table: what the dual objective changed in each study."""
     rows = []
@@ -689,8 +511,10 @@ def block_answer(_page: Page) -> str:
 def fill(text: str, page: Page) -> str:
     """The document with every block made anew; page is RESULTS.md, whose tables they name."""
 
+    blocks = vars(own_models) | globals()
+
     def replace(match: re.Match) -> str:
-        content = globals()[f"block_{match['name']}"](page)
+        content = blocks[f"block_{match['name']}"](page)
         return f"{match['begin']}\n{content}\n\n{match['end']}"
 
     return BLOCK.sub(replace, text)
@@ -702,10 +526,7 @@ def summarize_and_draw() -> None:
     t-SNE needs the engrams of a run.
     """
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
-    for study in OWN_MODELS.values():
-        config = study.Config(corpus="newsgroups")
-        if by_backbone.table_of(config.folder, 0).exists():
-            study.report(config)
+    own_models.summarize()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)

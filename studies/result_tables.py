@@ -26,6 +26,22 @@ def markdown(header: list[str], rows: list[list[str]], numbers: bool = True) -> 
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def interval_cell(
+    interval: dict | None, digits: int = 2, scale: float = 1.0, sign: str = "+"
+) -> str:
+    """mean [95 %], or the mean alone; n/a where there is none: too few seeds, or all diverged."""
+    if not interval or interval["mean"] is None:
+        return "n/a"
+    return format_interval(interval, digits, scale, sign)
+
+
+def mean_cell(interval: dict | None, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
+    """The mean of an interval, n/a where there is none."""
+    if not interval or interval["mean"] is None:
+        return "n/a"
+    return f"{scale * interval['mean']:{sign}.{digits}f}"
+
+
 def short_commit(commit: str | None) -> str:
     """Ten digits, and -modified where the code was; a run outside of a clone has none."""
     if commit is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from result_tables import markdown
+from result_tables import interval_cell, markdown, mean_cell
 
 from collapse.arms import find_arm
 from collapse.statistics import format_interval
@@ -18,22 +18,45 @@ SHIFTS = {
 }
 
 
-def table_threshold(results: dict, kinds: Sequence[str] = tuple(SHIFTS)) -> str:
-    """Where runs of each arm stop being healthy, against Model 1."""
+def table_threshold(
+    results: dict, kinds: Sequence[str] = tuple(SHIFTS), unit: str = "backbones"
+) -> str:
+    """Where runs of each arm stop being healthy, against Model 1; unit: what repeats.
+
+    Its number is that on each data set, told once where they agree.
+    """
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
-    header += [*(SHIFTS[kind] for kind in kinds), "backbones"]
+    header += [*(SHIFTS[kind] for kind in kinds), unit]
     rows = []
     for row in results["arms"]:
-        edges = [
-            f"{'≥ ' if row['at_the_top'][data] else ''}{10 ** e['mean']:.1e}" if e else "n/a"
-            for data, e in row["edge"].items()
-        ]
-        shifts = [row["shift"].get(kind, {}).get("mean", {}) for kind in kinds]
-        cells = [format_interval(s, 2, sign="+") if s.get("n") else "0" for s in shifts]
-        count = max([e["n"] for e in row["edge"].values() if e], default=0)
-        rows.append([find_arm(row["arm"]).title, *edges, *cells, str(count)])
+        edges = [edge_cell(row, data) for data in datasets]
+        cells = ["0"] * len(kinds)
+        if row["arm"] != "model1":
+            cells = [interval_cell(row["shift"][kind]["mean"]) for kind in kinds]
+        counts = [str(e["n"] if e else 0) for e in row["edge"].values()]
+        count = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+        rows.append([find_arm(row["arm"]).title, *edges, *cells, count])
     return markdown(header, rows)
+
+
+def edge_cell(row: dict, dataset: str) -> str:
+    """Mean edge of an arm as a rate; a bound where some are healthy at every rate, or at none."""
+    if not row["edge"][dataset]:
+        return "n/a"
+    bound = "≥ " * bool(row["at_the_top"][dataset]) + "≤ " * bool(row["at_the_bottom"][dataset])
+    return f"{bound}{10 ** row['edge'][dataset]['mean']:.1e}"
+
+
+def table_shifts(results: dict, kinds: Sequence[str] = tuple(SHIFTS)) -> str:
+    """Shifts of table_threshold on each data set by itself, where each may have other seeds."""
+    rows = []
+    for row in [row for row in results["arms"] if row["arm"] != "model1"]:
+        for dataset in row["edge"]:
+            shifts = [row["shift"][kind][dataset] for kind in kinds]
+            cells = [*map(interval_cell, shifts), str(shifts[0]["n"])]
+            rows.append([find_arm(row["arm"]).title, dataset, *cells])
+    return markdown(["arm", "data", *(SHIFTS[kind] for kind in kinds), "pairs"], rows)
 
 
 def table_ends(results: dict, dataset: str) -> str:
@@ -82,6 +105,27 @@ def table_rates(results: dict) -> str:
     return markdown(header, rows)
 
 
+def table_outcomes(results: dict) -> str:
+    """How Models 1 and 2 end at every rate that ran, in words; components and accuracy (%)."""
+    models = {row["arm"]: row for row in results["arms"]}
+    shown = [key for key in ("model1", "model2") if key in models]
+    rows = []
+    for dataset, by_rate in models[shown[0]]["outcomes"].items():
+        for rate in by_rate:
+            row = [dataset, f"{10 ** float(rate):.1e}"]
+            for key in shown:
+                kinds = models[key]["outcomes"][dataset][rate]
+                ends = models[key]["ends"][dataset].get(rate)
+                row.append("; ".join(f"{kinds[k]} {k}" for k in KINDS if kinds[k]) or "n/a")
+                row.append(f"{ends['dims_95pct']:.1f}" if ends else "n/a")
+                row.append(f"{100 * ends['validation_accuracy']:.1f}" if ends else "n/a")
+            rows.append(row)
+    header = ["data", "learning rate"]
+    for key in shown:
+        header += [f"Model {key[-1]} ends", "components", "accuracy, %"]
+    return markdown(header, rows)
+
+
 def table_finetuned(results: dict) -> str:
     """What pretraining is worth: accuracy from the backbones' weights and from random ones."""
     rows = [
@@ -121,9 +165,7 @@ def table_linguistic(results: dict, titles: dict[str, str]) -> str:
 
 def correlation(found: dict | None) -> str:
     """r [95 %]; n/a where it is not known."""
-    if not found or found["r"] is None:
-        return "n/a"
-    return format_interval(found | {"mean": found["r"]}, 2, sign="+")
+    return interval_cell(found and found | {"mean": found["r"]})
 
 
 def table_language_models(rows: list[dict[str, float]]) -> str:
@@ -143,3 +185,43 @@ def table_language_models(rows: list[dict[str, float]]) -> str:
     )
     cells = [[f"{row[key]:.{digits}f}" for _, key, digits in columns] for row in rows]
     return markdown([title for title, *_ in columns], cells)
+
+
+def table_trainings(results: dict, labels: Sequence[str]) -> str:
+    """Engrams by trained label and arm: agreement with each of the labels, beside controls."""
+    rows = []
+    for row in results["trainings"]:
+        title = "before training" if row["arm"] == "start" else find_arm(row["arm"]).title
+        cells = [mean_cell(row.get("accuracy"), 1, 100)]
+        for kind in ("ari", "ari_untrained"):
+            cells += [interval_cell(row.get(f"{kind}_{label}"), 3) for label in labels]
+        cells += [mean_cell(row.get(f"probe_{label}"), 1, 100) for label in labels]
+        counts = [row.get("learned", "n/a"), row["backbones"], row["diverged"]]
+        cells += [mean_cell(row.get("lm_loss"), 3), *map(str, counts)]
+        rows.append([row["trained"], title, *cells])
+    header = ["trained label", "arm", "accuracy, %", *(f"ARI, {label}" for label in labels)]
+    header += [f"random compressor's, {label}" for label in labels]
+    header += [f"probe, {label}, %" for label in labels]
+    header += ["LM loss, nats", "learned", "backbones", "diverged"]
+    return markdown(header, rows)
+
+
+def table_salience(results: dict) -> str:
+    """Index with the trained label less that with the other, of each arm."""
+    rows = []
+    for row in results["arms"]:
+        kinds = ("learned", "less_random_compressor", "all_backbones")
+        cells = [interval_cell(row[kind], 3) for kind in kinds]
+        counts = f"{row['learned']['n']} of {row['all_backbones']['n']}"
+        rows.append([find_arm(row["arm"]).title, *cells, counts])
+    header = ["arm", "ARI, trained label - other label", "less a random compressor's"]
+    return markdown([*header, "of all backbones", "learned both labels"], rows)
+
+
+def table_pieces(results: dict) -> str:
+    """What second pieces of posts lose when they are read the second way instead of the first."""
+    rows = []
+    for title, found in results.items():
+        cells = [interval_cell(found["lm_loss"], 4), interval_cell(found["accuracy"], 2, 100)]
+        rows.append([title, *cells, str(found["lm_loss"]["n"])])
+    return markdown(["reading with", "LM loss, nats", "accuracy, points", "backbones"], rows)

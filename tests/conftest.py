@@ -129,6 +129,17 @@ def phrases_dir(tmp_path_factory) -> Path:
     return folder
 
 
+def cells_of_row(table: str, *row: str) -> dict[str, str]:
+    """Head -> cell of the one row of a table that holds these cells."""
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("|")
+    ]
+    (found,) = [line for line in lines if set(row) <= set(line)]
+    return dict(zip(lines[0], found, strict=True))
+
+
 def fails(run, capsys, *arguments, **keywords) -> str:
     """The one line that a failing run leaves on stderr; its exit code must be 2."""
     capsys.readouterr()

@@ -72,7 +72,7 @@ def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing()
             cells[study.Cell(seed, "AG News", arm, rate)] = kind
     cells[study.Cell(2, "AG News", "model1", -4.0)] = "healthy"
     cells[study.Cell(0, "AG News", "model1", -2.0)] = "healthy"  # no rate of the plan
-    rates = (-4.0, -3.5, -3.0, -2.5)
+    rates = {"AG News": (-4.0, -3.5, -3.0, -2.5)}
     edges = study.edges(cells, {"healthy"}, rates)
     found = study.shift(edges, "model2", ["AG News"])
     assert found["n"] == 2 and found["mean"] == pytest.approx(0.5)

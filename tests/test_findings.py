@@ -9,6 +9,7 @@ import findings
 import numpy as np
 import pytest
 import result_tables as tables
+from conftest import cells_of_row
 
 import common
 from collapse import rank_plots, records
@@ -175,17 +176,6 @@ def test_comparisons_of_an_older_run_are_made_anew(published):
     assert comparisons_of({"comparisons": found}) is found
 
 
-def cells(table: str, *row: str) -> dict[str, str]:
-    """Head -> cell of the one row of a table that holds these cells."""
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in table.splitlines()
-        if line.startswith("|")
-    ]
-    (found,) = [line for line in lines if set(row) <= set(line)]
-    return dict(zip(lines[0], found, strict=True))
-
-
 def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     keys = [
         "effective_rank",
@@ -232,24 +222,24 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     results = records.summarize({"S": study}, common.find_arm)
     told = tables.provenance_of_ranks("f", results)
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
-    row = cells(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
+    row = cells_of_row(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
     heads = ["effective rank", "over N - 1", "stable rank", "participation ratio"]
     heads += ["the same, eigenvalues", "components for 95 % of variance"]
     assert [float(row[head]) for head in heads] == [200, 201, 202, 203, 204, 205]
     assert (row["rows"], row["seeds"], row["at matched rows"]) == ("100", "1", "240.0")
     assert "within classes" not in row  # no record has it
-    row = cells(tables.table_records(results, tables.COLLAPSE_COLUMNS), "Dual Head")
+    row = cells_of_row(tables.table_records(results, tables.COLLAPSE_COLUMNS), "Dual Head")
     heads = ["NC1 CDNV, pooled", "NC1 CDNV, intermediate", "NC2 etf_error"]
     heads += ["NC3 self_duality_error", "NC4 ncc_agreement", "accuracy"]
     assert [float(row[head]) for head in heads] == [306, 320, 321, 322, 323, 307]
-    row = cells(tables.table_depth(results), "Dual + Engram")
+    row = cells_of_row(tables.table_depth(results), "Dual + Engram")
     assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
     for change, first, second in (
         ("model1 - pretrained", 100, 200),
         ("model3 - model1", 200, 500),
         ("model3 - model2", 300, 500),
     ):
-        row = cells(tables.table_changes(results), change)
+        row = cells_of_row(tables.table_changes(results), change)
         for number in ("effective rank", "stable rank"):
             assert float(row[number].split(" [")[0]) == second - first
         factor = float(row["NC1 CDNV, pooled, as a factor"].split(" [")[0])
@@ -280,7 +270,7 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
         tables.table_changes(results),
     ):
         old, new = (
-            [cells(part, name)[head] for head in heads]
+            [cells_of_row(part, name)[head] for head in heads]
             for name in ("old", "new")
             for part in [with_one_row_of(table, name)]
         )
@@ -343,16 +333,16 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
     }
     own, theirs = Path("results_b"), Path("results_7b")
     pair = "model2 - model1, final epoch"
-    row = cells(tables.table_comparisons(own, results), pair)
+    row = cells_of_row(tables.table_comparisons(own, results), pair)
     assert list(row.values())[1:] == ["+1.00 [-2.00, +3.00]", "0.5, 0.12"]
-    row = cells(tables.table_comparisons(theirs, results), pair)
+    row = cells_of_row(tables.table_comparisons(theirs, results), pair)
     assert list(row.values())[-1] == "+0.34" and list(row)[-1].startswith("reference")
-    row = cells(tables.table_training(own, results), "2: Dual Head")
+    row = cells_of_row(tables.table_training(own, results), "2: Dual Head")
     assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
-    row = cells(tables.table_seeds(own, results), "3: Dual + Engram")
+    row = cells_of_row(tables.table_seeds(own, results), "3: Dual + Engram")
     assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
     case = "control: untrained compressor, trained backbone"
-    row = cells(tables.table_engrams(own, results), case)
+    row = cells_of_row(tables.table_engrams(own, results), case)
     assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
     assert "no 25.0; yes 75.0" in tables.table_engrams(own, results)
     still = {"final": {"model2 - model1": {"interval": interval | {"mean": 0.0}}}}
@@ -361,7 +351,7 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
         "comparisons": still,
         "models": {},
     }
-    row = cells(tables.table_cross(results, there), "model2 - model1")
+    row = cells_of_row(tables.table_cross(results, there), "model2 - model1")
     assert list(row)[1:3] == ["Data (9 / 8 rows, bfloat16)", "Other (9 / 8 rows)"]
     assert [cell.split()[0] for cell in list(row.values())[1:]] == ["+1.00", "+0.00", "+1.00"]
 

@@ -1,0 +1,346 @@
+"""What RESULTS.md and FINDINGS.md tell of the studies on own language models.
+
+The protocol's endpoints; a function add_NAME for each study's part of RESULTS.md, which adds
+nothing before its results.json is there; block_NAME for each block of FINDINGS.md, see findings.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import benefit
+import by_backbone
+import class_count
+import collapse_threshold
+import engram_pieces
+import engram_salience
+import gain_tables
+import linguistic_collapse
+import result_tables as tables
+import study_tables
+from page import Page, with_full
+
+from collapse.files import read_json
+from collapse.settings import ROOT
+from collapse.statistics import format_bounds, format_interval, t_interval
+from collapse.verdicts import holm, holm_levels, verdict
+
+STUDIES = {
+    "collapse_threshold": collapse_threshold,
+    "benefit": benefit,
+    "class_count": class_count,
+    "engram_salience": engram_salience,
+    "engram_pieces": engram_pieces,
+}
+# Study -> the settings of its published run, as far as they name its folder and its trainings.
+CONFIGS = {name: study.Config(corpus="newsgroups") for name, study in STUDIES.items()}
+STANDIN = collapse_threshold.Config(model="smollm2-135m")  # described, not tested
+LINGUISTIC = "studies/results/linguistic_collapse"
+FINETUNED = "studies/results/pretrain/finetuned.json"
+
+
+def summarize() -> None:
+    """Anew results.json and figures of every study that has tables."""
+    published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
+    for study, config in [*published, (collapse_threshold, STANDIN)]:
+        if by_backbone.table_of(config.folder, 0).exists():
+            study.report(config)
+
+
+def folder_of(config: by_backbone.Config) -> str:
+    return str(config.folder.relative_to(ROOT))
+
+
+def results_of(config: by_backbone.Config) -> dict[str, Any] | None:
+    """Its results.json; None before it is there."""
+    path = config.folder / "results.json"
+    return read_json(path) if path.exists() else None
+
+
+# --------------------------------------------------------------------------------------------------
+# The protocol's endpoints
+# --------------------------------------------------------------------------------------------------
+
+# Endpoint -> its study, what it measures, a unit, and what a number is multiplied by for it.
+ENDPOINTS = {
+    "P1": ("benefit", "accuracy, Model 2 - Model 1", "points", 100),
+    "P2": ("collapse_threshold", "shift of the edge by the LM loss", "decades", 1),
+    "P3": ("class_count", "slope of the gain on log2 classes", "logits", 1),
+    "P4": ("engram_salience", "ARI, trained label - other label", "", 1),
+    "P5": ("benefit", "log rank within classes at equal loss, Model 2 - Model 1", "", 1),
+}
+
+
+def endpoints() -> dict[str, dict]:
+    """P1 to P5 as far as they have run, each with `interval` at Holm's level and its verdict.
+
+    One that has not run keeps its place among the five: it counts as if its p were 1.
+    """
+    found = {}
+    for name, (study, *_) in ENDPOINTS.items():
+        results = results_of(CONFIGS[study])
+        if results and results[name]:
+            found[name] = results[name]
+    p_values = {name: found[name]["p"] if name in found else 1.0 for name in ENDPOINTS}
+    levels, adjusted = holm_levels(p_values), holm(p_values)
+    for name, result in found.items():
+        estimate = [result[key] for key in ("mean", "se", "df")]
+        interval = t_interval(*estimate, levels[name])
+        bounds = interval, result["interval_90"]
+        said = verdict(result["mean"], *bounds, result["margin"], result["done"])
+        result |= {"interval": interval, "p_holm": adjusted[name], **said}
+    return found
+
+
+def standing(found: dict[str, dict], name: str) -> str:
+    """An endpoint's verdict in a word, and of how many backbones."""
+    if name not in found:
+        return f"{name} not run"
+    planned = "" if found[name]["done"] else ", fewer than planned"
+    return f"{name} {found[name]['verdict']}, {found[name]['n']} backbones{planned}"
+
+
+def of_h4(found: dict[str, dict]) -> str:
+    """H4 is decided only where P2 and P5 agree."""
+    both = [
+        found[name]["verdict"] for name in ("P2", "P5") if name in found and found[name]["done"]
+    ]
+    agree = len(both) == 2 and len(set(both)) == 1 and both[0] in ("supported", "refuted")
+    parts = "; ".join(standing(found, name) for name in ("P2", "P5"))
+    return f"{both[0] if agree else 'open'} ({parts})"
+
+
+def table_endpoints() -> str:
+    """Those that ran, and a line that names the others."""
+    ran, rows = endpoints(), []
+    for name, found in ran.items():
+        _, what, unit, scale = ENDPOINTS[name]
+        title = f"{what}, {unit}" if unit else what
+        ends = [{**found[key], "mean": found["mean"]} for key in ("interval", "interval_90")]
+        digits = 2 if abs(scale * found["margin"]) >= 0.1 else 3
+        cells = [format_interval(end, digits, scale, "+") for end in ends]
+        cells[1] = format_bounds(ends[1], digits, scale, "+")
+        said = found["verdict"] if found["done"] else f"{found['verdict']} so far"
+        cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
+        rows.append([name, title, *cells])
+    header = ["", "what", "estimate [Holm-adjusted]", "90 %", "margin", "backbones"]
+    table = tables.markdown([*header, "p, Holm", "verdict"], rows)
+    others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
+    return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
+
+
+# --------------------------------------------------------------------------------------------------
+# RESULTS.md
+# --------------------------------------------------------------------------------------------------
+
+
+def add_threshold(page: Page) -> None:
+    config = CONFIGS["collapse_threshold"]
+    found, folder = results_of(config), folder_of(config)
+    page.text("## The learning rate at which a representation collapses")
+    page.text(
+        "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
+        f"--workers 2`. Source: `{folder}/seed-*.csv`, a row for every measurement of "
+        f"{found['runs']} trainings."
+    )
+    caption = "Where runs stop being healthy; shifts are paired over backbones."
+    page.table("threshold", caption, study_tables.table_threshold(found))
+    for dataset in found["arms"][0]["edge"]:
+        caption = f"How runs end, {dataset}: counts, and means over backbones."
+        page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
+    page.figure(f"{folder}/components.png", "Components kept against the learning rate")
+    page.figure(f"{folder}/accuracy.png", "Validation accuracy against the learning rate")
+    if (ROOT / FINETUNED).exists():
+        caption = "Backbones against random weights; each start at its better rate of two."
+        finetuned = read_json(ROOT / FINETUNED)
+        page.table("finetuned", caption, study_tables.table_finetuned(finetuned))
+
+
+def source_of(
+    config: by_backbone.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
+) -> str:
+    """Command of a study, with options, and settings as its rows have them; how these were made."""
+    rows = by_backbone.published_rows(config.folder)
+    trainings = {(row["seed"], row["training"]) for row in rows}
+    options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
+    piloted = {int(row["seed"]) for row in rows} & set(by_backbone.PILOTS)
+    commits = ", ".join(sorted({tables.short_commit(row["git_commit"]) for row in rows}))
+    machines = sorted({row["hardware"] for row in rows} - {""})
+    on = f" on {', '.join(machines)}" if machines else ""
+    return (
+        f"Command: `python studies/{type(config).__module__}.py {options} --data-dir DIR`. Source: "
+        f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
+        f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
+    )
+
+
+def add_standin_threshold(page: Page) -> None:
+    """Described, not tested: one model, whose seeds are of adapters, heads and order of rows."""
+    found, folder = results_of(STANDIN), folder_of(STANDIN)
+    if found is None:
+        return
+    page.text("## The same of the stand-in: SmolLM2-135M-Instruct with LoRA")
+    page.text(source_of(STANDIN, f"--model {STANDIN.model} --arms 1 2", ["steps"]))
+    caption = "Where runs stop being healthy, of the rates that ran; shifts: seeds with every set."
+    table = study_tables.table_threshold(found, unit="seeds")
+    page.table("standin threshold", caption, table)
+    caption = "Shifts on each data set, decades, paired by seed."
+    page.table("standin shifts", caption, study_tables.table_shifts(found))
+    for dataset in found["arms"][0]["edge"]:
+        caption = f"How the stand-in's runs end, {dataset}: counts, and means of the seeds."
+        page.table(f"standin ends {dataset}", caption, study_tables.table_ends(found, dataset))
+    page.figure(f"{folder}/components.png", "Components that the stand-in keeps")
+    page.figure(f"{folder}/accuracy.png", "Validation accuracy of the stand-in")
+
+
+def chosen(rates: dict[str, float]) -> str:
+    """Rates that the pilots chose."""
+    shown = (f"{name} {10**rate:.1e}" for name, rate in rates.items())
+    return f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(shown)}."
+
+
+def add_benefit(page: Page) -> None:
+    config = CONFIGS["benefit"]
+    found = results_of(config)
+    if found is None:
+        return
+    page.text("## Accuracy and rank on four data sets, each model at its own rate")
+    page.text(source_of(config))
+    page.text(chosen(found["rates"]))
+    caption = "Differences in accuracy; controls ran on two sets, their mean is of these."
+    page.table("benefit differences", caption, gain_tables.table_differences(found))
+    page.table("benefit P1", "P1, and its equivalence.", gain_tables.table_p1(found))
+    caption = "Rank within classes at equal training loss, both models at Model 1's rate; P5."
+    page.table("benefit ranks", caption, gain_tables.table_rank_at_equal_loss(found))
+    caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
+    page.table("benefit ends", caption, gain_tables.table_ends(found))
+    caption = "Accuracy less Model 1's; rank within classes as the training loss falls"
+    page.figure(f"{folder_of(config)}/benefit.png", caption)
+
+
+def add_class_count(page: Page) -> None:
+    config = CONFIGS["class_count"]
+    found = results_of(config)
+    if found is None:
+        return
+    page.text("## CLINC150's classes merged")
+    page.text(source_of(config))
+    page.text(chosen(found["rates"]))
+    caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."
+    rows_too = found["P3_rows_too"]
+    if rows_too:
+        caption += f" Slope of the gain, seeds and rows drawn anew: {format_bounds(rows_too, 3)}."
+    page.table("classes", caption, gain_tables.table_classes(found))
+    caption = "Gain, accuracy and components against the number of classes"
+    page.figure(f"{folder_of(config)}/class_count.png", caption)
+
+
+def add_salience(page: Page) -> None:
+    config = CONFIGS["engram_salience"]
+    found = results_of(config)
+    if found is None:
+        return
+    page.text("## Two labels in one input: what an engram organizes by")
+    options = "--corpus newsgroups" + " --phrases" * config.phrases
+    page.text(source_of(config, options, ["learning_rate", "steps"]))
+    least = f"{engram_salience.LEARNED:.0%}"
+    caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
+    table = study_tables.table_trainings(found, engram_salience.LABELS)
+    page.table("salience trainings", caption, table)
+    caption = "P4 (Model 3) and P4b (less a random compressor's): mean of both trained labels."
+    page.table("salience", caption, study_tables.table_salience(found))
+    page.figure(f"{folder_of(config)}/engrams.png", "Index of engrams with either label")
+
+
+def add_pieces(page: Page) -> None:
+    config = CONFIGS["engram_pieces"]
+    found = results_of(config)
+    if found is None:
+        return
+    page.text("## What an engram carries from one piece of a post to the next (exploratory)")
+    page.text(source_of(config, settings=engram_pieces.SETTINGS))
+    caption = "Second pieces read with another prefix; the first reading is subtracted."
+    page.table("pieces", caption, study_tables.table_pieces(found))
+
+
+def add_linguistic(page: Page) -> None:
+    if not (ROOT / LINGUISTIC / "results.json").exists():
+        return
+    found = read_json(ROOT / LINGUISTIC / "results.json")
+    page.text("## Tokens as classes: Linguistic Collapse on own language models")
+    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in found["models"].items())
+    page.text(
+        "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
+        f"--paper-table CSV`. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}."
+    )
+    caption = (
+        "Spearman correlation with validation loss [95 %]; *theirs*: from Wu & Papyan's table, "
+        "20 seeds of one size and 210 models, CDNV with exponent 4 alone."
+    )
+    table = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
+    page.table("linguistic", caption, table)
+    page.figure(f"{LINGUISTIC}/linguistic_collapse.png", "Each measure against validation loss")
+    parts = linguistic_collapse.rows_of_parts(linguistic_collapse.Config(corpus="newsgroups"))
+    table = study_tables.table_language_models(linguistic_collapse.distinct(parts))
+    page.table("models", "Every model; the bigram is Kneser and Ney's, of the same tokens.", table)
+
+
+def add_studies(page: Page) -> None:
+    """Each that ran, in the order of the protocol."""
+    add_threshold(page)
+    add_standin_threshold(page)
+    add_benefit(page)
+    add_class_count(page)
+    add_salience(page)
+    add_pieces(page)
+    add_linguistic(page)
+
+
+# --------------------------------------------------------------------------------------------------
+# Blocks of FINDINGS.md
+# --------------------------------------------------------------------------------------------------
+
+
+def block_endpoints(page: Page) -> str:
+    return with_full(table_endpoints(), page, "endpoints")
+
+
+def block_threshold(page: Page) -> str:
+    found = results_of(CONFIGS["collapse_threshold"])
+    table = study_tables.table_threshold(found, ("healthy", "not collapsed", "learning"))
+    return with_full(table, page, "threshold")
+
+
+def block_rates(page: Page) -> str:
+    found = results_of(CONFIGS["collapse_threshold"])
+    keys = [f"ends {dataset}" for dataset in found["arms"][0]["edge"]]
+    return with_full(study_tables.table_rates(found), page, *keys)
+
+
+def block_gains(page: Page) -> str:
+    found = [results_of(CONFIGS[name]) for name in ("benefit", "class_count")]
+    keys = [
+        key for key in ("benefit differences", "benefit ranks", "classes") if key in page.numbers
+    ]
+    return with_full(gain_tables.table_gains(*found), page, *keys)
+
+
+def block_salience(page: Page) -> str:
+    found = results_of(CONFIGS["engram_salience"])
+    return with_full(study_tables.table_salience(found), page, "salience trainings", "salience")
+
+
+def block_linguistic(page: Page) -> str:
+    """The protocol's four correlations alone."""
+    found = read_json(ROOT / LINGUISTIC / "results.json")
+    primary = {name: linguistic_collapse.TITLES[name] for name in found["primary"]}
+    return with_full(study_tables.table_linguistic(found, primary), page, "linguistic")
+
+
+def block_standin(page: Page) -> str:
+    found = results_of(STANDIN)
+    keys = [f"standin ends {dataset}" for dataset in found["arms"][0]["edge"]]
+    table = study_tables.table_outcomes(found)
+    return with_full(table, page, "standin threshold", *keys)

@@ -1,0 +1,37 @@
+"""RESULTS.md as it grows: texts, tables and figures in order."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collapse.settings import ROOT
+
+
+@dataclass
+class Page:
+    """Lines of RESULTS.md; tables and figures are numbered as they come."""
+
+    parts: list[str] = field(default_factory=list)
+    numbers: dict[str, str] = field(default_factory=dict)  # FOLDER TABLE -> A1 and so on
+    figures: int = 0
+
+    def text(self, text: str) -> None:
+        self.parts.append(text.strip("\n"))
+
+    def table(self, key: str, caption: str, table: str) -> None:
+        self.numbers[key] = f"A{len(self.numbers) + 1}"
+        self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
+
+    def document(self) -> str:
+        return "\n\n".join(self.parts) + "\n"
+
+    def figure(self, path: str, caption: str) -> None:
+        if (ROOT / path).exists():
+            self.figures += 1
+            self.text(f"![{caption}]({path})\n\n**Figure A{self.figures}.** {caption}.")
+
+
+def with_full(table: str, page: Page, *keys: str) -> str:
+    """A table with the numbers of those of RESULTS.md that hold more of it."""
+    return f"{table}\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"

@@ -1,0 +1,401 @@
+"""Tables of the studies on own language models: each number in its cell, n/a where there is none."""
+
+import dataclasses
+
+import by_backbone
+import collapse_threshold
+import engram_pieces
+import findings
+import findings_own_models as own_models
+import gain_tables
+import linguistic_collapse
+import page as results_document
+import pytest
+import study_tables
+from conftest import cells_of_row
+
+from collapse.files import write_json
+from collapse.statistics import paired_difference
+from collapse.tables import put_rows
+
+
+def interval(mean: float, n: int = 4, half: float = 0.01) -> dict:
+    numbers = {"mean": mean, "low": mean - half, "high": mean + half, "se": half / 3}
+    return numbers | {"df": n - 1.0, "p": 0.5, "n": n}
+
+
+def endpoint(mean: float, margin: float) -> dict:
+    said = {"margin": margin, "done": False, "interval_90": interval(mean, half=0.008)}
+    return interval(mean) | said
+
+
+NOTHING = paired_difference({}, {})  # of no seeds
+
+
+# --------------------------------------------------------------------------------------------------
+# benefit.py and class_count.py
+# --------------------------------------------------------------------------------------------------
+
+
+def ends(accuracy: float) -> dict:
+    numbers = {"best_accuracy": accuracy, "best_loss": 0.512, "best_scaled_loss": 0.487}
+    numbers |= {"best_epoch": 2.5, "language_kept": -0.25, "transfer_kept": -0.031, "seconds": 2.75}
+    return {name: interval(value) for name, value in numbers.items()} | {"n": 4, "diverged": 0}
+
+
+@pytest.fixture
+def benefit() -> dict:
+    """Two sets, a control on the first of them; Model 2 diverged everywhere on the second."""
+    diverged = dict.fromkeys(ends(0)) | {"n": 3, "diverged": 3}
+    both = {"AG News": interval(0.0123), "Banking77": None, "mean": None}
+    control = {"AG News": interval(-0.021), "mean": interval(-0.021, n=3)}
+    return {
+        "rates": {"AG News, model1": -3.0, "AG News, model2": -2.5},
+        "P1": endpoint(0.0042, 0.005) | {"pigeonhole": interval(0.0042, half=0.02)},
+        "P1_equivalence": {"p": 0.031, "low": -0.0011, "high": 0.0047, "margin": 0.005},
+        "accuracy_differences": {"model2": both, "longer": control},
+        "less_model2": {"longer": {"AG News": interval(-0.033), "mean": interval(-0.033)}},
+        "P5": endpoint(0.25, 0.1),
+        "rank_at_equal_loss": {"AG News": interval(0.5), "Banking77": NOTHING},
+        "arms": {
+            "AG News": {"model1": ends(0.71), "model2": ends(0.7223), "longer": ends(0.69)},
+            "Banking77": {"model1": ends(0.81), "model2": diverged},
+        },
+    }
+
+
+def test_differences_in_accuracy_stand_below_their_set_and_base(benefit):
+    table = gain_tables.table_differences(benefit)
+    row = cells_of_row(table, "Dual Head less Model 1")
+    assert row["AG News"] == "+1.23 [+0.23, +2.23]" and row["Banking77"] == "n/a"
+    assert row["mean of its sets"] == row["backbones with all its sets"] == "n/a"
+    row = cells_of_row(table, "Longer less Model 1")
+    assert row["AG News"].startswith("-2.10") and row["backbones with all its sets"] == "3"
+    assert cells_of_row(table, "Longer less Model 2")["AG News"].startswith("-3.30")
+
+
+def test_p1_stands_beside_its_bootstrap_and_its_equivalence(benefit):
+    row = cells_of_row(gain_tables.table_p1(benefit), "Model 2 - Model 1")
+    assert list(row.values())[1:] == [
+        "+0.42 [-0.58, +1.42]",
+        "+0.42 [-1.58, +2.42]",
+        "[-0.11, +0.47]",
+        "0.5",
+        "0.031",
+        "4",
+    ]
+    few = benefit | {"P1": endpoint(0.0042, 0.005), "P1_equivalence": None}  # no bootstrap yet
+    row = cells_of_row(gain_tables.table_p1(few), "Model 2 - Model 1")
+    assert row["90 %"] == row["seeds and rows drawn anew [95 %]"] == "n/a"
+    none = benefit | {"P1": None, "P1_equivalence": None}
+    row = cells_of_row(gain_tables.table_p1(none), "Model 2 - Model 1")
+    assert set(list(row.values())[1:]) == {"n/a"}
+
+
+def test_ends_of_each_arm_on_each_set(benefit):
+    table = gain_tables.table_ends(benefit)
+    row = cells_of_row(table, "AG News", "Dual Head")
+    shown = ["72.2", "0.512", "0.487", "2.5", "-0.25", "-3.1", "2.75", "4", "0"]
+    assert list(row.values())[2:] == shown
+    row = cells_of_row(table, "Banking77", "Dual Head")
+    assert list(row.values())[2:] == ["n/a"] * 7 + ["3", "3"]
+
+
+def test_ranks_at_equal_loss_of_each_set_and_p5(benefit):
+    table = gain_tables.table_rank_at_equal_loss(benefit)
+    row = cells_of_row(table, "AG News")
+    assert list(row.values())[1:] == ["+0.50 [+0.49, +0.51]", "1.65", "4"]
+    assert list(cells_of_row(table, "Banking77").values())[1:] == ["n/a", "n/a", "0"]
+    assert cells_of_row(table, "mean, P5")["as a factor"] == "1.28"
+    table = gain_tables.table_rank_at_equal_loss(benefit | {"P5": None})
+    assert list(cells_of_row(table, "mean, P5").values())[1:] == ["n/a"] * 3
+
+
+@pytest.fixture
+def class_count() -> dict:
+    def row(merge: str, classes: int) -> dict:
+        ranks = {"effective_rank": 30.0 + classes, "effective_rank_within": 40.0 + classes}
+        one = {"best_accuracy": interval(0.9 - classes / 1000)}
+        one |= {name: interval(value) for name, value in ranks.items()}
+        gains = {"accuracy_difference": interval(classes / 1000), "logit_gain": interval(0.125)}
+        two = one | {"dims_95pct": interval(17.0)}
+        head = {"merge": merge, "classes": classes, "seeds": 4}
+        return head | gains | {"model1": one, "model2": two}  # no component of Model 1 is known
+
+    table = [row("nested", 2), row("nested", 10), row("random", 10)]
+    slope = {"low": 0.0125, "high": 0.0435, "n": 4}
+    return {"rates": {"model1": -3.0}, "P3": endpoint(0.02, 0.05), "P3_rows_too": slope} | {
+        "table": table
+    }
+
+
+def test_a_row_for_each_number_of_classes_and_merge(class_count):
+    row = cells_of_row(gain_tables.table_classes(class_count), "nested", "10")
+    shown = ["+1.00 [+0.00, +2.00]", "+0.125 [+0.115, +0.135]"]
+    assert [row[head] for head in list(row)[2:4]] == shown
+    assert (row["accuracy, %, Model 1"], row["components, Model 1"]) == ("89.0", "n/a")
+    assert (row["effective rank, Model 1"], row["within classes, Model 1"]) == ("40.0", "50.0")
+    assert row["backbones"] == "4"
+
+
+def test_the_gains_of_both_studies_are_one_table(benefit, class_count):
+    table = gain_tables.table_gains(benefit, class_count)
+    row = cells_of_row(table, "AG News")
+    assert list(row.values())[1:] == [
+        "71.0",
+        "+1.23 [+0.23, +2.23]",
+        "+0.50 [+0.49, +0.51]",
+        "",
+        "4",
+    ]
+    row = cells_of_row(table, "Banking77")
+    assert list(row.values())[1:] == ["81.0", "n/a", "n/a", "", "n/a"]
+    row = cells_of_row(table, "mean of the sets")
+    assert row["Model 1, %"] == "76.0" and row["log rank at equal loss"].startswith("+0.25")
+    row = cells_of_row(table, "CLINC150 in 10 classes")
+    shown = ["89.0", "+1.00 [+0.00, +2.00]", "", "+0.12 [+0.12, +0.14]", "4"]
+    assert list(row.values())[1:] == shown
+    assert table.count("CLINC150 in") == 2  # no random merge
+    assert "CLINC150" not in gain_tables.table_gains(benefit, None)
+    assert "AG News" not in gain_tables.table_gains(None, class_count)
+
+
+# --------------------------------------------------------------------------------------------------
+# Engrams
+# --------------------------------------------------------------------------------------------------
+
+LABELS = ("sentiment", "topic")
+
+
+@pytest.fixture
+def salience() -> dict:
+    """Model 3 with both labels, and one whose every training with the topic diverged."""
+    numbers = {"accuracy": 0.75, "lm_loss": 5.125}
+    numbers |= {"ari_sentiment": 0.3, "ari_topic": 0.1, "probe_sentiment": 0.8, "probe_topic": 0.6}
+    numbers |= {"ari_untrained_sentiment": 0.05, "ari_untrained_topic": 0.02}
+    known = {name: interval(value) for name, value in numbers.items()}
+    without_accuracy = {name: value for name, value in known.items() if name != "accuracy"}
+    both = {"backbones": 4, "diverged": 0}
+    arm = {"learned": interval(0.2, n=3), "less_random_compressor": interval(0.17, n=3)}
+    none = dict.fromkeys(("learned", "less_random_compressor", "all_backbones"), NOTHING)
+    return {
+        "runs": 9,
+        "trainings": [
+            {"trained": "neither", "arm": "start"} | both | without_accuracy,
+            {"trained": "sentiment", "arm": "model3", "learned": 3} | both | known,
+            {"trained": "topic", "arm": "lm-only-engram", "learned": 0}
+            | {"backbones": 0, "diverged": 4},
+        ],
+        "arms": [
+            {"arm": "model3", "all_backbones": interval(0.15)} | arm,
+            {"arm": "lm-only-engram"} | none,
+        ],
+        "P4": endpoint(0.2, 0.05),
+    }
+
+
+def test_engrams_of_each_trained_label_beside_both_labels(salience):
+    table = study_tables.table_trainings(salience, LABELS)
+    row = cells_of_row(table, "sentiment", "Dual + Engram")
+    assert (row["accuracy, %"], row["ARI, topic"]) == ("75.0", "+0.100 [+0.090, +0.110]")
+    assert row["random compressor's, sentiment"].startswith("+0.050")
+    assert (row["probe, topic, %"], row["LM loss, nats"], row["learned"]) == ("60.0", "5.125", "3")
+    row = cells_of_row(table, "before training")
+    assert (row["accuracy, %"], row["learned"], row["backbones"]) == ("n/a", "n/a", "4")
+    assert row["ARI, sentiment"].startswith("+0.300")
+    row = list(cells_of_row(table, "topic").values())
+    assert row[2:] == ["n/a"] * 8 + ["0", "0", "4"]
+
+
+def test_salience_of_each_arm(salience):
+    table = study_tables.table_salience(salience)
+    row = list(cells_of_row(table, "Dual + Engram").values())
+    assert [cell.split()[0] for cell in row[-4:-1]] == ["+0.200", "+0.170", "+0.150"]
+    assert row[-1] == "3 of 4"
+    row = next(line for line in table.splitlines() if line.endswith("| 0 of 0 |"))
+    assert row.count("| n/a ") == 3
+
+
+def pieces() -> dict:
+    titles = list(engram_pieces.COMPARISONS)
+    found = {"lm_loss": interval(0.0625), "accuracy": interval(-0.0125)}
+    return {titles[0]: found, titles[1]: {"lm_loss": NOTHING, "accuracy": NOTHING}}
+
+
+def test_what_second_pieces_lose():
+    table = study_tables.table_pieces(pieces())
+    first, second = engram_pieces.COMPARISONS, list(engram_pieces.COMPARISONS)[1]
+    row = list(cells_of_row(table, next(iter(first))).values())
+    assert row[1:] == ["+0.0625 [+0.0525, +0.0725]", "-1.25 [-2.25, -0.25]", "4"]
+    assert list(cells_of_row(table, second).values())[1:] == ["n/a", "n/a", "0"]
+
+
+# --------------------------------------------------------------------------------------------------
+# The collapse threshold of a given model
+# --------------------------------------------------------------------------------------------------
+
+
+def put_run(folder, cell: collapse_threshold.Cell, kept: float | None) -> None:
+    """A training that ends with a share of its 40 components; None: it diverged."""
+    head = {"training": cell.name} | dataclasses.asdict(cell) | {"steps": 150}
+    numbers = dict.fromkeys(collapse_threshold.ENDS, 0.9) | {"loss": 0.5, "lm_loss": 4.0}
+    known = {"chance": 0.3, "classes": 2}
+    start = numbers | {"dims_95pct": 40, "accuracy": 0.3}
+    end = numbers | {"dims_95pct": kept and 40 * kept} if kept else dict.fromkeys(numbers)
+    tail = {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}
+    rows = [head | {"step": step} | part | known | tail for step, part in ((0, start), (150, end))]
+    put_rows(by_backbone.table_of(folder, cell.seed), rows, "training")
+
+
+@pytest.fixture
+def standin(tmp_path) -> collapse_threshold.Config:
+    """SST-2 at three rates with three seeds, AG News at two others with two; Model 1 gives way."""
+    config = collapse_threshold.Config(model="some/standin", output_dir=tmp_path)
+    config.folder.mkdir()
+    for dataset, rates, seeds in (("SST-2", (-3.0, -2.75, -2.5), 3), ("AG News", (-2.0, -1.0), 2)):
+        for seed in range(seeds):
+            for place, rate in enumerate(rates):
+                cell = collapse_threshold.Cell(seed, dataset, "model2", rate)
+                put_run(config.folder, cell, 0.5 if place < 2 else None)
+                healthy = dataset == "SST-2" and place < (1 if seed else 2)
+                cell = dataclasses.replace(cell, arm="model1")
+                put_run(config.folder, cell, 0.5 if healthy else 0.1)
+    return config
+
+
+def test_edges_of_a_given_model_are_over_the_rates_that_ran_on_each_set(standin):
+    found = collapse_threshold.summary(standin)
+    one, two = found["arms"]
+    assert two["edge"]["SST-2"]["mean"] == pytest.approx(-2.625)  # half-way to what diverged
+    assert two["edge"]["SST-2"]["n"] == 3 and two["edge"]["AG News"]["n"] == 2
+    assert two["edge"]["AG News"]["mean"] == pytest.approx(-0.5) and two["at_the_top"]["AG News"]
+    assert one["edge"]["AG News"]["mean"] == pytest.approx(-2.5)
+    assert one["at_the_bottom"] == {"SST-2": 0, "AG News": 2}
+    assert two["shift"]["healthy"]["SST-2"]["mean"] == pytest.approx(0.5 / 3)
+    assert two["shift"]["healthy"]["mean"]["n"] == 2 and found["P2"] is None
+    planned = dataclasses.replace(standin, model=None, corpus="standin", rates=(-2.0, -1.0))
+    assert collapse_threshold.summary(planned)["arms"][0]["edge"]["SST-2"] is None
+
+
+def test_tables_of_a_given_model(standin):
+    found = collapse_threshold.summary(standin)
+    table = study_tables.table_threshold(found, unit="seeds")
+    row = cells_of_row(table, "Dual Head")
+    assert row["edge, SST-2"] == "2.4e-03" and row["edge, AG News"] == "≥ 3.2e-01"
+    assert row["seeds"] == "3, 2"
+    row = cells_of_row(table, "Classification Only")
+    assert row["edge, AG News"] == "≤ 3.2e-03" and row["shift of the edge"] == "0"
+    row = cells_of_row(study_tables.table_shifts(found), "AG News")
+    assert row["shift of the edge"] == "+2.00 [+2.00, +2.00]" and row["pairs"] == "2"
+    table = study_tables.table_outcomes(found)
+    row = list(cells_of_row(table, "SST-2", "1.8e-03").values())
+    shown = ["1 healthy; 2 collapsed, functional", "9.3", "90.0", "3 healthy", "20.0", "90.0"]
+    assert row[2:] == shown
+    row = list(cells_of_row(table, "SST-2", "3.2e-03").values())
+    assert row[5:] == ["3 diverged", "n/a", "n/a"]
+
+
+def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
+    found = collapse_threshold.summary(standin)
+    for row in found["arms"]:
+        for shifts in row["shift"].values():
+            shifts |= dict.fromkeys(shifts, NOTHING)
+        row["edge"]["AG News"] = None
+    row = cells_of_row(study_tables.table_threshold(found), "Dual Head")
+    assert row["shift of the edge"] == row["edge, AG News"] == "n/a"
+    assert row["backbones"] == "3, 0"
+
+
+# --------------------------------------------------------------------------------------------------
+# In the documents
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch, benefit, class_count, salience, standin) -> dict:
+    """Every study's results in a folder that stands for the repository; a table of each."""
+    for module in (own_models, results_document):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    configs = dict(own_models.CONFIGS)
+    made = {"benefit": benefit, "class_count": class_count, "engram_salience": salience}
+    for name, results in (made | {"engram_pieces": pieces()}).items():
+        configs[name] = dataclasses.replace(configs[name], output_dir=tmp_path / name)
+        configs[name].folder.mkdir(parents=True)
+        write_json(configs[name].folder / "results.json", results)
+        settings = {"steps": 700, "learning_rate": 0.001, "piece_tokens": 48}
+        for seed, training in ((0, "a"), (0, "b"), (by_backbone.PILOTS[0], "a")):
+            row = {"training": training, "seed": seed} | settings
+            row |= {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}
+            table = by_backbone.table_of(configs[name].folder, seed)
+            put_rows(table, [row, row | {"steps": 700}], "training")
+    monkeypatch.setattr(own_models, "CONFIGS", configs)
+    monkeypatch.setattr(own_models, "STANDIN", standin)
+    write_json(standin.folder / "results.json", collapse_threshold.summary(standin))
+    return configs
+
+
+ADDED = (
+    own_models.add_standin_threshold,
+    own_models.add_benefit,
+    own_models.add_class_count,
+    own_models.add_salience,
+    own_models.add_pieces,
+)
+
+
+def test_each_study_is_in_results_with_its_command_source_and_figure(published):
+    (published["benefit"].folder / "benefit.png").touch()
+    page = findings.Page()
+    for add in ADDED:
+        add(page)
+    text = page.document()
+    assert "`python studies/benefit.py --corpus newsgroups --data-dir DIR`" in text
+    made = "6 rows of 3 trainings, those of pilots among them, made by commit c0ffee0123 on abacus."
+    assert text.count(made) == 4 and text.count("**Figure A") == 1
+    assert "--model some/standin --arms 1 2 --steps 150 --data-dir DIR" in text
+    assert "48 rows" not in text and "52 rows of 26 trainings, made by" in text
+    assert "--learning-rate 0.001 --steps 700" in text and "--piece-tokens 48" in text
+    assert "AG News, model2 3.2e-03" in text and "drawn anew: [0.013, 0.043]" in text
+    assert len(page.numbers) == 4 + 4 + 1 + 2 + 1
+    assert "over seeds" not in text and "over rows" not in text
+
+
+def test_a_study_that_has_not_run_adds_nothing(published, standin):
+    for config in [*(published[name] for name in list(published)[1:]), standin]:
+        (config.folder / "results.json").unlink()
+    page = findings.Page()
+    for add in (*ADDED, own_models.add_linguistic):
+        add(page)
+    assert not page.parts and not page.numbers
+
+
+def test_blocks_of_the_findings(published, tmp_path):
+    page = findings.Page()
+    for add in ADDED:
+        add(page)
+    page.numbers["linguistic"] = "A99"
+    titles = linguistic_collapse.TITLES
+    found = {"r": 0.4, "low": 0.1, "high": 0.6, "p": 0.01, "n": 30, "p_holm": 0.04}
+    unknown = {"r": None, "low": None, "high": None, "p": None, "n": 2}
+    results = {"primary": ["agreement", "cdnv"], "fixed_scale": dict.fromkeys(titles, found)}
+    results |= {"grid": dict.fromkeys(titles, {"spearman": unknown})}
+    results |= {"paper": {"fixed_scale": {"agreement": found | {"r": -0.5}}, "grid": {}}}
+    (tmp_path / own_models.LINGUISTIC).mkdir(parents=True)
+    write_json(tmp_path / own_models.LINGUISTIC / "results.json", results)
+    names = ("gains", "salience", "linguistic", "standin")
+    text = "\n\n".join(f"<!-- begin {name} -->\nold\n<!-- end -->" for name in names)
+    gains, salience, linguistic, standin = findings.fill(text, page).split("<!-- end -->")[:4]
+    assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
+    assert f"*Full: {page.numbers['benefit differences']}, " in gains
+    assert "| Dual + Engram | +0.200 [" in salience
+    row = list(cells_of_row(linguistic, titles["agreement"]).values())
+    assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
+    assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic
+    assert cells_of_row(standin, "SST-2", "1.0e-03")["Model 2 ends"] == "3 healthy"
+
+
+def test_endpoints_are_those_of_every_study(published, standin):
+    published["collapse_threshold"] = standin  # whose P2 is none
+    ran = own_models.endpoints()
+    assert list(ran) == ["P1", "P3", "P4", "P5"] and ran["P3"]["mean"] == 0.02
+    assert own_models.standing(ran, "P2") == "P2 not run"

@@ -103,7 +103,7 @@ def table_classes(results: dict) -> str:
         rows.append([row["merge"], str(row["classes"]), *cells, str(row["seeds"])])
     header = ["merge", "classes", "accuracy, Model 2 - Model 1, points [95 %]", "in logits [95 %]"]
     for title, *_ in columns:
-        header += [f"{title}, Model 1", "Model 2"]
+        header += [f"{title}, Model {model[-1]}" for model in MODELS]
     return markdown([*header, "backbones"], rows)
 
 

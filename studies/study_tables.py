@@ -122,7 +122,8 @@ def table_outcomes(results: dict) -> str:
             rows.append(row)
     header = ["data", "learning rate"]
     for key in shown:
-        header += [f"Model {key[-1]} ends", "components", "accuracy, %"]
+        model = f"Model {key[-1]}"
+        header += [f"{model} ends", f"{model}: components", f"{model}: accuracy, %"]
     return markdown(header, rows)
 
 
@@ -159,8 +160,8 @@ def table_linguistic(results: dict, titles: dict[str, str]) -> str:
                 correlation(paper["grid"].get(name)),
             ]
         )
-    header = ["measure", "one size", "p, Holm", "theirs", "over sizes", "size taken out", "theirs"]
-    return markdown(header, rows)
+    header = ["measure", "one size", "p, Holm", "theirs, one size", "over sizes"]
+    return markdown([*header, "size taken out", "theirs, over sizes"], rows)
 
 
 def correlation(found: dict | None) -> str:

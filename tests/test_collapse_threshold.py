@@ -61,6 +61,10 @@ def test_the_edge_is_half_a_step_above_the_last_good_rate():
     # Outcomes that are not monotone: it is their number that counts.
     swapped = {-4.0: True, -3.5: False, -3.0: True, -2.5: False}
     assert study.edge(swapped) == pytest.approx(-3.25)
+    # Where steps differ, too, it is half-way to the next rate.
+    for last_good, edge in ((-4.0, -3.75), (-3.5, -3.0), (-2.5, -2.0)):
+        good = {rate: rate <= last_good for rate in (-4.0, -3.5, -2.5)}
+        assert study.edge(good) == pytest.approx(edge)
 
 
 def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing():

@@ -9,8 +9,9 @@ import by_backbone
 import engram_pieces as study
 import numpy as np
 import pytest
+import study_tables
 import torch
-from conftest import arm_of, tiny_config, tiny_model
+from conftest import arm_of, cells_of_row, tiny_config, tiny_model
 
 import common
 from collapse.batches import Split
@@ -94,6 +95,8 @@ def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_
         sides = (dict(enumerate(losses[:2, place])) for place in (0, column))
         assert found[title]["lm_loss"] == pytest.approx(paired_difference(*sides))
         assert found[title]["accuracy"]["n"] == 0
+        row = cells_of_row(study_tables.table_pieces(found), title)
+        assert row["LM loss, nats"].startswith(f"{found[title]['lm_loss']['mean']:+.4f} [")
 
 
 def rehearse(folder: Path) -> str:

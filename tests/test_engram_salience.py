@@ -9,8 +9,10 @@ import engram_salience as study
 import numpy as np
 import pytest
 import scipy.stats
+import study_tables
 import torch
 import tuning
+from conftest import cells_of_row
 
 import common
 from collapse.data import Rows
@@ -169,6 +171,10 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
     assert [row["diverged"] for row in results["trainings"]] == [0, 1]
     assert results["P4"] is None and results["arms"][0]["all_backbones"]["n"] == 1
     assert study.text_of(results)
+    row = cells_of_row(study_tables.table_trainings(results, study.LABELS), "topic")
+    assert (row["backbones"], row["diverged"], row["learned"]) == ("1", "1", "1")
+    row = cells_of_row(study_tables.table_salience(results), "Dual + Engram")
+    assert row["of all backbones"] == "+0.000" and row["learned both labels"] == "1 of 1"
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,13 @@ import benefit
 import by_backbone
 import class_count
 import fitting
+import gain_tables
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 import tuning
+from conftest import cells_of_row
 
 from collapse.clinc_domains import CLINC_DOMAINS
 from collapse.rows import pack, unpack
@@ -304,6 +306,19 @@ def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
     assert "not all planned seeds ran" in found["P1"]["text"]
     per_set = found["accuracy_differences"]["model2"]["AG News"]
     assert per_set["mean"] == pytest.approx(crossed_interval(arrays[0])["mean"])
+
+
+def test_tables_tell_what_the_summary_holds(study):
+    config, truth = study
+    found = benefit.summary(config)
+    row = cells_of_row(gain_tables.table_differences(found), "Dual Head less Model 1")
+    assert row["mean of its sets"].startswith(f"{100 * found['P1']['mean']:+.2f} [")
+    assert row["backbones with all its sets"] == "4"
+    row = cells_of_row(gain_tables.table_ends(found), "Banking77", "Dual Head")
+    mean = 100 * np.mean([truth[seed, "Banking77", "model2", -2.5].mean() for seed in range(4)])
+    assert row["accuracy, %"] == f"{mean:.1f}" and row["time over Model 1's"] == "1.00"
+    row = cells_of_row(gain_tables.table_gains(found, None), "mean of the sets")
+    assert row["log rank at equal loss"].startswith(f"{found['P5']['mean']:+.2f} [")
 
 
 def test_p5_is_at_model_1s_rate_for_both(study):

@@ -183,7 +183,7 @@ def add_standin_threshold(page: Page) -> None:
         return
     page.text("## The same of the stand-in: SmolLM2-135M-Instruct with LoRA")
     page.text(source_of(STANDIN, f"--model {STANDIN.model} --arms 1 2", ["steps"]))
-    caption = "Where runs stop being healthy, of the rates that ran; shifts: seeds with every set."
+    caption = "Edges over the rates that ran; shifts: mean of the sets, of seeds that have each."
     table = study_tables.table_threshold(found, unit="seeds")
     page.table("standin threshold", caption, table)
     caption = "Shifts on each data set, decades, paired by seed."

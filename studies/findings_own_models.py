@@ -204,7 +204,7 @@ def chosen(rates: dict[str, float]) -> str:
 def add_benefit(page: Page) -> None:
     config = CONFIGS["benefit"]
     found = results_of(config)
-    if found is None:
+    if found is None or not found["P1"]:  # its pilots alone
         return
     page.text("## Accuracy and rank on four data sets, each model at its own rate")
     page.text(source_of(config))

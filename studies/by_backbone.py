@@ -188,10 +188,10 @@ def backbone(config: Config, seed: int) -> str:
 
 
 def recipe_of(config: Config, cell: Cell, **other: Any) -> tuning.Recipe:
-    """Of a training of all weights of the cell's backbone; `other` fields are the study's."""
-    made_of = {"model": backbone(config, cell.seed), "arm": cell.arm, "seed": cell.seed}
-    device = pick_device(config.device).type
-    return tuning.Recipe(**made_of, letters=True, all_weights=True, device=device, **other)
+    """Of a training of all weights of the cell's backbone, but where `other` fields say else."""
+    fields = {"model": backbone(config, cell.seed), "arm": cell.arm, "seed": cell.seed}
+    fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
+    return tuning.Recipe(**fields | other)
 
 
 def training_of(

@@ -28,7 +28,7 @@ import common
 from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, pick_device, run_script
+from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.statistics import (
     format_interval,
     mean_interval,
@@ -126,19 +126,18 @@ def training_of(config: Config, cell: Cell) -> Training:
 
 
 def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
-    return tuning.Recipe(
+    return by_backbone.recipe_of(
+        config,
+        cell,
         model=config.model or by_backbone.backbone(config, cell.seed),
         dataset=cell.dataset,
-        arm=cell.arm,
         learning_rate=10**cell.rate,
-        seed=cell.seed,
         steps=config.steps,
         train_rows=SIZES[cell.dataset][0],
         max_length=SIZES[cell.dataset][1],
         letters=not config.model,
         # At width 128 LoRA is less accurate and takes as long.
         all_weights=not (config.model or config.lora),
-        device=pick_device(config.device).type,
     )
 
 

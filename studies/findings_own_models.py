@@ -176,13 +176,41 @@ def source_of(
     )
 
 
+def chosen(rates: dict[str, float]) -> str:
+    """Rates that the pilots chose."""
+    shown = (f"{name} {10**rate:.1e}" for name, rate in rates.items())
+    return f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(shown)}."
+
+
+def begin(
+    page: Page,
+    title: str,
+    config: by_backbone.Config,
+    options: str = "--corpus newsgroups",
+    settings: Sequence[str] = (),
+    once: str = "",
+) -> dict[str, Any] | None:
+    """Begin a study's part, and give its results.
+
+    None, with nothing added, before these are there; before the endpoint `once` has an interval.
+    """
+    found = results_of(config)
+    if found is None or (once and not found[once]):
+        return None
+    page.text(f"## {title}")
+    page.text(source_of(config, options, settings))
+    if "rates" in found:
+        page.text(chosen(found["rates"]))
+    return found
+
+
 def add_standin_threshold(page: Page) -> None:
     """Described, not tested: one model, whose seeds are of adapters, heads and order of rows."""
-    found, folder = results_of(STANDIN), folder_of(STANDIN)
+    title = "The same of the stand-in: SmolLM2-135M-Instruct with LoRA"
+    options, folder = f"--model {STANDIN.model} --arms 1 2", folder_of(STANDIN)
+    found = begin(page, title, STANDIN, options, ["steps"])
     if found is None:
         return
-    page.text("## The same of the stand-in: SmolLM2-135M-Instruct with LoRA")
-    page.text(source_of(STANDIN, f"--model {STANDIN.model} --arms 1 2", ["steps"]))
     caption = "Edges over the rates that ran; shifts: mean of the sets, of seeds that have each."
     table = study_tables.table_threshold(found, unit="seeds")
     page.table("standin threshold", caption, table)
@@ -195,20 +223,12 @@ def add_standin_threshold(page: Page) -> None:
     page.figure(f"{folder}/accuracy.png", "Validation accuracy of the stand-in")
 
 
-def chosen(rates: dict[str, float]) -> str:
-    """Rates that the pilots chose."""
-    shown = (f"{name} {10**rate:.1e}" for name, rate in rates.items())
-    return f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(shown)}."
-
-
 def add_benefit(page: Page) -> None:
     config = CONFIGS["benefit"]
-    found = results_of(config)
-    if found is None or not found["P1"]:  # its pilots alone
+    title = "Accuracy and rank on four data sets, each model at its own rate"
+    found = begin(page, title, config, once="P1")  # before that it is its pilots alone
+    if found is None:
         return
-    page.text("## Accuracy and rank on four data sets, each model at its own rate")
-    page.text(source_of(config))
-    page.text(chosen(found["rates"]))
     caption = "Differences in accuracy; controls ran on two sets, their mean is of these."
     page.table("benefit differences", caption, gain_tables.table_differences(found))
     page.table("benefit P1", "P1, and its equivalence.", gain_tables.table_p1(found))
@@ -222,12 +242,9 @@ def add_benefit(page: Page) -> None:
 
 def add_class_count(page: Page) -> None:
     config = CONFIGS["class_count"]
-    found = results_of(config)
+    found = begin(page, "CLINC150's classes merged", config)
     if found is None:
         return
-    page.text("## CLINC150's classes merged")
-    page.text(source_of(config))
-    page.text(chosen(found["rates"]))
     caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."
     rows_too = found["P3_rows_too"]
     if rows_too:
@@ -239,12 +256,11 @@ def add_class_count(page: Page) -> None:
 
 def add_salience(page: Page) -> None:
     config = CONFIGS["engram_salience"]
-    found = results_of(config)
+    title = "Two labels in one input: what an engram organizes by"
+    options = "--corpus newsgroups" + " --phrases" * config.phrases
+    found = begin(page, title, config, options, ["learning_rate", "steps"])
     if found is None:
         return
-    page.text("## Two labels in one input: what an engram organizes by")
-    options = "--corpus newsgroups" + " --phrases" * config.phrases
-    page.text(source_of(config, options, ["learning_rate", "steps"]))
     least = f"{engram_salience.LEARNED:.0%}"
     caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
     table = study_tables.table_trainings(found, engram_salience.LABELS)
@@ -256,11 +272,10 @@ def add_salience(page: Page) -> None:
 
 def add_pieces(page: Page) -> None:
     config = CONFIGS["engram_pieces"]
-    found = results_of(config)
+    title = "What an engram carries from one piece of a post to the next (exploratory)"
+    found = begin(page, title, config, settings=engram_pieces.SETTINGS)
     if found is None:
         return
-    page.text("## What an engram carries from one piece of a post to the next (exploratory)")
-    page.text(source_of(config, settings=engram_pieces.SETTINGS))
     caption = "Second pieces read with another prefix; the first reading is subtracted."
     page.table("pieces", caption, study_tables.table_pieces(found))
 

@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import by_backbone
@@ -326,6 +327,8 @@ def summary(config: Config) -> dict[str, Any]:
             }
             for dataset in datasets
         },
+        "kept": {dataset: kept_difference(study, dataset) for dataset in datasets},
+        "times": times(config, study),
     }
 
 
@@ -342,27 +345,63 @@ def sets_of(study: Study, arm: str) -> list[str]:
 def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
     """Means over seeds of an arm at its own rate.
 
-    `language_kept` (nats) and `transfer_kept` are less what they were before training, `seconds`
-    the time of all steps over Model 1's of the same seed.
+    `language_kept` (nats) and `transfer_kept` are less what they were before training.
     """
-    here = study.runs.get(study.place(dataset, arm), {})
-    ones = study.runs.get(study.place(dataset, "model1"), {})
-    names = ("best_accuracy", "best_loss", "best_scaled_loss", "best_epoch")
-    columns: dict[str, list[float]] = {name: [] for name in names}
-    columns |= {"language_kept": [], "transfer_kept": [], "seconds": []}
-    for seed, run in here.items():
-        start, end = run.path[0], run.end
-        for name in names:
-            columns[name].append(end[name])
-        for name, column in (("language_kept", "lm_loss"), ("transfer_kept", "transfer_accuracy")):
-            if None not in (start[column], end[column]):
-                columns[name].append(end[column] - start[column])
-        if seed in ones:
-            columns["seconds"].append(end["seconds"] / ones[seed].end["seconds"])
-    found = {name: [v for v in values if v is not None] for name, values in columns.items()}
-    means = {name: mean_interval(values) if values else None for name, values in found.items()}
-    diverged = sum(run.end["best_epoch"] is None for run in here.values())
+    here = study.runs.get(study.place(dataset, arm), {}).values()
+    found = {name: [run.end[name] for run in here] for name in AT_BEST}
+    found |= {name: list(map(kept, here)) for name, kept in KEPT.items()}
+    known = {name: [v for v in values if v is not None] for name, values in found.items()}
+    means = {name: mean_interval(values) if values else None for name, values in known.items()}
+    diverged = sum(run.end["best_epoch"] is None for run in here)
     return means | {"n": len(here), "diverged": diverged}
+
+
+AT_BEST = ("best_accuracy", "best_loss", "best_scaled_loss", "best_epoch")
+
+
+def change(run: fitting.Run, name: str) -> float | None:
+    """Of a measure from before the first step to after the last; None where there is no last."""
+    start, end = run.path[0][name], run.end[name]
+    return None if None in (start, end) else end - start
+
+
+KEPT = {
+    "language_kept": lambda run: change(run, "lm_loss"),
+    "transfer_kept": lambda run: change(run, "transfer_accuracy"),
+}
+
+
+def kept_difference(study: Study, dataset: str) -> dict[str, dict[str, Any]]:
+    """Model 2 less Model 1, each at its own rate, paired over seeds."""
+    sides = [study.runs.get(study.place(dataset, arm), {}) for arm in ("model1", "model2")]
+    measures = KEPT | {"best_scaled_loss": lambda run: run.end["best_scaled_loss"]}
+    found = {}
+    for name, measure in measures.items():
+        values = [{seed: measure(run) for seed, run in side.items()} for side in sides]
+        known = [{s: v for s, v in side.items() if v is not None} for side in values]
+        found[name] = paired_difference(*known)
+    return found
+
+
+def times(config: Config, study: Study) -> dict[str, dict[str, Any]]:
+    """Data set -> arm -> time of all steps over Model 1's of the same backbone, and `n` of these.
+
+    Of backbones trained on a CPU: a GPU was shared by many trainings at once, and their times tell
+    nothing. They need not be among those that count.
+    """
+    seconds: dict[tuple, dict[str, float]] = {}
+    for row in by_backbone.published_rows(config.folder):
+        place = row["dataset"], row["arm"]
+        own = place[0] in config.datasets and float(row["rate"]) == rate_of(study.rates, *place)
+        if own and row["seconds"] and row["hardware"] and "NVIDIA" not in row["hardware"]:
+            by_arm = seconds.setdefault((row["dataset"], row["seed"]), {})
+            by_arm[row["arm"]] = float(row["seconds"])
+    found: dict[str, dict[str, list[float]]] = {}
+    for (dataset, _), by_arm in seconds.items():
+        for arm in by_arm.keys() - {"model1"} if "model1" in by_arm else ():
+            ratios = found.setdefault(dataset, {}).setdefault(arm, [])
+            ratios.append(by_arm[arm] / by_arm["model1"])
+    return {d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,39 +410,61 @@ def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Above, accuracy of every arm less Model 1's; below, rank within classes as the loss falls."""
+    """Above, accuracy less Model 1's; below, rank within classes as the training loss falls."""
     study, datasets = read_study(config), list(config.datasets)
-    shape = {"figsize": (3.2 * len(datasets), 6), "layout": "constrained", "squeeze": False}
-    figure, axes = plt.subplots(2, len(datasets), sharex="row", **shape)
-    for dataset, above, below in zip(datasets, axes[0], axes[1], strict=True):
-        differences = results["accuracy_differences"]
-        shown = [(a, found[dataset]) for a, found in differences.items() if found.get(dataset)]
-        for place, (name, found) in enumerate(shown):
-            arm = common.find_arm(name)
-            bar = [[100 * (found["mean"] - found["low"])], [100 * (found["high"] - found["mean"])]]
-            above.errorbar(
-                [100 * found["mean"]], [place], xerr=bar, fmt=arm.marker, color=arm.color
-            )
-        above.set_yticks(range(len(shown)), [common.find_arm(name).title for name, _ in shown])
-        above.axvline(0, color="gray", linewidth=0.8)
-        above.axvspan(-100 * MARGIN_P1, 100 * MARGIN_P1, color="gray", alpha=0.15, linewidth=0)
-        above.set(title=dataset, xlabel="accuracy less Model 1's (points)")
-        above.invert_yaxis()
-        rate = study.rates[dataset, "model1"]
-        for name in ("model1", "model2"):
-            arm = common.find_arm(name)
-            for run in study.runs.get((dataset, name, rate), {}).values():
-                path = [row for row in run.path if row["loss"] is not None]
-                start = path[0]["effective_rank_within"]
-                x = [row["loss"] for row in path]
-                y = [row["effective_rank_within"] / start for row in path]
-                below.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
-            below.plot([], [], color=arm.color, label=arm.title)
-        below.set(xscale="log", xlabel="training loss (nats)", ylim=(0, None))
-        below.invert_xaxis()
-    axes[1][0].set_ylabel("rank within classes, share of the start's")
-    axes[1][0].legend(fontsize=8)
+    figure = plt.figure(figsize=(max(8, 2.9 * len(datasets)), 6.5), layout="constrained")
+    above, below = figure.subfigures(2, 1)
+    left, right = above.subplots(1, 2)
+    differences = results["accuracy_differences"]
+    gains = differences.get("model2", {})
+    draw_differences(left, {place: (gains.get(place), "model2") for place in [*datasets, "mean"]})
+    left.set(title="Dual Head, each model at its own rate")
+    controls = {
+        f"{common.find_arm(name).title}, {place.removesuffix(' by sentence')}": (found[place], name)
+        for name, found in differences.items()
+        for place in config.control_datasets
+        if name != "model2" and place in found
+    }
+    draw_differences(right, controls)
+    right.set(title="Controls")
+    panels = below.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
+    for axis, dataset in zip(panels, datasets, strict=True):
+        draw_ranks(axis, study, dataset)
+    panels[0].set_ylabel("rank within classes,\nshare of the start's")
+    panels[0].legend(fontsize=8)
     save_figure(figure, config.folder / "benefit.png")
+
+
+def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]]) -> None:
+    """Name -> accuracy less Model 1's and its arm, a line each; the margin is gray."""
+    known = {name: pair for name, pair in shown.items() if pair[0]}
+    for line, (found, name) in enumerate(known.values()):
+        arm = common.find_arm(name)
+        bar = [[100 * (found["mean"] - found["low"])], [100 * (found["high"] - found["mean"])]]
+        look = {"fmt": arm.marker, "color": arm.color}
+        axis.errorbar([100 * found["mean"]], [line], xerr=bar, **look)
+    axis.set_yticks(range(len(known)), list(known))
+    axis.axvline(0, color="gray", linewidth=0.8)
+    axis.axvspan(-100 * MARGIN_P1, 100 * MARGIN_P1, color="gray", alpha=0.15, linewidth=0)
+    axis.set(xlabel="accuracy less Model 1's (points)")
+    axis.invert_yaxis()
+
+
+def draw_ranks(axis: plt.Axes, study: Study, dataset: str) -> None:
+    """Every backbone's path of both models at Model 1's rate, from right to left."""
+    rate = study.rates[dataset, "model1"]
+    for name in ("model1", "model2"):
+        arm = common.find_arm(name)
+        for run in study.runs.get((dataset, name, rate), {}).values():
+            path = [row for row in run.path if row["loss"] is not None]
+            start = path[0]["effective_rank_within"]
+            x = [row["loss"] for row in path]
+            y = [row["effective_rank_within"] / start for row in path]
+            axis.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
+        axis.plot([], [], color=arm.color, label=arm.title)
+    axis.set(xscale="log", xlabel="training loss (nats)", title=dataset)
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.invert_xaxis()
 
 
 def text_of(results: dict[str, Any]) -> str:

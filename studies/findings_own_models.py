@@ -236,6 +236,11 @@ def add_benefit(page: Page) -> None:
     page.table("benefit ranks", caption, gain_tables.table_rank_at_equal_loss(found))
     caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
     page.table("benefit ends", caption, gain_tables.table_ends(found))
+    caption = "What training leaves of the language, and of another set's labels in the states."
+    page.table("benefit kept", caption, gain_tables.table_kept(found))
+    if found["times"]:
+        caption = "Cost on a CPU, a training a core."
+        page.table("benefit times", caption, gain_tables.table_times(found))
     caption = "Accuracy less Model 1's; rank within classes as the training loss falls"
     page.figure(f"{folder_of(config)}/benefit.png", caption)
 
@@ -328,12 +333,6 @@ def block_threshold(page: Page) -> str:
     return with_full(table, page, "threshold")
 
 
-def block_rates(page: Page) -> str:
-    found = results_of(CONFIGS["collapse_threshold"])
-    keys = [f"ends {dataset}" for dataset in found["arms"][0]["edge"]]
-    return with_full(study_tables.table_rates(found), page, *keys)
-
-
 def block_gains(page: Page) -> str:
     found = [results_of(CONFIGS[name]) for name in ("benefit", "class_count")]
     keys = [
@@ -352,10 +351,3 @@ def block_linguistic(page: Page) -> str:
     found = read_json(ROOT / LINGUISTIC / "results.json")
     primary = {name: linguistic_collapse.TITLES[name] for name in found["primary"]}
     return with_full(study_tables.table_linguistic(found, primary), page, "linguistic")
-
-
-def block_standin(page: Page) -> str:
-    found = results_of(STANDIN)
-    keys = [f"standin ends {dataset}" for dataset in found["arms"][0]["edge"]]
-    table = study_tables.table_outcomes(found)
-    return with_full(table, page, "standin threshold", *keys)

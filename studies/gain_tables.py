@@ -54,7 +54,6 @@ def table_ends(results: dict) -> str:
         ("best epoch", "best_epoch", 1, 1, ""),
         ("LM loss less before, nats", "language_kept", 2, 1, "+"),
         ("probe of another set less before, points", "transfer_kept", 1, 100, "+"),
-        ("time over Model 1's", "seconds", 2, 1, ""),
     )
     rows = [
         [
@@ -72,6 +71,27 @@ def table_ends(results: dict) -> str:
     ]
     header = ["data", "arm", *(title for title, *_ in columns)]
     return markdown([*header, "backbones", "diverged"], rows)
+
+
+def table_kept(results: dict) -> str:
+    """What is left beside the task, and how sure the models are: Model 2 less Model 1."""
+    columns = (("language_kept", 2, 1), ("transfer_kept", 1, 100), ("best_scaled_loss", 3, 1))
+    rows = []
+    for dataset, found in results["kept"].items():
+        cells = [interval_cell(found[key], digits, scale) for key, digits, scale in columns]
+        rows.append([dataset, *cells, backbones(found["best_scaled_loss"])])
+    header = ["Model 2 - Model 1 [95 %]", "LM loss, nats", "probe of another set, points"]
+    return markdown([*header, "validation loss, scaled, nats", "backbones"], rows)
+
+
+def table_times(results: dict) -> str:
+    """Time of all steps over Model 1's of the same backbone and set."""
+    rows = [
+        [dataset, find_arm(arm).title, f"{found['mean']:.2f}", str(found["n"])]
+        for dataset, arms in results["times"].items()
+        for arm, found in sorted(arms.items(), key=lambda pair: find_arm(pair[0]).place)
+    ]
+    return markdown(["data", "arm", "time over Model 1's", "backbones"], rows)
 
 
 def table_rank_at_equal_loss(results: dict) -> str:

@@ -87,46 +87,6 @@ def table_ends(results: dict, dataset: str) -> str:
     return markdown(header, rows)
 
 
-def table_rates(results: dict) -> str:
-    """Components and validation accuracy (%) of Models 1 and 2 at every second rate."""
-    models = {row["arm"]: row["ends"] for row in results["arms"]}
-    pairs = [(key, data) for data in models["model1"] for key in ("model1", "model2")]
-    header = ["learning rate"]
-    for key, data in pairs:
-        where = f"{data.removesuffix(' by sentence')}, Model {key[-1]}"
-        header += [f"{where}: components", "accuracy"]
-    rows = []
-    for rate in list(models["model1"][pairs[0][1]])[1::2]:
-        row = [f"{10 ** float(rate):.1e}"]
-        for key, data in pairs:
-            ends = models[key][data][rate]
-            row += [f"{ends['dims_95pct']:.1f}", f"{100 * ends['validation_accuracy']:.1f}"]
-        rows.append(row)
-    return markdown(header, rows)
-
-
-def table_outcomes(results: dict) -> str:
-    """How Models 1 and 2 end at every rate that ran, in words; components and accuracy (%)."""
-    models = {row["arm"]: row for row in results["arms"]}
-    shown = [key for key in ("model1", "model2") if key in models]
-    rows = []
-    for dataset, by_rate in models[shown[0]]["outcomes"].items():
-        for rate in by_rate:
-            row = [dataset, f"{10 ** float(rate):.1e}"]
-            for key in shown:
-                kinds = models[key]["outcomes"][dataset][rate]
-                ends = models[key]["ends"][dataset].get(rate)
-                row.append("; ".join(f"{kinds[k]} {k}" for k in KINDS if kinds[k]) or "n/a")
-                row.append(f"{ends['dims_95pct']:.1f}" if ends else "n/a")
-                row.append(f"{100 * ends['validation_accuracy']:.1f}" if ends else "n/a")
-            rows.append(row)
-    header = ["data", "learning rate"]
-    for key in shown:
-        model = f"Model {key[-1]}"
-        header += [f"{model} ends", f"{model}: components", f"{model}: accuracy, %"]
-    return markdown(header, rows)
-
-
 def table_finetuned(results: dict) -> str:
     """What pretraining is worth: accuracy from the backbones' weights and from random ones."""
     rows = [

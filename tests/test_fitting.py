@@ -215,7 +215,7 @@ def path_of(cell, tuned, rng, right):
         | {"step": step, "epoch": step, "loss": losses[step]}
         | {"effective_rank_within": ranks[step], "tuning_accuracy": tuned if step else None}
         | (end if step else dict.fromkeys(end, 0.5))
-        | {"git_commit": "none", "weights_sha256": "none"}
+        | {"git_commit": "none", "weights_sha256": "none", "hardware": "a CPU"}
         for step in (0, 1)
     ]
 
@@ -316,9 +316,45 @@ def test_tables_tell_what_the_summary_holds(study):
     assert row["backbones with all its sets"] == "4"
     row = cells_of_row(gain_tables.table_ends(found), "Banking77", "Dual Head")
     mean = 100 * np.mean([truth[seed, "Banking77", "model2", -2.5].mean() for seed in range(4)])
-    assert row["accuracy, %"] == f"{mean:.1f}" and row["time over Model 1's"] == "1.00"
+    assert row["accuracy, %"] == f"{mean:.1f}"
     row = cells_of_row(gain_tables.table_gains(found, None), "mean of the sets")
     assert row["log rank at equal loss"].startswith(f"{found['P5']['mean']:+.2f} [")
+
+
+def test_times_are_of_one_backbone_on_a_cpu_at_each_models_own_rate(study):
+    """Neither at Model 1's rate, nor on a GPU, nor over Model 1's of another backbone."""
+    config, _ = study
+    cells = {arm: benefit.Cell(20, "AG News", arm, -2.5) for arm in ("model1", "model2")}
+    own = benefit.Cell(20, "AG News", "model1", -3.0)
+    times = {cells["model1"]: 9.0, cells["model2"]: 6.0, own: 2.0}
+    for seed, hardware in ((20, "a CPU"), (21, "NVIDIA H100")):
+        for cell, seconds in times.items():
+            cell = dataclasses.replace(cell, seed=seed)
+            rows = path_of(cell, 0.8, np.random.default_rng(0), 0.5)
+            rows[-1]["seconds"] = seconds if seed == 20 else 100.0 * seconds**2
+            rows = [row | {"hardware": hardware} for row in rows]
+            put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
+    for seed in (*range(4), *by_backbone.PILOTS):  # the fixture's are of a GPU here
+        table = by_backbone.table_of(config.folder, seed)
+        table.write_text(table.read_text().replace("a CPU", "NVIDIA H100"))
+    found = benefit.summary(config)["times"]
+    assert list(found) == ["AG News"] and list(found["AG News"]) == ["model2"]
+    assert found["AG News"]["model2"]["mean"] == 3.0 and found["AG News"]["model2"]["n"] == 1
+
+
+def test_what_is_kept_is_the_change_of_model_2_less_that_of_model_1(study):
+    config, truth = study
+    for seed, change in ((0, -0.1), (1, -0.2)):
+        cell = benefit.Cell(seed, "Banking77", "model2", -2.5)
+        right = truth[seed, "Banking77", "model2", -2.5].mean()
+        rows = path_of(cell, 0.8, np.random.default_rng(0), right)
+        rows[-1]["transfer_accuracy"] = rows[0]["transfer_accuracy"] + change
+        put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
+    read = benefit.read_study(config)
+    found = benefit.kept_difference(read, "Banking77")
+    assert found["transfer_kept"]["mean"] == pytest.approx(-0.3 / 4)
+    assert found["transfer_kept"]["n"] == 4 and found["language_kept"]["mean"] == 0
+    assert benefit.ends(read, "Banking77", "model2")["transfer_kept"]["mean"] < -0.07
 
 
 def test_p5_is_at_model_1s_rate_for_both(study):

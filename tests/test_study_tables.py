@@ -39,7 +39,7 @@ NOTHING = paired_difference({}, {})  # of no seeds
 
 def ends(accuracy: float) -> dict:
     numbers = {"best_accuracy": accuracy, "best_loss": 0.512, "best_scaled_loss": 0.487}
-    numbers |= {"best_epoch": 2.5, "language_kept": -0.25, "transfer_kept": -0.031, "seconds": 2.75}
+    numbers |= {"best_epoch": 2.5, "language_kept": -0.25, "transfer_kept": -0.031}
     return {name: interval(value) for name, value in numbers.items()} | {"n": 4, "diverged": 0}
 
 
@@ -61,6 +61,17 @@ def benefit() -> dict:
             "AG News": {"model1": ends(0.71), "model2": ends(0.7223), "longer": ends(0.69)},
             "Banking77": {"model1": ends(0.81), "model2": diverged},
         },
+        "kept": {
+            "AG News": {
+                "language_kept": interval(-1.25),
+                "transfer_kept": interval(-0.0215),
+                "best_scaled_loss": interval(0.0123),
+            },
+            "Banking77": dict.fromkeys(
+                ("language_kept", "transfer_kept", "best_scaled_loss"), NOTHING
+            ),
+        },
+        "times": {"AG News": {"longer": interval(2.5, n=1), "model2": interval(2.75, n=1)}},
     }
 
 
@@ -95,10 +106,24 @@ def test_p1_stands_beside_its_bootstrap_and_its_equivalence(benefit):
 def test_ends_of_each_arm_on_each_set(benefit):
     table = gain_tables.table_ends(benefit)
     row = cells_of_row(table, "AG News", "Dual Head")
-    shown = ["72.2", "0.512", "0.487", "2.5", "-0.25", "-3.1", "2.75", "4", "0"]
+    shown = ["72.2", "0.512", "0.487", "2.5", "-0.25", "-3.1", "4", "0"]
     assert list(row.values())[2:] == shown
     row = cells_of_row(table, "Banking77", "Dual Head")
-    assert list(row.values())[2:] == ["n/a"] * 7 + ["3", "3"]
+    assert list(row.values())[2:] == ["n/a"] * 6 + ["3", "3"]
+
+
+def test_what_is_kept_beside_the_task(benefit):
+    table = gain_tables.table_kept(benefit)
+    row = list(cells_of_row(table, "AG News").values())
+    shown = ["-1.25 [-1.26, -1.24]", "-2.1 [-3.1, -1.1]", "+0.012 [+0.002, +0.022]", "4"]
+    assert row[1:] == shown
+    assert list(cells_of_row(table, "Banking77").values())[1:] == ["n/a"] * 3 + ["0"]
+
+
+def test_times_of_each_arm_on_each_set(benefit):
+    table = gain_tables.table_times(benefit)
+    assert list(cells_of_row(table, "AG News", "Dual Head").values())[2:] == ["2.75", "1"]
+    assert table.index("Dual Head") < table.index("Longer")
 
 
 def test_ranks_at_equal_loss_of_each_set_and_p5(benefit):
@@ -287,12 +312,6 @@ def test_tables_of_a_given_model(standin):
     assert row["edge, AG News"] == "≤ 3.2e-03" and row["shift of the edge"] == "0"
     row = cells_of_row(study_tables.table_shifts(found), "AG News")
     assert row["shift of the edge"] == "+2.00 [+2.00, +2.00]" and row["pairs"] == "2"
-    table = study_tables.table_outcomes(found)
-    row = list(cells_of_row(table, "SST-2", "1.8e-03").values())
-    shown = ["1 healthy; 2 collapsed, functional", "9.3", "90.0", "3 healthy", "20.0", "90.0"]
-    assert row[2:] == shown
-    row = list(cells_of_row(table, "SST-2", "3.2e-03").values())
-    assert row[5:] == ["3 diverged", "n/a", "n/a"]
 
 
 def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
@@ -356,7 +375,7 @@ def test_each_study_is_in_results_with_its_command_source_and_figure(published):
     assert "48 rows" not in text and "52 rows of 26 trainings, made by" in text
     assert "--learning-rate 0.001 --steps 700" in text and "--piece-tokens 48" in text
     assert "AG News, model2 3.2e-03" in text and "drawn anew: [0.013, 0.043]" in text
-    assert len(page.numbers) == 4 + 4 + 1 + 2 + 1
+    assert len(page.numbers) == 4 + 6 + 1 + 2 + 1
     assert "over seeds" not in text and "over rows" not in text
 
 
@@ -382,16 +401,15 @@ def test_blocks_of_the_findings(published, tmp_path):
     results |= {"paper": {"fixed_scale": {"agreement": found | {"r": -0.5}}, "grid": {}}}
     (tmp_path / own_models.LINGUISTIC).mkdir(parents=True)
     write_json(tmp_path / own_models.LINGUISTIC / "results.json", results)
-    names = ("gains", "salience", "linguistic", "standin")
+    names = ("gains", "salience", "linguistic")
     text = "\n\n".join(f"<!-- begin {name} -->\nold\n<!-- end -->" for name in names)
-    gains, salience, linguistic, standin = findings.fill(text, page).split("<!-- end -->")[:4]
+    gains, salience, linguistic = findings.fill(text, page).split("<!-- end -->")[:3]
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     assert "| Dual + Engram | +0.200 [" in salience
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
     assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic
-    assert cells_of_row(standin, "SST-2", "1.0e-03")["Model 2 ends"] == "3 healthy"
 
 
 def test_endpoints_are_those_of_every_study(published, standin):

@@ -417,20 +417,19 @@ def claims_of_rank(
 
 
 def block_experiments(page: Page) -> str:
-    """Three models on every data set: accuracy, rank, engrams, ours beside the reference's."""
+    """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its."""
     rows = []
     for folder, (short, result) in short_names(read_ranks()).items():
-        theirs, runs = reference_for(Path(folder)) or {}, read_json(ROOT / folder / "results.json")
+        theirs, runs = reference_for(Path(folder)), read_json(ROOT / folder / "results.json")
+        if not theirs:
+            continue
         start = np.mean(values_of(result, "pretrained", "effective_rank"))
         their_ranks = {key: ranks[0] for key, ranks in theirs.get("ranks", {}).items()}
         for key in records.keys_of(result):
             if key not in runs["models"]:  # before training: the share tells of it
                 continue
             finals = [run["final"]["accuracy"] for run in runs["models"][key].values()]
-            cells = [
-                f"{100 * np.mean(finals):.2f}",
-                f"{theirs['final'][key]:.2f}" if theirs else "n/a",
-            ]
+            cells = [f"{100 * np.mean(finals):.2f}", f"{theirs['final'][key]:.2f}"]
             rank = np.mean(values_of(result, key, "effective_rank"))
             cells.append(f"{rank:.1f} ({100 * rank / start:.0f} %)")
             cells.append("n/a")
@@ -455,57 +454,7 @@ def engram_cells(runs: dict, theirs: dict) -> list[str]:
     clusters = [run["cluster"] for run in runs["models"]["model3"].values()]
     aris = [np.mean([c[case]["ari"] for c in clusters]) for case in ("trained", "untrained")]
     ours = "{:.3f}, {:.3f}".format(*aris)
-    return [ours, f"{theirs['ari']:.3f}" if theirs else "n/a"]
-
-
-def block_differences(page: Page) -> str:
-    """Model 2 less Model 1, by the measures that a reader needs."""
-    by_folder, rows = short_names(read_ranks()), []
-    for study in present():
-        found = gain(study, "model2 - model1")
-        cells = [format_interval(found, 2, 100, "+"), half_width(found)]
-        change = None  # of a study without Experiment 4
-        if study.folder in by_folder:
-            change = by_folder[study.folder][1]["changes"]["model2 - model1"]
-        for number, digits in DIFFERENCES:
-            cells.append(tables.change_cell(change, number, digits) if change else "n/a")
-        rows.append([study.short, *cells])
-    header = ["data, backbone", "accuracy, points", "half-width"]
-    header += ["effective rank", "stable rank", "CDNV, factor"]
-    header += ["effective rank, intermediate, mean"]
-    return with_full(tables.markdown(header, rows), page, "ranks changes")
-
-
-DIFFERENCES = (
-    ("effective_rank", 1),
-    ("stable_rank", 1),
-    ("cdnv_log_ratio", 2),
-    ("intermediate.effective_rank", 1),
-)
-
-
-def half_width(interval: dict) -> str:
-    if interval["low"] is None:
-        return "n/a"
-    return f"{50 * (interval['high'] - interval['low']):.1f}"
-
-
-def block_answer(_page: Page) -> str:
-    """README.md's table: what the dual objective changed in each study."""
-    rows = []
-    for short, result in short_names(read_ranks()).values():
-        study = next(s for s in STUDIES if s.folder == result["folder"])
-        changes = [result["changes"][f"{key} - pretrained"] for key in ("model1", "model2")]
-        start = np.mean(values_of(result, "pretrained", "effective_rank"))
-        ranks = [
-            f"{100 + 100 * c['both']['effective_rank']['mean'] / start:.0f} %" for c in changes
-        ]
-        accuracy = format_interval(gain(study, "model2 - model1"), 2, 100, "+")
-        cdnv = tables.change_cell(result["changes"]["model2 - model1"], "cdnv_log_ratio", 2)
-        rows.append([short, accuracy, *ranks, cdnv])
-    header = ["data, backbone", "accuracy, Model 2 - Model 1, points [95 %]"]
-    header += ["effective rank of Model 1, of the start's", "of Model 2"]
-    return tables.markdown([*header, "CDNV, Model 2 over Model 1 [95 %]"], rows)
+    return [ours, f"{theirs['ari']:.3f}"]
 
 
 def fill(text: str, page: Page) -> str:

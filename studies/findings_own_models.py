@@ -329,7 +329,7 @@ def block_endpoints(page: Page) -> str:
 
 def block_threshold(page: Page) -> str:
     found = results_of(CONFIGS["collapse_threshold"])
-    table = study_tables.table_threshold(found, ("healthy", "not collapsed", "learning"))
+    table = study_tables.table_threshold(found, ("healthy", "not collapsed"))
     return with_full(table, page, "threshold")
 
 

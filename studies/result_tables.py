@@ -22,8 +22,9 @@ THREE_MODELS = ("model1", "model2", "model3")
 
 def markdown(header: list[str], rows: list[list[str]], numbers: bool = True) -> str:
     """Columns after the first end at the right where they hold numbers."""
-    lines = [header, ["---", *["--:" if numbers else "---"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rule = "|---" + ("|--:" if numbers else "|---") * (len(header) - 1) + "|"
+    head, *body = ("| " + " | ".join(line) + " |" for line in (header, *rows))
+    return "\n".join((head, rule, *body))
 
 
 def interval_cell(

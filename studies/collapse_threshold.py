@@ -373,7 +373,8 @@ def plot(runs: list[Run], measure: str, label: str, path: Path) -> None:
         if measure == "kept":
             axis.axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
         axis.set(xscale="log", xlabel="learning rate", title=dataset)
-    axes[0][0].set_ylim(bottom=0)  # of all panels, whose highest values are known by now
+    if measure == "kept":
+        axes[0][0].set_ylim(bottom=0)  # of all panels, whose highest values are known by now
     axes[0][0].set_ylabel(label)
     lines, labels = axes[0][0].get_legend_handles_labels()
     kinds = [
@@ -414,7 +415,8 @@ def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure
     x = [10**rate for rate in rates]
     style = "-" if arm.weight is None else "--"
     axis.plot(x, means, style, color=arm.color, label=arm.title, linewidth=1.2)
-    axis.fill_between(x, lows, highs, color=arm.color, alpha=0.15, linewidth=0)
+    opacity = 0.2 if arm.name in ("model1", "model2") else 0.07  # seven bands lie on each other
+    axis.fill_between(x, lows, highs, color=arm.color, alpha=opacity, linewidth=0)
 
 
 def value_of(run: Run, measure: str) -> float:

@@ -147,6 +147,8 @@ def add_threshold(page: Page) -> None:
     )
     caption = "Where runs stop being healthy; shifts are paired over backbones."
     page.table("threshold", caption, study_tables.table_threshold(found))
+    caption = "Shifts on each data set, decades, paired by backbone."
+    page.table("shifts", caption, study_tables.table_shifts(found))
     for dataset in found["arms"][0]["edge"]:
         caption = f"How runs end, {dataset}: counts, and means over backbones."
         page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
@@ -330,7 +332,7 @@ def block_endpoints(page: Page) -> str:
 def block_threshold(page: Page) -> str:
     found = results_of(CONFIGS["collapse_threshold"])
     table = study_tables.table_threshold(found, ("healthy", "not collapsed"))
-    return with_full(table, page, "threshold")
+    return with_full(table, page, "threshold", "shifts")
 
 
 def block_gains(page: Page) -> str:

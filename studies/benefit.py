@@ -327,7 +327,7 @@ def summary(config: Config) -> dict[str, Any]:
             }
             for dataset in datasets
         },
-        "kept": {dataset: kept_difference(study, dataset) for dataset in datasets},
+        "kept": kept_differences(study, datasets),
         "times": times(config, study),
     }
 
@@ -371,34 +371,50 @@ KEPT = {
 }
 
 
-def kept_difference(study: Study, dataset: str) -> dict[str, dict[str, Any]]:
-    """Model 2 less Model 1, each at its own rate, paired over seeds."""
-    sides = [study.runs.get(study.place(dataset, arm), {}) for arm in ("model1", "model2")]
-    measures = KEPT | {"best_scaled_loss": lambda run: run.end["best_scaled_loss"]}
-    found = {}
-    for name, measure in measures.items():
-        values = [{seed: measure(run) for seed, run in side.items()} for side in sides]
-        known = [{s: v for s, v in side.items() if v is not None} for side in values]
-        found[name] = paired_difference(*known)
+def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Data set, or `mean` of all -> measure -> Model 2 less Model 1, paired over seeds.
+
+    What is kept at one rate, Model 1's, since a higher rate alone loses more; `best_scaled_loss`
+    at each model's own.
+    """
+    found: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
+    for name in (*KEPT, "best_scaled_loss"):
+        per_set = {data: differences_of(study, data, name) for data in datasets}
+        per_set["mean"] = by_backbone.mean_over_sets(list(per_set.values()))
+        for place, by_seed in per_set.items():
+            found[place][name] = paired_difference(dict.fromkeys(by_seed, 0.0), by_seed)
     return found
+
+
+def differences_of(study: Study, dataset: str, name: str) -> dict[int, float]:
+    """Seed -> a measure of Model 2 less that of Model 1, where both are known."""
+    ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
+    if name in KEPT:
+        twos = (*twos[:2], ones[2])
+    measure = KEPT.get(name, lambda run: run.end[name])
+    sides = [{s: measure(run) for s, run in study.runs.get(at, {}).items()} for at in (ones, twos)]
+    both = sorted(sides[0].keys() & sides[1].keys())
+    return {s: sides[1][s] - sides[0][s] for s in both if None not in (sides[0][s], sides[1][s])}
 
 
 def times(config: Config, study: Study) -> dict[str, dict[str, Any]]:
     """Data set -> arm -> time of all steps over Model 1's of the same backbone, and `n` of these.
 
-    Of backbones trained on a CPU: a GPU was shared by many trainings at once, and their times tell
-    nothing. They need not be among those that count.
+    Each at its own rate, to the end, on one CPU: a GPU was shared by many trainings at once, and
+    their times tell nothing. The backbones need not be among those that count.
     """
     seconds: dict[tuple, dict[str, float]] = {}
     for row in by_backbone.published_rows(config.folder):
-        place = row["dataset"], row["arm"]
-        own = place[0] in config.datasets and float(row["rate"]) == rate_of(study.rates, *place)
-        if own and row["seconds"] and row["hardware"] and "NVIDIA" not in row["hardware"]:
-            by_arm = seconds.setdefault((row["dataset"], row["seed"]), {})
-            by_arm[row["arm"]] = float(row["seconds"])
+        dataset, arm = row["dataset"], row["arm"]
+        if dataset not in config.datasets or not row["seconds"] or not row["lm_loss"]:
+            continue  # another set, on the way, or diverged
+        own = float(row["rate"]) == rate_of(study.rates, dataset, arm)
+        if own and row["hardware"] and "NVIDIA" not in row["hardware"]:
+            here = seconds.setdefault((dataset, row["seed"], row["hardware"]), {})
+            here[arm] = float(row["seconds"])
     found: dict[str, dict[str, list[float]]] = {}
-    for (dataset, _), by_arm in seconds.items():
-        for arm in by_arm.keys() - {"model1"} if "model1" in by_arm else ():
+    for (dataset, *_), by_arm in seconds.items():
+        for arm in sorted(by_arm.keys() - {"model1"}) if "model1" in by_arm else ():
             ratios = found.setdefault(dataset, {}).setdefault(arm, [])
             ratios.append(by_arm[arm] / by_arm["model1"])
     return {d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in found.items()}
@@ -430,8 +446,9 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     panels = below.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
     for axis, dataset in zip(panels, datasets, strict=True):
         draw_ranks(axis, study, dataset)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("rank within classes,\nshare of the start's")
-    panels[0].legend(fontsize=8)
+    panels[0].legend(fontsize=8, loc="lower left")
     save_figure(figure, config.folder / "benefit.png")
 
 

@@ -446,7 +446,7 @@ def block_experiments(page: Page) -> str:
         "effective rank (of the start)",
     ]
     header += ["reference", "engram ARI, untrained", "reference"]
-    keys = [f"{study.folder} accuracy" for study in present()]
+    keys = [f"{study.folder} accuracy" for study in present() if reference_for(Path(study.folder))]
     return with_full(tables.markdown(header, rows), page, *keys, "ranks levels")
 
 

@@ -238,7 +238,7 @@ def add_benefit(page: Page) -> None:
     page.table("benefit ranks", caption, gain_tables.table_rank_at_equal_loss(found))
     caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
     page.table("benefit ends", caption, gain_tables.table_ends(found))
-    caption = "What training leaves of the language, and of another set's labels in the states."
+    caption = "What is left of the language, and of another set's labels, both at Model 1's rate."
     page.table("benefit kept", caption, gain_tables.table_kept(found))
     if found["times"]:
         caption = "Cost on a CPU, a training a core."

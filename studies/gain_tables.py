@@ -74,14 +74,20 @@ def table_ends(results: dict) -> str:
 
 
 def table_kept(results: dict) -> str:
-    """What is left beside the task, and how sure the models are: Model 2 less Model 1."""
-    columns = (("language_kept", 2, 1), ("transfer_kept", 1, 100), ("best_scaled_loss", 3, 1))
+    """What is left beside the task at one rate; how sure each model is at its own."""
+    columns = (
+        ("LM loss, nats", "language_kept", 2, 1),
+        ("probe of another set, points", "transfer_kept", 1, 100),
+        ("validation loss at own rates, scaled, nats", "best_scaled_loss", 3, 1),
+    )
     rows = []
-    for dataset, found in results["kept"].items():
-        cells = [interval_cell(found[key], digits, scale) for key, digits, scale in columns]
-        rows.append([dataset, *cells, backbones(found["best_scaled_loss"])])
-    header = ["Model 2 - Model 1 [95 %]", "LM loss, nats", "probe of another set, points"]
-    return markdown([*header, "validation loss, scaled, nats", "backbones"], rows)
+    for place, found in results["kept"].items():
+        cells = [interval_cell(found[key], digits, scale) for _, key, digits, scale in columns]
+        counts = [backbones(found[key]) for _, key, *_ in columns]
+        count = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+        rows.append([place, *cells, count])
+    header = ["Model 2 - Model 1 [95 %]", *(title for title, *_ in columns)]
+    return markdown([*header, "backbones"], rows)
 
 
 def table_times(results: dict) -> str:

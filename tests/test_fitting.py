@@ -21,7 +21,7 @@ from collapse.clinc_domains import CLINC_DOMAINS
 from collapse.rows import pack, unpack
 from collapse.settings import UserError
 from collapse.statistics import crossed_interval, sets_interval
-from collapse.tables import put_rows
+from collapse.tables import put_rows, read_rows
 
 # --------------------------------------------------------------------------------------------------
 # Merged labels
@@ -321,40 +321,70 @@ def test_tables_tell_what_the_summary_holds(study):
     assert row["log rank at equal loss"].startswith(f"{found['P5']['mean']:+.2f} [")
 
 
-def test_times_are_of_one_backbone_on_a_cpu_at_each_models_own_rate(study):
-    """Neither at Model 1's rate, nor on a GPU, nor over Model 1's of another backbone."""
+def put_seconds(folder, seed, arm, rate, seconds, hardware="a CPU", ended=True):
+    rows = path_of(benefit.Cell(seed, "AG News", arm, rate), 0.8, np.random.default_rng(0), 0.5)
+    rows[0]["seconds"] = None
+    rows[-1] |= {"seconds": seconds, "lm_loss": 5.0 if ended else None}
+    rows = [row | {"hardware": hardware} for row in rows]
+    put_rows(by_backbone.table_of(folder, seed), rows, "training")
+
+
+def test_times_are_of_one_backbone_on_one_cpu_at_each_models_own_rate(study):
+    """Not at another's rate, not on a GPU, not over another backbone's, nor of one that diverged.
+
+    Pairs that count are first, so that one that should not would take their place.
+    """
     config, _ = study
-    cells = {arm: benefit.Cell(20, "AG News", arm, -2.5) for arm in ("model1", "model2")}
-    own = benefit.Cell(20, "AG News", "model1", -3.0)
-    times = {cells["model1"]: 9.0, cells["model2"]: 6.0, own: 2.0}
-    for seed, hardware in ((20, "a CPU"), (21, "NVIDIA H100")):
-        for cell, seconds in times.items():
-            cell = dataclasses.replace(cell, seed=seed)
-            rows = path_of(cell, 0.8, np.random.default_rng(0), 0.5)
-            rows[-1]["seconds"] = seconds if seed == 20 else 100.0 * seconds**2
-            rows = [row | {"hardware": hardware} for row in rows]
-            put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
     for seed in (*range(4), *by_backbone.PILOTS):  # the fixture's are of a GPU here
         table = by_backbone.table_of(config.folder, seed)
         table.write_text(table.read_text().replace("a CPU", "NVIDIA H100"))
+    for seed, slow in ((20, 1.0), (21, 10.0)):  # two machines of unlike speed
+        put_seconds(config.folder, seed, "model1", -3.0, 2.0 * slow)
+        put_seconds(config.folder, seed, "model2", -2.5, (6.0 if seed == 20 else 8.0) * slow)
+        put_seconds(config.folder, seed, "model2", -3.0, 500.0)
+        put_seconds(config.folder, seed, "model1", -2.5, 700.0)
+    put_seconds(config.folder, 22, "model1", -3.0, 2.0)
+    put_seconds(config.folder, 22, "model2", -2.5, 900.0, hardware="another CPU")
+    put_seconds(config.folder, 23, "model1", -3.0, 2.0)
+    put_seconds(config.folder, 23, "model2", -2.5, 0.1, ended=False)
     found = benefit.summary(config)["times"]
     assert list(found) == ["AG News"] and list(found["AG News"]) == ["model2"]
-    assert found["AG News"]["model2"]["mean"] == 3.0 and found["AG News"]["model2"]["n"] == 1
+    assert found["AG News"]["model2"]["mean"] == 3.5 and found["AG News"]["model2"]["n"] == 2
 
 
-def test_what_is_kept_is_the_change_of_model_2_less_that_of_model_1(study):
-    config, truth = study
-    for seed, change in ((0, -0.1), (1, -0.2)):
-        cell = benefit.Cell(seed, "Banking77", "model2", -2.5)
-        right = truth[seed, "Banking77", "model2", -2.5].mean()
-        rows = path_of(cell, 0.8, np.random.default_rng(0), right)
-        rows[-1]["transfer_accuracy"] = rows[0]["transfer_accuracy"] + change
-        put_rows(by_backbone.table_of(config.folder, seed), rows, "training")
+def test_what_is_kept_is_model_2s_change_less_model_1s_at_model_1s_rate(study):
+    config, _ = study
+    rng = np.random.default_rng(1)
+    changes = {}
+    for seed, dataset in itertools.product(range(4), config.datasets):
+        table = by_backbone.table_of(config.folder, seed)
+        for arm, rate in (("model1", -3.0), ("model2", -3.0), ("model2", -2.5)):
+            cell = benefit.Cell(seed, dataset, arm, rate)
+            rows = [dict(row) for row in read_rows(table) if row["training"] == cell.name]
+            change, scaled = rng.normal(size=2)
+            lost = (seed, dataset, arm, rate) == (3, "Banking77", "model2", -3.0)
+            before = float(rows[0]["transfer_accuracy"])
+            rows[-1]["transfer_accuracy"] = None if lost else before + change
+            rows[-1]["best_scaled_loss"] = scaled
+            put_rows(table, rows, "training")
+            changes[seed, dataset, arm, rate] = change, scaled
     read = benefit.read_study(config)
-    found = benefit.kept_difference(read, "Banking77")
-    assert found["transfer_kept"]["mean"] == pytest.approx(-0.3 / 4)
-    assert found["transfer_kept"]["n"] == 4 and found["language_kept"]["mean"] == 0
-    assert benefit.ends(read, "Banking77", "model2")["transfer_kept"]["mean"] < -0.07
+    found = benefit.kept_differences(read, config.datasets)
+    for number, name, rate, seeds in (
+        (0, "transfer_kept", -3.0, range(3)),
+        (1, "best_scaled_loss", -2.5, range(4)),
+    ):
+        values = [
+            changes[s, "Banking77", "model2", rate][number]
+            - changes[s, "Banking77", "model1", -3.0][number]
+            for s in seeds
+        ]
+        assert found["Banking77"][name]["mean"] == pytest.approx(np.mean(values))
+        assert found["Banking77"][name]["n"] == found["mean"][name]["n"] == len(values)
+    assert found["mean"]["language_kept"]["mean"] == 0  # the fixture changes none
+    kept = [changes[s, "AG News", "model2", -2.5][0] for s in range(4)]
+    ends = benefit.ends(read, "AG News", "model2")
+    assert ends["transfer_kept"]["mean"] == pytest.approx(np.mean(kept))
 
 
 def test_p5_is_at_model_1s_rate_for_both(study):

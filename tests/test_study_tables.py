@@ -65,7 +65,7 @@ def benefit() -> dict:
             "AG News": {
                 "language_kept": interval(-1.25),
                 "transfer_kept": interval(-0.0215),
-                "best_scaled_loss": interval(0.0123),
+                "best_scaled_loss": interval(0.0123, n=3),
             },
             "Banking77": dict.fromkeys(
                 ("language_kept", "transfer_kept", "best_scaled_loss"), NOTHING
@@ -115,7 +115,7 @@ def test_ends_of_each_arm_on_each_set(benefit):
 def test_what_is_kept_beside_the_task(benefit):
     table = gain_tables.table_kept(benefit)
     row = list(cells_of_row(table, "AG News").values())
-    shown = ["-1.25 [-1.26, -1.24]", "-2.1 [-3.1, -1.1]", "+0.012 [+0.002, +0.022]", "4"]
+    shown = ["-1.25 [-1.26, -1.24]", "-2.1 [-3.1, -1.1]", "+0.012 [+0.002, +0.022]", "4, 4, 3"]
     assert row[1:] == shown
     assert list(cells_of_row(table, "Banking77").values())[1:] == ["n/a"] * 3 + ["0"]
 

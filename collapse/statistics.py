@@ -219,6 +219,11 @@ def paired_difference(
     } | {"n": len(shared)}
 
 
+def differences_interval(by_seed: Mapping[Any, float]) -> dict[str, Any]:
+    """paired_difference of what is a difference already: seed -> its value."""
+    return paired_difference(dict.fromkeys(by_seed, 0.0), by_seed)
+
+
 def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
     """Mean and 95 % t interval over independent values (seeds); no interval from fewer than two."""
     values = np.asarray(list(values), dtype=np.float64)

@@ -25,15 +25,16 @@ import fitting
 import tuning
 
 import common
+from collapse import rank_plots
 from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, run_script
 from collapse.statistics import (
     crossed_interval,
+    differences_interval,
     format_interval,
     mean_interval,
-    paired_difference,
     pigeonhole_sets_interval,
     sets_interval,
 )
@@ -299,8 +300,7 @@ def summary(config: Config) -> dict[str, Any]:
     all_sets = datasets == list(Config().datasets)  # the endpoints' four
     ranks = rank_differences(study, datasets)
     by_seed = by_backbone.mean_over_sets(list(ranks.values()))
-    zero = dict.fromkeys(by_seed, 0.0)
-    p5 = paired_difference(zero, by_seed)
+    p5 = differences_interval(by_seed)
     arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
@@ -318,8 +318,7 @@ def summary(config: Config) -> dict[str, Any]:
         },
         "P5": by_backbone.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= by_backbone.PLANNED),
         "rank_at_equal_loss": {
-            dataset: paired_difference(dict.fromkeys(found, 0.0), found)
-            for dataset, found in ranks.items()
+            dataset: differences_interval(found) for dataset, found in ranks.items()
         },
         "arms": {
             dataset: {
@@ -348,27 +347,24 @@ def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
     `language_kept` (nats) and `transfer_kept` are less what they were before training.
     """
     here = study.runs.get(study.place(dataset, arm), {}).values()
-    found = {name: [run.end[name] for run in here] for name in AT_BEST}
-    found |= {name: list(map(kept, here)) for name, kept in KEPT.items()}
-    known = {name: [v for v in values if v is not None] for name, values in found.items()}
-    means = {name: mean_interval(values) if values else None for name, values in known.items()}
+    means = {}
+    for name in (*fitting.AT_BEST, *KEPT):
+        known = [value for run in here if (value := measure(run, name)) is not None]
+        means[name] = mean_interval(known) if known else None
     diverged = sum(run.end["best_epoch"] is None for run in here)
     return means | {"n": len(here), "diverged": diverged}
 
 
-AT_BEST = ("best_accuracy", "best_loss", "best_scaled_loss", "best_epoch")
+# Measure -> whose change it is, from before the first step to after the last.
+KEPT = {"language_kept": "lm_loss", "transfer_kept": "transfer_accuracy"}
 
 
-def change(run: fitting.Run, name: str) -> float | None:
-    """Of a measure from before the first step to after the last; None where there is no last."""
-    start, end = run.path[0][name], run.end[name]
+def measure(run: fitting.Run, name: str) -> float | None:
+    """One of KEPT, or a number of the run's end; None where it has none."""
+    if name not in KEPT:
+        return run.end[name]
+    start, end = (row[KEPT[name]] for row in (run.path[0], run.end))
     return None if None in (start, end) else end - start
-
-
-KEPT = {
-    "language_kept": lambda run: change(run, "lm_loss"),
-    "transfer_kept": lambda run: change(run, "transfer_accuracy"),
-}
 
 
 def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -382,7 +378,7 @@ def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[st
         per_set = {data: differences_of(study, data, name) for data in datasets}
         per_set["mean"] = by_backbone.mean_over_sets(list(per_set.values()))
         for place, by_seed in per_set.items():
-            found[place][name] = paired_difference(dict.fromkeys(by_seed, 0.0), by_seed)
+            found[place][name] = differences_interval(by_seed)
     return found
 
 
@@ -391,10 +387,13 @@ def differences_of(study: Study, dataset: str, name: str) -> dict[int, float]:
     ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
     if name in KEPT:
         twos = (*twos[:2], ones[2])
-    measure = KEPT.get(name, lambda run: run.end[name])
-    sides = [{s: measure(run) for s, run in study.runs.get(at, {}).items()} for at in (ones, twos)]
-    both = sorted(sides[0].keys() & sides[1].keys())
-    return {s: sides[1][s] - sides[0][s] for s in both if None not in (sides[0][s], sides[1][s])}
+    theirs, ours = (study.runs.get(place, {}) for place in (ones, twos))
+    found = {}
+    for seed in sorted(theirs.keys() & ours.keys()):
+        one, two = (measure(side[seed], name) for side in (theirs, ours))
+        if None not in (one, two):
+            found[seed] = two - one
+    return found
 
 
 def times(config: Config, study: Study) -> dict[str, dict[str, Any]]:
@@ -457,9 +456,8 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
     known = {name: pair for name, pair in shown.items() if pair[0]}
     for line, (found, name) in enumerate(known.values()):
         arm = common.find_arm(name)
-        bar = [[100 * (found["mean"] - found["low"])], [100 * (found["high"] - found["mean"])]]
-        look = {"fmt": arm.marker, "color": arm.color}
-        axis.errorbar([100 * found["mean"]], [line], xerr=bar, **look)
+        points = rank_plots.ends(found, lambda value: 100 * value)
+        rank_plots.point(axis, line, points, marker=arm.marker, color=arm.color)
     axis.set_yticks(range(len(known)), list(known))
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.axvspan(-100 * MARGIN_P1, 100 * MARGIN_P1, color="gray", alpha=0.15, linewidth=0)

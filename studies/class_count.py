@@ -31,7 +31,12 @@ from collapse.files import write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, run_script
-from collapse.statistics import crossed_interval, format_interval, mean_interval, paired_difference
+from collapse.statistics import (
+    crossed_interval,
+    differences_interval,
+    format_interval,
+    mean_interval,
+)
 
 MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
 PLANNED = 10  # backbones
@@ -298,7 +303,7 @@ def summary(config: Config) -> dict[str, Any]:
     """What results.json holds."""
     study, counts = read_study(config), counts_of(config)
     slopes = {seed: slope(gains) for seed, gains in gains_of(study, "nested", counts).items()}
-    found = paired_difference(dict.fromkeys(slopes, 0.0), slopes)
+    found = differences_interval(slopes)
     return {
         "rates": chosen_rates(config),
         "P3": by_backbone.endpoint(found, MARGIN, found["n"] >= PLANNED),

@@ -420,9 +420,10 @@ def block_experiments(page: Page) -> str:
     """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its."""
     rows = []
     for folder, (short, result) in short_names(read_ranks()).items():
-        theirs, runs = reference_for(Path(folder)), read_json(ROOT / folder / "results.json")
+        theirs = reference_for(Path(folder))
         if not theirs:
             continue
+        runs = read_json(ROOT / folder / "results.json")
         start = np.mean(values_of(result, "pretrained", "effective_rank"))
         their_ranks = {key: ranks[0] for key, ranks in theirs.get("ranks", {}).items()}
         for key in records.keys_of(result):
@@ -446,7 +447,7 @@ def block_experiments(page: Page) -> str:
         "effective rank (of the start)",
     ]
     header += ["reference", "engram ARI, untrained", "reference"]
-    keys = [f"{study.folder} accuracy" for study in present() if reference_for(Path(study.folder))]
+    keys = [f"{study.folder} accuracy" for study in repeated()]
     return with_full(tables.markdown(header, rows), page, *keys, "ranks levels")
 
 

@@ -110,8 +110,8 @@ class Fit:
 # Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
 # rows at the best epoch; LM loss under the start's LM head and transfer after the last step;
 # seconds of the steps alone.
-AT_THE_END = ("best_epoch", "best_accuracy", "best_loss", "best_scaled_loss")
-AT_THE_END += ("lm_loss", "transfer_accuracy", "seconds")
+AT_BEST = ("best_epoch", "best_accuracy", "best_loss", "best_scaled_loss")
+AT_THE_END = (*AT_BEST, "lm_loss", "transfer_accuracy", "seconds")
 
 
 def fit(
@@ -129,7 +129,7 @@ def fit(
     trainer = tuning.trainer_of(recipe, model, data.train)
     an_epoch = data.steps(1, recipe.batch_size)
     every = math.ceil(an_epoch / MEASURED_AN_EPOCH)
-    best: dict[str, Any] = dict.fromkeys(AT_THE_END[:4])
+    best: dict[str, Any] = dict.fromkeys(AT_BEST)
     records, rows, highest = [], None, -1.0
     seconds, started = 0.0, time.perf_counter()
 

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from result_tables import interval_cell, markdown, mean_cell
+from result_tables import interval_cell, markdown, mean_cell, told_once
 
 from collapse.arms import find_arm
 from collapse.statistics import format_bounds
@@ -84,8 +84,7 @@ def table_kept(results: dict) -> str:
     for place, found in results["kept"].items():
         cells = [interval_cell(found[key], digits, scale) for _, key, digits, scale in columns]
         counts = [backbones(found[key]) for _, key, *_ in columns]
-        count = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
-        rows.append([place, *cells, count])
+        rows.append([place, *cells, told_once(counts)])
     header = ["Model 2 - Model 1 [95 %]", *(title for title, *_ in columns)]
     return markdown([*header, "backbones"], rows)
 

@@ -6,6 +6,7 @@ other seeds and other rows]. Columns and rows of the reference are named so.
 
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,11 @@ def mean_cell(interval: dict | None, digits: int = 2, scale: float = 1.0, sign: 
     if not interval or interval["mean"] is None:
         return "n/a"
     return f"{scale * interval['mean']:{sign}.{digits}f}"
+
+
+def told_once(counts: Sequence[str]) -> str:
+    """Counts of several columns; one where they agree."""
+    return counts[0] if len(set(counts)) == 1 else ", ".join(counts)
 
 
 def short_commit(commit: str | None) -> str:

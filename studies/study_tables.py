@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from result_tables import interval_cell, markdown, mean_cell
+from result_tables import interval_cell, markdown, mean_cell, told_once
 
 from collapse.arms import find_arm
 from collapse.statistics import format_interval
@@ -35,8 +35,7 @@ def table_threshold(
         if row["arm"] != "model1":
             cells = [interval_cell(row["shift"][kind]["mean"]) for kind in kinds]
         counts = [str(e["n"] if e else 0) for e in row["edge"].values()]
-        count = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
-        rows.append([find_arm(row["arm"]).title, *edges, *cells, count])
+        rows.append([find_arm(row["arm"]).title, *edges, *cells, told_once(counts)])
     return markdown(header, rows)
 
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -57,6 +57,8 @@ class Config(by_backbone.Config):
 
     # Model 3 and its controls that have an engram, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("3", "frozen-compressor", "lm-only-engram")
+    # Labels to train, each with every arm; neither: Model 3 with the LM loss alone.
+    trained: tuple[Literal["sentiment", "topic", "neither"], ...] = (*LABELS, NEITHER)
     # Learning rate: ten steps of warm-up, then constant.
     learning_rate: float = 1e-3
     # Optimizer steps of a training, of 16 rows.
@@ -90,8 +92,9 @@ class Cell:
 def cells_of(config: Config, seed: int) -> list[Cell]:
     """Each arm with each label; Model 3 with the LM loss alone."""
     arms = [common.find_arm(name).name for name in config.arms]
-    cells = [Cell(seed, *parts) for parts in itertools.product(LABELS, arms)]
-    return [*cells, Cell(seed, NEITHER, "model3")]
+    labels = [label for label in LABELS if label in config.trained]
+    cells = [Cell(seed, *parts) for parts in itertools.product(labels, arms)]
+    return cells + [Cell(seed, NEITHER, "model3")] * (NEITHER in config.trained)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -235,3 +235,11 @@ def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
 def test_an_arm_without_an_engram_is_refused():
     with pytest.raises(UserError, match="has no engram"):
         study.check_config(study.Config(arms=("3", "2")))
+
+
+def test_only_the_labels_asked_for_are_trained():
+    asked = study.Config(arms=("3", "lm-only-engram"), trained=("topic", "neither"))
+    arms = [(cell.trained, cell.arm) for cell in study.cells_of(asked, seed=0)]
+    assert arms == [("topic", "model3"), ("topic", "lm-only-engram"), ("neither", "model3")]
+    everything = study.cells_of(study.Config(arms=("3",)), seed=0)
+    assert [cell.trained for cell in everything] == ["sentiment", "topic", "neither"]

@@ -32,7 +32,6 @@ from collapse.files import write_json
 from collapse.language_models import load_tokenizer
 from collapse.loaders import load_ag_news
 from collapse.metrics import k_means, match_clusters
-from collapse.phrases import maximal_phrases
 from collapse.plots import CLASS_COLORS, save_figure
 from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
@@ -62,9 +61,7 @@ class Config(by_backbone.Config):
     # Learning rate: ten steps of warm-up, then constant.
     learning_rate: float = 1e-3
     # Optimizer steps of a training, of 16 rows.
-    steps: int = 1000
-    # Train on all rows of SST-2, most of them phrases of sentences, not on whole sentences alone.
-    phrases: bool = False
+    steps: int = 3000
     # Measure on tuning rows, taken from the training rows: for pilots, which choose rate and steps.
     tuning: bool = False
     # Folder for results, in it one for each corpus.
@@ -72,8 +69,7 @@ class Config(by_backbone.Config):
 
     @property
     def folder(self) -> Path:
-        parts = "phrases" * self.phrases, "tuning" * self.tuning
-        return self.output_dir / "-".join([self.corpus, *filter(None, parts)])
+        return self.output_dir / (self.corpus + "-tuning" * self.tuning)
 
 
 @dataclass(frozen=True)
@@ -139,16 +135,12 @@ def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
 
 @functools.lru_cache(maxsize=1)  # a process runs many cells
 def load_pairs(
-    data_dir: Path | None,
-    phrases: bool = False,
-    on_tuning_rows: bool = False,
-    made_up: bool = False,
+    data_dir: Path | None, on_tuning_rows: bool = False, made_up: bool = False
 ) -> tuple[Pairs, Pairs]:
     """Training pairs, and those to measure on: of validation rows, or of tuning rows.
 
-    No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole;
-    those to train on, too, unless phrases may be among them. Raises UserError where a source cannot
-    be had.
+    No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole,
+    most of those to train on are phrases. Raises UserError where a source cannot be had.
     """
     if made_up:
         sources = [tuning.made_up_task(None)] * 2
@@ -162,8 +154,7 @@ def load_pairs(
         sources = [measured_on_tuning_rows(task) for task in sources]
         counts = counts[0], TUNING_ROWS
     if not made_up:
-        sentences = sources[0] if phrases else whole_sentences(sources[0])
-        sources = [in_corpus_text(sentences), headlines_of(sources[1])]
+        sources = [in_corpus_text(sources[0]), headlines_of(sources[1])]
     train = pair_up(*(task.train for task in sources), counts[0], seed=0)
     held = [task.validation for task in sources]
     held = [rows.take(fixed_draw(len(rows), counts[1])) for rows in held]
@@ -174,12 +165,6 @@ def measured_on_tuning_rows(task: Task) -> Task:
     """The task with tuning rows, which no training row repeats, in place of its validation rows."""
     task, rows = tuning_split(task, TUNING_ROWS)
     return dataclasses.replace(task, validation=rows)
-
-
-def whole_sentences(task: Task) -> Task:
-    """SST-2 whose training rows are whole sentences too, as its validation rows are."""
-    train = task.train.take(maximal_phrases(task.train.texts))
-    return dataclasses.replace(task, train=train)
 
 
 def headlines_of(task: Task) -> Task:
@@ -245,7 +230,7 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     """
     recipe = recipe_of(config, cell)
     encode = load_tokenizer(recipe.model)
-    train, validation = load_pairs(config.data_dir, config.phrases, config.tuning, config.miniature)
+    train, validation = load_pairs(config.data_dir, config.tuning, config.miniature)
     model, _ = tuning.build(recipe, classes=2)
     trainer = common.make_trainer(
         model, train.split(cell.trained, encode), recipe.config(), arm_of(cell)

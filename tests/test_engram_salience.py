@@ -52,42 +52,30 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
+def texts_of(pairs: study.Pairs) -> tuple[set[str], set[str]]:
+    """Sentences and headlines; of a headline always the first HEADLINE_WORDS words are there."""
+    sentences, headlines = set(), set()
+    for text, first in zip(pairs.texts, pairs.sentence_first, strict=True):
+        words = text.split()
+        place = len(words) - study.HEADLINE_WORDS if first else study.HEADLINE_WORDS
+        sides = " ".join(words[:place]), " ".join(words[place:])
+        sentences.add(sides[0] if first else sides[1])
+        headlines.add(sides[1] if first else sides[0])
+    return sentences, headlines
+
+
 @pytest.mark.parametrize("on_tuning_rows", [False, True])
-def test_no_text_is_in_both_splits_and_sentences_are_whole(data_dir, on_tuning_rows, monkeypatch):
+def test_nothing_that_is_measured_is_trained_on(data_dir, on_tuning_rows, monkeypatch):
+    """No headline, and no sentence nor phrase of it: each sentence here has words of its own."""
     monkeypatch.setattr(study, "TUNING_ROWS", 8)
-    parts = {}
-    for name, pairs in zip(
-        ("train", "held"), study.load_pairs(data_dir, False, on_tuning_rows), strict=True
-    ):
-        found = set()
-        for text, first in zip(pairs.texts, pairs.sentence_first, strict=True):
-            words = text.split()
-            assert len(words) == 9 + study.HEADLINE_WORDS
-            cut = 9 if first else study.HEADLINE_WORDS
-            sides = " ".join(words[:cut]), " ".join(words[cut:])
-            found |= {("sentence" if first else "headline", sides[0])}
-            found |= {("headline" if first else "sentence", sides[1])}
-        parts[name] = found
-    assert not parts["train"] & parts["held"]
-    whole = {("sentence", sentence(number)) for number in range(70)}
-    assert all(part in whole for part in parts["train"] | parts["held"] if part[0] == "sentence")
-    headlines = {text for kind, text in parts["train"] if kind == "headline"}
-    assert len(headlines) == (42 if on_tuning_rows else 45)
-    assert len(study.load_pairs(data_dir, False, on_tuning_rows)[1].texts) == (
-        8 if on_tuning_rows else 35
-    )
-
-
-def test_phrases_to_train_on_are_of_no_sentence_that_is_measured(data_dir):
-    train, held = study.load_pairs(data_dir, phrases=True)
-    sentences = {
-        " ".join(text.split()[slice(9) if first else slice(-9, None)])
-        for text, first in zip(held.texts, held.sentence_first, strict=True)
-    }
-    assert sentences <= {sentence(number) for number in range(70)}
-    words = {word for text in sentences for word in text.split()}
-    assert not any(words & set(text.split()) for text in train.texts)
-    assert len({len(text.split()) for text in train.texts}) > 1
+    pairs = study.load_pairs(data_dir, on_tuning_rows)
+    train, held = map(texts_of, pairs)
+    assert not train[1] & held[1] and len(train[1]) == (42 if on_tuning_rows else 45)
+    assert len(pairs[1].texts) == (8 if on_tuning_rows else 35)
+    assert held[0] <= {sentence(number) for number in range(70)}
+    words = {word for text in held[0] for word in text.split()}
+    assert not any(words & set(text.split()) for text in train[0])
+    assert len({len(text.split()) for text in train[0]}) > 1  # phrases, too
 
 
 def test_neither_label_nor_order_tells_of_another():

@@ -94,6 +94,7 @@ STUDIES = (
         other="results_7b/smollm2-135m",
     ),
 )
+CROSS = "results_agnews/smollm2-135m"  # its gains are compared with those of its `other`
 RANKS = "results_effective_rank/effective_rank_results.json"
 SINK = "studies/results/sink/sink.json"
 SIMULATION = "studies/results/statistics/simulation.json"
@@ -272,17 +273,18 @@ def repeated() -> list[Study]:
     return [study for study in found if "model3" in results_of(study)["models"]]
 
 
-def gains(pair: str) -> str:
-    return "; ".join(
-        f"{study.short} {format_interval(gain(study, pair), 2, 100, '+')}" for study in repeated()
-    )
+Cells = dict[str, str]  # short name of a study -> what a claim's row says of it
 
 
-def rank_changes(ranks: dict, pair: str, number: str = "effective_rank", digits: int = 1) -> str:
-    return "; ".join(
-        f"{short} {tables.change_cell(result['changes'][pair], number, digits)}"
+def gains(pair: str) -> Cells:
+    return {study.short: format_interval(gain(study, pair), 2, 100, "+") for study in repeated()}
+
+
+def rank_changes(ranks: dict, pair: str) -> Cells:
+    return {
+        short: tables.change_cell(result["changes"][pair], "effective_rank", 1)
         for short, result in short_names(ranks).values()
-    )
+    }
 
 
 def found_of(intervals: list[dict]) -> str:
@@ -297,12 +299,14 @@ def ari_gain(study: Study) -> dict:
     return mean_interval(c["trained"]["ari"] - c["untrained"]["ari"] for c in clusters)
 
 
-def mild_collapse(ranks: dict) -> tuple[str, str]:
+def mild_collapse(ranks: dict) -> tuple[str, Cells]:
     """Where on SST-2 model 1 meets the reference's sign of a mild collapse, by the means of the
     seeds: stable rank and participation ratio fall while the effective rank does not.
+
+    How many do; of each its numbers before and after training.
     """
     names = ("effective_rank", "stable_rank", "participation_ratio")
-    met, shown = [], []
+    met, shown = 0, {}
     on_sst2 = {name: result for name, result in ranks.items() if name.startswith("SST-2")}
     for short, result in short_names(on_sst2).values():
         change = {
@@ -310,63 +314,63 @@ def mild_collapse(ranks: dict) -> tuple[str, str]:
             for name in names
         }
         falls = {name: after < before for name, (before, after) in change.items()}
-        if falls == dict(zip(names, (False, True, True), strict=True)):
-            met.append(short)
-            shown += [
-                f"{name.replace('_', ' ')} {before:.1f} → {after:.1f}"
-                for name, (before, after) in change.items()
-            ]
-    return f"met in {len(met)} of {len(on_sst2)}: {', '.join(met)}", "; ".join(shown)
+        met += falls == dict(zip(names, (False, True, True), strict=True))
+        pairs = (f"{before:.1f} → {after:.1f}" for before, after in change.values())
+        shown[short] = "; ".join(pairs)
+    return f"met in {met} of {len(on_sst2)}", shown
 
 
 def block_claims(page: Page) -> str:
     """What the reference claims, and what stands beside it here."""
     ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
     found = own_models.endpoints()
-    header = ["claim of the reference", "its number", "ours", "verdict", "RESULTS"]
-    rows = [*claims_of_accuracy(page.numbers, found), *claims_of_rank(page.numbers, ranks, found)]
-    return tables.markdown(header, rows, numbers=False)
+    claims = [*claims_of_accuracy(found), *claims_of_rank(ranks, found)]
+    names = [study.short for study in repeated()]
+    rows = [
+        [claim, theirs, *(ours.get(name, "") for name in names), verdict]
+        for claim, theirs, ours, verdict in claims
+    ]
+    header = ["claim of the reference", "its number", *names, "verdict"]
+    keys = [f"{study.folder} {kind}" for study in repeated() for kind in ("comparisons", "engrams")]
+    keys += [f"{CROSS} cross", "ranks levels", "ranks changes"]
+    return with_full(tables.markdown(header, rows, numbers=False), page, *keys)
 
 
-def claims_of_accuracy(where: dict[str, str], found: dict[str, dict]) -> list[list[str]]:
+Claim = tuple[str, str, Cells, str]  # claim, the reference's number, ours, verdict
+
+
+def claims_of_accuracy(found: dict[str, dict]) -> list[Claim]:
     """H1, H2, H3, and what the engram does to the accuracy."""
-    here = next(study for study in STUDIES if study.folder == "results_agnews/smollm2-135m")
+    here = next(study for study in STUDIES if study.folder == CROSS)
     there = next(study for study in STUDIES if study.folder == here.other)
     compared = compare_datasets(results_of(here), results_of(there))["comparisons"]
     more = format_interval(compared["model2 - model1"]["more_here"], 2, 100, "+")
-    aris = "; ".join(f"{s.short} {format_interval(ari_gain(s), 3, sign='+')}" for s in repeated())
     their_aris = [REFERENCE[place]["ari"] for place in ("results_7b", "results_agnews")]
-    of_model3 = [gain(study, "model3 - model2") for study in repeated()]
-    comparisons = ", ".join(where[f"{study.folder} comparisons"] for study in repeated())
     return [
-        [
+        (
             "H1: Model 2 is more accurate than Model 1, points",
             their_gains("model1", "model2"),
             gains("model2 - model1"),
             own_models.standing(found, "P1"),
-            comparisons,
-        ],
-        [
-            "H2: that gain grows with task complexity, points",
+        ),
+        (
+            "H2: that gain grows with task complexity, points (ours: less SST-2's)",
             "four classes against two: fourteen times",
-            f"AG News less SST-2, stand-in {more}",
+            {here.short: more},
             own_models.standing(found, "P3"),
-            where[f"{here.folder} cross"],
-        ],
-        [
-            "H3: engrams group by class unsupervised, ARI",
+        ),
+        (
+            "H3: engrams group by class unsupervised, ARI (ours: less an untrained compressor's)",
             "SST-2, 7B {}; AG News, 7B {}; no control".format(*their_aris),
-            f"less an untrained compressor's: {aris}",
+            {s.short: format_interval(ari_gain(s), 3, sign="+") for s in repeated()},
             own_models.standing(found, "P4"),
-            ", ".join(where[f"{study.folder} engrams"] for study in repeated()),
-        ],
-        [
+        ),
+        (
             "Engrams help a little on AG News: Model 3 - Model 2, points",
             their_gains("model2", "model3"),
             gains("model3 - model2"),
-            found_of(of_model3),
-            comparisons,
-        ],
+            found_of([gain(study, "model3 - model2") for study in repeated()]),
+        ),
     ]
 
 
@@ -376,9 +380,7 @@ def their_gains(a: str, b: str) -> str:
     return "; ".join(f"{name} {gain:+.2f}" for name, gain in zip(names, numbers, strict=True))
 
 
-def claims_of_rank(
-    where: dict[str, str], ranks: dict[str, dict], found: dict[str, dict]
-) -> list[list[str]]:
+def claims_of_rank(ranks: dict[str, dict], found: dict[str, dict]) -> list[Claim]:
     """H4, the mild collapse on SST-2, and what the engram does to the rank."""
     sst2, ag_news = (REFERENCE[place]["ranks"] for place in ("results_7b", "results_agnews"))
     start, model1, model2 = (ag_news[key][0] for key in ("pretrained", "model1", "model2"))
@@ -391,28 +393,25 @@ def claims_of_rank(
     of_rank = [r["changes"]["model3 - model2"]["both"]["effective_rank"] for r in ranks.values()]
     engrams = (part["model3"][0] - part["model2"][0] for part in (sst2, ag_news))
     return [
-        [
-            "H4: Model 1 loses effective rank",
+        (
+            "H4: Model 1 loses effective rank (ours: less the start)",
             f"AG News, 7B {start} → {model1}",
-            f"less the start: {rank_changes(ranks, 'model1 - pretrained')}",
+            rank_changes(ranks, "model1 - pretrained"),
             own_models.of_h4(found),
-            where["ranks changes"],
-        ],
-        [
-            "H4: Model 2 keeps it",
+        ),
+        (
+            "H4: Model 2 keeps it (ours: less Model 1)",
             f"AG News, 7B {start} → {model2}",
-            f"less Model 1: {rank_changes(ranks, 'model2 - model1')}",
+            rank_changes(ranks, "model2 - model1"),
             own_models.standing(found, "P5"),
-            where["ranks changes"],
-        ],
-        ["On SST-2 Model 1 collapses mildly", mild, shown, met, where["ranks levels"]],
-        [
+        ),
+        ("On SST-2 Model 1 collapses mildly", mild, shown, met),
+        (
             "Engrams do not change the rank: Model 3 - Model 2",
             "SST-2, 7B {:+.1f}; AG News, 7B {:+.1f}".format(*engrams),
             rank_changes(ranks, "model3 - model2"),
             found_of(of_rank),
-            where["ranks changes"],
-        ],
+        ),
     ]
 
 

@@ -335,11 +335,8 @@ def block_threshold(page: Page) -> str:
 
 
 def block_gains(page: Page) -> str:
-    found = [results_of(CONFIGS[name]) for name in ("benefit", "class_count")]
-    keys = [
-        key for key in ("benefit differences", "benefit ranks", "classes") if key in page.numbers
-    ]
-    return with_full(gain_tables.table_gains(*found), page, *keys)
+    table = gain_tables.table_gains(results_of(CONFIGS["benefit"]))
+    return with_full(table, page, "benefit differences", "benefit ranks")
 
 
 def block_salience(page: Page) -> str:

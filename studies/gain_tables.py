@@ -132,27 +132,17 @@ def table_classes(results: dict) -> str:
     return markdown([*header, "backbones"], rows)
 
 
-def table_gains(benefit: dict | None, class_count: dict | None) -> str:
-    """For FINDINGS.md: Model 2 less Model 1 on each data set and at each number of classes.
-
-    Either study may be missing; of merges only the nested ones, which P3 is about.
-    """
+def table_gains(results: dict) -> str:
+    """For FINDINGS.md: Model 2 less Model 1 on each data set, in accuracy and in rank."""
+    differences = results["accuracy_differences"].get("model2", {})
+    levels = {data: arms.get("model1", {}) for data, arms in results["arms"].items()}
+    levels = {data: found.get("best_accuracy") for data, found in levels.items()}
+    if all(levels.values()):
+        levels["mean"] = {"mean": np.mean([level["mean"] for level in levels.values()])}
     rows = []
-    if benefit:
-        differences = benefit["accuracy_differences"].get("model2", {})
-        levels = {data: arms.get("model1", {}) for data, arms in benefit["arms"].items()}
-        levels = {data: found.get("best_accuracy") for data, found in levels.items()}
-        if all(levels.values()):
-            levels["mean"] = {"mean": np.mean([level["mean"] for level in levels.values()])}
-        ranks = benefit["rank_at_equal_loss"] | {"mean": benefit["P5"]}
-        for place, rank in ranks.items():
-            gain, name = differences.get(place), "mean of the sets" if place == "mean" else place
-            cells = [mean_cell(levels.get(place), 1, 100), interval_cell(gain, 2, 100)]
-            rows.append([name, *cells, interval_cell(rank), backbones(gain)])
-    for row in class_count["table"] if class_count else []:
-        if row["merge"] == "nested":
-            cells = [mean_cell(row["model1"].get("best_accuracy"), 1, 100)]
-            cells += [interval_cell(row["accuracy_difference"], 2, 100), "", str(row["seeds"])]
-            rows.append([f"CLINC150, {row['classes']} classes", *cells])
+    for place, rank in (results["rank_at_equal_loss"] | {"mean": results["P5"]}).items():
+        gain, name = differences.get(place), "mean of the sets" if place == "mean" else place
+        cells = [mean_cell(levels.get(place), 1, 100), interval_cell(gain, 2, 100)]
+        rows.append([name, *cells, interval_cell(rank), backbones(gain)])
     header = ["data", "Model 1, %", "Model 2 - Model 1, points [95 %]"]
     return markdown([*header, "log rank at equal loss", "backbones"], rows)

@@ -350,10 +350,11 @@ def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, fl
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds: means of every arm and label, P4, and what stands beside it.
 
-    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED; of an arm it
-    is the index with the trained label less that with the other, of those that learned in both
-    directions, `less_random_compressor` (P4b of Model 3) the same less a random compressor's;
-    `all_backbones` has the others, too.
+    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED, and
+    `less_random` is its index with the trained label less a random compressor's. Of an arm
+    `learned` is the index with the trained label less that with the other, of backbones that
+    learned in both directions, `less_random_compressor` (P4b of Model 3) the same less a random
+    compressor's; `all_backbones` has the others, too; both directions ran on `ran` of them.
     """
     ends, starts = read_table(config.folder)
     results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
@@ -365,11 +366,19 @@ def summary(config: Config) -> dict[str, Any]:
         row = {"trained": trained, "arm": arm} | means(found)
         if trained != NEITHER:
             row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found)
+            kinds_of = f"ari_untrained_{trained}", f"ari_{trained}"
+            random, own = (
+                {place: end[kind] for place, end in enumerate(found) if end[kind] is not None}
+                for kind in kinds_of
+            )
+            row["less_random"] = paired_difference(random, own)
         results["trainings"].append(row)
     for arm in dict.fromkeys(cell.arm for cell in ends):
         all_of, learned = (salience(ends, arm, above=above) for above in (0.0, LEARNED))
         random = salience(ends, arm, "ari_untrained", LEARNED)
-        row = {"arm": arm, "learned": paired_difference(*learned)}
+        seeds = [{c.seed for c in ends if (c.trained, c.arm) == (of, arm)} for of in LABELS]
+        row = {"arm": arm, "ran": len(set.intersection(*seeds))}
+        row["learned"] = paired_difference(*learned)
         row["less_random_compressor"] = paired_difference(*map(differences, (random, learned)))
         results["arms"].append(row | {"all_backbones": paired_difference(*all_of)})
     model3 = [row for row in results["arms"] if row["arm"] == "model3"]
@@ -424,6 +433,7 @@ def draw(folder: Path) -> None:
     for trained, axis in zip(LABELS, axes, strict=True):
         groups = [("before training,\nrandom compressor", starts, "ari_untrained")]
         groups.append(("LM loss\nalone", neither, "ari"))
+        groups = [group for group in groups if group[1]]
         for arm in arms:
             here = {c: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
             groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))

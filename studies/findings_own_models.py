@@ -264,7 +264,8 @@ def add_class_count(page: Page) -> None:
 def add_salience(page: Page) -> None:
     config = CONFIGS["engram_salience"]
     title = "Two labels in one input: what an engram organizes by"
-    found = begin(page, title, config, settings=["learning_rate", "steps"])
+    options = "--corpus newsgroups --arms 3 --trained sentiment topic"
+    found = begin(page, title, config, options, ["learning_rate", "steps"])
     if found is None:
         return
     least = f"{engram_salience.LEARNED:.0%}"

@@ -155,12 +155,14 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
         cells = [mean_cell(row.get("accuracy"), 1, 100)]
         for kind in ("ari", "ari_untrained"):
             cells += [interval_cell(row.get(f"{kind}_{label}"), 3) for label in labels]
+        cells.append(interval_cell(row.get("less_random"), 3))
         cells += [mean_cell(row.get(f"probe_{label}"), 1, 100) for label in labels]
         counts = [row.get("learned", "n/a"), row["backbones"], row["diverged"]]
         cells += [mean_cell(row.get("lm_loss"), 3), *map(str, counts)]
         rows.append([row["trained"], title, *cells])
     header = ["trained label", "arm", "accuracy, %", *(f"ARI, {label}" for label in labels)]
     header += [f"random compressor's, {label}" for label in labels]
+    header.append("trained label's, less a random compressor's")
     header += [f"probe, {label}, %" for label in labels]
     header += ["LM loss, nats", "learned", "backbones", "diverged"]
     return markdown(header, rows)
@@ -172,7 +174,7 @@ def table_salience(results: dict) -> str:
     for row in results["arms"]:
         kinds = ("learned", "less_random_compressor", "all_backbones")
         cells = [interval_cell(row[kind], 3) for kind in kinds]
-        counts = f"{row['learned']['n']} of {row['all_backbones']['n']}"
+        counts = f"{row['learned']['n']} of {row['ran']}"
         rows.append([find_arm(row["arm"]).title, *cells, counts])
     header = ["arm", "ARI, trained label - other label", "less a random compressor's"]
     return markdown([*header, "of all backbones", "learned both labels"], rows)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import engram_salience as study
@@ -141,6 +142,48 @@ def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
     assert arm["all_backbones"]["n"] == 5
     learned = {row["trained"]: row["learned"] for row in results["trainings"]}
     assert learned == {"sentiment": 5, "topic": 4}
+    topic = next(row for row in results["trainings"] if row["trained"] == "topic")
+    random, own = (topic[f"ari{kind}_topic"]["mean"] for kind in ("_untrained", ""))
+    assert topic["less_random"]["mean"] == pytest.approx(own - random)
+    assert topic["less_random"]["n"] == 5
+
+
+def test_p4_is_done_when_all_backbones_ran(tmp_path):
+    whole = {name: 0.9 - 0.01 * place for place, name in enumerate(study.MEASURES)}
+    for seed in range(20):
+        for label in study.LABELS:
+            if (seed, label) == (19, "topic"):
+                config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+                assert not study.summary(config)["P4"]["done"]
+            shifted = {name: value + 0.001 * seed for name, value in whole.items()}
+            put(tmp_path / "newsgroups", study.Cell(seed, label, "model3"), **shifted)
+    assert study.summary(config)["P4"]["done"]
+
+
+def test_measures_are_of_the_engrams_that_a_cold_reading_gives(monkeypatch):
+    """Engrams tell of the topic alone; the states, that a random compressor reads, of the other."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (200, 2))
+    sides = (2 * labels - 1.0)[:, :, None] + 0.1 * rng.standard_normal((200, 2, 6))
+    cold = common.Evaluation(
+        logits=np.eye(2)[labels[:, 0]],
+        labels=labels[:, 0],
+        pooled=sides[:, 0].astype(np.float32),
+        intermediate=np.zeros((200, 3)),
+        engrams=sides[:, 1],
+        layers=None,
+        cls_loss=0.5,
+        lm_loss=4.0,
+    )
+    asked = []
+    monkeypatch.setattr(common, "evaluate", lambda *given: asked.append(given) or cold)
+    model = types.SimpleNamespace(engram_input=lambda pooled, intermediate: pooled)
+    found = study.measures(model, "rows", labels, seed=3)
+    assert asked == [(model, "rows")]  # no engram of a row before
+    assert found["accuracy"] == 1 and found["lm_loss"] == 4
+    assert found["ari_topic"] == 1 and found["probe_topic"] == 1
+    assert abs(found["ari_sentiment"]) < 0.05 and abs(found["probe_sentiment"] - 0.5) < 0.15
+    assert found["ari_untrained_sentiment"] > 0.9 and abs(found["ari_untrained_topic"]) < 0.05
 
 
 def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path):
@@ -162,7 +205,7 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
     row = cells_of_row(study_tables.table_trainings(results, study.LABELS), "topic")
     assert (row["backbones"], row["diverged"], row["learned"]) == ("1", "1", "1")
     row = cells_of_row(study_tables.table_salience(results), "Dual + Engram")
-    assert row["of all backbones"] == "+0.000" and row["learned both labels"] == "1 of 1"
+    assert row["of all backbones"] == "+0.000" and row["learned both labels"] == "1 of 2"
 
 
 @pytest.fixture(scope="module")

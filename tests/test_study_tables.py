@@ -200,13 +200,15 @@ def salience() -> dict:
         "runs": 9,
         "trainings": [
             {"trained": "neither", "arm": "start"} | both | without_accuracy,
-            {"trained": "sentiment", "arm": "model3", "learned": 3} | both | known,
+            {"trained": "sentiment", "arm": "model3", "learned": 3, "less_random": interval(0.25)}
+            | both
+            | known,
             {"trained": "topic", "arm": "lm-only-engram", "learned": 0}
             | {"backbones": 0, "diverged": 4},
         ],
         "arms": [
-            {"arm": "model3", "all_backbones": interval(0.15)} | arm,
-            {"arm": "lm-only-engram"} | none,
+            {"arm": "model3", "ran": 5, "all_backbones": interval(0.15)} | arm,
+            {"arm": "lm-only-engram", "ran": 0} | none,
         ],
         "P4": endpoint(0.2, 0.05),
     }
@@ -217,19 +219,20 @@ def test_engrams_of_each_trained_label_beside_both_labels(salience):
     row = cells_of_row(table, "sentiment", "Dual + Engram")
     assert (row["accuracy, %"], row["ARI, topic"]) == ("75.0", "+0.100 [+0.090, +0.110]")
     assert row["random compressor's, sentiment"].startswith("+0.050")
+    assert row["trained label's, less a random compressor's"].startswith("+0.250")
     assert (row["probe, topic, %"], row["LM loss, nats"], row["learned"]) == ("60.0", "5.125", "3")
     row = cells_of_row(table, "before training")
     assert (row["accuracy, %"], row["learned"], row["backbones"]) == ("n/a", "n/a", "4")
     assert row["ARI, sentiment"].startswith("+0.300")
     row = list(cells_of_row(table, "topic").values())
-    assert row[2:] == ["n/a"] * 8 + ["0", "0", "4"]
+    assert row[2:] == ["n/a"] * 9 + ["0", "0", "4"]
 
 
 def test_salience_of_each_arm(salience):
     table = study_tables.table_salience(salience)
     row = list(cells_of_row(table, "Dual + Engram").values())
     assert [cell.split()[0] for cell in row[-4:-1]] == ["+0.200", "+0.170", "+0.150"]
-    assert row[-1] == "3 of 4"
+    assert row[-1] == "3 of 5"
     row = next(line for line in table.splitlines() if line.endswith("| 0 of 0 |"))
     assert row.count("| n/a ") == 3
 

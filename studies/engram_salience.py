@@ -37,7 +37,12 @@ from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.spread import transfer_accuracy
 from collapse.sst2 import load_sst2_by_sentence
-from collapse.statistics import format_interval, mean_interval, paired_difference
+from collapse.statistics import (
+    differences_interval,
+    format_interval,
+    mean_interval,
+    paired_difference,
+)
 
 MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
@@ -362,16 +367,16 @@ def summary(config: Config) -> dict[str, Any]:
         results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
     kinds = dict.fromkeys((cell.trained, cell.arm) for cell in ends)
     for trained, arm in kinds:
-        found = [end for cell, end in ends.items() if (cell.trained, cell.arm) == (trained, arm)]
-        row = {"trained": trained, "arm": arm} | means(found)
+        found = {c.seed: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
+        row = {"trained": trained, "arm": arm} | means(found.values())
         if trained != NEITHER:
-            row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found)
-            kinds_of = f"ari_untrained_{trained}", f"ari_{trained}"
-            random, own = (
-                {place: end[kind] for place, end in enumerate(found) if end[kind] is not None}
-                for kind in kinds_of
-            )
-            row["less_random"] = paired_difference(random, own)
+            row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
+            gains = {
+                seed: end[f"ari_{trained}"] - end[f"ari_untrained_{trained}"]
+                for seed, end in found.items()
+                if end["lm_loss"] is not None
+            }
+            row["less_random"] = differences_interval(gains)
         results["trainings"].append(row)
     for arm in dict.fromkeys(cell.arm for cell in ends):
         all_of, learned = (salience(ends, arm, above=above) for above in (0.0, LEARNED))

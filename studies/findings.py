@@ -8,7 +8,7 @@ Figures whose numbers are in the JSON files are drawn anew.
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -326,13 +326,14 @@ def block_claims(page: Page) -> str:
     ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
     found = own_models.endpoints()
     claims = [*claims_of_accuracy(found), *claims_of_rank(ranks, found)]
-    names = [study.short for study in repeated()]
+    studies = repeated()
+    names = [study.short for study in studies]
     rows = [
         [claim, theirs, *(ours.get(name, "") for name in names), verdict]
         for claim, theirs, ours, verdict in claims
     ]
     header = ["claim of the reference", "its number", *names, "verdict"]
-    keys = [f"{study.folder} {kind}" for study in repeated() for kind in ("comparisons", "engrams")]
+    keys = [f"{study.folder} {kind}" for study in studies for kind in ("comparisons", "engrams")]
     keys += [f"{CROSS} cross", "ranks levels", "ranks changes"]
     return with_full(tables.markdown(header, rows, numbers=False), page, *keys)
 
@@ -368,17 +369,17 @@ def claims_of_accuracy(found: dict[str, dict]) -> list[Claim]:
         ),
         (
             "Engrams help a little on AG News: Model 3 - Model 2, points",
-            their_gains("model2", "model3").rpartition("; ")[2],
+            their_gains("model2", "model3", ["results_agnews"]),
             gains("model3 - model2"),
             found_of([gain(study, "model3 - model2") for study in repeated()]),
         ),
     ]
 
 
-def their_gains(a: str, b: str) -> str:
-    names = ("SST-2, small", "SST-2, 7B", "AG News, 7B")
-    numbers = (theirs["final"][b] - theirs["final"][a] for theirs in REFERENCE.values())
-    return "; ".join(f"{name} {gain:+.2f}" for name, gain in zip(names, numbers, strict=True))
+def their_gains(a: str, b: str, places: Iterable[str] = REFERENCE) -> str:
+    names = {study.folder: study.short for study in STUDIES}
+    finals = ((names[place], REFERENCE[place]["final"]) for place in places)
+    return "; ".join(f"{name} {final[b] - final[a]:+.2f}" for name, final in finals)
 
 
 def claims_of_rank(ranks: dict[str, dict], found: dict[str, dict]) -> list[Claim]:

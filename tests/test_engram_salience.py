@@ -157,7 +157,8 @@ def test_p4_is_done_when_all_backbones_ran(tmp_path):
                 assert not study.summary(config)["P4"]["done"]
             shifted = {name: value + 0.001 * seed for name, value in whole.items()}
             put(tmp_path / "newsgroups", study.Cell(seed, label, "model3"), **shifted)
-    assert study.summary(config)["P4"]["done"]
+    assert study.report(config)["P4"]["done"]
+    assert (config.folder / "engrams.png").exists()  # without a training of the LM loss alone
 
 
 def test_measures_are_of_the_engrams_that_a_cold_reading_gives(monkeypatch):

@@ -293,9 +293,11 @@ def add_linguistic(page: Page) -> None:
     found = read_json(ROOT / LINGUISTIC / "results.json")
     page.text("## Tokens as classes: Linguistic Collapse on own language models")
     models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in found["models"].items())
+    not_run = ", ".join(name.partition("-")[2] for name in found["not_run"])
     page.text(
         "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
-        f"--paper-table CSV`. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}."
+        f"--paper-table CSV`. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}"
+        + (f". Left out (width, layers, epochs, decay, seed): {not_run}." if not_run else ".")
     )
     caption = (
         "Spearman correlation with validation loss [95 %]; *theirs*: from Wu & Papyan's table, "

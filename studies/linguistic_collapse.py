@@ -63,6 +63,8 @@ class Config:
     parts: tuple[str, ...] = ("seeds", "decay", "grid")
     # How many of the 30 seeds to run; the others wait for another time.
     seeds: int = 30
+    # Run no model of more epochs; of the sizes, two thirds of the time go into those of ten.
+    max_epochs: int = 10
     # The whole study with a few tiny models on made-up text, in a folder that git ignores.
     miniature: bool = False
     # Only results.json and the figure, from the rows that are there.
@@ -197,10 +199,13 @@ def summary(config: Config) -> dict[str, Any]:
             loss = column(grid, "validation_loss")
             partial = partial_spearman(column(grid, name), loss, size)
             over_grid[name]["without_size"] = partial
-    planned = {part: len(set(recipes)) for part, recipes in plan(config.miniature).items()}
+    planned = {part: set(recipes) for part, recipes in plan(config.miniature).items()}
+    there = {row["name"] for row in read_rows(config.output_dir / "models.csv")}
+    names = {pretrain.folder_name(r, config.corpus) for part in planned.values() for r in part}
     return {
         "corpus": config.corpus,
-        "models": {part: [len(rows), planned[part]] for part, rows in parts.items()},
+        "models": {part: [len(rows), len(planned[part])] for part, rows in parts.items()},
+        "not_run": sorted(names - there),
         "primary": list(PRIMARY),
         "fixed_scale": at_fixed_scale,
         "grid": over_grid,
@@ -316,6 +321,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)
     check_bounds("seeds", config.seeds, 1, 30)
+    check_bounds("max_epochs", config.max_epochs, 1, math.inf)
     if config.miniature:
         folder = config.output_dir / "limit-miniature"
         config = dataclasses.replace(
@@ -327,7 +333,8 @@ def main() -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         now = recipes | {"seeds": recipes["seeds"][: config.seeds]}
-        run_missing(config, [recipe for part in config.parts for recipe in now[part]])
+        chosen = [recipe for part in config.parts for recipe in now[part]]
+        run_missing(config, [recipe for recipe in chosen if recipe.epochs <= config.max_epochs])
     results = summary(config)
     write_json(config.output_dir / "results.json", results)
     plot(config)

@@ -20,7 +20,7 @@ from conftest import fails, start_script
 
 from collapse import corpus, pretraining
 from collapse.corpus import Corpus, check_no_row_inside, corpus_text, rows_inside, to_blocks
-from collapse.files import digest_weights
+from collapse.files import digest_weights, read_json
 from collapse.kneser_ney import KneserNeyBigram
 from collapse.pretraining import Recipe, build, loss_sum, validation_loss
 from collapse.progress import Progress, Training
@@ -288,8 +288,15 @@ def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatc
     assert len(rows) == 4 and all(float(row["cdnv"]) > 0 for row in rows)
     assert int(rows[0]["classes"]) < 4096
     put_row(table, rows[1] | {"agreement": "0.125"}, "name")
-    start_script(linguistic_collapse, f"--miniature --output-dir {tmp_path}")
+    parts["grid"].append(dataclasses.replace(small, epochs=3))
+    options = f"--miniature --output-dir {tmp_path} --max-epochs"
+    start_script(linguistic_collapse, f"{options} 2")
     assert read_rows(table)[1]["agreement"] == "0.125"
+    result = table.with_name("results.json")
+    (left_out,) = read_json(result)["not_run"]
+    assert "-e3-" in left_out and len(read_rows(table)) == 4
+    start_script(linguistic_collapse, f"{options} 3")
+    assert read_json(result)["not_run"] == [] and len(read_rows(table)) == 5
 
 
 def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path):

@@ -1,6 +1,7 @@
 """The figures of Experiment 4, a row of panels for each study."""
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ def shown_models(result: dict, find_arm: FindArm) -> list[Shown]:
 
 
 def in_two_lines(name: str) -> str:
+    """A study's name for a figure; of a folder that makes it unique only the last part."""
+    name = re.sub(r", results\S*/", ", ", name)
     return name.replace(" training rows, ", " training rows\n")
 
 
@@ -262,7 +265,7 @@ def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     axes[0].set(title="Final validation accuracy", xlabel="less model 1's (points)")
     axes[1].set(title="Effective rank after training", xlabel="% of the rank before training")
-    axes[1].set_xlim(left=0)
+    axes[1].set_xlim(left=-3)  # a mark at 1 % is seen whole
     axes[2].set(title="Spread within classes (CDNV)", xlabel="over model 1's (factor)")
     axes[2].set_xscale("log")
     axes[2].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))

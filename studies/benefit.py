@@ -445,9 +445,8 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     panels = below.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
     for axis, dataset in zip(panels, datasets, strict=True):
         draw_ranks(axis, study, dataset)
-    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("rank within classes,\nshare of the start's")
-    panels[0].legend(fontsize=8, loc="lower left")
+    panels[0].legend(fontsize=8)
     save_figure(figure, config.folder / "benefit.png")
 
 

@@ -337,8 +337,8 @@ def row_of(by_seed: dict[int, dict[str, tuple]], merge: str, classes: int) -> di
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Gain, accuracy and components against the number of classes, nested and random merges."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    """Gain and components against the number of classes, nested and random merges."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for merge, fill, line in (("nested", "full", "-"), ("random", "none", ":")):
         rows = [row for row in results["table"] if row["merge"] == merge]
         if not rows:
@@ -356,19 +356,18 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         for model in MODELS:
             arm = common.find_arm(model)
             look = {"linestyle": line, "marker": arm.marker, "fillstyle": fill, "color": arm.color}
-            for axis, name in ((axes[1], "best_accuracy"), (axes[2], "dims_95pct")):
-                y = [row[model][name]["mean"] for row in rows]
-                axis.plot(x, y, label=f"{arm.title}, {merge}", **look)
+            y = [row[model]["dims_95pct"]["mean"] for row in rows]
+            axes[1].plot(x, y, label=f"{arm.title}, {merge}", **look)
     axes[0].axhline(0, color="gray", linewidth=0.8)
-    axes[2].plot(
+    axes[1].plot(
         counts_of(config),
         [c - 1 for c in counts_of(config)],
         color="gray",
         linewidth=0.8,
         label="classes - 1",
     )
-    axes[2].set_yscale("log")
-    labels = ("gain of Model 2, logits", "validation accuracy", "components for 95 % of variance")
+    axes[1].set_yscale("log")
+    labels = ("gain of Model 2, logits", "components for 95 % of variance")
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", xlabel="classes", ylabel=label)
         axis.set_xticks(counts_of(config), counts_of(config))

@@ -4,7 +4,7 @@ Fine-tunes a backbone for a few hundred steps at many rates, without and with th
 controls, and finds for each of them the rate at which runs stop being healthy. By default on own
 small language models (studies/pretrain.py), each its own seed; with --model on one model and many
 seeds. Writes a CSV file for each seed, a row for every measurement, as trainings end; then
-results.json and two figures. The same command goes on where it was stopped.
+results.json and a figure. The same command goes on where it was stopped.
 """
 
 import itertools
@@ -348,34 +348,44 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
 # --------------------------------------------------------------------------------------------------
 
 MARKERS = dict(zip(OUTCOMES, ("o", "v", "X", "s", "*"), strict=True))
+PANELS = {
+    "kept": "components kept\n(share of the start's)",
+    "validation_accuracy": "validation accuracy",
+}
 
 
-def plot(runs: list[Run], measure: str, label: str, path: Path) -> None:
-    """A measure after training against the learning rate: a panel a data set, a line an arm.
+def draw(folder: Path) -> None:
+    """Components kept and accuracy against the learning rate: a column a data set, a line an arm.
 
-    Lines are means over seeds, bands lowest to highest; a marker is the commonest outcome.
+    Lines are means over seeds, bands, of Models 1 and 2 alone, lowest to highest; a marker is the
+    commonest outcome. None without runs that count.
     """
+    runs = read_runs(folder)
+    if not runs:
+        return
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(run.cell.dataset for run in runs))
     figure, axes = plt.subplots(
-        1,
+        len(PANELS),
         len(datasets),
-        figsize=(5.5 * len(datasets), 4),
+        figsize=(5 * len(datasets), 3 * len(PANELS) + 0.8),
         layout="constrained",
         squeeze=False,
-        sharey=True,
+        sharex="col",
+        sharey="row",
     )
-    for dataset, axis in zip(datasets, axes[0], strict=True):
+    for dataset, column in zip(datasets, axes.T, strict=True):
         here = [run for run in runs if run.cell.dataset == dataset]
         names = {run.cell.arm for run in here}
         for name in sorted(names, key=lambda name: common.find_arm(name).place):
-            draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
-        if measure == "kept":
-            axis.axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
-        axis.set(xscale="log", xlabel="learning rate", title=dataset)
-    if measure == "kept":
-        axes[0][0].set_ylim(bottom=0)  # of all panels, whose highest values are known by now
-    axes[0][0].set_ylabel(label)
+            for measure, axis in zip(PANELS, column, strict=True):
+                draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
+        column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
+        column[0].set(xscale="log", title=dataset)
+        column[-1].set_xlabel("learning rate")
+    axes[0][0].set_ylim(bottom=0)  # of the row, whose highest values are known by now
+    for label, row in zip(PANELS.values(), axes, strict=True):
+        row[0].set_ylabel(label)
     lines, labels = axes[0][0].get_legend_handles_labels()
     kinds = [
         plt.Line2D([], [], color="gray", linestyle="", marker=MARKERS[kind], label=kind)
@@ -389,15 +399,7 @@ def plot(runs: list[Run], measure: str, label: str, path: Path) -> None:
         ncols=4,
         fontsize=8,
     )
-    save_figure(figure, path)
-
-
-def draw(folder: Path) -> None:
-    """Both figures of a folder's tables; none without runs that count."""
-    if runs := read_runs(folder):
-        share = "components kept (share of the start's)"
-        plot(runs, "kept", share, folder / "components.png")
-        plot(runs, "validation_accuracy", "validation accuracy", folder / "accuracy.png")
+    save_figure(figure, folder / "collapse.png")
 
 
 def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure: str) -> None:
@@ -415,8 +417,8 @@ def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure
     x = [10**rate for rate in rates]
     style = "-" if arm.weight is None else "--"
     axis.plot(x, means, style, color=arm.color, label=arm.title, linewidth=1.2)
-    opacity = 0.2 if arm.name in ("model1", "model2") else 0.07  # seven bands lie on each other
-    axis.fill_between(x, lows, highs, color=arm.color, alpha=opacity, linewidth=0)
+    if arm.name in ("model1", "model2"):  # seven bands would lie on each other
+        axis.fill_between(x, lows, highs, color=arm.color, alpha=0.2, linewidth=0)
 
 
 def value_of(run: Run, measure: str) -> float:
@@ -439,7 +441,7 @@ def text_of(results: dict[str, Any]) -> str:
 
 
 def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figures from the rows that are there."""
+    """Write results.json and the figure from the rows that are there."""
     results = summary(config)
     write_json(config.folder / "results.json", results)
     draw(config.folder)

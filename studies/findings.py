@@ -365,7 +365,7 @@ def claims_of_accuracy(found: dict[str, dict]) -> list[Claim]:
             "H3: engrams group by class unsupervised, ARI (ours: less an untrained compressor's)",
             "SST-2, 7B {}; AG News, 7B {}; no control".format(*their_aris),
             {s.short: format_interval(ari_gain(s), 3, sign="+") for s in repeated()},
-            own_models.standing(found, "P4"),
+            own_models.of_h3(found),
         ),
         (
             "Engrams help a little on AG News: Model 3 - Model 2, points",

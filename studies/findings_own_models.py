@@ -112,6 +112,14 @@ def of_h4(found: dict[str, dict]) -> str:
     return f"{both[0] if agree else 'open'} ({parts})"
 
 
+def of_h3(found: dict[str, dict]) -> str:
+    """P4 is of a trained label; P4b asks what training the compressor adds."""
+    arms = (results_of(CONFIGS["engram_salience"]) or {"arms": []})["arms"]
+    gains = [row["less_random_compressor"] for row in arms if row["arm"] == "model3"]
+    told = [f"; P4b {format_interval(gain, 3, sign='+')}" for gain in gains if gain["n"]]
+    return standing(found, "P4") + "".join(told)
+
+
 def table_endpoints() -> str:
     """Those that ran, and a line that names the others."""
     ran, rows = endpoints(), []
@@ -152,8 +160,7 @@ def add_threshold(page: Page) -> None:
     for dataset in found["arms"][0]["edge"]:
         caption = f"How runs end, {dataset}: counts, and means over backbones."
         page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
-    page.figure(f"{folder}/components.png", "Components kept against the learning rate")
-    page.figure(f"{folder}/accuracy.png", "Validation accuracy against the learning rate")
+    page.figure(f"{folder}/collapse.png", "Components kept and accuracy by learning rate")
     if (ROOT / FINETUNED).exists():
         caption = "Backbones against random weights; each start at its better rate of two."
         finetuned = read_json(ROOT / FINETUNED)
@@ -221,8 +228,7 @@ def add_standin_threshold(page: Page) -> None:
     for dataset in found["arms"][0]["edge"]:
         caption = f"How the stand-in's runs end, {dataset}: counts, and means of the seeds."
         page.table(f"standin ends {dataset}", caption, study_tables.table_ends(found, dataset))
-    page.figure(f"{folder}/components.png", "Components that the stand-in keeps")
-    page.figure(f"{folder}/accuracy.png", "Validation accuracy of the stand-in")
+    page.figure(f"{folder}/collapse.png", "Components that the stand-in keeps, and its accuracy")
 
 
 def add_benefit(page: Page) -> None:
@@ -257,17 +263,21 @@ def add_class_count(page: Page) -> None:
     if rows_too:
         caption += f" Slope of the gain, seeds and rows drawn anew: {format_bounds(rows_too, 3)}."
     page.table("classes", caption, gain_tables.table_classes(found))
-    caption = "Gain, accuracy and components against the number of classes"
+    caption = "Gain and components against the number of classes"
     page.figure(f"{folder_of(config)}/class_count.png", caption)
 
 
 def add_salience(page: Page) -> None:
     config = CONFIGS["engram_salience"]
     title = "Two labels in one input: what an engram organizes by"
-    options = "--corpus newsgroups --arms 3 --trained sentiment topic"
-    found = begin(page, title, config, options, ["learning_rate", "steps"])
-    if found is None:
+    results = results_of(config)
+    if results is None:
         return
+    kinds = [row for row in results["trainings"] if row["arm"] != "start"]
+    arms = dict.fromkeys(row["arm"].removeprefix("model") for row in kinds)
+    trained = dict.fromkeys(row["trained"] for row in kinds)
+    options = f"--corpus newsgroups --arms {' '.join(arms)} --trained {' '.join(trained)}"
+    found = begin(page, title, config, options, ["learning_rate", "steps"])
     least = f"{engram_salience.LEARNED:.0%}"
     caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
     table = study_tables.table_trainings(found, engram_salience.LABELS)
@@ -344,7 +354,8 @@ def block_gains(page: Page) -> str:
 
 def block_salience(page: Page) -> str:
     found = results_of(CONFIGS["engram_salience"])
-    return with_full(study_tables.table_salience(found), page, "salience trainings", "salience")
+    table = study_tables.table_indices(found, engram_salience.LABELS)
+    return with_full(table, page, "salience trainings", "salience")
 
 
 def block_linguistic(page: Page) -> str:

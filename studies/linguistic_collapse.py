@@ -274,42 +274,54 @@ def paper_rows(path: Path) -> Rows:
 
 
 def plot(config: Config) -> None:
-    """Each measure against validation loss: over sizes, at one size, and theirs where given."""
+    """A row a measure, against validation loss: over sizes, at one size, and theirs where given."""
     parts = rows_of_parts(config)
-    panels = [("sizes", parts["grid"]), ("seeds of one size", parts["seeds"])]
+    panels = [("ours, sizes", parts["grid"]), ("ours, seeds of one size", parts["seeds"])]
     if config.paper_table:
         theirs = paper_rows(config.paper_table)
         for title, one_size in (("sizes", 0), ("seeds of one size", 1)):
             rows = [row for row in theirs if row["of_one_size"] == one_size]
-            panels.append((f"Wu & Papyan 2024, {title}", rows))
-    shape = (len(panels), len(TITLES))
+            panels.append((f"Wu & Papyan 2024,\n{title}", rows))
+    panels = [(title, rows) for title, rows in panels if len(rows) >= 3]
+    if not panels:
+        return
+    widths = sorted({row["width"] for _, rows in panels for row in rows})
+    shape = (len(TITLES), len(panels))
     figure, axes = plt.subplots(
-        *shape, figsize=(3 * shape[1], 3 * shape[0]), layout="constrained", squeeze=False
+        *shape, figsize=(3 * shape[1], 2.1 * shape[0]), layout="constrained", squeeze=False
     )
-    for (title, rows), line in zip(panels, axes, strict=True):
+    for (title, rows), line in zip(panels, axes.T, strict=True):
         for (name, label), axis in zip(TITLES.items(), line, strict=True):
-            if not rows or name not in rows[0]:
+            if name not in rows[0]:
                 axis.set_axis_off()
+                axis.text(0.5, 0.5, "not in their table", ha="center", fontsize=8)
                 continue
-            scatter_by_width(axis, rows, name)
+            scatter_by_width(axis, rows, name, widths)
             found = spearman_with_loss(rows, name)
-            text = "" if found["r"] is None else f"\nSpearman {found['r']:+.2f}"
+            text = "" if found["r"] is None else f"Spearman {found['r']:+.2f}"
             if found["low"] is not None and "one size" in title:
                 text += f" [{found['low']:+.2f}, {found['high']:+.2f}]"
-            axis.set_title(f"{label}\n{title}{text}", fontsize=8)
-            axis.set_xlabel("validation loss (nats)", fontsize=8)
-            if name.startswith("cdnv") and min(column(rows, name)) > 0:
+            axis.set_title(text, fontsize=8)
+            axis.set_ylabel(label, fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.ticklabel_format(style="sci", scilimits=(-2, 3), useOffset=False)
+            spread = max(column(rows, name)) / max(min(column(rows, name)), 1e-12)
+            if name.startswith("cdnv") and spread > 10:
                 axis.set_yscale("log")
-    for line in axes:
-        if line[-1].axison:
-            line[-1].legend(title="width", fontsize=7)
-    figure.suptitle(f"Token-level neural collapse; text: {config.corpus}")
+        line[0].set_title(f"{title}\n{line[0].get_title()}", fontsize=8)
+        line[-1].set_xlabel("validation loss (nats)", fontsize=8)
+        if "one size" not in title:
+            line[-1].legend(title="width", fontsize=7, title_fontsize=7)
+    figure.suptitle(f"Tokens as classes; our text: {config.corpus}")
     save_figure(figure, config.output_dir / "linguistic_collapse.png")
 
 
-def scatter_by_width(axis: plt.Axes, rows: Rows, name: str) -> None:
-    for number, width in enumerate(sorted({row["width"] for row in rows})):
+def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float]) -> None:
+    """A colour a width, the same in every panel; widths are those of all panels."""
+    for number, width in enumerate(widths):
         chosen = [row for row in rows if row["width"] == width]
+        if not chosen:
+            continue
         look = {"color": CLASS_COLORS[number % 8], "marker": CLASS_MARKERS[number % 8]}
         x, y = column(chosen, "validation_loss"), column(chosen, name)
         axis.scatter(x, y, s=14, alpha=0.8, linewidth=0, label=f"{width:.0f}", **look)

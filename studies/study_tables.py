@@ -168,6 +168,22 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
     return markdown(header, rows)
 
 
+def table_indices(results: dict, labels: Sequence[str]) -> str:
+    """Of table_trainings what FINDINGS.md tells: means, and the gain over a random compressor."""
+    rows = []
+    for row in results["trainings"]:
+        if row["arm"] == "start":
+            continue
+        kinds = (f"{kind}_{label}" for kind in ("ari", "ari_untrained") for label in labels)
+        cells = [mean_cell(row.get(name), 3) for name in kinds]
+        gain = interval_cell(row["less_random"], 3) if "less_random" in row else ""
+        title = find_arm(row["arm"]).title
+        rows.append([row["trained"], title, *cells, gain, str(row["backbones"])])
+    header = ["trained label", "arm", *(f"ARI, {label}" for label in labels)]
+    header += [f"random compressor, {label}" for label in labels]
+    return markdown([*header, "trained label, gain over random [95 %]", "backbones"], rows)
+
+
 def table_salience(results: dict) -> str:
     """Index with the trained label less that with the other, of each arm."""
     rows = []

@@ -402,7 +402,9 @@ def test_blocks_of_the_findings(published, tmp_path):
     gains, salience, linguistic = findings.fill(text, page).split("<!-- end -->")[:3]
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
-    assert "| Dual + Engram | +0.200 [" in salience
+    row = cells_of_row(salience, "sentiment")
+    assert row["trained label, gain over random [95 %]"].startswith("+0.250 [")
+    assert "before training" not in salience
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
     assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic

@@ -95,11 +95,10 @@ def endpoints() -> dict[str, dict]:
 
 
 def standing(found: dict[str, dict], name: str) -> str:
-    """An endpoint's verdict in a word, and of how many backbones."""
+    """An endpoint's verdict in a word."""
     if name not in found:
         return f"{name} not run"
-    planned = "" if found[name]["done"] else ", fewer than planned"
-    return f"{name} {found[name]['verdict']}, {found[name]['n']} backbones{planned}"
+    return f"{name} {found[name]['verdict']}{'' if found[name]['done'] else ' so far'}"
 
 
 def of_h4(found: dict[str, dict]) -> str:
@@ -343,7 +342,7 @@ def block_endpoints(page: Page) -> str:
 
 def block_threshold(page: Page) -> str:
     found = results_of(CONFIGS["collapse_threshold"])
-    table = study_tables.table_threshold(found, ("healthy", "not collapsed"))
+    table = study_tables.table_threshold(found, ("healthy", "not collapsed"), unit=None)
     return with_full(table, page, "threshold", "shifts")
 
 

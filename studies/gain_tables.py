@@ -143,6 +143,6 @@ def table_gains(results: dict) -> str:
     for place, rank in (results["rank_at_equal_loss"] | {"mean": results["P5"]}).items():
         gain, name = differences.get(place), "mean of the sets" if place == "mean" else place
         cells = [mean_cell(levels.get(place), 1, 100), interval_cell(gain, 2, 100)]
-        rows.append([name, *cells, interval_cell(rank), backbones(gain)])
+        rows.append([name, *cells, interval_cell(rank)])
     header = ["data", "Model 1, %", "Model 2 - Model 1, points [95 %]"]
-    return markdown([*header, "log rank at equal loss", "backbones"], rows)
+    return markdown([*header, "log rank at equal loss"], rows)

@@ -19,15 +19,15 @@ SHIFTS = {
 
 
 def table_threshold(
-    results: dict, kinds: Sequence[str] = tuple(SHIFTS), unit: str = "backbones"
+    results: dict, kinds: Sequence[str] = tuple(SHIFTS), unit: str | None = "backbones"
 ) -> str:
     """Where runs of each arm stop being healthy, against Model 1; unit: what repeats.
 
-    Its number is that on each data set, told once where they agree.
+    Its number is that on each data set, told once where they agree; without a unit it is left out.
     """
     datasets = list(results["arms"][0]["edge"])
     header = ["arm", *(f"edge, {name}" for name in datasets)]
-    header += [*(SHIFTS[kind] for kind in kinds), unit]
+    header += [*(SHIFTS[kind] for kind in kinds), *([unit] if unit else [])]
     rows = []
     for row in results["arms"]:
         edges = [edge_cell(row, data) for data in datasets]
@@ -35,7 +35,8 @@ def table_threshold(
         if row["arm"] != "model1":
             cells = [interval_cell(row["shift"][kind]["mean"]) for kind in kinds]
         counts = [str(e["n"] if e else 0) for e in row["edge"].values()]
-        rows.append([find_arm(row["arm"]).title, *edges, *cells, told_once(counts)])
+        cells += [told_once(counts)] if unit else []
+        rows.append([find_arm(row["arm"]).title, *edges, *cells])
     return markdown(header, rows)
 
 
@@ -174,14 +175,14 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
     for row in results["trainings"]:
         if row["arm"] == "start":
             continue
-        kinds = (f"{kind}_{label}" for kind in ("ari", "ari_untrained") for label in labels)
-        cells = [mean_cell(row.get(name), 3) for name in kinds]
-        gain = interval_cell(row["less_random"], 3) if "less_random" in row else ""
-        title = find_arm(row["arm"]).title
-        rows.append([row["trained"], title, *cells, gain, str(row["backbones"])])
-    header = ["trained label", "arm", *(f"ARI, {label}" for label in labels)]
-    header += [f"random compressor, {label}" for label in labels]
-    return markdown([*header, "trained label, gain over random [95 %]", "backbones"], rows)
+        name = "nothing but the LM" if row["trained"] not in labels else row["trained"]
+        name += "" if row["arm"] == "model3" else f", {find_arm(row['arm']).title}"
+        kinds = ([row.get(f"{kind}_{label}") for kind in ("ari", "ari_untrained")] for label in labels)
+        cells = ["{} ({})".format(*(mean_cell(value, 3) for value in pair)) for pair in kinds]
+        cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
+        rows.append([name, *cells, str(row["backbones"])])
+    header = ["trained", *(f"ARI with {label} (random)" for label in labels)]
+    return markdown([*header, "trained label, less random [95 %]", "backbones"], rows)
 
 
 def table_salience(results: dict) -> str:

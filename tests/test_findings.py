@@ -119,10 +119,10 @@ def test_a_table_follows_its_json(monkeypatch):
     assert "seed 7" in told and "`some/results.json`" in told and "abacus" in told
     block = lambda page: tables.table_accuracy(Path("some"), results)  # noqa: E731
     monkeypatch.setattr(findings, "block_some", block, raising=False)
-    text = "before\n<!-- begin some -->\nold\n<!-- end -->\nafter\n"
+    text = "before\n<!--begin some-->\nold\n<!--end-->\nafter\n"
     filled = findings.fill(text, findings.Page())
     assert "| 1: Classification Only | 5 | 50.00 | n/a | 75.00 |" in filled
-    assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
+    assert filled.startswith("before\n") and filled.endswith("<!--end-->\nafter\n")
     assert findings.fill(filled, findings.Page()) == filled and "old" not in filled
 
 
@@ -130,18 +130,17 @@ def test_claims_are_those_of_the_json(page):
     """Signs and pairs of what stands beside each claim, from the stored rows and records."""
     block = findings.block_claims(page)
     claims = [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("| ")]
-    h1, h3, engrams, less_start, less_model1 = (
+    h1, h3, less_start, less_model1 = (
         cells_of_row(block, next(claim for claim in claims if claim.startswith(start)))
-        for start in ("H1:", "H3:", "Engrams help", "H4: Model 1", "H4: Model 2")
+        for start in ("H1:", "H3:", "H4: Model 1", "H4: Model 2")
     )
     for study in findings.repeated():
         runs = findings.results_of(study)["models"]
         accuracy = [
             np.mean([run["final"]["accuracy"] for run in runs[key].values()])
-            for key in ("model1", "model2", "model3")
+            for key in ("model1", "model2")
         ]
         assert h1[study.short].startswith(f"{100 * (accuracy[1] - accuracy[0]):+.2f} [")
-        assert engrams[study.short].startswith(f"{100 * (accuracy[2] - accuracy[1]):+.2f} [")
         clusters = [run["cluster"] for run in runs["model3"].values()]
         ari = np.mean([c["trained"]["ari"] - c["untrained"]["ari"] for c in clusters])
         assert h3[study.short].startswith(f"{ari:+.3f} [")

@@ -398,8 +398,8 @@ def test_blocks_of_the_findings(published, tmp_path):
     (tmp_path / own_models.LINGUISTIC).mkdir(parents=True)
     write_json(tmp_path / own_models.LINGUISTIC / "results.json", results)
     names = ("gains", "salience", "linguistic")
-    text = "\n\n".join(f"<!-- begin {name} -->\nold\n<!-- end -->" for name in names)
-    gains, salience, linguistic = findings.fill(text, page).split("<!-- end -->")[:3]
+    text = "\n\n".join(f"<!--begin {name}-->\nold\n<!--end-->" for name in names)
+    gains, salience, linguistic = findings.fill(text, page).split("<!--end-->")[:3]
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")

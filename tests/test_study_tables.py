@@ -170,10 +170,9 @@ def test_the_gains_on_each_data_set_and_in_the_mean(benefit):
         "71.0",
         "+1.23 [+0.23, +2.23]",
         "+0.50 [+0.49, +0.51]",
-        "4",
     ]
     row = cells_of_row(table, "Banking77")
-    assert list(row.values())[1:] == ["81.0", "n/a", "n/a", "n/a"]
+    assert list(row.values())[1:] == ["81.0", "n/a", "n/a"]
     row = cells_of_row(table, "mean of the sets")
     assert row["Model 1, %"] == "76.0" and row["log rank at equal loss"].startswith("+0.25")
 
@@ -403,8 +402,9 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")
-    assert row["trained label, gain over random [95 %]"].startswith("+0.250 [")
-    assert "before training" not in salience
+    assert row["trained label, less random [95 %]"].startswith("+0.250 [")
+    assert row["ARI with topic (random)"] == "0.100 (0.020)"
+    assert "before training" not in salience and "| topic, LM-only engram |" in salience
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
     assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic

@@ -254,7 +254,10 @@ def add_benefit(page: Page) -> None:
 
 def add_class_count(page: Page) -> None:
     config = CONFIGS["class_count"]
-    found = begin(page, "CLINC150's classes merged", config)
+    results, options = results_of(config), "--corpus newsgroups"
+    if results and all(row["merge"] != "random" for row in results["table"]):
+        options += " --parts pilot endpoint"
+    found = begin(page, "CLINC150's classes merged", config, options)
     if found is None:
         return
     caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."

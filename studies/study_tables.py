@@ -177,8 +177,11 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
             continue
         name = "nothing but the LM" if row["trained"] not in labels else row["trained"]
         name += "" if row["arm"] == "model3" else f", {find_arm(row['arm']).title}"
-        kinds = ([row.get(f"{kind}_{label}") for kind in ("ari", "ari_untrained")] for label in labels)
-        cells = ["{} ({})".format(*(mean_cell(value, 3) for value in pair)) for pair in kinds]
+        cells = [
+            f"{mean_cell(row.get(f'ari_{label}'), 3)} "
+            f"({mean_cell(row.get(f'ari_untrained_{label}'), 3)})"
+            for label in labels
+        ]
         cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
         rows.append([name, *cells, str(row["backbones"])])
     header = ["trained", *(f"ARI with {label} (random)" for label in labels)]

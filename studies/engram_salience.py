@@ -464,6 +464,8 @@ def draw(folder: Path) -> None:
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run."""
     by_backbone.check_config(config)
+    if not cells_of(config, 0):
+        raise UserError("--arms or --trained is empty: name at least one of each.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     check_bounds("learning_rate", config.learning_rate, 1e-12, 1e3)
     for name in config.arms:

@@ -264,9 +264,12 @@ def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_an_arm_without_an_engram_is_refused():
+def test_arms_without_an_engram_and_no_arms_are_refused():
     with pytest.raises(UserError, match="has no engram"):
         study.check_config(study.Config(arms=("3", "2")))
+    for empty in ({"trained": ()}, {"arms": (), "trained": ("topic",)}):
+        with pytest.raises(UserError, match="is empty"):
+            study.check_config(study.Config(**empty))
 
 
 def test_only_the_labels_asked_for_are_trained():

@@ -130,10 +130,13 @@ def test_claims_are_those_of_the_json(page):
     """Signs and pairs of what stands beside each claim, from the stored rows and records."""
     block = findings.block_claims(page)
     claims = [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("| ")]
-    h1, h3, less_start, less_model1 = (
+    h1, h2, h3, less_start, less_model1 = (
         cells_of_row(block, next(claim for claim in claims if claim.startswith(start)))
-        for start in ("H1:", "H3:", "H4: Model 1", "H4: Model 2")
+        for start in ("H1:", "H2:", "H3:", "H4: Model 1", "H4: Model 2")
     )
+    more = float(h1["AG News, stand-in"].split()[0]) - float(h1["SST-2, stand-in"].split()[0])
+    assert float(h2["AG News, stand-in"].split()[0]) == pytest.approx(more, abs=0.011)
+    assert h2["verdict"] == "P3 refuted" and "P4b" in h3["verdict"]
     for study in findings.repeated():
         runs = findings.results_of(study)["models"]
         accuracy = [

@@ -263,10 +263,10 @@ def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
 
 
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
-    axes[0].set(title="Final validation accuracy", xlabel="less model 1's (points)")
+    axes[0].set(title="Final validation accuracy", xlabel="less Model 1's (points)")
     axes[1].set(title="Effective rank after training", xlabel="% of the rank before training")
     axes[1].set_xlim(left=-3)  # a mark at 1 % is seen whole
-    axes[2].set(title="Spread within classes (CDNV)", xlabel="over model 1's (factor)")
+    axes[2].set(title="Spread within classes (CDNV)", xlabel="over Model 1's (factor)")
     axes[2].set_xscale("log")
     axes[2].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes[2].xaxis.set_major_formatter("{x:g}")
@@ -274,7 +274,11 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     for axis, nothing in zip(axes, (0, 100, 1), strict=True):
         axis.axvline(nothing, color="black", linewidth=0.8, zorder=0)
         axis.grid(alpha=0.3, axis="x")
-    look = {"color": BEFORE_TRAINING, "marker": "o", "label": "the reference's, one seed"}
+    look = {
+        "color": BEFORE_TRAINING,
+        "marker": "o",
+        "label": "the reference's own model and rows, one seed",
+    }
     axes[1].plot([], [], markerfacecolor="white", linestyle="none", **look)
     legend_below(figure, axes[1:2])
     figure.suptitle("Final epoch; bars: 95 % interval for other seeds and rows")

@@ -352,12 +352,13 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         means = [side["mean"] for side in gain]
         bars = np.abs(np.array([low, high]) - means)
         look = {"linestyle": line, "marker": "o", "fillstyle": fill, "capsize": 2}
-        axes[0].errorbar(x, means, yerr=bars, color="black", label=f"{merge} merges", **look)
+        name = "within domains" if merge == "nested" else "at random"
+        axes[0].errorbar(x, means, yerr=bars, color="black", label=f"labels merged {name}", **look)
         for model in MODELS:
             arm = common.find_arm(model)
             look = {"linestyle": line, "marker": arm.marker, "fillstyle": fill, "color": arm.color}
             y = [row[model]["dims_95pct"]["mean"] for row in rows]
-            axes[1].plot(x, y, label=f"{arm.title}, {merge}", **look)
+            axes[1].plot(x, y, label=f"{arm.title}, {name}", **look)
     axes[0].axhline(0, color="gray", linewidth=0.8)
     axes[1].plot(
         counts_of(config),

@@ -350,7 +350,7 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
 MARKERS = dict(zip(OUTCOMES, ("o", "v", "X", "s", "*"), strict=True))
 PANELS = {
     "kept": "components kept\n(share of the start's)",
-    "validation_accuracy": "validation accuracy",
+    "validation_accuracy": "validation accuracy (%)",
 }
 
 
@@ -372,7 +372,6 @@ def draw(folder: Path) -> None:
         layout="constrained",
         squeeze=False,
         sharex="col",
-        sharey="row",
     )
     for dataset, column in zip(datasets, axes.T, strict=True):
         here = [run for run in runs if run.cell.dataset == dataset]
@@ -383,7 +382,9 @@ def draw(folder: Path) -> None:
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
         column[0].set(xscale="log", title=dataset)
         column[-1].set_xlabel("learning rate")
-    axes[0][0].set_ylim(bottom=0)  # of the row, whose highest values are known by now
+    highest = max(axis.get_ylim()[1] for axis in axes[0])
+    for axis in axes[0]:
+        axis.set_ylim(0, highest)
     for label, row in zip(PANELS.values(), axes, strict=True):
         row[0].set_ylabel(label)
     lines, labels = axes[0][0].get_legend_handles_labels()
@@ -422,9 +423,9 @@ def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure
 
 
 def value_of(run: Run, measure: str) -> float:
-    """Share of components kept, or a measure of the last record; 0 of one that diverged."""
+    """Share of components kept, or accuracy at the end in %; 0 of one that diverged."""
     value = run.kept if measure == "kept" else run.path[-1][measure]
-    return value or 0.0
+    return (value or 0.0) * (1 if measure == "kept" else 100)
 
 
 def text_of(results: dict[str, Any]) -> str:

@@ -436,23 +436,26 @@ def draw(folder: Path) -> None:
     neither = {cell: end for cell, end in ends.items() if cell.trained == NEITHER}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for trained, axis in zip(LABELS, axes, strict=True):
-        groups = [("before training,\nrandom compressor", starts, "ari_untrained")]
+        groups = [("before training,\nuntrained\ncompressor", starts, "ari_untrained")]
         groups.append(("LM loss\nalone", neither, "ari"))
         groups = [group for group in groups if group[1]]
         for arm in arms:
             here = {c: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
             groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))
             if arm == "model3":
-                groups.append(("random\ncompressor\non the same", here, "ari_untrained"))
+                groups.append(("untrained\ncompressor,\nsame states", here, "ari_untrained"))
         for place, (_, found, kind) in enumerate(groups):
             finite = [end for end in found.values() if end["lm_loss"] is not None]
             for side, label in enumerate(LABELS):
                 values = [end[f"{kind}_{label}"] for end in finite]
-                x, color = place + 0.3 * (side - 0.5), CLASS_COLORS[side]
+                x, color = place + 0.36 * (side - 0.5), CLASS_COLORS[1 + side]
                 name = f"index with {label}" if place == 0 else None
-                axis.plot([x] * len(values), values, ".", color=color, markersize=5, label=name)
+                spread = x + np.linspace(-0.1, 0.1, len(values))  # so that each is seen
+                axis.plot(spread, values, ".", color=color, markersize=5, label=name)
                 if values:
-                    axis.plot([x - 0.12, x + 0.12], [np.mean(values)] * 2, color=color)
+                    mean = "mean" if place == side == 0 else None
+                    line = {"color": "black", "linewidth": 1, "label": mean}
+                    axis.plot([x - 0.15, x + 0.15], [np.mean(values)] * 2, **line)
         axis.axhline(0, color="gray", linewidth=0.8, linestyle=":")
         axis.set_xticks(range(len(groups)), [title for title, *_ in groups], fontsize=8)
         axis.set_title(f"{trained} is trained")

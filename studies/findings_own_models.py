@@ -107,7 +107,7 @@ def of_h4(found: dict[str, dict]) -> str:
         found[name]["verdict"] for name in ("P2", "P5") if name in found and found[name]["done"]
     ]
     agree = len(both) == 2 and len(set(both)) == 1 and both[0] in ("supported", "refuted")
-    parts = "; ".join(standing(found, name) for name in ("P2", "P5"))
+    parts = f"{standing(found, 'P2')}, at high rates; {standing(found, 'P5')}, a difference"
     return f"{both[0] if agree else 'open'} ({parts})"
 
 
@@ -116,7 +116,7 @@ def of_h3(found: dict[str, dict]) -> str:
     arms = (results_of(CONFIGS["engram_salience"]) or {"arms": []})["arms"]
     gains = [row["less_random_compressor"] for row in arms if row["arm"] == "model3"]
     told = [f"; P4b {format_interval(gain, 3, sign='+')}" for gain in gains if gain["n"]]
-    return standing(found, "P4") + "".join(told)
+    return f"{standing(found, 'P4')}, of a trained label{''.join(told)}"
 
 
 def table_endpoints() -> str:

@@ -304,14 +304,14 @@ def plot(config: Config) -> None:
             axis.set_title(text, fontsize=8)
             axis.set_ylabel(label, fontsize=8)
             axis.tick_params(labelsize=7)
-            axis.ticklabel_format(style="sci", scilimits=(-2, 3), useOffset=False)
+            axis.ticklabel_format(useOffset=False)
             spread = max(column(rows, name)) / max(min(column(rows, name)), 1e-12)
             if name.startswith("cdnv") and spread > 10:
                 axis.set_yscale("log")
         line[0].set_title(f"{title}\n{line[0].get_title()}", fontsize=8)
         line[-1].set_xlabel("validation loss (nats)", fontsize=8)
         if "one size" not in title:
-            line[-1].legend(title="width", fontsize=7, title_fontsize=7)
+            line[-1].legend(title="width", fontsize=6, title_fontsize=6, loc="upper right")
     figure.suptitle(f"Tokens as classes; our text: {config.corpus}")
     save_figure(figure, config.output_dir / "linguistic_collapse.png")
 

@@ -184,8 +184,8 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
         ]
         cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
         rows.append([name, *cells, str(row["backbones"])])
-    header = ["trained", *(f"ARI with {label} (random)" for label in labels)]
-    return markdown([*header, "trained label, less random [95 %]", "backbones"], rows)
+    header = ["trained", *(f"ARI with {label} (untrained)" for label in labels)]
+    return markdown([*header, "trained label, less untrained [95 %]", "backbones"], rows)
 
 
 def table_salience(results: dict) -> str:

@@ -402,8 +402,8 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")
-    assert row["trained label, less random [95 %]"].startswith("+0.250 [")
-    assert row["ARI with topic (random)"] == "0.100 (0.020)"
+    assert row["trained label, less untrained [95 %]"].startswith("+0.250 [")
+    assert row["ARI with topic (untrained)"] == "0.100 (0.020)"
     assert "before training" not in salience and "| topic, LM-only engram |" in salience
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]

@@ -867,6 +867,16 @@ def engram_analysis(
     return analyse_engrams(evaluation.engrams, untrained, labels, classes, seed)
 
 
+def check_place_of(model: str, device: torch.device) -> None:
+    """Raise UserError where the 7B model would run on a CPU."""
+    if device.type == "cpu" and model == DEFAULT_MODEL:
+        raise UserError(
+            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and this would run on the CPU:"
+            " to try the script without a GPU, run `make standin` and give "
+            f"--model {STANDIN_MODEL}."
+        )
+
+
 def run_language_model_experiment(
     name: str,
     results: Path,
@@ -881,12 +891,7 @@ def run_language_model_experiment(
     device = training_device(config)
     config = fill_in_for(device, config)
     check_config(config)
-    if device.type == "cpu" and config.model == DEFAULT_MODEL:
-        raise UserError(
-            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and this would run on the CPU:"
-            " to try the script without a GPU, run `make standin` and give "
-            f"--model {STANDIN_MODEL}."
-        )
+    check_place_of(config.model, device)
     task = load_task(config)
     if task is None:
         raise UserError(
@@ -926,8 +931,7 @@ def language_model_of(
     """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
     config = known_settings(LanguageModelConfig, stored)
     config.revision = stored.get("model_commit")  # None where results are older, or of a folder
-    if device.type == "cpu" and config.model == DEFAULT_MODEL:
-        raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
+    check_place_of(config.model, device)
     if "/" not in config.model and config.model != STANDIN_MODEL:
         # A folder: results keep its name alone.
         config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]

@@ -26,9 +26,10 @@ import tuning
 
 import common
 from collapse.files import write_json
+from collapse.language_models import load_tokenizer
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import ROOT, UserError, check_bounds, pick_device, run_script
 from collapse.statistics import (
     format_interval,
     mean_interval,
@@ -457,6 +458,9 @@ def main() -> None:
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     if config.miniature:
         config = miniature_of(config)
+    if config.model:  # what it lacks is said once, not by each training
+        common.check_place_of(config.model, pick_device(config.device))
+        load_tokenizer(config.model)
     print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 import torch
 import tuning
+from conftest import fails, start_script
 
 import common
 from collapse.settings import ROOT, UserError
@@ -183,6 +184,12 @@ def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_e
     assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
     plain = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
     assert tuning.tune(plain, tuning.load_data(plain, None), ())[0] == start
+
+
+def test_a_model_that_cannot_run_here_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = fails(start_script, capsys, study, f"--model {common.DEFAULT_MODEL} --seeds 0")
+    assert error.count("needs a CUDA GPU") == 1
 
 
 def test_a_table_of_other_weights_is_not_gone_on_with(miniature, tmp_path):

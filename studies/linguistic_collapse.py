@@ -209,7 +209,9 @@ def summary(config: Config) -> dict[str, Any]:
         "primary": list(PRIMARY),
         "fixed_scale": at_fixed_scale,
         "grid": over_grid,
-        "less_weight_decay": {name: decay_effect(parts, name) for name in TITLES},
+        "less_weight_decay": {
+            name: decay_effect(parts, name) for name in ("validation_loss", *TITLES)
+        },
         "paper": correlations_of_paper(config.paper_table) if config.paper_table else None,
         "behind_bigram": sum(row["ahead_of_bigram"] < 0 for row in distinct(parts)),
         "least_ahead_at_fixed_scale": min((r["ahead_of_bigram"] for r in fixed), default=None),

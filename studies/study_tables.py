@@ -124,6 +124,15 @@ def table_linguistic(results: dict, titles: dict[str, str]) -> str:
     return markdown([*header, "size taken out", "theirs, over sizes"], rows)
 
 
+def table_decay(results: dict, titles: dict[str, str]) -> str:
+    """What less weight decay does to each measure, and to validation loss."""
+    rows = []
+    for name, title in {"validation_loss": "validation loss, nats", **titles}.items():
+        found = results["less_weight_decay"][name]
+        rows.append([title, interval_cell(found, 4), str(found["n"])])
+    return markdown(["measure", "difference [95 %]", "pairs"], rows)
+
+
 def correlation(found: dict | None) -> str:
     """r [95 %]; n/a where it is not known."""
     return interval_cell(found and found | {"mean": found["r"]})

@@ -322,6 +322,16 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path)
     assert found["fixed_scale"]["agreement"]["r"] == pytest.approx(-1)
     assert found["fixed_scale"]["agreement"]["p_holm"] == 0
     assert found["grid"]["agreement"]["without_size"]["r"] < -0.9
+    for seed, recipe in enumerate(parts["decay"][:3]):
+        row = made[parts["seeds"][seed]] | {"name": pretrain.folder_name(recipe, "newsgroups")}
+        row |= {key: getattr(recipe, key) for key in ("width", "layers", "epochs", "seed")}
+        row |= {"weight_decay": 5e-4, "norm_cv": row["norm_cv"] + 0.5, "cdnv": 2 * row["cdnv"]}
+        put_row(table, {name: row[name] for name in read_rows(table)[0]}, "name")
+    less = linguistic_collapse.summary(config)
+    text = study_tables.table_decay(less, linguistic_collapse.TITLES)
+    assert "| NC2: variation of norms | +0.5000 [+0.5000, +0.5000] | 3 |" in text
+    assert f"| NC1: CDNV | {math.log(2):+.4f} [" in text
+    assert "| validation loss, nats | +0.0000 [" in text
     text = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
     assert f"| NC1: CDNV | {expected:+.2f} [" in text and "-1.00 [-1.00, -1.00]" in text
 

@@ -867,7 +867,7 @@ def engram_analysis(
     return analyse_engrams(evaluation.engrams, untrained, labels, classes, seed)
 
 
-def check_place_of(model: str, device: torch.device) -> None:
+def check_device_for(model: str, device: torch.device) -> None:
     """Raise UserError where the 7B model would run on a CPU."""
     if device.type == "cpu" and model == DEFAULT_MODEL:
         raise UserError(
@@ -891,7 +891,7 @@ def run_language_model_experiment(
     device = training_device(config)
     config = fill_in_for(device, config)
     check_config(config)
-    check_place_of(config.model, device)
+    check_device_for(config.model, device)
     task = load_task(config)
     if task is None:
         raise UserError(
@@ -931,7 +931,8 @@ def language_model_of(
     """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
     config = known_settings(LanguageModelConfig, stored)
     config.revision = stored.get("model_commit")  # None where results are older, or of a folder
-    check_place_of(config.model, device)
+    if device.type == "cpu" and config.model == DEFAULT_MODEL:
+        raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
     if "/" not in config.model and config.model != STANDIN_MODEL:
         # A folder: results keep its name alone.
         config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]

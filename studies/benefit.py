@@ -465,7 +465,7 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
 
 
 def draw_ranks(axis: plt.Axes, study: Study, dataset: str) -> None:
-    """Every backbone's path of both models at Model 1's rate, from right to left."""
+    """Every backbone's path of both models at Model 1's rate, as the loss falls to the right."""
     rate = study.rates[dataset, "model1"]
     for name in ("model1", "model2"):
         arm = common.find_arm(name)

@@ -458,8 +458,8 @@ def main() -> None:
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     if config.miniature:
         config = miniature_of(config)
-    if config.model:  # what it lacks is said once, not by each training
-        common.check_place_of(config.model, pick_device(config.device))
+    if config.model and not config.summarize:  # what it lacks is said once, not by each training
+        common.check_device_for(config.model, pick_device(config.device))
         load_tokenizer(config.model)
     print(text_of(by_backbone.carry_out(config, run_missing, report)))
 

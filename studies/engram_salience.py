@@ -355,11 +355,12 @@ def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, fl
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds: means of every arm and label, P4, and what stands beside it.
 
-    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED, and
-    `less_random` is its index with the trained label less a random compressor's. Of an arm
-    `learned` is the index with the trained label less that with the other, of backbones that
-    learned in both directions, `less_random_compressor` (P4b of Model 3) the same less a random
-    compressor's; `all_backbones` has the others, too; both directions ran on `ran` of them.
+    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED;
+    `less_random` is its index with the trained label less that with the other, less the same
+    of a random compressor. Of an arm `learned` is the index with the trained label less that with
+    the other, of backbones that learned in both directions, `less_random_compressor` (P4b of
+    Model 3) the same less a random compressor's; `all_backbones` has the others, too; both
+    directions ran on `ran` of them.
     """
     ends, starts = read_table(config.folder)
     results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
@@ -371,8 +372,11 @@ def summary(config: Config) -> dict[str, Any]:
         row = {"trained": trained, "arm": arm} | means(found.values())
         if trained != NEITHER:
             row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
+            (other,) = set(LABELS) - {trained}
             gains = {
-                seed: end[f"ari_{trained}"] - end[f"ari_untrained_{trained}"]
+                seed: end[f"ari_{trained}"]
+                - end[f"ari_{other}"]
+                - (end[f"ari_untrained_{trained}"] - end[f"ari_untrained_{other}"])
                 for seed, end in found.items()
                 if end["lm_loss"] is not None
             }
@@ -467,7 +471,7 @@ def draw(folder: Path) -> None:
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run."""
     by_backbone.check_config(config)
-    if not cells_of(config, 0):
+    if not config.arms or not config.trained:
         raise UserError("--arms or --trained is empty: name at least one of each.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     check_bounds("learning_rate", config.learning_rate, 1e-12, 1e3)

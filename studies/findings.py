@@ -262,12 +262,6 @@ def results_page() -> Page:
 # --------------------------------------------------------------------------------------------------
 
 
-def gain(study: Study, pair: str) -> dict | None:
-    """Interval of a difference in final accuracy; None where the study lacks a model."""
-    found = comparisons_of(results_of(study))["final"].get(pair)
-    return found and found["interval"]
-
-
 def repeated() -> list[Study]:
     """Studies on data sets that the reference used, with all three models."""
     found = [study for study in present() if reference_for(Path(study.folder))]
@@ -277,8 +271,10 @@ def repeated() -> list[Study]:
 Cells = dict[str, str]  # short name of a study -> what a claim's row says of it
 
 
-def gains(pair: str) -> Cells:
-    return {study.short: format_interval(gain(study, pair), 2, 100, "+") for study in repeated()}
+def gains() -> Cells:
+    """Model 2's gain in final accuracy over Model 1."""
+    found = {s.short: comparisons_of(results_of(s))["final"]["model2 - model1"] for s in repeated()}
+    return {name: format_interval(pair["interval"], 2, 100, "+") for name, pair in found.items()}
 
 
 def rank_changes(ranks: dict, pair: str) -> Cells:
@@ -328,7 +324,7 @@ def block_claims(page: Page) -> str:
     ]
     header = ["claim of the reference", "its number", *names, "verdict"]
     keys = [f"{study.folder} {kind}" for study in studies for kind in ("comparisons", "engrams")]
-    keys += [f"{CROSS} cross", "ranks levels", "ranks changes"]
+    keys += ["endpoints", "salience", f"{CROSS} cross", "ranks levels", "ranks changes"]
     return with_full(tables.markdown(header, rows, numbers=False), page, *keys)
 
 
@@ -346,7 +342,7 @@ def claims_of_accuracy(found: dict[str, dict]) -> list[Claim]:
         (
             "H1: Model 2 is more accurate than Model 1, points",
             their_gains(),
-            gains("model2 - model1"),
+            gains(),
             own_models.standing(found, "P1"),
         ),
         (
@@ -414,16 +410,15 @@ def block_experiments(page: Page) -> str:
             finals = [run["final"]["accuracy"] for run in runs["models"][key].values()]
             cells = [f"{100 * np.mean(finals):.2f} ({theirs['final'][key]:.2f})"]
             rank = np.mean(values_of(result, key, "effective_rank"))
-            cells.append(f"{rank:.1f} ({100 * rank / start:.0f} %)")
-            cells.append("n/a")
+            cells.append(f"{rank:.1f}, {100 * rank / start:.0f} %")
             if key in their_ranks:
                 share = their_ranks[key] / their_ranks["pretrained"]
-                cells[-1] = f"{their_ranks[key]} ({100 * share:.0f} %)"
+                cells[-1] += f" ({their_ranks[key]}, {100 * share:.0f} %)"
             cells.append(engram_cell(runs, theirs) if key == "model3" else "")
             rows.append([short, key.removeprefix("model"), *cells])
     header = ["data, backbone", "model", "accuracy, % (reference)"]
-    header += ["effective rank (of the start)", "reference", "engram ARI, untrained (reference)"]
-    keys = [f"{study.folder} accuracy" for study in repeated()]
+    header += ["effective rank, of the start (reference)", "engram ARI, untrained (reference)"]
+    keys = [f"{study.folder} {kind}" for study in repeated() for kind in ("accuracy", "engrams")]
     return with_full(tables.markdown(header, rows), page, *keys, "ranks levels")
 
 

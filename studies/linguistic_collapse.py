@@ -212,15 +212,21 @@ def summary(config: Config) -> dict[str, Any]:
         "less_weight_decay": {
             name: decay_effect(parts, name) for name in ("validation_loss", *TITLES)
         },
-        "paper": correlations_of_paper(config.paper_table) if config.paper_table else None,
+        "paper": paper_correlations(config),
         "behind_bigram": sum(row["ahead_of_bigram"] < 0 for row in distinct(parts)),
         "least_ahead_at_fixed_scale": min((r["ahead_of_bigram"] for r in fixed), default=None),
     }
 
 
-def correlations_of_paper(path: Path) -> dict[str, Any]:
-    """Rank correlations with validation loss in Wu & Papyan's table, as of ours: theirs."""
-    rows = paper_rows(path)
+def paper_correlations(config: Config) -> dict[str, Any] | None:
+    """Rank correlations with validation loss in Wu & Papyan's table, as of ours: theirs.
+
+    Without their table those that an earlier run left in results.json; None without any.
+    """
+    if not config.paper_table:
+        stored = config.output_dir / "results.json"
+        return read_json(stored)["paper"] if stored.exists() else None
+    rows = paper_rows(config.paper_table)
     measures = [name for name in TITLES if name in rows[0]]
     grid = [row for row in rows if not row["of_one_size"]]
     fixed = [row for row in rows if row["of_one_size"]]
@@ -307,8 +313,7 @@ def plot(config: Config) -> None:
             axis.set_ylabel(label, fontsize=8)
             axis.tick_params(labelsize=7)
             axis.ticklabel_format(useOffset=False)
-            spread = max(column(rows, name)) / max(min(column(rows, name)), 1e-12)
-            if name.startswith("cdnv") and spread > 10:
+            if name.startswith("cdnv") and max(column(rows, name)) > 10 * min(column(rows, name)):
                 axis.set_yscale("log")
         line[0].set_title(f"{title}\n{line[0].get_title()}", fontsize=8)
         line[-1].set_xlabel("validation loss (nats)", fontsize=8)

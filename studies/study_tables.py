@@ -172,14 +172,14 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
         rows.append([row["trained"], title, *cells])
     header = ["trained label", "arm", "accuracy, %", *(f"ARI, {label}" for label in labels)]
     header += [f"random compressor's, {label}" for label in labels]
-    header.append("trained label's, less a random compressor's")
+    header.append("trained less other, less a random compressor's")
     header += [f"probe, {label}, %" for label in labels]
     header += ["LM loss, nats", "learned", "backbones", "diverged"]
     return markdown(header, rows)
 
 
 def table_indices(results: dict, labels: Sequence[str]) -> str:
-    """Of table_trainings what FINDINGS.md tells: means, and the gain over a random compressor."""
+    """Of table_trainings what FINDINGS.md tells: means, and what training the compressor adds."""
     rows = []
     for row in results["trainings"]:
         if row["arm"] == "start":
@@ -194,7 +194,7 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
         cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
         rows.append([name, *cells, str(row["backbones"])])
     header = ["trained", *(f"ARI with {label} (untrained)" for label in labels)]
-    return markdown([*header, "trained label, less untrained [95 %]", "backbones"], rows)
+    return markdown([*header, "trained - other, less untrained's [95 %]", "backbones"], rows)
 
 
 def table_salience(results: dict) -> str:

@@ -218,7 +218,7 @@ def test_engrams_of_each_trained_label_beside_both_labels(salience):
     row = cells_of_row(table, "sentiment", "Dual + Engram")
     assert (row["accuracy, %"], row["ARI, topic"]) == ("75.0", "+0.100 [+0.090, +0.110]")
     assert row["random compressor's, sentiment"].startswith("+0.050")
-    assert row["trained label's, less a random compressor's"].startswith("+0.250")
+    assert row["trained less other, less a random compressor's"].startswith("+0.250")
     assert (row["probe, topic, %"], row["LM loss, nats"], row["learned"]) == ("60.0", "5.125", "3")
     row = cells_of_row(table, "before training")
     assert (row["accuracy, %"], row["learned"], row["backbones"]) == ("n/a", "n/a", "4")
@@ -402,7 +402,7 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert cells_of_row(gains, "AG News")["Model 1, %"] == "71.0"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")
-    assert row["trained label, less untrained [95 %]"].startswith("+0.250 [")
+    assert row["trained - other, less untrained's [95 %]"].startswith("+0.250 [")
     assert row["ARI with topic (untrained)"] == "0.100 (0.020)"
     assert "before training" not in salience and "| topic, LM-only engram |" in salience
     row = list(cells_of_row(linguistic, titles["agreement"]).values())

@@ -192,6 +192,20 @@ def test_a_model_that_cannot_run_here_is_one_sentence(monkeypatch, capsys):
     assert error.count("needs a CUDA GPU") == 1
 
 
+def test_a_model_that_is_not_there_is_one_sentence_and_a_summary_needs_none(
+    monkeypatch, capsys, tmp_path
+):
+    def load(name):
+        raise UserError(f"{name} is not there")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the GPU is no reason then
+    monkeypatch.setattr(study, "load_tokenizer", load)
+    options = f"--model {common.DEFAULT_MODEL} --seeds 0 --output-dir {tmp_path}"
+    assert fails(start_script, capsys, study, options).count("is not there") == 1
+    assert not list(tmp_path.iterdir())
+    start_script(study, f"{options} --summarize")
+
+
 def test_a_table_of_other_weights_is_not_gone_on_with(miniature, tmp_path):
     """As on another kind of machine, whose pretraining ends with other last digits."""
     folder = miniature / "limit-miniature"

@@ -151,6 +151,19 @@ def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
     assert topic["less_random"]["n"] == 5
 
 
+def test_the_figure_shows_each_backbone_with_either_label(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(study, "save_figure", lambda figure, _: drawn.append(figure))
+    for seed in (0, 1):
+        numbers = {"ari_sentiment": 0.1 + seed, "ari_topic": 0.3 + seed, "lm_loss": 5.0}
+        numbers |= {"ari_untrained_sentiment": 0.5, "ari_untrained_topic": 0.7}
+        put(tmp_path, study.Cell(seed, "topic", "model3"), **numbers)
+    study.draw(tmp_path)
+    assert [axis.get_title() for axis in drawn[0].axes][1] == "topic is trained"
+    dots = [list(line.get_ydata()) for line in drawn[0].axes[1].lines if line.get_marker() == "."]
+    assert dots == [[0.1, 1.1], [0.3, 1.3], [0.5, 0.5], [0.7, 0.7]]
+
+
 def test_p4_is_done_when_all_backbones_ran(tmp_path):
     whole = {name: 0.9 - 0.01 * place for place, name in enumerate(study.MEASURES)}
     for seed in range(20):

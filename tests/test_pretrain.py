@@ -299,7 +299,7 @@ def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatc
     assert read_json(result)["not_run"] == [] and len(read_rows(table)) == 5
 
 
-def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path):
+def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path, monkeypatch):
     rng, table = np.random.default_rng(0), tmp_path / "models.csv"
     parts = linguistic_collapse.plan(miniature=False)
     made = {}
@@ -332,6 +332,12 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path)
     assert "| NC2: variation of norms | +0.5000 [+0.5000, +0.5000] | 3 |" in text
     assert f"| NC1: CDNV | {math.log(2):+.4f} [" in text
     assert "| validation loss, nats | +0.0000 [" in text
+    drawn = []
+    monkeypatch.setattr(linguistic_collapse, "save_figure", lambda figure, _: drawn.append(figure))
+    linguistic_collapse.plot(config)
+    titles = {axis.get_ylabel(): axis.get_title() for axis in drawn[0].axes[1::2]}
+    assert f"Spearman {expected:+.2f} [" in titles["NC1: CDNV"]  # of the seeds; the other is sizes
+    assert len(drawn[0].axes) == 2 * len(linguistic_collapse.TITLES)
     text = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
     assert f"| NC1: CDNV | {expected:+.2f} [" in text and "-1.00 [-1.00, -1.00]" in text
 

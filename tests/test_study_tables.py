@@ -3,6 +3,7 @@
 import dataclasses
 
 import by_backbone
+import class_count as class_count_study
 import collapse_threshold
 import engram_pieces
 import findings
@@ -199,6 +200,7 @@ def salience() -> dict:
         "runs": 9,
         "trainings": [
             {"trained": "neither", "arm": "start"} | both | without_accuracy,
+            {"trained": "neither", "arm": "model3"} | both | without_accuracy,
             {"trained": "sentiment", "arm": "model3", "learned": 3, "less_random": interval(0.25)}
             | both
             | known,
@@ -320,6 +322,37 @@ def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
     assert row["backbones"] == "3, 0"
 
 
+def test_the_figure_shows_means_and_the_commonest_end(standin, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(collapse_threshold, "save_figure", lambda figure, _: drawn.append(figure))
+    collapse_threshold.draw(standin.folder)
+    above, other_set, below, _ = drawn[0].axes
+    lines = [{line.get_label(): line for line in axis.lines} for axis in (above, below)]
+    kept, accuracy = (list(found["Dual Head"].get_ydata()) for found in lines)
+    assert kept == [0.5, 0.5, 0] and accuracy == [90, 90, 0]  # the last rate's diverged
+    kept = list(lines[0]["Classification Only"].get_ydata())
+    assert kept == pytest.approx([0.5, (0.5 + 0.2) / 3, 0.1])
+    assert list(lines[0]["collapsed below"].get_ydata()) == [0.25, 0.25]
+    markers = [line.get_marker() for line in above.lines if len(line.get_xdata()) == 1]
+    assert markers == ["o", "v", "v", "o", "o", "*"]  # Model 1's, then Model 2's
+    assert len(above.collections) == 2 and above.get_ylim() == other_set.get_ylim()
+
+
+def test_the_figure_of_classes_shows_components(class_count, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(class_count_study, "save_figure", lambda figure, _: drawn.append(figure))
+    for row in class_count["table"]:
+        for number, model in enumerate(class_count_study.MODELS):
+            row[model]["dims_95pct"] = interval(row["classes"] + number)
+    class_count_study.draw(class_count_study.Config(), class_count)
+    gain, components = drawn[0].axes
+    shown = {line.get_label(): list(line.get_ydata()) for line in components.lines}
+    assert shown["Dual Head, within domains"] == [3, 11]
+    assert shown["Classification Only, at random"] == [10]
+    expected = [row["logit_gain"]["mean"] for row in class_count["table"][:2]]
+    assert expected in [list(line.get_ydata()) for line in gain.lines]
+
+
 # --------------------------------------------------------------------------------------------------
 # In the documents
 # --------------------------------------------------------------------------------------------------
@@ -369,6 +402,8 @@ def test_each_study_is_in_results_with_its_command_source_and_figure(published):
     assert "--model some/standin --arms 1 2 --steps 150 --data-dir DIR" in text
     assert "48 rows" not in text and "52 rows of 26 trainings, made by" in text
     assert "--learning-rate 0.001 --steps 700" in text and "--piece-tokens 48" in text
+    assert "--arms 3 lm-only-engram --trained neither sentiment topic --learning" in text
+    assert "class_count.py --corpus newsgroups --data-dir" in text  # whole: random merges, too
     assert "AG News, model2 3.2e-03" in text and "drawn anew: [0.013, 0.043]" in text
     assert len(page.numbers) == 4 + 6 + 1 + 2 + 1
     assert "over seeds" not in text and "over rows" not in text
@@ -405,6 +440,8 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert row["trained - other, less untrained's [95 %]"].startswith("+0.250 [")
     assert row["ARI with topic (untrained)"] == "0.100 (0.020)"
     assert "before training" not in salience and "| topic, LM-only engram |" in salience
+    row = list(cells_of_row(salience, "nothing but the LM").values())
+    assert row[1:] == ["0.300 (0.050)", "0.100 (0.020)", "", "4"]
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
     assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic

@@ -323,8 +323,9 @@ def block_claims(page: Page) -> str:
         for claim, theirs, ours, verdict in claims
     ]
     header = ["claim of the reference", "its number", *names, "verdict"]
-    keys = [f"{study.folder} {kind}" for study in studies for kind in ("comparisons", "engrams")]
-    keys += ["endpoints", "salience", f"{CROSS} cross", "ranks levels", "ranks changes"]
+    keys = ["endpoints", "salience"]
+    keys += [f"{study.folder} {kind}" for study in studies for kind in ("comparisons", "engrams")]
+    keys += [f"{CROSS} cross", "ranks levels", "ranks changes"]
     return with_full(tables.markdown(header, rows, numbers=False), page, *keys)
 
 

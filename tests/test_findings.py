@@ -451,3 +451,5 @@ def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
     assert round(100 * end / start, 4) in np.round(centres[1], 4)
     assert round(100 * 12.6 / 984.0, 4) in np.round(centres[1], 4)
     assert all(factor > 1 for factor in centres[2])
+    name = "snippets, 9 training rows, small, results/snippets/24-epochs"
+    assert rank_plots.in_two_lines(name) == "snippets, 9 training rows\nsmall, 24-epochs"

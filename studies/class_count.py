@@ -339,7 +339,8 @@ def row_of(by_seed: dict[int, dict[str, tuple]], merge: str, classes: int) -> di
 def draw(config: Config, results: dict[str, Any]) -> None:
     """Gain and components against the number of classes, nested and random merges."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for merge, fill, line in (("nested", "full", "-"), ("random", "none", ":")):
+    kinds = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
+    for merge, name, fill, line in kinds:
         rows = [row for row in results["table"] if row["merge"] == merge]
         if not rows:
             continue
@@ -352,7 +353,6 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         means = [side["mean"] for side in gain]
         bars = np.abs(np.array([low, high]) - means)
         look = {"linestyle": line, "marker": "o", "fillstyle": fill, "capsize": 2}
-        name = "within domains" if merge == "nested" else "at random"
         axes[0].errorbar(x, means, yerr=bars, color="black", label=f"labels merged {name}", **look)
         for model in MODELS:
             arm = common.find_arm(model)

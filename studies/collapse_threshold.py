@@ -425,8 +425,9 @@ def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure
 
 def value_of(run: Run, measure: str) -> float:
     """Share of components kept, or accuracy at the end in %; 0 of one that diverged."""
-    value = run.kept if measure == "kept" else run.path[-1][measure]
-    return (value or 0.0) * (1 if measure == "kept" else 100)
+    if measure == "kept":
+        return run.kept or 0.0
+    return 100 * (run.path[-1][measure] or 0.0)
 
 
 def text_of(results: dict[str, Any]) -> str:

@@ -37,12 +37,7 @@ from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.spread import transfer_accuracy
 from collapse.sst2 import load_sst2_by_sentence
-from collapse.statistics import (
-    differences_interval,
-    format_interval,
-    mean_interval,
-    paired_difference,
-)
+from collapse.statistics import format_interval, mean_interval, paired_difference
 
 MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
@@ -346,6 +341,12 @@ def salience(
     return other, trained
 
 
+def trained_less_other(end: dict[str, float | None], trained: str, kind: str) -> float:
+    """Index of one training with its own label less that with the other one."""
+    (other,) = set(LABELS) - {trained}
+    return end[f"{kind}_{trained}"] - end[f"{kind}_{other}"]
+
+
 def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, float]:
     """Seed -> index with the trained label less that with the other one, of what salience gives."""
     other, trained = pair
@@ -372,15 +373,13 @@ def summary(config: Config) -> dict[str, Any]:
         row = {"trained": trained, "arm": arm} | means(found.values())
         if trained != NEITHER:
             row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
-            (other,) = set(LABELS) - {trained}
-            gains = {
-                seed: end[f"ari_{trained}"]
-                - end[f"ari_{other}"]
-                - (end[f"ari_untrained_{trained}"] - end[f"ari_untrained_{other}"])
-                for seed, end in found.items()
-                if end["lm_loss"] is not None
-            }
-            row["less_random"] = differences_interval(gains)
+            finite = {seed: end for seed, end in found.items() if end["lm_loss"] is not None}
+            row["less_random"] = paired_difference(
+                *(
+                    {seed: trained_less_other(end, trained, kind) for seed, end in finite.items()}
+                    for kind in ("ari_untrained", "ari")
+                )
+            )
         results["trainings"].append(row)
     for arm in dict.fromkeys(cell.arm for cell in ends):
         all_of, learned = (salience(ends, arm, above=above) for above in (0.0, LEARNED))

@@ -2,11 +2,12 @@
 
 Model 3 and its control with a constant prefix learn the newsgroup of pieces of posts and their next
 tokens; the first piece of a post comes without an engram, its engram stands before the second.
-Then second pieces of other posts are read with their own post's engram, with that of another post,
-and with the zero engram: what the second of these loses to the first is what an engram carries. On
-own language models (studies/pretrain.py), with the test part of 20 Newsgroups, which their text
-leaves out. Exploratory. Writes a CSV file for each seed, a row a training, as they end; then
-results.json. The same command goes on where it was stopped.
+Then second pieces of other posts are read with their own post's engram, with those of other posts,
+of the same newsgroup and of another one, and with the zero engram: what these lose to the first is
+what an engram carries, of the post and of its newsgroup. On own language models
+(studies/pretrain.py), with the test part of 20 Newsgroups, which their text leaves out.
+Exploratory. Writes a CSV file for each seed, a row a training, as they end; then results.json. The
+same command goes on where it was stopped.
 """
 
 import functools
@@ -178,24 +179,38 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     return [found | {"posts": len(validation.first.labels)}]
 
 
-PREFIXES = ("own", "other", "zero")
+PREFIXES = ("own", "alike", "other", "zero")
 MEASURES = tuple(f"{kind}_{prefix}" for kind in ("lm_loss", "accuracy") for prefix in PREFIXES)
 
 
 def measures(model: common.DualHeadModel, pieces: Pieces) -> dict[str, float | None]:
     """LM loss (nats a token) and accuracy on second pieces, with the engram of their own post's
-    first piece, of another post's, and the zero engram, which alone a constant prefix has.
+    first piece, of a post alike (of the same label), of one with another label, and the zero
+    engram, which alone a constant prefix has.
     """
     engrams = common.evaluate(model, pieces.first).engrams
     prefixes: dict[str, np.ndarray | None] = {"zero": None}
     if engrams is not None:
-        prefixes |= {"own": engrams, "other": np.roll(engrams, 1, axis=0)}
+        alike, other = partners(pieces.first.labels.numpy())
+        prefixes |= {"own": engrams, "alike": engrams[alike], "other": engrams[other]}
     found: dict[str, float | None] = dict.fromkeys(MEASURES)
     for prefix, given in prefixes.items():
         evaluation = common.evaluate(model, pieces.second, given)
         found[f"lm_loss_{prefix}"] = evaluation.lm_loss
         found[f"accuracy_{prefix}"] = evaluation.accuracy
     return found
+
+
+def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each post another one of its label, and one of another label, drawn the same every time.
+
+    Drawn, and by label, since the wheel has its posts in the order of their newsgroups: the next
+    post is nearly always one of the same.
+    """
+    rng, posts = np.random.default_rng(0), np.arange(len(labels))
+    alike = [rng.choice(posts[(labels == labels[post]) & (posts != post)]) for post in posts]
+    other = [rng.choice(posts[labels != label]) for label in labels]
+    return np.array(alike), np.array(other)
 
 
 def line_of(name: str, rows: list[dict[str, Any]]) -> str:
@@ -210,7 +225,11 @@ def line_of(name: str, rows: list[dict[str, Any]]) -> str:
 
 # What a model loses that reads second pieces the second way instead of the first.
 COMPARISONS = {
-    "another post's engram, less the own": (("model3", "own"), ("model3", "other")),
+    "engram of another post of the newsgroup, less the own": (
+        ("model3", "own"),
+        ("model3", "alike"),
+    ),
+    "engram of another newsgroup, less the own": (("model3", "own"), ("model3", "other")),
     "the zero engram, less the own": (("model3", "own"), ("model3", "zero")),
     "constant prefix, less the own engram": (("model3", "own"), ("constant-prefix", "zero")),
 }

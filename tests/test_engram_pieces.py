@@ -71,27 +71,37 @@ def test_own_and_other_engrams_are_those_of_first_pieces():
         model.projector.linear.weight.mul_(50)
     found = study.measures(model, pieces)
     engrams = common.evaluate(model, pieces.first).engrams
-    for prefix, given in (("own", engrams), ("other", engrams[[5, 0, 1, 2, 3, 4]]), ("zero", None)):
+    alike, other = (engrams[rows] for rows in study.partners(labels.numpy()))
+    for prefix, given in (("own", engrams), ("alike", alike), ("other", other), ("zero", None)):
         expected = common.evaluate(model, pieces.second, given).lm_loss
         assert found[f"lm_loss_{prefix}"] == pytest.approx(expected)
-    assert len({round(found[f"lm_loss_{prefix}"], 5) for prefix in study.PREFIXES}) == 3
+    assert len({round(found[f"lm_loss_{prefix}"], 5) for prefix in study.PREFIXES}) == 4
     constant = study.measures(tiny_model("constant-prefix"), pieces)
     assert constant["lm_loss_own"] is None and constant["lm_loss_zero"] > 0
+
+
+def test_partners_are_other_posts_of_the_same_and_of_another_label():
+    """Also where posts stand in the order of their labels, as those of 20 Newsgroups do."""
+    labels = np.repeat([0, 1, 2], [30, 2, 18])
+    alike, other = study.partners(labels)
+    assert (labels[alike] == labels).all() and (alike != np.arange(50)).all()
+    assert (labels[other] != labels).all() and len(set(other)) > 20
 
 
 def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_path):
     config = study.Config(corpus="newsgroups", output_dir=tmp_path)
     rng = np.random.default_rng(0)
-    losses = rng.uniform(4, 5, (3, 4)).round(3)  # own, other, zero, constant prefix
-    for seed, (own, other, zero, constant) in zip((0, 1, 100), losses, strict=True):
-        numbers = {"lm_loss_own": own, "lm_loss_other": other, "lm_loss_zero": zero}
+    losses = rng.uniform(4, 5, (3, 5)).round(3)  # of the four prefixes; of the constant prefix
+    for seed, (*of_prefixes, constant) in zip((0, 1, 100), losses, strict=True):
+        names = [f"lm_loss_{prefix}" for prefix in study.PREFIXES]
+        numbers = dict(zip(names, of_prefixes, strict=True))
         for arm, known in (("model3", numbers), ("constant-prefix", {"lm_loss_zero": constant})):
             row = {"training": arm, "seed": seed, "arm": arm} | dict.fromkeys(study.MEASURES)
             row |= {"git_commit": "", "weights_sha256": ""}
             table = by_backbone.table_of(config.folder, seed)
             put_rows(table, [row | known], "training")
     found = study.summary(config)
-    for title, column in zip(study.COMPARISONS, (1, 2, 3), strict=True):
+    for title, column in zip(study.COMPARISONS, (1, 2, 3, 4), strict=True):
         sides = (dict(enumerate(losses[:2, place])) for place in (0, column))
         assert found[title]["lm_loss"] == pytest.approx(paired_difference(*sides))
         assert found[title]["accuracy"]["n"] == 0
@@ -112,7 +122,7 @@ def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
     assert rehearse(tmp_path).count("LM loss (accuracy)") == 4
     folder = tmp_path / "limit-miniature" / "miniature"
     found = json.loads((folder / "results.json").read_text())
-    assert [pair["lm_loss"]["n"] for pair in found.values()] == [2, 2, 2]
+    assert [pair["lm_loss"]["n"] for pair in found.values()] == [2, 2, 2, 2]
     table = folder / "seed-1.csv"
     before = read_rows(table)
     table.unlink()

@@ -420,7 +420,7 @@ def text_of(results: dict[str, Any]) -> str:
         if row["learned"]["n"]:
             lines.append(
                 f"{row['arm']:17} trained less other {format_interval(row['learned'], sign='+')}, "
-                f"less a random compressor's {format_interval(row['less_random_compressor'])}"
+                f"less an untrained compressor's {format_interval(row['less_random_compressor'])}"
             )
     return "\n".join([*lines, f"P4: {(results['P4'] or {}).get('text', 'no interval yet')}"])
 

@@ -284,7 +284,7 @@ def add_salience(page: Page) -> None:
     caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
     table = study_tables.table_trainings(found, engram_salience.LABELS)
     page.table("salience trainings", caption, table)
-    caption = "P4 (Model 3) and P4b (less a random compressor's): mean of both trained labels."
+    caption = "P4 (Model 3) and P4b (less an untrained one's): mean of both trained labels."
     page.table("salience", caption, study_tables.table_salience(found))
     page.figure(f"{folder_of(config)}/engrams.png", "Index of engrams with either label")
 

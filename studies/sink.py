@@ -71,6 +71,8 @@ def measure(config: Config) -> dict:
     head = common.ClassificationHead(size, 1, 2).to(device)  # nothing reads it
     model = common.DualHeadModel(causal_lm.base_model, size, head)
     split = encode_rows(task.validation, load_tokenizer(config.model), settings.max_length)
+    rows = len(split.labels)
+    print(f"reading {rows:,} rows of SST-2 with {config.model}: minutes on a CPU", file=sys.stderr)
     states = common.evaluate(model, split, with_layers=True).layers
     layers = records_by_depth(states, split.labels.numpy(), split.lengths)
     return {

@@ -171,8 +171,8 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
         cells += [mean_cell(row.get("lm_loss"), 3), *map(str, counts)]
         rows.append([row["trained"], title, *cells])
     header = ["trained label", "arm", "accuracy, %", *(f"ARI, {label}" for label in labels)]
-    header += [f"random compressor's, {label}" for label in labels]
-    header.append("trained less other, less a random compressor's")
+    header += [f"untrained compressor's, {label}" for label in labels]
+    header.append("trained less other, less an untrained compressor's")
     header += [f"probe, {label}, %" for label in labels]
     header += ["LM loss, nats", "learned", "backbones", "diverged"]
     return markdown(header, rows)
@@ -205,7 +205,7 @@ def table_salience(results: dict) -> str:
         cells = [interval_cell(row[kind], 3) for kind in kinds]
         counts = f"{row['learned']['n']} of {row['ran']}"
         rows.append([find_arm(row["arm"]).title, *cells, counts])
-    header = ["arm", "ARI, trained label - other label", "less a random compressor's"]
+    header = ["arm", "ARI, trained label - other label", "less an untrained compressor's"]
     return markdown([*header, "of all backbones", "learned both labels"], rows)
 
 

@@ -5,13 +5,14 @@ NF4 weights and true token lengths, for which it needs a GPU; `--backbone tiny` 
 miniature, for a CPU; `--backbone paper` only counts what the 7B architecture's steps move and
 compute, and times nothing. The recipes run in turn, a few steps of each, in one process:
 
-conventional   every row padded to the maximum length, batches at random, LM logits at every
-    position; on a language model also micro-batches of 8 x accumulation 2 and gradient
-    checkpointing
-ecosystem      (language models) transformers' Trainer: padding to the longest row, rows of like
-    length together as its sampler groups a whole epoch, gradient checkpointing, LM logits at every
-    position
-ours           as the experiments train
+- conventional: every row padded to the maximum length, batches at random, LM logits at every
+  position; on a language model also micro-batches of 8 x accumulation 2 and gradient checkpointing.
+
+- ecosystem (language models): transformers' Trainer: padding to the longest row, rows of like
+  length together as its sampler groups a whole epoch, gradient checkpointing, LM logits at every
+  position.
+
+- ours: as the experiments train.
 
 Writes throughput.json, and for a language model throughput.png; on paper throughput_on_paper.json
 and its plot.

@@ -39,6 +39,7 @@ from collapse.statistics import (
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
+OTHER_BOUNDS = (0.1, 0.5)  # to see what P2 would be with another
 MEASUREMENTS = 4  # along the way
 
 
@@ -184,13 +185,13 @@ class Run:
             return None
         return end["dims_95pct"] / self.path[0]["dims_95pct"]
 
-    def outcome(self, best: float) -> str:
+    def outcome(self, best: float, bound: float = KEPT) -> str:
         """One of OUTCOMES; best: the highest training accuracy on this backbone and data set."""
         if self.kept is None:
             return "diverged"
         end = self.path[-1]
         learned = end["accuracy"] >= (end["chance"] + best) / 2
-        if self.kept >= KEPT:
+        if self.kept >= bound:
             return "healthy" if learned else "not learning"
         return "collapsed, functional" if learned else "collapsed, dead"
 
@@ -202,14 +203,14 @@ def read_runs(folder: Path) -> list[Run]:
     return [Run(cell, path) for cell, path in found if cell.seed < by_backbone.PLANNED]
 
 
-def outcomes_of(runs: list[Run]) -> dict[Cell, str]:
+def outcomes_of(runs: list[Run], bound: float = KEPT) -> dict[Cell, str]:
     """What became of each; the best accuracy is that of Models 1 and 2, whatever else has run."""
     best: dict[tuple, float] = {}
     for run in runs:
         if run.cell.arm in ("model1", "model2"):
             place = run.cell.seed, run.cell.dataset
             best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
-    return {run.cell: run.outcome(best[run.cell.seed, run.cell.dataset]) for run in runs}
+    return {run.cell: run.outcome(best[run.cell.seed, run.cell.dataset], bound) for run in runs}
 
 
 def edges(
@@ -278,7 +279,8 @@ def summary(config: Config) -> dict[str, Any]:
 
     Edges are over the planned rates, those of a given model over all that ran on a data set.
     `at_the_top` counts backbones that are healthy at every rate: their edge is a lower bound;
-    `at_the_bottom` those that are at none: it is an upper one.
+    `at_the_bottom` those that are at none: it is an upper one. `other_bounds`: Model 2's shift of
+    the edge, were this share of components the bound of a collapse.
     """
     runs = read_runs(config.folder)
     outcomes = outcomes_of(runs)
@@ -315,7 +317,17 @@ def summary(config: Config) -> dict[str, Any]:
     if counts_for_p2:
         done = shifts[0]["n"] >= by_backbone.PLANNED
         endpoint = by_backbone.endpoint(shifts[0], MARGIN, done)
-    return {"runs": len(runs), "criterion_applies": applies, "arms": table, "P2": endpoint}
+    others = {}
+    for bound in OTHER_BOUNDS if shifts else ():
+        found_there = edges(outcomes_of(runs, bound), GOOD["healthy"], rates)
+        others[f"{bound:g}"] = shift(found_there, "model2", datasets)
+    return {
+        "runs": len(runs),
+        "criterion_applies": applies,
+        "arms": table,
+        "P2": endpoint,
+        "other_bounds": others,
+    }
 
 
 ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank_without_first")

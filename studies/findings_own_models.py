@@ -152,7 +152,10 @@ def add_threshold(page: Page) -> None:
         f"--workers 2`. Source: `{folder}/seed-*.csv`, a row for every measurement of "
         f"{found['runs']} trainings."
     )
-    caption = "Where runs stop being healthy; shifts are paired over backbones."
+    caption = "Where runs stop being healthy; shifts are paired over backbones. With another share "
+    caption += "of components as bound of a collapse, Dual Head's shift of the edge is: "
+    others = found["other_bounds"].items()
+    caption += "; ".join(f"{format_interval(d, sign='+')} ({float(b):.0%})" for b, d in others)
     page.table("threshold", caption, study_tables.table_threshold(found))
     caption = "Shifts on each data set, decades, paired by backbone."
     page.table("shifts", caption, study_tables.table_shifts(found))

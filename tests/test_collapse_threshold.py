@@ -86,6 +86,18 @@ def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing()
     assert study.shift(edges, "kl", ["AG News"])["n"] == 0
 
 
+def test_another_bound_of_collapse_moves_an_edge(tmp_path, monkeypatch):
+    """Of Model 2, which keeps 16 of 40 components at the higher rate, and not of Model 1."""
+    ends = {("model1", -4.0): 40, ("model1", -3.5): 2, ("model2", -4.0): 40, ("model2", -3.5): 16}
+    runs = [run_of(arm, rate, end=end) for (arm, rate), end in ends.items()]
+    monkeypatch.setattr(study, "read_runs", lambda folder: runs)
+    monkeypatch.setattr(study, "mean_ends", lambda *place: {})
+    found = study.summary(study.Config(rates=(-4.0, -3.5), datasets=("AG News",)))
+    assert found["arms"][1]["shift"]["healthy"]["mean"]["mean"] == pytest.approx(0.5)
+    means = {bound: difference["mean"] for bound, difference in found["other_bounds"].items()}
+    assert means == {"0.1": pytest.approx(0.5), "0.5": 0}
+
+
 def test_sign_flips_agree_with_all_of_them_counted():
     values = np.array([0.5, 0.2, 0.9, -0.1, 0.4, 0.7])
     signs = np.array(np.meshgrid(*[[-1, 1]] * 6)).reshape(6, -1).T

@@ -82,7 +82,7 @@ class LoraLinear(torch.autograd.Function):
 def draw_mask(rows: Tensor, p: float) -> Tensor:
     """Which values of `rows` dropout takes, each with probability p, drawn by torch's generator.
 
-    On a CPU the positions of those that it takes, int64: a dropout of 5 % then draws, keeps and
+    On a CPU the positions of those that it takes, int64: a dropout of 5% then draws, keeps and
     touches a twentieth of the values. Elsewhere, where one would have to wait for their number,
     a byte for each value: whether it stays.
     """

@@ -74,7 +74,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        # In fp32: rounded to bfloat16, the scale would be off by up to 0.2 % for a whole step.
+        # In fp32: rounded to bfloat16, the scale would be off by up to 0.2% for a whole step.
         scaled = (None if g is None else (g.float() * upstream).to(g.dtype) for g in ctx.gradients)
         return *scaled, *[None] * 5
 

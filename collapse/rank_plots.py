@@ -265,7 +265,7 @@ def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     axes[0].set(title="Final validation accuracy", xlabel="less Model 1's (points)")
     axes[1].set(title="Effective rank after training", xlabel="% of the rank before training")
-    axes[1].set_xlim(left=-3)  # a mark at 1 % is seen whole
+    axes[1].set_xlim(left=-3)  # a mark at 1% is seen whole
     axes[2].set(title="Spread within classes (CDNV)", xlabel="over Model 1's (factor)")
     axes[2].set_xscale("log")
     axes[2].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
@@ -281,7 +281,7 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     }
     axes[1].plot([], [], markerfacecolor="white", linestyle="none", **look)
     legend_below(figure, axes[1:2])
-    figure.suptitle("Final epoch; bars: 95 % interval for other seeds and rows")
+    figure.suptitle("Final epoch; bars: 95% interval for other seeds and rows")
 
 
 def point(axis: plt.Axes, place: float, interval: dict, **look) -> None:

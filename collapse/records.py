@@ -207,7 +207,7 @@ def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[
         last = format_spread(values_of(result, key, "effective_rank_matched"), 1) if rows else ""
         row = "".join(f"{cell:{width}}" for cell in cells)
         yield f"{title_of(key, result, find_arm):22}{row}{last}"
-    yield "changes of the effective rank [95 % interval for other seeds and rows]"
+    yield "changes of the effective rank [95% interval for other seeds and rows]"
     for pair, found in result["changes"].items():
         shown = format_interval(found["both"]["effective_rank"], 1, sign="+")
         yield f"{title_of_change(pair, result):26}{shown}"

@@ -1,7 +1,7 @@
 """What the study that this one starts from published: one seed of each model, its own code.
 
 See https://github.com/MikeyBeez/sentiment. Accuracies in %, ranks as (effective rank, stable rank,
-participation ratio, components for 95 % of the variance) of `rank_rows` validation rows, training
+participation ratio, components for 95% of the variance) of `rank_rows` validation rows, training
 as (classification loss, LM loss, accuracy) of the last epoch.
 """
 

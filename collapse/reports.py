@@ -161,7 +161,7 @@ def cross_dataset_table(results: dict) -> str:
     here, there = study_name(results["settings"]), cross["other"]["study"]
     lines = [
         "",
-        "difference in points on two data sets, final epoch [95 % interval]",
+        "difference in points on two data sets, final epoch [95% interval]",
         f"here: {here}",
         f"there: {there}",
     ]
@@ -196,7 +196,7 @@ def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
     comparisons = comparisons_of(results)["final"]
     width = column_width(comparisons, 26)
     if comparisons:
-        title = "difference in points, final epoch [95 % interval for other seeds and rows]"
+        title = "difference in points, final epoch [95% interval for other seeds and rows]"
         lines += ["", title, f"{'models':{width}}{'difference':30}McNemar's p, each seed"]
     for name, comparison in comparisons.items():
         shown = format_interval(comparison["interval"], scale=100, sign="+")
@@ -232,7 +232,7 @@ def reproduction_table(published: dict, results: dict) -> str:
     lines = [
         "",
         "published results beside this run's: final validation accuracy in %",
-        f"{'model':{width}}{'published':14}{'yours':14}difference [95 % interval]",
+        f"{'model':{width}}{'published':14}{'yours':14}difference [95% interval]",
     ]
     for key in keys:
         theirs, yours = (

@@ -65,8 +65,8 @@ def crossed_error(
     was estimated below zero at zero. Satterthwaite's approximation takes the mean squares *as
     floored*: one that fell below MSe enters with MSe at its own few degrees of freedom. Had it
     entered as seen, a mean square of seeds that is small by luck would leave the many degrees of
-    freedom of the rows to an error that is too small: where seeds and residual vary alike, 10 % of
-    those intervals of three seeds, and 11 % of five, would exclude zero wrongly (0.3 and 5 % as it
+    freedom of the rows to an error that is too small: where seeds and residual vary alike, 10% of
+    those intervals of three seeds, and 11% of five, would exclude zero wrongly (0.3 and 5% as it
     is). There are never fewer degrees of freedom than the smaller of S - 1 and N - 1.
     """
     of_seeds, of_rows = np.maximum(of_seeds, residual), np.maximum(of_rows, residual)
@@ -225,7 +225,7 @@ def differences_interval(by_seed: Mapping[Any, float]) -> dict[str, Any]:
 
 
 def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
-    """Mean and 95 % t interval over independent values (seeds); no interval from fewer than two."""
+    """Mean and 95% t interval over independent values (seeds); no interval from fewer than two."""
     values = np.asarray(list(values), dtype=np.float64)
     mean, n = float(values.mean()), len(values)
     if n < 2:
@@ -251,7 +251,7 @@ def independent_difference(
 
 
 def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, float | None]:
-    """Difference of two means over seeds with a 95 % t interval of pooled variance; none when no
+    """Difference of two means over seeds with a 95% t interval of pooled variance; none when no
     side has two seeds.
     """
     a, b = np.array(theirs), np.array(yours)

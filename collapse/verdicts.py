@@ -18,7 +18,7 @@ def verdict(
     """`verdict` on an effect said to be above zero, `half_width`, `margin`, a `text` with both.
 
     In this order: *supported*, the Holm-adjusted interval is above zero and the estimate beyond the
-    margin; *refuted*, that interval is below zero, or the 90 % interval lies inside the margin on
+    margin; *refuted*, that interval is below zero, or the 90% interval lies inside the margin on
     both sides (no effect of interest, though perhaps one above zero); *small*, that interval
     excludes zero and the estimate is within the margin; *not decided* otherwise. Without an
     interval nothing is decided. The text of a verdict before all planned seeds ran says so: "not
@@ -40,7 +40,7 @@ def verdict(
     bounds = "no interval"
     if known:
         bounds = f"Holm-adjusted [{low:+.3g}, {high:+.3g}], half-width {half:.3g}, "
-        bounds += f"90 % [{interval_90['low']:+.3g}, {interval_90['high']:+.3g}]"
+        bounds += f"90% [{interval_90['low']:+.3g}, {interval_90['high']:+.3g}]"
     text = f"{found}: {estimate:+.3g}, {bounds}, margin {margin:g}"
     text += "" if planned_done else "; not all planned seeds ran"
     return {"verdict": found, "half_width": half, "margin": margin, "text": text}
@@ -66,7 +66,7 @@ def holm_levels(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str,
     where Holm rejects, so whatever rests on excluding zero, as a verdict does, is wrong for any
     endpoint with probability alpha at most. For values other than zero the intervals hold one at a
     time only; Bonferroni's (k = m everywhere) hold together, but can include zero where Holm
-    rejects, so that interval and p would disagree. The 90 % interval of a verdict is not adjusted:
+    rejects, so that interval and p would disagree. The 90% interval of a verdict is not adjusted:
     each "no effect of interest" is a statement on its own.
     """
     levels, left = {}, len(p_values)
@@ -80,7 +80,7 @@ def holm_levels(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str,
 def equivalence(estimate: float, se: float, df: float, margin: float) -> dict[str, float]:
     """Is the effect within the margin? `p` of two one-sided t tests (Schuirmann 1987).
 
-    `p` is below 0.05 exactly where `low` to `high`, the 90 % interval, lies inside the margin.
+    `p` is below 0.05 exactly where `low` to `high`, the 90% interval, lies inside the margin.
     """
     interval = t_interval(estimate, se, df, 0.90)
     inside = margin - abs(estimate)  # how far the nearer bound of the margin is

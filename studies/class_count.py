@@ -368,7 +368,7 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         label="classes - 1",
     )
     axes[1].set_yscale("log")
-    labels = ("gain of Model 2, logits", "components for 95 % of variance")
+    labels = ("gain of Model 2, logits", "components for 95% of variance")
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", xlabel="classes", ylabel=label)
         axis.set_xticks(counts_of(config), counts_of(config))

@@ -179,7 +179,7 @@ class Run:
 
     @property
     def kept(self) -> float | None:
-        """Components for 95 % of the variance, as a share of the start's; None: it diverged."""
+        """Components for 95% of the variance, as a share of the start's; None: it diverged."""
         end = self.path[-1]
         if None in (end["dims_95pct"], end["loss"]):
             return None
@@ -249,7 +249,7 @@ def edge(good: dict[float, bool]) -> float:
 def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
     """How many decades an arm's edge lies above Model 1's, paired over seeds, mean over data sets.
 
-    t interval over seeds, at 95 %; `p_flips` of random signs. Without shared seeds all are None.
+    t interval over seeds, at 95%; `p_flips` of random signs. Without shared seeds all are None.
     """
     theirs, ours = (mean_edges(found, key, datasets) for key in ("model1", arm))
     values = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]

@@ -134,7 +134,7 @@ Every table and figure of every run; `make findings` writes this page from the J
 mean stands in [FINDINGS.md](FINDINGS.md).
 
 * *Levels* are the mean of the seeds (lowest to highest seed).
-* *Differences* are mean [95 % interval]. Of accuracies it is the crossed random-effects interval,
+* *Differences* are mean [95% interval]. Of accuracies it is the crossed random-effects interval,
   of ranks and CDNV seed variance plus jackknife variance of the rows: both are for other seeds
   *and* other validation rows. An ARI has no rows: t over the seeds. McNemar's exact p describes
   one pair of trainings, not the method.
@@ -411,10 +411,10 @@ def block_experiments(page: Page) -> str:
             finals = [run["final"]["accuracy"] for run in runs["models"][key].values()]
             cells = [f"{100 * np.mean(finals):.2f} ({theirs['final'][key]:.2f})"]
             rank = np.mean(values_of(result, key, "effective_rank"))
-            cells.append(f"{rank:.1f}, {100 * rank / start:.0f} %")
+            cells.append(f"{rank:.1f}, {100 * rank / start:.0f}%")
             if key in their_ranks:
                 share = their_ranks[key] / their_ranks["pretrained"]
-                cells[-1] += f" ({their_ranks[key]}, {100 * share:.0f} %)"
+                cells[-1] += f" ({their_ranks[key]}, {100 * share:.0f}%)"
             cells.append(engram_cell(runs, theirs) if key == "model3" else "")
             rows.append([short, key.removeprefix("model"), *cells])
     header = ["data, backbone", "model", "accuracy, % (reference)"]

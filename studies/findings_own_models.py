@@ -132,7 +132,7 @@ def table_endpoints() -> str:
         said = standing(ran, name).removeprefix(f"{name} ")
         cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
         rows.append([name, title, *cells])
-    header = ["", "what", "estimate [Holm-adjusted]", "90 %", "margin", "backbones"]
+    header = ["", "what", "estimate [Holm-adjusted]", "90%", "margin", "backbones"]
     table = tables.markdown([*header, "p, Holm", "verdict"], rows)
     others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
     return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
@@ -153,9 +153,9 @@ def add_threshold(page: Page) -> None:
         f"{found['runs']} trainings."
     )
     caption = "Where runs stop being healthy; shifts are paired over backbones. With another share "
-    caption += "of components as bound of a collapse, Dual Head's shift of the edge is: "
+    caption += "of components as bound of a collapse, Dual Head's shift of the edge is "
     others = found["other_bounds"].items()
-    caption += "; ".join(f"{format_interval(d, sign='+')} ({float(b):.0%})" for b, d in others)
+    caption += "; ".join(f"{format_interval(d, sign='+')} ({float(b):.0%})" for b, d in others) + "."
     page.table("threshold", caption, study_tables.table_threshold(found))
     caption = "Shifts on each data set, decades, paired by backbone."
     page.table("shifts", caption, study_tables.table_shifts(found))
@@ -316,7 +316,7 @@ def add_linguistic(page: Page) -> None:
         + (f". Not run (width, layers, epochs, decay, seed): {not_run}." if not_run else ".")
     )
     caption = (
-        "Spearman correlation with validation loss [95 %]; *size taken out*: width, layers and "
+        "Spearman correlation with validation loss [95%]; *size taken out*: width, layers and "
         "epochs, by ranks; two seeds of a size count as two models, which narrows intervals. "
         "*Theirs*: from Wu & Papyan's table, 20 seeds of one size and 210 models, CDNV with "
         "exponent 4 alone."

@@ -18,7 +18,7 @@ def backbones(interval: dict | None) -> str:
 
 
 def table_differences(results: dict) -> str:
-    """Accuracy of each arm less Model 1's, of controls less Model 2's too; points [95 %]."""
+    """Accuracy of each arm less Model 1's, of controls less Model 2's too; points [95%]."""
     places = [*results["arms"], "mean"]
     rows = []
     for base, kind in zip(MODELS, ("accuracy_differences", "less_model2"), strict=True):
@@ -26,7 +26,7 @@ def table_differences(results: dict) -> str:
             cells = [interval_cell(found.get(place), 2, 100) for place in places]
             title = f"{find_arm(arm).title} less Model {base[-1]}"
             rows.append([title, *cells, backbones(found["mean"])])
-    header = ["accuracy, points [95 %]", *results["arms"]]
+    header = ["accuracy, points [95%]", *results["arms"]]
     return markdown([*header, "mean of its sets", "backbones with all its sets"], rows)
 
 
@@ -39,8 +39,8 @@ def table_p1(results: dict) -> str:
         cells = [interval_cell(end, 2, 100) for end in (found, anew)]
         cells.append(format_bounds(within, 2, 100, "+") if within else "n/a")
         cells += [f"{100 * found['margin']:g}", f"{within['p']:.2g}" if within else "n/a"]
-    header = ["accuracy, points", "mean of the sets [95 %]", "seeds and rows drawn anew [95 %]"]
-    header += ["90 %", "margin", "p of an effect outside it", "backbones"]
+    header = ["accuracy, points", "mean of the sets [95%]", "seeds and rows drawn anew [95%]"]
+    header += ["90%", "margin", "p of an effect outside it", "backbones"]
     return markdown(header, [["Model 2 - Model 1", *cells, backbones(found)]])
 
 
@@ -84,7 +84,7 @@ def table_kept(results: dict) -> str:
         cells = [interval_cell(found[key], digits, scale) for _, key, digits, scale in columns]
         counts = [backbones(found[key]) for _, key, *_ in columns]
         rows.append([place, *cells, told_once(counts)])
-    header = ["Model 2 - Model 1 [95 %]", *(title for title, *_ in columns)]
+    header = ["Model 2 - Model 1 [95%]", *(title for title, *_ in columns)]
     return markdown([*header, "backbones"], rows)
 
 
@@ -106,7 +106,7 @@ def table_rank_at_equal_loss(results: dict) -> str:
         if found and found["mean"] is not None:
             ratio = f"{math.exp(found['mean']):.2f}"
         rows.append([place, interval_cell(found), ratio, backbones(found)])
-    header = ["data", "log rank, Model 2 - Model 1 [95 %]", "as a factor", "backbones"]
+    header = ["data", "log rank, Model 2 - Model 1 [95%]", "as a factor", "backbones"]
     return markdown(header, rows)
 
 
@@ -125,7 +125,7 @@ def table_classes(results: dict) -> str:
         for _, key, digits, scale in columns:
             cells += [mean_cell(row[model].get(key), digits, scale) for model in MODELS]
         rows.append([row["merge"], str(row["classes"]), *cells, str(row["seeds"])])
-    header = ["merge", "classes", "accuracy, Model 2 - Model 1, points [95 %]", "in logits [95 %]"]
+    header = ["merge", "classes", "accuracy, Model 2 - Model 1, points [95%]", "in logits [95%]"]
     for title, *_ in columns:
         header += [f"{title}, Model {model[-1]}" for model in MODELS]
     return markdown([*header, "backbones"], rows)
@@ -138,4 +138,4 @@ def table_gains(results: dict) -> str:
     for place, rank in (results["rank_at_equal_loss"] | {"mean": results["P5"]}).items():
         gain, name = differences.get(place), "mean of the sets" if place == "mean" else place
         rows.append([name, interval_cell(gain, 2, 100), interval_cell(rank)])
-    return markdown(["data", "accuracy, points [95 %]", "log rank at equal loss"], rows)
+    return markdown(["data", "accuracy, points [95%]", "log rank at equal loss"], rows)

@@ -1,6 +1,6 @@
 """Markdown tables of what the results folders hold: dicts of a JSON file in, a table out.
 
-Levels are told as the mean of the seeds (lowest to highest), differences as mean [95 % interval for
+Levels are told as the mean of the seeds (lowest to highest), differences as mean [95% interval for
 other seeds and other rows]. Columns and rows of the reference are named so.
 """
 
@@ -31,7 +31,7 @@ def markdown(header: list[str], rows: list[list[str]], numbers: bool = True) -> 
 def interval_cell(
     interval: dict | None, digits: int = 2, scale: float = 1.0, sign: str = "+"
 ) -> str:
-    """mean [95 %], or the mean alone; n/a where there is none: too few seeds, or all diverged."""
+    """mean [95%], or the mean alone; n/a where there is none: too few seeds, or all diverged."""
     if not interval or interval["mean"] is None:
         return "n/a"
     return format_interval(interval, digits, scale, sign)
@@ -135,7 +135,7 @@ def table_comparisons(folder: Path, results: dict) -> str:
                 published = theirs[epoch].get(b), theirs[epoch].get(a)
                 row.append("n/a" if None in published else f"{published[0] - published[1]:+.2f}")
             rows.append(row)
-    header = ["difference in accuracy, points", "mean [95 %]", "McNemar's exact p, each seed"]
+    header = ["difference in accuracy, points", "mean [95%]", "McNemar's exact p, each seed"]
     return markdown([*header, *([f"reference, {theirs['model']}"] if theirs else [])], rows)
 
 
@@ -235,7 +235,7 @@ def table_cross(here: dict, there: dict) -> str:
         ]
         for name, found in compare_datasets(here, there)["comparisons"].items()
     ]
-    header = ["difference in final accuracy, points [95 %]", *heads, "difference of the two"]
+    header = ["difference in final accuracy, points [95%]", *heads, "difference of the two"]
     return markdown(header, rows)
 
 
@@ -256,7 +256,7 @@ RANK_COLUMNS = (
     ("stable_rank", "stable rank", 1),
     ("participation_ratio", "participation ratio", 1),
     ("participation_ratio_eigen", "the same, eigenvalues", 1),
-    ("dims_95pct", "components for 95 % of variance", 0),
+    ("dims_95pct", "components for 95% of variance", 0),
     ("intermediate.effective_rank", "effective rank, intermediate", 1),
     ("length_share", "share of 1/length", 3),
 )
@@ -301,7 +301,7 @@ CHANGE_COLUMNS = (
 
 
 def change_cell(found: dict, number: str, digits: int) -> str:
-    """Mean [95 %] of a change; of a log ratio as a factor; the mean alone where rows have no
+    """Mean [95%] of a change; of a log ratio as a factor; the mean alone where rows have no
     interval; n/a where an older run lacks it.
     """
     interval = found["both"].get(number)
@@ -329,7 +329,7 @@ def table_changes(results: dict) -> str:
         ]
         for name, result, pair, found in changes
     ]
-    header = ["data, backbone", "change, mean [95 %]", "seeds"]
+    header = ["data, backbone", "change, mean [95%]", "seeds"]
     return markdown([*header, *(head for _, head, _ in columns)], rows)
 
 
@@ -395,7 +395,7 @@ def table_half_widths(results: dict) -> str:
         for kind in ("as seen", "cautious"):
             numbers = {k: v for k, v in found[kind].items() if k.endswith("rows")}
             rows.append([case, kind, *(f"{value:.2f}" for value in numbers.values())])
-    return markdown(["half-width of 95 %, points", "variance of seeds", *numbers], rows)
+    return markdown(["half-width of 95%, points", "variance of seeds", *numbers], rows)
 
 
 def table_false_positives(results: dict) -> str:
@@ -476,4 +476,4 @@ def table_reference_ranks() -> str:
             name = "Pretrained" if key == "pretrained" else model_name(key)
             rows.append([place, name, *map(str, ranks)])
     header = ["reference: data, backbone", "model", "effective rank", "stable rank"]
-    return markdown([*header, "participation ratio", "components for 95 % of variance"], rows)
+    return markdown([*header, "participation ratio", "components for 95% of variance"], rows)

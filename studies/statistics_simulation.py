@@ -27,7 +27,7 @@ from collapse.statistics import (
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "simulation.json"
 SEEDS, ROWS = (3, 5, 10, 20), (872, 4000)
-DRAWS = 100_000  # of each false-positive rate: two standard errors are 0.14 points at 5 %
+DRAWS = 100_000  # of each false-positive rate: two standard errors are 0.14 points at 5%
 
 # Shares of seeds, rows and residual in the variance of the mean difference.
 BALANCES = {
@@ -72,7 +72,7 @@ def main() -> None:
     print(OUTPUT.read_text(), end="")
 
 
-# How often a 95 % interval excludes zero without a difference
+# How often a 95% interval excludes zero without a difference
 
 
 def false_positives(rng: np.random.Generator) -> dict:
@@ -202,10 +202,10 @@ def per_cent(which: np.ndarray) -> float:
 
 
 def half_widths(n_seeds: int = 10) -> dict:
-    """Expected half-width of the crossed 95 % interval in points, by variances of three seeds.
+    """Expected half-width of the crossed 95% interval in points, by variances of three seeds.
 
     `as seen`: the variances as estimated. `cautious`: the mean square of seeds at the upper end of
-    its one-sided 90 % interval, since three seeds tell little of it.
+    its one-sided 90% interval, since three seeds tell little of it.
     """
     found = {}
     for name, folder in STUDIES.items():
@@ -246,7 +246,7 @@ def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
 
 
 def coverage_over_rows(rng: np.random.Generator, runs: int = 1000) -> dict:
-    """Per cent, of the 95 % delete-half jackknife interval, for classes near and far apart."""
+    """Per cent, of the 95% delete-half jackknife interval, for classes near and far apart."""
     found = {}
     for name, apart in (("classes near", 0.5), ("classes far", 3.0)):
         classes = apart * rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()

@@ -98,7 +98,7 @@ def table_finetuned(results: dict) -> str:
         ]
         for dataset, found in results.items()
     ]
-    header = ["data", "pretrained, %", "random, %", "difference, points [95 %]", "backbones"]
+    header = ["data", "pretrained, %", "random, %", "difference, points [95%]", "backbones"]
     return markdown(header, rows)
 
 
@@ -130,11 +130,11 @@ def table_decay(results: dict, titles: dict[str, str]) -> str:
     for name, title in {"validation_loss": "validation loss, nats", **titles}.items():
         found = results["less_weight_decay"][name]
         rows.append([title, interval_cell(found, 4), str(found["n"])])
-    return markdown(["measure", "difference [95 %]", "pairs"], rows)
+    return markdown(["measure", "difference [95%]", "pairs"], rows)
 
 
 def correlation(found: dict | None) -> str:
-    """r [95 %]; n/a where it is not known."""
+    """r [95%]; n/a where it is not known."""
     return interval_cell(found and found | {"mean": found["r"]})
 
 
@@ -194,7 +194,7 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
         cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
         rows.append([name, *cells, str(row["backbones"])])
     header = ["trained", *(f"ARI with {label} (untrained)" for label in labels)]
-    return markdown([*header, "trained - other, less untrained's [95 %]", "backbones"], rows)
+    return markdown([*header, "trained - other, less untrained's [95%]", "backbones"], rows)
 
 
 def table_salience(results: dict) -> str:

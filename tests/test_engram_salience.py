@@ -121,7 +121,7 @@ def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
             indices = {f"ari_{label}": own, f"ari_{study.LABELS[1 - number]}": other}
             indices[f"ari_untrained_{label}"] = random_own
             indices[f"ari_untrained_{study.LABELS[1 - number]}"] = random_other
-            accuracy = 0.7 if (seed, label) == (3, "topic") else 0.71  # 70 % does not exceed it
+            accuracy = 0.7 if (seed, label) == (3, "topic") else 0.71  # 70% does not exceed it
             numbers = indices | {f"probe_{name}": 0.5 for name in study.LABELS}
             cell = study.Cell(seed, label, "model3")
             put(tmp_path / "newsgroups", cell, accuracy=accuracy, lm_loss=5.0, **numbers)

@@ -81,7 +81,7 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
         ends = [result[key]["effective_rank"] for key in ("model1", "pretrained")]
         shares.append(round(100 * ends[0] / ends[1]))
         assert result["changes"]["model2 - model1"]["both"]["cdnv_log_ratio"]["low"] > 0
-    assert f"Model 1 ends at {min(shares)} to {max(shares)} % of its rank before training" in text
+    assert f"Model 1 ends at {min(shares)} to {max(shares)}% of its rank before training" in text
 
 
 def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):
@@ -247,7 +247,7 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
     row = cells_of_row(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
     heads = ["effective rank", "over N - 1", "stable rank", "participation ratio"]
-    heads += ["the same, eigenvalues", "components for 95 % of variance"]
+    heads += ["the same, eigenvalues", "components for 95% of variance"]
     assert [float(row[head]) for head in heads] == [200, 201, 202, 203, 204, 205]
     assert (row["rows"], row["seeds"], row["at matched rows"]) == ("100", "1", "240.0")
     assert "within classes" not in row  # no record has it
@@ -429,7 +429,7 @@ def test_depths_are_drawn_for_each_measure_that_the_records_have(tmp_path, monke
 
 
 def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
-    """Centres of AG News' bars, and the reference's fall of the rank to 1.3 %."""
+    """Centres of AG News' bars, and the reference's fall of the rank to 1.3%."""
     drawn = []
     monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
     stored = read_json(ROOT / "results_effective_rank/effective_rank_results.json")

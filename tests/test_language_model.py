@@ -333,7 +333,7 @@ def test_the_two_experiments_tap_the_engram_where_the_design_says(qwen):
 
 @pytest.mark.parametrize("lora_alpha", [8, 32])
 def test_bfloat16_gives_the_same_step_to_its_precision(qwen, model_number, lora_alpha):
-    """8 significant bits: losses to 1 %, gradients to 5 % of their norms; what trains is fp32."""
+    """8 significant bits: losses to 1%, gradients to 5% of their norms; what trains is fp32."""
     steps = []
     for dtype in ("float32", "bfloat16"):
         model = build(model_number, qwen, compute_dtype=dtype, lora_alpha=lora_alpha)
@@ -665,7 +665,7 @@ def test_settings_of_the_adapters_are_checked(run, capsys, qwen):
 
 
 def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
-    """12 steps of model 2 on AG News, cut to 16 tokens; chance is 25 %."""
+    """12 steps of model 2 on AG News, cut to 16 tokens; chance is 25%."""
     try:
         folder = standin_folder()
     except UserError as missing:

@@ -151,7 +151,7 @@ BALANCES = [(1, 1, 1), (1, 1, 0), (9, 1, 0), (1, 0, 0), (0, 1, 0.01), (0, 0, 1),
 @pytest.mark.parametrize(("n_seeds", "most"), [(3, 0.08), (5, 0.06), (10, 0.055), (20, 0.053)])
 @pytest.mark.parametrize("shares", BALANCES)
 def test_a_difference_of_nothing_is_rarely_called_one(n_seeds, most, shares):
-    """False positives at 5 %: at most 8 % at three seeds, 6 % at five, near 5 % from ten on.
+    """False positives at 5%: at most 8% at three seeds, 6% at five, near 5% from ten on.
 
     Mean squares are drawn from their chi-squared laws. Slack: three standard errors, 0.3 points.
     """
@@ -168,7 +168,7 @@ def test_a_difference_of_nothing_is_rarely_called_one(n_seeds, most, shares):
 
 @pytest.mark.parametrize("effects", [(1, 1, 1), (1, 4, 3), (0, 0, 1)])
 def test_the_interval_covers_the_true_difference(effects):
-    """At least 92 % of 95 % intervals from ten seeds. Slack: three standard errors, 1.9 points."""
+    """At least 92% of 95% intervals from ten seeds. Slack: three standard errors, 1.9 points."""
     rng, runs = np.random.default_rng(9), 1200
     covered = 0
     for _ in range(runs):
@@ -181,7 +181,7 @@ def test_the_interval_covers_the_true_difference(effects):
 
 
 def test_the_pigeonhole_bootstrap_resamples_seeds_and_rows():
-    """Against indices drawn one by one; both standard errors have a Monte Carlo error of 1.6 %."""
+    """Against indices drawn one by one; both standard errors have a Monte Carlo error of 1.6%."""
     rng = np.random.default_rng(10)
     differences = crossed_draw(rng, 8, 30, mean=0.5)
     found = pigeonhole_interval(differences, draws=2000, seed=1)
@@ -270,7 +270,7 @@ def test_the_interval_of_one_seed_is_over_rows():
 
 
 def test_the_jackknife_interval_covers_the_stable_rank_of_other_samples():
-    """At least 92 % of 95 % intervals. Slack: three standard errors, 3.3 points."""
+    """At least 92% of 95% intervals. Slack: three standard errors, 3.3 points."""
     rng, runs, total, subsets = np.random.default_rng(17), 400, 120, 40
     scale = np.arange(1, 7) ** -0.5
 

@@ -98,7 +98,7 @@ def test_p1_stands_beside_its_bootstrap_and_its_equivalence(benefit):
     ]
     few = benefit | {"P1": endpoint(0.0042, 0.005), "P1_equivalence": None}  # no bootstrap yet
     row = cells_of_row(gain_tables.table_p1(few), "Model 2 - Model 1")
-    assert row["90 %"] == row["seeds and rows drawn anew [95 %]"] == "n/a"
+    assert row["90%"] == row["seeds and rows drawn anew [95%]"] == "n/a"
     none = benefit | {"P1": None, "P1_equivalence": None}
     row = cells_of_row(gain_tables.table_p1(none), "Model 2 - Model 1")
     assert set(list(row.values())[1:]) == {"n/a"}
@@ -436,7 +436,7 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert cells_of_row(gains, "AG News")["log rank at equal loss"] == "+0.50 [+0.49, +0.51]"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")
-    assert row["trained - other, less untrained's [95 %]"].startswith("+0.250 [")
+    assert row["trained - other, less untrained's [95%]"].startswith("+0.250 [")
     assert row["ARI with topic (untrained)"] == "0.100 (0.020)"
     assert "before training" not in salience and "| topic, LM-only engram |" in salience
     row = list(cells_of_row(salience, "nothing but the LM").values())

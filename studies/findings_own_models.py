@@ -155,7 +155,8 @@ def add_threshold(page: Page) -> None:
     caption = "Where runs stop being healthy; shifts are paired over backbones. With another share "
     caption += "of components as bound of a collapse, Dual Head's shift of the edge is "
     others = found["other_bounds"].items()
-    caption += "; ".join(f"{format_interval(d, sign='+')} ({float(b):.0%})" for b, d in others) + "."
+    told = [f"{format_interval(d, sign='+')} ({float(bound):.0%})" for bound, d in others]
+    caption += "; ".join(told) + "."
     page.table("threshold", caption, study_tables.table_threshold(found))
     caption = "Shifts on each data set, decades, paired by backbone."
     page.table("shifts", caption, study_tables.table_shifts(found))
@@ -367,7 +368,7 @@ def block_gains(page: Page) -> str:
 def block_salience(page: Page) -> str:
     found = results_of(CONFIGS["engram_salience"])
     table = study_tables.table_indices(found, engram_salience.LABELS)
-    return with_full(table, page, "salience trainings", "salience")
+    return with_full(table, page, "salience trainings", "salience", "pieces")
 
 
 def block_linguistic(page: Page) -> str:

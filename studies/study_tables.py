@@ -179,22 +179,26 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
 
 
 def table_indices(results: dict, labels: Sequence[str]) -> str:
-    """Of table_trainings what FINDINGS.md tells: means, and what training the compressor adds."""
+    """Of table_trainings what FINDINGS.md tells: a column an arm, means with either label."""
+    trainings = {(row["arm"], row["trained"]): row for row in results["trainings"]}
+    trainings = {place: row for place, row in trainings.items() if row["arm"] != "start"}
+    columns = []
+    for arm in dict.fromkeys(arm for arm, _ in trainings):
+        columns.append((find_arm(arm).title, arm, "ari"))
+        if arm == "model3":
+            columns.append(("untrained compressor, same states", arm, "ari_untrained"))
+
+    def cell(arm: str, kind: str, trained: str) -> str:
+        if (arm, trained) not in trainings:
+            return ""
+        row = trainings[arm, trained]
+        means = (mean_cell(row.get(f"{kind}_{label}"), 3) for label in labels)
+        return f"{' / '.join(means)} ({row['backbones']})"
+
     rows = []
-    for row in results["trainings"]:
-        if row["arm"] == "start":
-            continue
-        name = "nothing but the LM" if row["trained"] not in labels else row["trained"]
-        name += "" if row["arm"] == "model3" else f", {find_arm(row['arm']).title}"
-        cells = [
-            f"{mean_cell(row.get(f'ari_{label}'), 3)} "
-            f"({mean_cell(row.get(f'ari_untrained_{label}'), 3)})"
-            for label in labels
-        ]
-        cells.append(interval_cell(row["less_random"], 3) if "less_random" in row else "")
-        rows.append([name, *cells, str(row["backbones"])])
-    header = ["trained", *(f"ARI with {label} (untrained)" for label in labels)]
-    return markdown([*header, "trained - other, less untrained's [95%]", "backbones"], rows)
+    for trained in dict.fromkeys(trained for _, trained in trainings):
+        rows.append([trained, *(cell(arm, kind, trained) for _, arm, kind in columns)])
+    return markdown(["trained", *(title for title, *_ in columns)], rows)
 
 
 def table_salience(results: dict) -> str:

@@ -306,7 +306,7 @@ def mild_collapse(ranks: dict) -> tuple[str, Cells]:
         }
         falls = {name: after < before for name, (before, after) in change.items()}
         met += falls == dict(zip(names, (False, True, True), strict=True))
-        pairs = (f"{before:.1f} → {after:.1f}" for before, after in change.values())
+        pairs = (f"{before:.1f}→{after:.1f}" for before, after in change.values())
         shown[short] = "; ".join(pairs)
     return f"met in {met} of {len(on_sst2)}", shown
 
@@ -374,20 +374,20 @@ def claims_of_rank(ranks: dict[str, dict], found: dict[str, dict]) -> list[Claim
     start, model1, model2 = (ag_news[key][0] for key in ("pretrained", "model1", "model2"))
     names = ("effective rank", "stable rank", "participation ratio")
     mild = "; ".join(
-        f"{name} {sst2['pretrained'][place]} → {sst2['model1'][place]}"
+        f"{name} {sst2['pretrained'][place]}→{sst2['model1'][place]}"
         for place, name in enumerate(names)
     )
     met, shown = mild_collapse(ranks)
     return [
         (
             "H4: Model 1 loses effective rank (ours: less the start)",
-            f"AG News, 7B {start} → {model1}",
+            f"AG News, 7B {start}→{model1}",
             rank_changes(ranks, "model1 - pretrained"),
             own_models.of_h4(found),
         ),
         (
             "H4: Model 2 keeps it (ours: less Model 1)",
-            f"AG News, 7B {start} → {model2}",
+            f"AG News, 7B {start}→{model2}",
             rank_changes(ranks, "model2 - model1"),
             own_models.standing(found, "P5"),
         ),

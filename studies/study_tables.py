@@ -186,14 +186,14 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
     for arm in dict.fromkeys(arm for arm, _ in trainings):
         columns.append((find_arm(arm).title, arm, "ari"))
         if arm == "model3":
-            columns.append(("untrained compressor, same states", arm, "ari_untrained"))
+            columns.append(("untrained, same states", arm, "ari_untrained"))
 
     def cell(arm: str, kind: str, trained: str) -> str:
         if (arm, trained) not in trainings:
             return ""
         row = trainings[arm, trained]
         means = (mean_cell(row.get(f"{kind}_{label}"), 3) for label in labels)
-        return f"{' / '.join(means)} ({row['backbones']})"
+        return f"{', '.join(means)} ({row['backbones']})"
 
     rows = []
     for trained in dict.fromkeys(trained for _, trained in trainings):

@@ -183,8 +183,8 @@ def test_a_mild_collapse_is_stable_rank_and_participation_without_effective_rank
     }
     met, shown = findings.mild_collapse(ranks)
     assert met == "met in 1 of 2"
-    assert shown["SST-2, 7B"] == "9.0 → 10.0; 9.0 → 3.0; 9.0 → 4.0"
-    assert shown["SST-2, small"] == "9.0 → 8.0; 9.0 → 8.0; 9.0 → 8.0"
+    assert shown["SST-2, 7B"] == "9.0→10.0; 9.0→3.0; 9.0→4.0"
+    assert shown["SST-2, small"] == "9.0→8.0; 9.0→8.0; 9.0→8.0"
 
 
 def test_comparisons_of_an_older_run_are_made_anew(published):

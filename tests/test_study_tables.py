@@ -434,11 +434,11 @@ def test_blocks_of_the_findings(published, tmp_path):
     assert cells_of_row(gains, "AG News")["log rank at equal loss"] == "+0.50 [+0.49, +0.51]"
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
     row = cells_of_row(salience, "sentiment")
-    assert row["Dual + Engram"] == "0.300 / 0.100 (4)"
-    assert row["untrained compressor, same states"] == "0.050 / 0.020 (4)"
+    assert row["Dual + Engram"] == "0.300, 0.100 (4)"
+    assert row["untrained, same states"] == "0.050, 0.020 (4)"
     assert row["LM-only engram"] == "" and "start" not in salience
-    assert cells_of_row(salience, "topic")["LM-only engram"] == "n/a / n/a (0)"
-    assert cells_of_row(salience, "neither")["Dual + Engram"] == "0.300 / 0.100 (4)"
+    assert cells_of_row(salience, "topic")["LM-only engram"] == "n/a, n/a (0)"
+    assert cells_of_row(salience, "neither")["Dual + Engram"] == "0.300, 0.100 (4)"
     row = list(cells_of_row(linguistic, titles["agreement"]).values())
     assert row[1:] == ["+0.40 [+0.10, +0.60]", "0.04", "-0.50 [+0.10, +0.60]", *["n/a"] * 3]
     assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic

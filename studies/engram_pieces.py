@@ -36,7 +36,8 @@ from collapse.progress import Progress
 from collapse.settings import ROOT, UserError, check_bounds, run_script
 from collapse.statistics import format_interval, paired_difference
 
-VALIDATION_SHARE = 5  # one post in so many
+VALIDATION_SHARE = 10  # one post in so many
+COPIED = 6  # tokens in a row that no training post shares with a validation post
 ARMS = ("model3", "constant-prefix")
 SETTINGS = ("steps", "learning_rate", "piece_tokens")  # that all rows of a table share
 
@@ -106,7 +107,9 @@ def labelled_posts(made_up: bool) -> tuple[list[str], list[int], int]:
 def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
     """Training and validation pieces, of different posts, and the number of classes.
 
-    Posts with less than two pieces are left out. Raises UserError when the wheel is missing.
+    Posts with less than two pieces are left out. So are training posts that share COPIED tokens in
+    a row with a validation post: answers repeat their thread's subject and quote each other, and a
+    thread that was learned by heart tells its newsgroup. Raises UserError without the wheel.
     """
     texts, labels, classes = labelled_posts(config.miniature)
     length, kept = config.piece_tokens, []
@@ -119,8 +122,16 @@ def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
     sides = [[ids[:length] for ids, _ in kept], [ids[length:] for ids, _ in kept]]
     pieces = Pieces(*(Split(ids, of_each) for ids in sides))
     held = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
-    left = np.setdiff1d(np.arange(len(kept)), held)
-    return pieces.take(left), pieces.take(held), classes
+    of_held = set().union(*(runs_of_tokens(kept[post][0]) for post in held))
+    others = np.setdiff1d(np.arange(len(kept)), held)
+    left = [post for post in others if not runs_of_tokens(kept[post][0]) & of_held]
+    return pieces.take(np.array(left)), pieces.take(held), classes
+
+
+def runs_of_tokens(ids: torch.Tensor) -> set[tuple[int, ...]]:
+    """Every COPIED tokens in a row."""
+    tokens = ids.tolist()
+    return {tuple(tokens[start : start + COPIED]) for start in range(len(tokens) - COPIED + 1)}
 
 
 def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:

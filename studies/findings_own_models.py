@@ -249,7 +249,8 @@ def add_benefit(page: Page) -> None:
     page.table("benefit ranks", caption, gain_tables.table_rank_at_equal_loss(found))
     caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
     page.table("benefit ends", caption, gain_tables.table_ends(found))
-    caption = "What is left of the language, and of another set's labels, both at Model 1's rate."
+    caption = "LM loss on the set's own texts, which Model 2 learns, and what is left of another "
+    caption += "set's labels, both at Model 1's rate; t over backbones, for these rows."
     page.table("benefit kept", caption, gain_tables.table_kept(found))
     if found["times"]:
         caption = "Cost on a CPU, a training a core."
@@ -301,7 +302,8 @@ def add_pieces(page: Page) -> None:
     found = begin(page, title, config, settings=engram_pieces.SETTINGS)
     if found is None:
         return
-    caption = "Second pieces read with another prefix; the first reading is subtracted."
+    caption = "Second pieces read with another prefix, less the own engram's reading; other posts "
+    caption += "are drawn by their true newsgroup. t over backbones, for these posts."
     page.table("pieces", caption, study_tables.table_pieces(found))
 
 

@@ -312,7 +312,8 @@ Ends = dict[Cell, dict[str, float | None]]
 def read_table(folder: Path) -> tuple[Ends, Ends]:
     """What was measured last in each training, and before the first step of those of NEITHER.
 
-    Of the seeds that the protocol plans alone. A training that diverged has None for all of it.
+    Of the seeds that the protocol plans alone, arms in their order. A training that diverged has
+    None for all of it.
     """
     ends, starts = {}, {}
     for seed in range(by_backbone.PLANNED):
@@ -320,7 +321,8 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
             ends[cell] = path[-1]
             if path[0]["step"] == 0:
                 starts[cell] = path[0]
-    return ends, starts
+    in_order = sorted(ends, key=lambda cell: common.find_arm(cell.arm).place)
+    return {cell: ends[cell] for cell in in_order}, starts
 
 
 def salience(
@@ -367,8 +369,7 @@ def summary(config: Config) -> dict[str, Any]:
     results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
     if starts:
         results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
-    kinds = dict.fromkeys((cell.trained, cell.arm) for cell in ends)
-    for trained, arm in kinds:
+    for trained, arm in dict.fromkeys((cell.trained, cell.arm) for cell in ends):
         found = {c.seed: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
         row = {"trained": trained, "arm": arm} | means(found.values())
         if trained != NEITHER:

@@ -70,7 +70,7 @@ def test_every_number_in_the_findings_is_in_a_table(page):
 
 def test_the_answer_in_the_findings_is_that_of_the_json(published):
     """What the sentences say without a number that a table has."""
-    ranks, shares = findings.read_ranks(), []
+    ranks = findings.read_ranks()
     text = " ".join((ROOT / "FINDINGS.md").read_text().split())
     assert "In none of five studies is a difference in accuracy found at the final epoch" in text
     assert len(findings.present()) == 5
@@ -79,9 +79,8 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
             assert found["interval"]["low"] < 0 < found["interval"]["high"]
     for result in ranks.values():
         ends = [result[key]["effective_rank"] for key in ("model1", "pretrained")]
-        shares.append(round(100 * ends[0] / ends[1]))
+        assert ends[0] > 0.8 * ends[1]  # no effective rank collapses
         assert result["changes"]["model2 - model1"]["both"]["cdnv_log_ratio"]["low"] > 0
-    assert f"Model 1 ends at {min(shares)} to {max(shares)}% of its rank before training" in text
 
 
 def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):

@@ -119,7 +119,7 @@ def of_h3(found: dict[str, dict]) -> str:
     return f"{standing(found, 'P4')}, of a trained label{''.join(told)}"
 
 
-def table_endpoints(with_p: bool = True) -> str:
+def table_endpoints(short: bool = False) -> str:
     """Those that ran, and a line that names the others."""
     ran, rows = endpoints(), []
     for name, found in ran.items():
@@ -130,12 +130,14 @@ def table_endpoints(with_p: bool = True) -> str:
         cells = [format_interval(end, digits, scale, "+") for end in ends]
         cells[1] = format_bounds(ends[1], digits, scale, "+")
         said = standing(ran, name).removeprefix(f"{name} ")
-        cells += [f"{scale * found['margin']:g}", str(found["n"])]
-        cells += [f"{found['p_holm']:.1g}"] if with_p else []
-        rows.append([name, title, *cells, said])
-    header = ["", "what", "estimate [Holm-adjusted]", "90%", "margin", "backbones"]
-    header += ["p, Holm"] if with_p else []
-    table = tables.markdown([*header, "verdict"], rows)
+        cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
+        rows.append([name, title, *cells])
+    header = ["", "what", "estimate [Holm-adjusted]", "90%", "margin", "backbones", "p, Holm"]
+    header.append("verdict")
+    if short:  # without what the adjusted interval tells, too
+        kept = [place for place, head in enumerate(header) if head not in ("90%", "p, Holm")]
+        header, *rows = ([row[place] for place in kept] for row in (header, *rows))
+    table = tables.markdown(header, rows)
     others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
     return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
 
@@ -355,7 +357,7 @@ def add_studies(page: Page) -> None:
 
 
 def block_endpoints(page: Page) -> str:
-    return with_full(table_endpoints(with_p=False), page, "endpoints")
+    return with_full(table_endpoints(short=True), page, "endpoints")
 
 
 def block_threshold(page: Page) -> str:

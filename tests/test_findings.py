@@ -72,7 +72,8 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
     """What the sentences say without a number that a table has."""
     ranks = findings.read_ranks()
     text = " ".join((ROOT / "FINDINGS.md").read_text().split())
-    assert "In none of Figure 6's five studies is a difference in accuracy found at the final epoch" in text
+    said = "In none of Figure 6's five studies is a difference in accuracy found at the final epoch"
+    assert said in text
     assert len(findings.present()) == 5
     for study in findings.present():
         for found in comparisons_of(findings.results_of(study))["final"].values():

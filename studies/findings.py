@@ -294,10 +294,10 @@ def mild_collapse(ranks: dict) -> tuple[str, Cells]:
     """Where on SST-2 model 1 meets the reference's sign of a mild collapse, by the means of the
     seeds: stable rank and participation ratio fall while the effective rank does not.
 
-    How many do; of each its numbers before and after training.
+    Which ones do; of each its numbers before and after training.
     """
     names = ("effective_rank", "stable_rank", "participation_ratio")
-    met, shown = 0, {}
+    met, shown = [], {}
     on_sst2 = {name: result for name, result in ranks.items() if name.startswith("SST-2")}
     for short, result in short_names(on_sst2).values():
         change = {
@@ -305,10 +305,11 @@ def mild_collapse(ranks: dict) -> tuple[str, Cells]:
             for name in names
         }
         falls = {name: after < before for name, (before, after) in change.items()}
-        met += falls == dict(zip(names, (False, True, True), strict=True))
+        if falls == dict(zip(names, (False, True, True), strict=True)):
+            met.append(short)
         pairs = (f"{before:.1f}→{after:.1f}" for before, after in change.values())
         shown[short] = "; ".join(pairs)
-    return f"met in {met} of {len(on_sst2)}", shown
+    return f"met by {'; '.join(met) or 'none'}", shown
 
 
 def block_claims(page: Page) -> str:

@@ -182,7 +182,7 @@ def test_a_mild_collapse_is_stable_rank_and_participation_without_effective_rank
         "AG News": study("results_agnews", 10.0, 3.0, 4.0),
     }
     met, shown = findings.mild_collapse(ranks)
-    assert met == "met in 1 of 2"
+    assert met == "met by SST-2, 7B"
     assert shown["SST-2, 7B"] == "9.0→10.0; 9.0→3.0; 9.0→4.0"
     assert shown["SST-2, small"] == "9.0→8.0; 9.0→8.0; 9.0→8.0"
 

@@ -180,8 +180,8 @@ def table_trainings(results: dict, labels: Sequence[str]) -> str:
 
 def table_indices(results: dict, labels: Sequence[str]) -> str:
     """Of table_trainings what FINDINGS.md tells: a column an arm, means with either label."""
-    trainings = {(row["arm"], row["trained"]): row for row in results["trainings"]}
-    trainings = {place: row for place, row in trainings.items() if row["arm"] != "start"}
+    rows = [row for row in results["trainings"] if row["arm"] != "start"]
+    trainings = {(row["arm"], row["trained"]): row for row in rows}
     columns = []
     for arm in dict.fromkeys(arm for arm, _ in trainings):
         columns.append((find_arm(arm).title, arm, "ari"))
@@ -195,10 +195,10 @@ def table_indices(results: dict, labels: Sequence[str]) -> str:
         means = (mean_cell(row.get(f"{kind}_{label}"), 3) for label in labels)
         return f"{', '.join(means)} ({row['backbones']})"
 
-    rows = []
+    lines = []
     for trained in dict.fromkeys(trained for _, trained in trainings):
-        rows.append([trained, *(cell(arm, kind, trained) for _, arm, kind in columns)])
-    return markdown(["trained", *(title for title, *_ in columns)], rows)
+        lines.append([trained, *(cell(arm, kind, trained) for _, arm, kind in columns)])
+    return markdown(["trained", *(title for title, *_ in columns)], lines)
 
 
 def table_salience(results: dict) -> str:

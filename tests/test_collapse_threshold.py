@@ -86,7 +86,7 @@ def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing()
     assert study.shift(edges, "kl", ["AG News"])["n"] == 0
 
 
-def test_another_bound_of_collapse_moves_an_edge(tmp_path, monkeypatch):
+def test_another_bound_of_collapse_moves_an_edge(monkeypatch):
     """Of Model 2, which keeps 16 of 40 components at the higher rate, and not of Model 1."""
     ends = {("model1", -4.0): 40, ("model1", -3.5): 2, ("model2", -4.0): 40, ("model2", -3.5): 16}
     runs = [run_of(arm, rate, end=end) for (arm, rate), end in ends.items()]

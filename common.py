@@ -34,7 +34,7 @@ from collapse.batches import (
     encode_rows,
 )
 from collapse.checkpoints import load_weights
-from collapse.classifier import TextClassifier
+from collapse.classifier import TextClassifier, settings_beside
 from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw
 from collapse.files import (
@@ -57,7 +57,7 @@ from collapse.language_models import (
     without_mask,
 )
 from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
-from collapse.loaders import load_task
+from collapse.loaders import load_task, preparation
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
 from collapse.measuring import Measuring
@@ -712,11 +712,13 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
         "data": task.summary(),
     }
     path = experiment.folder(config)
+    splits = encode_task(experiment, config)  # now: a text that has no ids leaves no folder
     folder = RunFolder(path, settings, config.fresh)
     print(
         f"{experiment.title()}\ndata: {task.source}\nresults: {path}\ndevice: {device}", flush=True
     )
     run = Run(experiment, dataclasses.replace(config), device, folder, settings)
+    run.splits = splits
     trainings = [run.training(arm, seed) for seed in dict.fromkeys(config.seeds) for arm in arms]
     left = [training for training in trainings if not training.finished]
     run.config.workers = jobs.how_many(config, device, len(left))
@@ -728,6 +730,12 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     if folder.published:
         print(reports.reproduction_table(folder.published, results), flush=True)
     return results
+
+
+def encode_task(experiment: Experiment, config: RunConfig) -> tuple[Split, Split]:
+    """Training and validation rows as token ids."""
+    rows = experiment.task.train, experiment.task.validation
+    return tuple(encode_rows(split, experiment.encode, config.max_length) for split in rows)
 
 
 def training_device(config: RunConfig) -> torch.device:
@@ -752,12 +760,12 @@ class Run:
     def __post_init__(self) -> None:
         self.commit = git_commit()  # now: the code may be edited while a long run goes on
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "splits"}
+
     @cached_property
     def splits(self) -> tuple[Split, Split]:
-        """Training and validation rows as token ids."""
-        task, encode = self.experiment.task, self.experiment.encode
-        length = self.config.max_length
-        return encode_rows(task.train, encode, length), encode_rows(task.validation, encode, length)
+        return encode_task(self.experiment, self.config)
 
     def training(self, arm: Arm, seed: int) -> Training:
         config = arm.config_in(self.config)
@@ -899,11 +907,12 @@ def run_language_model_experiment(
             "give --data-dir a folder with a download."
         )
     settings, name_in_results, found = pin_model(config)
+    packed = settings.quantization  # by us
     short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     classes = len(task.class_names)
     experiment = Experiment(
-        name=f"{name}: {short_name}, LoRA" + (" on NF4" if config.quantization == "nf4" else ""),
+        name=f"{name}: {short_name}, LoRA" + (" on NF4" if packed == "nf4" else ""),
         results=results / subfolder,
         task=task,
         encode=load_tokenizer(settings.model, settings.revision),
@@ -911,7 +920,7 @@ def run_language_model_experiment(
         details=details,
         other=other and other / subfolder,
     )
-    config = dataclasses.replace(config, model=name_in_results)
+    config = dataclasses.replace(config, model=name_in_results, quantization=packed)
     if config.push_to_hub is None:
         return run_experiment(experiment, config)
     repository = sharing.open_repository(config.push_to_hub)
@@ -926,16 +935,26 @@ def run_language_model_experiment(
 
 
 def language_model_of(
-    stored: dict, adapter: Path, classes: int, device: torch.device
+    stored: dict, adapter: Path, classes: int, device: torch.device, model: str | None = None
 ) -> tuple[LanguageModelConfig, Callable, Callable[[Arm], DualHeadModel]]:
-    """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm."""
+    """Settings, tokenizer, and what wraps one copy of a pretrained model for an arm.
+
+    model: where the pretrained model is now. Raises UserError where it is not, or is another.
+    """
     config = known_settings(LanguageModelConfig, stored)
     config.revision = stored.get("model_commit")  # None where results are older, or of a folder
     if device.type == "cpu" and config.model == DEFAULT_MODEL:
         raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
-    if "/" not in config.model and config.model != STANDIN_MODEL:
+    if model is not None:
+        config.model, config.revision = str(Path(model).expanduser()), None
+    elif "/" not in config.model and config.model != STANDIN_MODEL:
         # A folder: results keep its name alone.
         config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
+        if not Path(config.model).exists():
+            raise UserError(
+                f"the pretrained model {config.model} of the training is not there: give its new "
+                "place, by load_classifier(..., model=FOLDER) or Experiment 4's --model FOLDER."
+            )
     encode = load_tokenizer(config.model, config.revision)
     if stored.get("model_sha256") not in (None, digest_weights(config.model)):
         raise UserError(f"{config.model} holds other weights than the models were trained on.")
@@ -958,25 +977,24 @@ def load_classifier(
     folder: str | Path,
     weights: Literal["final", "best"] = "final",
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    model: str | Path | None = None,
 ) -> TextClassifier:
     """The model that a training left in its folder, results_.../state/MODEL-seedN, to be used.
 
-    Raises UserError for a folder without a finished training of a pretrained language model.
+    model: where the pretrained model lies now, if it has moved. Raises UserError for a folder
+    without a finished training of such a model.
     """
-    folder = Path(folder)
-    if not (folder / "metrics.json").exists():
-        raise UserError(
-            f"{folder} holds no finished training: give a folder like "
-            "results_7b/smollm2-135m/state/model2-seed42."
-        )
-    settings = read_json(folder.parent / "settings.json")
+    folder = Path(folder).expanduser().resolve()  # "." has no name of its own
+    settings = read_json(settings_beside(folder, weights))
     stored, class_names = settings["config"], tuple(settings["data"]["class_names"])
     if "model" not in stored:
         raise UserError(f"{folder} is of the small transformer: give a pretrained model's folder.")
-    adapter, classes = folder / f"{weights}-adapter", len(class_names)
-    config, _, build = language_model_of(stored, adapter, classes, pick_device(device))
-    model = build(find_arm(folder.name.rpartition("-seed")[0]))
+    adapter, arm = folder / f"{weights}-adapter", find_arm(folder.name.rpartition("-seed")[0])
+    classes, where = len(class_names), pick_device(device)
+    config, _, build = language_model_of(stored, adapter, classes, where, model)
+    model = build(arm)
     load_weights(folder, weights, model)
     model.lm_head = None  # nobody asks for an LM loss here
     tokenizer = whole_tokenizer(config.model, config.revision)
-    return TextClassifier(model, tokenizer, class_names, config.max_length, evaluate)
+    prepare = preparation(settings["data"])
+    return TextClassifier(model, tokenizer, class_names, config.max_length, evaluate, prepare)

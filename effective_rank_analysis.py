@@ -68,6 +68,10 @@ class Config:
     output_dir: Path = ROOT / "results_effective_rank"
     # Folder with the data in its official layout. Default: the Hugging Face cache, then the hub.
     data_dir: Path | None = None
+    # Where a pretrained model's folder lies now, if it has moved since the training.
+    model: str | None = None
+    # Where the file or folder of own data lies now, if it has moved since the training.
+    dataset: str | None = None
     # Validation rows to measure, a fixed draw.
     rows: int = 2000
     # Random subsets of rows behind each interval, two or more.
@@ -117,7 +121,12 @@ def find_folders(config: Config) -> list[Path]:
 
 
 def models_of(
-    folder: Path, settings: dict, task: Task, weights: str, device: torch.device
+    folder: Path,
+    settings: dict,
+    task: Task,
+    weights: str,
+    device: torch.device,
+    model: str | None = None,
 ) -> tuple[Callable[[Rows, int | None], Split], Iterator[tuple[str, int, common.DualHeadModel]]]:
     """What encodes rows (cut to a length), and (model key, seed, model), pretrained ones first.
 
@@ -132,7 +141,7 @@ def models_of(
         key, seed = jobs[0]
         adapter = folder / "state" / f"{key}-seed{seed}" / f"{weights}-adapter"
         config, encode, build = common.language_model_of(
-            stored, adapter, len(task.class_names), device
+            stored, adapter, len(task.class_names), device, model
         )
         seeds = seeds[:1]
     else:
@@ -211,9 +220,9 @@ def measure_study(
 ) -> tuple[str, dict]:
     """The study's name; its settings, data and records (model -> seed -> record)."""
     settings = read_json(folder / "state" / "settings.json")
-    task = load_again(settings["data"], config.data_dir)
+    task = load_again(settings["data"], config.data_dir, config.dataset)
     name = study_name(settings)
-    encode, models = models_of(folder, settings, task, config.weights, device)
+    encode, models = models_of(folder, settings, task, config.weights, device, config.model)
     splits = draw_splits(task, config.rows, config.data_dir, encode)
     n = len(splits.validation.labels)
     where = str(folder.resolve()).removeprefix(f"{ROOT}/")

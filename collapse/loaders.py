@@ -162,6 +162,16 @@ LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
 }
 
 
+# Sets whose rows have runs of white space as one space, see named_rows.
+ONE_SPACE = ("CLINC150", "Banking77", "20 Newsgroups", "Reuters R8", "Reuters R52")
+
+
+def preparation(summary: dict[str, Any]) -> Callable[[str], str]:
+    """What the rows of a run's `Task.summary` went through before a tokenizer read them."""
+    own, name = summary.get("origin"), summary["name"].partition(",")[0]
+    return (lambda text: " ".join(text.split())) if name in ONE_SPACE and not own else str.strip
+
+
 def load_task(config: RunConfig) -> Task | None:
     """The data set of the settings, cut to their limits; any but a script's own has a folder.
 
@@ -190,11 +200,15 @@ def load_task(config: RunConfig) -> Task | None:
     return limit_task(task, config.train_limit, config.eval_limit)
 
 
-def load_again(summary: dict[str, Any], data_dir: Path | None) -> Task:
-    """The rows that a run's `Task.summary` tells of. Raises UserError when they cannot be had."""
+def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | None = None) -> Task:
+    """The rows that a run's `Task.summary` tells of. Raises UserError when they cannot be had.
+
+    dataset: where the file, folder or hub set of the run is now, if not where it was.
+    """
     name = summary["name"]
     if origin := summary.get("origin"):
-        task = load_labelled_text(**origin | {"dataset": dataset_of_origin(origin["dataset"])})
+        dataset = dataset or dataset_of_origin(origin["dataset"])
+        task = load_labelled_text(**origin | {"dataset": dataset})
     else:
         task = LOADERS[name.partition(",")[0]](data_dir)
     if task is None:

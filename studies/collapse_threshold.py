@@ -26,7 +26,7 @@ import tuning
 
 import common
 from collapse.files import write_json
-from collapse.language_models import load_tokenizer
+from collapse.language_models import find_model, load_tokenizer
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, pick_device, run_script
@@ -36,6 +36,7 @@ from collapse.statistics import (
     paired_difference,
     sign_flip_p,
 )
+from collapse.weights import check_weights
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
@@ -474,6 +475,7 @@ def main() -> None:
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
         common.check_device_for(config.model, pick_device(config.device))
         load_tokenizer(config.model)
+        check_weights(find_model(config.model), None)
     print(text_of(by_backbone.carry_out(config, run_missing, report)))
 
 

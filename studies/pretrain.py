@@ -28,6 +28,7 @@ from collapse.pretraining import Recipe, check_recipe, pretrain, step_cost, vali
 from collapse.progress import Progress, Training
 from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
 from collapse.tables import put_row
+from collapse.weights import read_causal_lm
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
 RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
@@ -173,10 +174,7 @@ def bigram_loss(blocks: np.ndarray, validation: np.ndarray) -> float:
 
 def load(folder: Path) -> torch.nn.Module:
     """The causal LM of a folder, in float32."""
-    import transformers
-
-    transformers.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return read_causal_lm(folder, dtype=torch.float32)
 
 
 def check_rows(corpus: CorpusName, data_dir: Path | None) -> int:

@@ -1,0 +1,244 @@
+"""Pretrained models as people have them: all weights are read, or one sentence says what to do."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import SIZES, arm_of, fails, save_tiny, start_script
+from safetensors.torch import load_file, save_file
+from test_language_model import CPU, tiny_settings
+
+import common
+import experiment_7b
+from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
+from collapse.settings import UserError
+
+
+def copy_of(folder, target):
+    return shutil.copytree(folder, target / "model")
+
+
+def edit_json(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_weights(folder, change):
+    """change(name, tensor) gives what stands for a tensor: pairs of name and tensor."""
+    file = folder / "model.safetensors"
+    pairs = [pair for name, tensor in load_file(file).items() for pair in change(name, tensor)]
+    save_file({name: t.contiguous().clone() for name, t in pairs}, file, {"format": "pt"})
+
+
+def without(*parts):
+    return lambda folder: change_weights(
+        folder, lambda name, t: [] if any(part in name for part in parts) else [(name, t)]
+    )
+
+
+def renamed(rename):
+    return lambda folder: change_weights(folder, lambda name, t: [(rename(name), t)])
+
+
+def configured(**values):
+    return lambda folder: edit_json(folder / "config.json", **values)
+
+
+def with_value(part, value):
+    def change(name, tensor):
+        if part in name:
+            tensor.view(-1)[-1] = value
+        return [(name, tensor)]
+
+    return lambda folder: change_weights(folder, change)
+
+
+def packed_without_a_word(folder):
+    change_weights(
+        folder, lambda name, t: [(name.replace("proj.weight", "proj.qweight"), t), (f"{name}.g", t)]
+    )
+
+
+def only_bin(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def as_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
+def lfs_pointer(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n" * 3)
+
+
+def cut_short(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def shard_gone(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    sorted(folder.glob("model-0*"))[1].unlink()
+
+
+def no_file(*patterns):
+    def change(folder):
+        for pattern in patterns:
+            for file in folder.glob(pattern):
+                file.unlink()
+
+    return change
+
+
+CUSTOM = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"}
+FAULTS = {
+    "compiled": (renamed(lambda n: f"_orig_mod.{n}"), r"torch\.compile put _orig_mod\. .*MODEL\."),
+    "compiled backbone": (
+        renamed(lambda n: n.replace("model.layers", "model._orig_mod.layers")),
+        r"torch\.compile put _orig_mod\.",
+    ),
+    "data parallel": (renamed(lambda n: f"module.{n}"), r"DataParallel put module\."),
+    "another prefix": (renamed(lambda n: f"student.{n}"), "are not there, and would be drawn"),
+    "no LM head": (without("lm_head"), r"lm_head\.weight are not there"),
+    "a layer gone": (without("layers.1."), r"layers\.1\..* more are not there"),
+    "one bias gone": (without("0.self_attn.k_proj.bias"), r"k_proj\.bias are not there"),
+    "more layers asked for": (
+        configured(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "would be drawn at random",
+    ),
+    "layers that do not add up": (configured(num_hidden_layers=3), r"\(3\) must be equal"),
+    "adapters inside": (
+        renamed(lambda n: n.replace("q_proj.weight", "q_proj.base_layer.weight")),
+        r"q_proj\.weight.* are not there",
+    ),
+    "another size": (configured(intermediate_size=96), r"_proj\.weight.*is \[.*\] where \[.*\] is"),
+    "another vocabulary": (configured(vocab_size=400), r"embed_tokens\.weight.*where \[400, 64\]"),
+    "another kind": (configured(model_type="llama"), "k_proj.bias.* would not be used"),
+    "GPTQ": (
+        configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantized \(gptq\).*before its quantization",
+    ),
+    "8 bits": (
+        configured(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        r"quantized \(bitsandbytes, 8 bits\)",
+    ),
+    "packed without a word": (packed_without_a_word, "are quantized .*qweight"),
+    "NaN": (with_value("up_proj", float("nan")), r"1 of the 8,192 .*up_proj\.weight are NaN"),
+    "infinite": (with_value("norm.weight", float("inf")), r"1 of the 64 .*are NaN or infinite"),
+    "only .bin": (only_bin, r"no weights in safetensors.*convert it by"),
+    "no weights": (no_file("*.safetensors"), "it has no weights.*copy its model.safetensors"),
+    "an adapter": (as_adapter, r"holds adapters and no whole model.*some/base"),
+    "no config": (no_file("config.json"), "holds no config.json.: give the folder"),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "mend the"),
+    "a Git LFS pointer": (lfs_pointer, "git lfs install"),
+    "cut short": (cut_short, "damaged or cut short"),
+    "a shard gone": (shard_gone, "mend the folder"),
+    "code of its own": (configured(model_type="newlm", auto_map=CUSTOM), "trust_remote_code"),
+    "a kind of tomorrow": (configured(model_type="newlm"), "newlm.*mend the folder"),
+    "no tokenizer": (no_file("token*"), r"has no tokenizer: copy .*tokenizer\.json"),
+    "half a tokenizer": (no_file("tokenizer.json"), r"has no tokenizer: copy .*tokenizer\.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_model_that_is_not_whole_is_refused_in_a_sentence(fault, qwen, tmp_path, capsys):
+    folder = copy_of(qwen, tmp_path)
+    damage, message = FAULTS[fault]
+    damage(folder)
+    with pytest.raises(UserError, match=message) as refused:
+        settings, *_ = pin_model(tiny_settings(folder))
+        load_tokenizer(settings.model)
+    assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
+    if "tokenizer" not in fault:  # whoever loads it, not the scripts alone
+        with pytest.raises(UserError, match=message):
+            load_causal_lm(tiny_settings(folder), CPU)
+
+
+def test_the_weights_file_itself_is_no_model(qwen):
+    with pytest.raises(UserError, match="is a file: give the folder"):
+        pin_model(tiny_settings(qwen / "model.safetensors"))
+
+
+def sharded(model, folder):
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+def in_half(model, folder):
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def with_old_tables(model, folder):
+    model.save_pretrained(folder)
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    change_weights(folder, lambda name, t: [(name, t), *table.items()])
+
+
+@pytest.mark.parametrize("save", [sharded, in_half, with_old_tables])
+@pytest.mark.parametrize("tied", [True, False])
+def test_whole_models_load_to_their_own_weights(save, tied, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = transformers.Qwen2Config(**SIZES, tie_word_embeddings=tied)
+    model = transformers.Qwen2ForCausalLM(sizes)
+    folder = save_tiny(model, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    save(model, folder)
+    found = load_causal_lm(pin_model(tiny_settings(folder))[0], CPU)
+    head, embedding = found.get_output_embeddings().weight, found.get_input_embeddings().weight
+    assert (head is embedding) == tied
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor.float(), rtol=0, atol=0)
+    assert "NOTE" not in capsys.readouterr().out
+
+
+def test_weights_of_another_use_are_named_and_left_aside(qwen, tmp_path, capsys):
+    folder = copy_of(qwen, tmp_path)
+    table = {"v_head.summary.weight": torch.ones(8)}
+    change_weights(folder, lambda name, t: [(name, t), *table.items()])
+    load_causal_lm(tiny_settings(folder), CPU)
+    assert "no part of its causal LM are not used: v_head" in capsys.readouterr().out
+
+
+def test_a_head_beside_the_embedding_is_read_where_the_folder_has_both(qwen, tmp_path):
+    folder = copy_of(qwen, tmp_path)
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    found = load_causal_lm(tiny_settings(folder), CPU).get_output_embeddings().weight
+    assert torch.equal(found, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_model_that_is_stored_in_4_bits_is_used_as_it_is(kind, qwen, tmp_path, capsys):
+    packing = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float16
+    )
+    whole = transformers.AutoModelForCausalLM.from_pretrained(qwen, quantization_config=packing)
+    folder = copy_of(qwen, tmp_path)
+    whole.save_pretrained(folder)
+    settings, *_ = pin_model(tiny_settings(folder, quantization="nf4"))
+    assert "stored in 4 bits, and is used as it is" in capsys.readouterr().out
+    assert settings.quantization == "none"
+    model = common.build_language_model(arm_of(2), 2, "pooled", settings, CPU)
+    layer = model.backbone.layers[0].mlp.up_proj.base_layer
+    stored = load_file(folder / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(layer.weight.data, stored) and layer.compute_dtype == torch.float32
+    assert layer.weight.quant_state.quant_type == kind
+
+
+def test_a_token_beyond_the_embedding_is_named_before_a_training(qwen, tmp_path, data_dir, capsys):
+    folder = copy_of(qwen, tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(40)] + ["superb"])
+    tokenizer.save_pretrained(folder)
+    encode = load_tokenizer(str(folder))
+    assert encode(["good bad"]) == load_tokenizer(str(qwen))(["good bad"])
+    with pytest.raises(UserError, match="'a superb film' has the token 'superb' of number"):
+        encode(["good", "a superb film"])
+    rows = "text,label\n" + "".join(f"film {i} superb,{i % 2}\n" for i in range(20))
+    (tmp_path / "own.csv").write_text(rows)
+    line = f"--model {folder} --dataset {tmp_path / 'own.csv'} --output-dir {tmp_path / 'out'}"
+    error = fails(start_script, capsys, experiment_7b, f"{line} --device cpu --workers 1")
+    assert "embedding has 320 rows" in error and not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """A data set as a Task of texts and labels: its checks, its cuts, the reading of its files."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -102,6 +103,16 @@ def limit_task(task: Task, train_limit: int | None, eval_limit: int | None) -> T
     return dataclasses.replace(task, train=train, validation=validation, folder=folder)
 
 
+def hold_out_tenth(rows: Rows) -> tuple[Rows, Rows]:
+    """(training, validation) rows: a fixed tenth of the different texts, each with its copies."""
+    texts = list(dict.fromkeys(rows.texts))
+    held = {texts[i] for i in fixed_draw(len(texts), max(1, len(texts) // 10))}
+    sides = [[], []]
+    for number, text in enumerate(rows.texts):
+        sides[text in held].append(number)
+    return rows.take(sides[0]), rows.take(sides[1])
+
+
 def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
     """The task with fewer training rows, and a fixed draw of `rows` from them to tune on.
 
@@ -164,14 +175,29 @@ def read_lines(path: Path) -> list[str]:
 
 
 def decode_lines(content: bytes, path: Path) -> list[str]:
-    """Lines of UTF-8 without line ends. Raises UserError naming the file, and the line."""
-    lines = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError:
-            raise UserError(f"{path}, line {number}: not UTF-8; mend or remove the line.") from None
-    return lines
+    """Lines of UTF-8 without line ends and the mark that some programs begin it with.
+
+    Raises UserError for another encoding, naming file and line.
+    """
+    encoding, number = other_encoding(content), 1
+    lines = content.removeprefix(codecs.BOM_UTF8).splitlines()
+    try:
+        if encoding is None:
+            return [line.decode() for line in lines]
+    except UnicodeDecodeError as error:
+        encoding, number = "WINDOWS-1252", lines.index(error.object) + 1
+    raise UserError(
+        f"{path}, line {number}: not UTF-8 but perhaps {encoding}; mend the line, or convert the "
+        f"file by `iconv -f {encoding} -t UTF-8 {path.name} > NEW`."
+    )
+
+
+def other_encoding(content: bytes) -> str | None:
+    """The encoding that a file begins as, or whose zero bytes it is full of; None: neither."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+    marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    full = "UTF-16" if content.count(0) > len(content) / 4 else None
+    return next((name for mark, name in marks.items() if content.startswith(mark)), full)
 
 
 def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: str) -> Rows:

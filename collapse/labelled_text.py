@@ -1,16 +1,17 @@
 """Anybody's labelled text as a Task: a file, a folder of files, or a set of the hub."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.data import Rows, Task, check_task, fixed_draw
+from collapse.data import Rows, Task, check_task, hold_out_tenth
 from collapse.hub import load_all_splits
-from collapse.settings import ROOT, UserError
-from collapse.text_tables import SUFFIXES, Table, read_file, read_hub_table, shown
+from collapse.settings import ROOT, UserError, check_name
+from collapse.text_tables import SUFFIXES, NoLabels, Table, kind_of, read_file, read_table, shown
 
-VALIDATION_SPLITS = ("validation", "dev", "test")  # GLUE's test files have no labels: dev is first
+# GLUE's test files have no labels: they come last.
+VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")
 LONGEST_LABEL = 200  # characters
 
 
@@ -25,40 +26,52 @@ def load_labelled_text(
 
     Classes are the data set's own where its labels are numbers that it has names for, else the
     training rows' labels in order. None when neither the hub nor its cache gives the set. Raises
-    UserError for what is not there, or naming file and line of a malformed row.
+    UserError for what is not there, or naming file and row of a malformed row.
     """
     columns, path = [*text_column, label_column], find_path(dataset)
     if label_column in text_column:
         raise UserError(f"--label-column {label_column} is one of --text-column: name another.")
     if path is None:
         name, _, configuration = dataset.partition(":")
-        tables = load_all_splits(name, configuration or None)
-        if tables is None:
+        if (tables := load_all_splits(name, configuration or None)) is None:
             return None
         title, source = dataset, f"Hugging Face {dataset}"
     else:
         dataset, source = path_in_origin(path), str(path)
         title = f"folder {path.name}" if path.is_dir() else path.name
         tables = files_of_splits(path)
-    train_split, validation_split = choose_splits(tables, train_split, validation_split, source)
 
     def read(split: str) -> Table:
-        if path is not None:
-            return read_file(tables[split], columns)
-        return read_hub_table(tables[split], columns, f"the {split} split of {source}")
+        if path is None:
+            return read_table(tables[split], columns, f"the {split} split of {source}")
+        shards = [read_file(file, columns) for file in tables[split]]
+        return Table([row for shard in shards for row in shard.rows], shards[0].class_names)
 
-    classes, train = read_train(read(train_split), source)
-    if validation_split is None:
-        train, validation = hold_out_tenth(train)
-    else:
+    if train_split == "train":
+        train_split = next(iter(similar(tables, ("train", "training"))), train_split)
+    for option, split in (("train", train_split), ("validation", validation_split)):
+        if split is not None and split not in tables:
+            there = f"{source} has {shown(tables)} for splits and no {shown([split])}"
+            raise UserError(f"{there}: name one with --{option}-split.")
+    if validation_split == train_split:
+        raise UserError("--validation-split is the training split: name another one.")
+    table = read(train_split)
+    classes = classes_of(table, source)
+    train = read_rows(table, classes)
+    if validation_split is not None:
         validation = read_rows(read(validation_split), classes)
+    else:
+        validation_split, validation = find_validation(tables, train_split, read, classes)
+    if left := [name for name in tables if name not in (train_split, validation_split)]:
+        print(f"NOTE: {source}: splits that are neither trained nor validated on: {shown(left)}")
+    if validation is None:
+        train, validation = hold_out_tenth(train)
     # In titles a comma ends a name, see study_name, and $ begins a formula.
     name = " ".join(re.split(r"[\s,$]+", title))
     folder = "data-" + re.sub(r"\W+", "-", title.removeprefix("folder ").lower()).strip("-")
     origin = {"dataset": dataset, "text_column": list(text_column), "label_column": label_column}
     origin |= {"train_split": train_split, "validation_split": validation_split}
-    task = Task(name, folder, source, classes, train, validation, origin=origin)
-    return check_task(task)
+    return check_task(Task(name, folder, source, classes, train, validation, origin=origin))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -72,9 +85,10 @@ def find_path(dataset: str) -> Path | None:
     Raises UserError for what looks like a path and is not there.
     """
     path = Path(dataset).expanduser()
+    check_name(path)
     if path.exists():
         return path.resolve()  # "." has no name of its own
-    if path.suffix.lower() in SUFFIXES or dataset.startswith((".", "/", "~")):
+    if kind_of(path) in SUFFIXES or dataset.startswith((".", "/", "~")):
         raise UserError(f"{path} is not there: give --dataset a file or folder that is.")
     return None
 
@@ -89,52 +103,52 @@ def dataset_of_origin(origin: str) -> str:
     return str(ROOT / origin) if origin.startswith("./") else origin
 
 
-def files_of_splits(path: Path) -> dict[str, Path]:
-    """Split -> its file. A file by itself is the split train.
+def files_of_splits(path: Path) -> dict[str, list[Path]]:
+    """Split -> its files, one or, as on the hub, shards. A file by itself is the split train.
 
-    Raises UserError for a file of another kind, and for two files of one split.
+    Raises UserError for a file of another kind, two files of one split, and shards that lack.
     """
     if not path.is_dir():
-        if path.suffix.lower() not in SUFFIXES:
+        if kind_of(path) not in SUFFIXES:
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: convert it to one of them.")
-        return {"train": path}
-    files: dict[str, Path] = {}
+        return {"train": [path]}
+    files, counts = {}, {}
     for file in sorted(path.iterdir()):
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-            if file.stem in files:
-                both = f"{files[file.stem].name} and {file.name}"
-                raise UserError(f"{path} holds {both}: leave one of the two there.")
-            files[file.stem] = file
+        if kind_of(file) in SUFFIXES and file.is_file() and not file.name.startswith("."):
+            name = file.name[: file.name.lower().rindex(kind_of(file))]
+            split, count = re.fullmatch(r"(.+?)(?:-\d{5}-of-(\d{5})(?:-\w+)?)?", name).groups()
+            files.setdefault(split, []).append(file)
+            counts[split] = int(count or 1)
+    if not files and (path / "data").is_dir():  # where sets of the hub have them
+        return files_of_splits(path / "data")
+    for split, count in counts.items():
+        if len(files[split]) != count:
+            names = " and ".join(file.name for file in files[split][:2])
+            wrong = "leave one of the two there" if len(files[split]) > count else "add the others"
+            raise UserError(f"{path} holds {names} for {count} file(s) of {split}: {wrong}.")
     return files
 
 
-def choose_splits(
-    splits: Iterable[str], train: str, validation: str | None, source: str
-) -> tuple[str, str | None]:
-    """The splits to train and to validate on; None: rows are to be held out."""
-    splits = list(splits)
-    for option, name in (("train", train), ("validation", validation)):
-        if name is not None and name not in splits:
-            raise UserError(
-                f"{source} has {shown(splits)} for splits and no {shown([name])}: "
-                f"name one with --{option}-split."
-            )
-    if validation == train:
-        raise UserError("--validation-split is the training split: name another one.")
-    if validation is None:
-        found = [name for name in VALIDATION_SPLITS if name in splits and name != train]
-        validation = found[0] if found else None
-    return train, validation
+def similar(splits: Iterable[str], words: Sequence[str]) -> list[str]:
+    """Splits that are these words, in the words' order, then those that hold one, as my-train."""
+    whole = [split for word in words for split in splits if split.lower() == word]
+    parts = {split: re.split(r"[\W_\d]+", split.lower()) for split in splits}
+    return whole or [split for word in words for split in splits if word in parts[split]]
 
 
-def hold_out_tenth(rows: Rows) -> tuple[Rows, Rows]:
-    """(training, validation) rows: a fixed tenth of the different texts, each with its copies."""
-    texts = list(dict.fromkeys(rows.texts))
-    held = {texts[i] for i in fixed_draw(len(texts), max(1, len(texts) // 10))}
-    sides = [[], []]
-    for number, text in enumerate(rows.texts):
-        sides[text in held].append(number)
-    return rows.take(sides[0]), rows.take(sides[1])
+def find_validation(
+    splits: Iterable[str], train: str, read: Callable[[str], Table], classes: Sequence[str]
+) -> tuple[str | None, Rows | None]:
+    """The split to validate on, and its rows; None where rows are to be held out."""
+    for name in similar([split for split in splits if split != train], VALIDATION_SPLITS):
+        try:
+            table = read(name)
+            if all(label in (None, "", -1) for _, (*_, label) in table.rows):
+                raise NoLabels("none of its rows has one.")
+            return name, read_rows(table, classes)
+        except NoLabels as why:
+            print(f"NOTE: {name} is left out, for it has no labels: {why}")
+    return None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,37 +156,25 @@ def hold_out_tenth(rows: Rows) -> tuple[Rows, Rows]:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_train(table: Table, source: str) -> tuple[tuple[str, ...], Rows]:
-    """Class names and rows of a training split. Raises UserError for labels that are no classes."""
-    found = list(labelled(table))
-    words = {label for _, _, label in found}
-    if len(words) < 2:
-        raise UserError(
-            f"the training rows of {source} have {len(words)} different labels: "
-            "two or more are needed."
-        )
-    if table.class_names is None and 2 * len(words) > len(found):
-        raise UserError(
-            f"the {len(found)} training rows of {source} have {len(words)} different labels: "
-            "name the column of their classes with --label-column, or give more rows of each."
-        )
-    classes = tuple(table.class_names or in_order(words))
-    numbers = {name: number for number, name in enumerate(classes)}
-    return classes, Rows([text for _, text, _ in found], [numbers[word] for *_, word in found])
-
-
-def in_order(words: Iterable[str]) -> list[str]:
-    """Labels in the order of their numbers where all are whole numbers, else of the alphabet."""
-    words = sorted(words)
+def classes_of(table: Table, source: str) -> tuple[str, ...]:
+    """Names of the classes of training rows. Raises UserError for labels that are no classes."""
+    words = {labelled(*row, table.class_names)[1] for row in table.rows}
+    mend = "two or more are needed" if len(words) < 2 else None
+    if table.class_names is None and 2 * len(words) > len(table.rows):
+        mend = mend or "name their column with --label-column, or give more rows of each class"
+    if mend:
+        rows = f"the {len(table.rows)} training rows of {source}"
+        raise UserError(f"{rows} have {len(words)} different labels: {mend}.")
     if all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in words):
-        words.sort(key=int)
-    return words
+        return tuple(table.class_names or sorted(sorted(words), key=int))
+    return tuple(table.class_names or sorted(words))
 
 
 def read_rows(table: Table, classes: Sequence[str]) -> Rows:
     """Rows of a split whose classes are known. Raises UserError naming a row of another class."""
     numbers, rows = {name: number for number, name in enumerate(classes)}, Rows([], [])
-    for where, text, word in labelled(table):
+    for where, values in table.rows:
+        text, word = labelled(where, values, table.class_names)
         if word not in numbers:
             raise UserError(
                 f"{where}: no training row has the label {word!r}; mend or remove the row."
@@ -182,42 +184,36 @@ def read_rows(table: Table, classes: Sequence[str]) -> Rows:
     return rows
 
 
-def labelled(table: Table) -> Iterator[tuple[str, str, str]]:
-    """(where it stands, text, label) of every row. Raises UserError naming a malformed one."""
-    for where, (*parts, label) in table.rows:
-        parts = ["" if part is None else part for part in parts]
-        if not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{where}: the text is a number or list; mend or remove the row.")
+def labelled(where: str, values: Sequence[Any], names: list[str] | None) -> tuple[str, str]:
+    """Text and label of a row. Raises UserError naming a malformed one.
+
+    A whole float is a whole number, and a number that the data set has a name for that name.
+    """
+    *parts, label = values
+    parts, why, text, word = ["" if part is None else part for part in parts], None, "", ""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if all(isinstance(part, str) for part in parts):
         text = " ".join(part.strip() for part in parts if part.strip())
-        if not text:
-            raise UserError(f"{where}: the text is empty; mend or remove the row.")
-        word = label_word(label, table.class_names, where)
-        try:
-            f"{text}{word}".encode()
-        except UnicodeEncodeError:  # JSON can write half of a character, as \ud83d
-            raise UserError(f"{where}: half of a character; mend or remove the row.") from None
-        yield where, text, word
-
-
-def label_word(label: Any, class_names: list[str] | None, where: str) -> str:
-    """A row's label as a word; a number that names a class of the data set is that name."""
-    if not isinstance(label, str | int):
-        kind = "missing" if label is None else f"a {type(label).__name__}"
-        raise UserError(f"{where}: the label is {kind}, no word or whole number; mend the row.")
-    if class_names is not None and isinstance(label, int):
-        if not 0 <= label < len(class_names):
-            most = len(class_names) - 1
-            raise UserError(f"{where}: label {label} is not one of 0 to {most}; mend the row.")
-        return class_names[label]
-    try:
+        why = None if text else "the text is empty"
+    else:
+        why = "the text is a number or list"
+    if label is None:
+        why = why or "the label is missing"
+    elif not isinstance(label, str | int):
+        why = why or f"the label is a {type(label).__name__}, no word or whole number"
+    elif names is None or isinstance(label, str):
         word = str(label).strip()
-    except ValueError:  # of a number of thousands of digits
-        word = "?" * (LONGEST_LABEL + 1)
-    if not word:
-        raise UserError(f"{where}: the label is empty; mend or remove the row.")
+    elif 0 <= label < len(names):
+        word = names[label]
+    else:
+        why = why or f"label {label} is not one of 0 to {len(names) - 1}"
     if len(word) > LONGEST_LABEL:
-        raise UserError(
-            f"{where}: the label has more than {LONGEST_LABEL} characters; name the column of the "
-            "classes with --label-column, or mend the row."
+        why = why or (
+            f"the label has more than {LONGEST_LABEL} characters, name another --label-column"
         )
-    return word
+    if re.search("[\ud800-\udfff]", text + word):  # JSON can write them, as \ud83d
+        why = why or "half of a character"
+    if why or not word:
+        raise UserError(f"{where}: {why or 'the label is empty'}; mend or remove the row.")
+    return text, word

@@ -32,9 +32,10 @@ class RunConfig:
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
-    # Data set: a name of LOADERS in collapse/loaders.py; a file of CSV, TSV, JSON lines or Parquet,
-    # or a folder with train.*, and validation.*, dev.* or test.* of these; or a set of the Hugging
-    # Face hub: owner/name, owner/name:config. Any but the script's own has a results subfolder.
+    # Data set: a name of LOADERS in collapse/loaders.py; a file of CSV, TSV, JSON (lines or one
+    # array) or Parquet, also compressed, or a folder with train.*, and val.*, dev.*, test.* or the
+    # like of these, also in shards; or a set of the Hugging Face hub: owner/name,
+    # owner/name:config. Any but the script's own has a results subfolder.
     dataset: str = "SST-2"
     # Column of the texts in a file or hub set; the texts of several are joined by a space.
     text_column: tuple[str, ...] = ("text",)
@@ -42,8 +43,9 @@ class RunConfig:
     label_column: str = "label"
     # Split to train on, of a hub set or a folder (there a file's name before its suffix).
     train_split: str = "train"
-    # Split to validate on. Default: validation, dev or test, the first of them that is there; where
-    # there is none, a fixed tenth of the training rows, and copies of their texts.
+    # Split to validate on. Default: validation, valid, val, dev, eval or test, the first of them that
+    # is there with labels; where there is none, a fixed tenth of the training rows, and copies of
+    # their texts.
     validation_split: str | None = None
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by
     # name: shuffled-lm, kl, l2-start, shared-scale, constant-prefix, frozen-compressor,
@@ -208,6 +210,15 @@ def check_config(config: RunConfig) -> None:
         check_bounds(name, getattr(config, name), low, high)
     for seed in config.seeds:
         check_bounds("seeds", seed, 0, 2**32 - 1)
+
+
+def check_name(path: str | Path) -> None:
+    """Raise UserError for a path that no results file can hold: bytes that are no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        readable = str(path).encode(errors="replace").decode()
+        raise UserError(f"{readable}: its name is no UTF-8: rename it.") from None
 
 
 def check_bounds(name: str, value: float | None, low: float, high: float) -> None:

@@ -1,126 +1,168 @@
-"""Columns of CSV, TSV, JSON lines, Parquet and hub tables, every row with where it stands.
+"""Columns of CSV, TSV, JSON and Parquet files and of hub tables, every row with where it stands.
 
-Text files are read here. `datasets` (5.2.0) takes a text "null" or "NA" for a missing one, "007"
-for 7, fills up a row that lacks a column, and names neither file nor line of one that it refuses.
+`datasets` reads them. JSON is left to Python's own reader: where a column holds "007" and 7,
+`datasets` (5.2.0) makes 7 of both, of "null" a missing value, and of dates points in time.
 """
 
 import csv
+import io
 import json
+import sys
+import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from collapse.data import decode_lines
-from collapse.settings import UserError
+from collapse.settings import DISK_FULL, UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # behind one of those
 
 
-@dataclass(frozen=True)
-class Table:
+class NoLabels(UserError):
+    """A split without labels, such as a competition's test rows."""
+
+
+class Table(NamedTuple):
     """The wanted columns of one split: texts', then the labels'."""
 
-    rows: Iterable[tuple[str, Sequence[Any]]]  # where a row stands, its values
+    rows: list[tuple[str, Sequence[Any]]]  # where a row stands, its values
     class_names: list[str] | None  # of whole-number labels, where the data names them
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says what a file is, its compression's left out."""
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
+
+
 def read_file(path: Path, columns: Sequence[str]) -> Table:
-    """The columns of a file. Raises UserError when it cannot be read; a bad row does when taken."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            return read_parquet(path, columns)
-        lines = decode_lines(path.read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend or replace it.") from None
-    if lines:
-        lines[0] = lines[0].removeprefix("\ufeff")  # some programs begin UTF-8 with it
-    read = read_json_lines if path.suffix.lower() in (".jsonl", ".json") else read_csv
-    return Table(read(path, lines, columns), None)
+    """The columns of a file, which may be compressed. Raises UserError when it cannot be read."""
+    from datasets.utils.extract import Extractor
 
-
-def read_csv(
-    path: Path, lines: Sequence[str], columns: Sequence[str]
-) -> Iterator[tuple[str, list[str]]]:
-    """Rows of CSV (RFC 4180), or of TSV, where a quotation mark is part of the text, as in GLUE."""
-    kind = {"delimiter": ","}
-    if path.suffix.lower() == ".tsv":
-        kind = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    # A quoted text may have line ends in it, which decode_lines has cut off.
-    reader = csv.reader((f"{line}\n" for line in lines), strict=True, **kind)
-    start, header = 1, None
-    try:
-        for values in reader:
-            where, start = f"{path}, line {start}", reader.line_num + 1
-            if header is None:
-                header = values
-                check_columns(header, columns, f"{path}, line 1")
-                places = [header.index(name) for name in columns]
-            elif values and len(values) != len(header):
-                raise UserError(
-                    f"{where}: {len(values)} columns where the header has {len(header)}; "
-                    "mend or remove the line."
-                )
-            elif values:  # not a blank line
-                yield where, [values[i] for i in places]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {start}: {error}; mend or remove the line.") from None
-    if header is None:
-        raise UserError(f"{path} is empty: its first line names the columns.")
-
-
-def read_json_lines(
-    path: Path, lines: Sequence[str], columns: Sequence[str]
-) -> Iterator[tuple[str, list[Any]]]:
-    """Rows of a file with a JSON object a line."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"rows{kind_of(path)}")  # no name that `datasets` takes for a pattern
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object of its own; mend or remove the line.")
-        check_columns(list(record), columns, where)
-        yield where, [record[name] for name in columns]
+            if packing := Extractor.infer_extractor_format(path):
+                Extractor.extract(path, file, packing)
+            else:
+                file.symlink_to(path.resolve())
+            if file.is_dir():  # of zip
+                (file,) = (inner for inner in file.rglob("*") if inner.is_file())
+            if kind_of(path) == ".parquet":
+                return read_parquet(file, columns, str(path))
+            text = "\n".join(decode_lines(file.read_bytes(), path))
+            read = read_json if kind_of(path) in (".json", ".jsonl") else read_csv
+            return read(text, columns, path, Path(folder, "lines"))
+        except Exception as error:  # each of these libraries has its own for bytes that are damaged
+            disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
+            if disk_full or isinstance(error, UserError):
+                raise
+            reason = getattr(error, "strerror", None) or error.__cause__ or error
+            reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
+            kind = f"is damaged or no {kind_of(path)[1:]} file"
+            raise UserError(f"{path} {kind} ({reason}): mend or replace it.") from None
 
 
-# What pyarrow and Python raise for bytes that are damaged, beside pyarrow's own kind.
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError)
+def by_datasets(kind: str, file: Path, **options: Any) -> Any:
+    """What `datasets` makes of a file; its cache lies beside that, in a folder that goes."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(100)  # what is wrong we say
+    options |= {"cache_dir": str(file.parent), "keep_in_memory": True}
+    return getattr(datasets.Dataset, f"from_{kind}")(str(file), **options)
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Table:
-    """The columns of a Parquet file; page checksums are verified where it has them.
+def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table:
+    """Rows of CSV (RFC 4180), or of TSV, where a quotation mark is part of the text, as in GLUE."""
+    from datasets import Features, Value
 
-    Class names are those that `datasets` stores. Raises UserError for a damaged file.
-    """
-    import pyarrow.parquet
+    kind = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+    if kind_of(path) == ".tsv":
+        kind = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.StringIO(text), strict=True, **kind)
+    records, header = filter(None, reader), []  # without blank lines
+
+    def check(record: list[str]) -> None:
+        if len(record) > len(header):
+            raise csv.Error(f"{len(record)} columns where the header has {len(header)}")
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-        schema = file.schema_arrow
-        check_columns(schema.names, columns, str(path))
-        table = file.read(columns=list(dict.fromkeys(columns)))
-        values = [table.column(name).to_pylist() for name in columns]
-        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        feature = stored["info"]["features"][columns[-1]] if stored else {}
-        names = feature["names"] if feature.get("_type") == "ClassLabel" else None
-    except (pyarrow.ArrowException, *DAMAGED) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged, or no Parquet file ({reason}): replace it.") from None
-    rows = zip(*values, strict=True)
-    return Table(((f"{path}, row {number}", row) for number, row in enumerate(rows, 1)), names)
+        if not (header := next(records, [])):
+            raise UserError(f"{path} is empty: its first line names the columns.")
+        check_columns(header, columns, f"{path}, line 1")
+        if (first := next(records, None)) is None:
+            return Table([], None)
+        check(first)  # pandas would shift the columns of all rows
+        file.write_text(text, newline="")
+        kind["features"] = Features(dict.fromkeys(header, Value("string")))
+        kind |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
+        try:
+            return read_table(by_datasets("csv", file, **kind), columns, str(path))
+        except Exception:
+            for record in records:
+                check(record)
+            raise
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise UserError(f"{where}: {error}; mend or remove the line.") from None
 
 
-def read_hub_table(table: Any, columns: Sequence[str], where: str) -> Table:
+def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
+    """Rows of a file with a JSON object a line, or with one array of objects."""
+    if text.lstrip().startswith("["):
+        unit, records = "element", enumerate(parsed(text) or [None], 1)
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        unit, records = "line", ((number, parsed(line)) for number, line in lines if line.strip())
+    rows = []
+    for number, record in records:
+        where = f"{path}, {unit} {number}"
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object of its own; mend or remove the {unit}.")
+        check_columns(list(record), columns, where)
+        rows.append((where, [record[name] for name in columns]))
+    return Table(rows, None)
+
+
+def parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_parquet(file: Path, columns: Sequence[str], where: str) -> Table:
+    """The columns of a Parquet file; page checksums are verified where it has them."""
+    import pyarrow.dataset
+    import pyarrow.parquet
+    from datasets import Features
+
+    schema = pyarrow.parquet.read_schema(file)
+    check_columns(schema.names, columns, where)
+    check = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
+    options = {"columns": list(dict.fromkeys(columns)), "fragment_scan_options": check}
+    try:
+        table = by_datasets("parquet", file, **options)
+    except Exception:  # class names that it stores may be stale
+        plain = Features.from_arrow_schema(schema.remove_metadata())
+        options["features"] = Features({name: plain[name] for name in options["columns"]})
+        table = by_datasets("parquet", file, **options)
+    return read_table(table, columns, where)
+
+
+def read_table(table: Any, columns: Sequence[str], where: str) -> Table:
     """The columns of a split as `datasets` has it."""
     check_columns(table.column_names, columns, where)
-    rows = zip(*(table[name] for name in columns), strict=True)
+    values = [table[name][:] for name in columns]
     names = getattr(table.features[columns[-1]], "names", None)
-    return Table(((f"row {number} of {where}", row) for number, row in enumerate(rows, 1)), names)
+    if names and any(isinstance(label, int) and label >= len(names) for label in values[-1]):
+        names = None  # of a column that another tool has changed
+    rows = enumerate(zip(*values, strict=True), 1)
+    return Table([(f"row {number} of {where}", row) for number, row in rows], names)
 
 
 def check_columns(found: Sequence[str], wanted: Sequence[str], where: str) -> None:
@@ -129,7 +171,8 @@ def check_columns(found: Sequence[str], wanted: Sequence[str], where: str) -> No
         for name in names:
             if (count := found.count(name)) != 1:
                 times = "no column" if count == 0 else f"{count} columns"
-                raise UserError(
+                error = NoLabels if (option, count) == ("label", 0) else UserError
+                raise error(
                     f"{where}: {times} {shown([name])} among {shown(found)}; "
                     f"name one with --{option}-column."
                 )

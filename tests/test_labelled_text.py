@@ -1,9 +1,15 @@
 """Labelled text of files and of the hub: its rows as they stand there, or one sentence."""
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
+import os
 import re
+import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -122,19 +128,198 @@ def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path)
     assert found == {"t0": "bad", "t1": "good", "t2": "good", "t3": "bad"}
 
 
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_users_texts_are_copied_nowhere(tmp_path, suffix, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    load(write_table(tmp_path / f"a{suffix}", ROWS))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"a{suffix}", "temporary"]
+
+
+def compressed(kind: str, path: Path) -> None:
+    content = path.read_bytes()
+    if kind == "zip":
+        with zipfile.ZipFile(f"{path}.zip", "w") as archive:
+            archive.writestr(path.name, content)
+    else:
+        name = path if kind == "misnamed" else f"{path}.{kind}"
+        compress = {"gz": gzip, "bz2": bz2, "xz": lzma, "misnamed": gzip}[kind].compress
+        Path(name).write_bytes(compress(content))
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zip", "misnamed"])
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_compressed_files_are_read(tmp_path, suffix, kind):
+    path = write_table(tmp_path / f"train{suffix}", ROWS)
+    compressed(kind, path)
+    if kind != "misnamed":
+        path.unlink()
+    (file,) = tmp_path.iterdir()
+    assert sorted(named(load(file))) == sorted(ROWS)
+    assert sorted(named(load(tmp_path))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("name", ["a[1]*.csv", "a::b.csv", "train-?.csv", "ä 数据.csv"])
+def test_names_that_mean_something_to_others_are_names(tmp_path, name):
+    write_table(tmp_path / "a1.csv", [("another", "x")] * 4)
+    assert sorted(named(load(write_table(tmp_path / name, ROWS)))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("size", [140_000, 5_000_000])
+def test_long_fields_are_read_whether_they_are_wanted_or_not(tmp_path, size):
+    rows = [(text, "y" * size if not i else "", label) for i, (text, label) in enumerate(ROWS)]
+    path = write_table(tmp_path / "a.csv", rows, ("text", "html", "label"))
+    assert sorted(named(load(path))) == sorted(ROWS)
+    assert any(len(text) >= size for text, _ in named(load(path, columns=("text", "html"))))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff", " \n"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_read(tmp_path, indent, mark):
+    records = [{"text": text, "label": label} for text, label in ROWS]
+    (tmp_path / "a.json").write_text(mark + json.dumps(records, indent=indent))
+    assert sorted(named(load(tmp_path / "a.json"))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_strings_stay_what_they_are(tmp_path, suffix):
+    """Also where others would see numbers, dates, or a missing value."""
+    words = ("007", "7", "null", "NA", "true", "2020-01-01", "1e5", "1.0")
+    path = tmp_path / f"a{suffix}"
+    rows = [(word, word) for word in words for _ in range(3)]
+    if suffix == ".json":
+        path.write_text(json.dumps([{"text": text, "label": label} for text, label in rows]))
+    else:
+        write_table(path, rows)
+    assert sorted(named(load(path))) == sorted(rows)
+
+
+def test_numbers_and_words_may_share_a_column_of_json(tmp_path):
+    labels = (7, "007", 8, 9.0)
+    rows = [(f"t{i}", labels[i % 4]) for i in range(24)]
+    found = set(named(load(write_table(tmp_path / "a.jsonl", rows))))
+    assert {label for _, label in found} == {"7", "007", "8", "9"}
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64", "int8", "uint64", "bool"])
+def test_whole_numbers_of_every_type_are_labels(tmp_path, kind):
+    labels = pyarrow.array([i % 2 for i in range(20)]).cast("uint8")
+    labels = labels.cast("float32").cast(kind) if kind == "float16" else labels.cast(kind)
+    table = pyarrow.table({"text": [f"t{i}" for i in range(20)], "label": labels})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    expected = ("False", "True") if kind == "bool" else ("0", "1")
+    assert load(tmp_path / "a.parquet").class_names == expected
+
+
+def test_floats_that_are_not_whole_are_refused(tmp_path):
+    for label in (0.5, float("nan"), float("inf")):
+        rows = [("x", 1.0), ("y", 0.0), ("z", label)] * 9
+        with pytest.raises(UserError, match=r"row 3 of .*: the label is a float"):
+            load(write_table(tmp_path / "a.parquet", rows))
+
+
+def with_features(path: Path, columns: dict, features: dict) -> Path:
+    """A Parquet file with what `datasets` stores of its features, fitting or not."""
+    stored = json.dumps({"info": {"features": features}})
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": stored})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+NAMES = {"names": ["bad", "good"], "_type": "ClassLabel"}
+STRINGS = {"dtype": "string", "_type": "Value"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "feature", "classes"),
+    [
+        ([0, 1], NAMES, ("bad", "good")),
+        ([0.0, 1.0], NAMES, ("0", "1")),
+        ([0, 4], NAMES, ("0", "4")),
+        (["up", "down"], NAMES, ("down", "up")),
+        ([0, 1], None, ("0", "1")),
+        ([0, 1], STRINGS, ("0", "1")),
+        ([0, 1], {"_type": "OfTomorrow"}, ("0", "1")),
+    ],
+)
+def test_stored_names_are_used_where_they_fit(tmp_path, labels, feature, classes):
+    columns = {"text": [f"t{i}" for i in range(8)], "label": labels * 4, "added": labels * 4}
+    features = {"text": STRINGS, "gone": STRINGS} | ({"label": feature} if feature else {})
+    path = with_features(tmp_path / "a.parquet", columns, features)
+    assert load(path).class_names == classes
+    plain = tuple(sorted({str(int(x)) if isinstance(x, float) else str(x) for x in labels}))
+    assert load(path, label="added").class_names == plain
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+SPLITS = ["validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing", "Val"]
+
+
+@pytest.mark.parametrize("name", [*SPLITS, "my-val", "reviews.dev", "imdb_test"])
+def test_the_split_to_validate_on_has_many_names(tmp_path, name):
+    write_table(tmp_path / "train.csv", ROWS[:15])
+    write_table(tmp_path / f"{name}.csv", ROWS[15:])
+    task = load(tmp_path)
+    assert named(task) == ROWS and task.origin["validation_split"] == name
+    assert load_again(task.summary(), None) == task
+
+
+def test_of_several_the_one_made_for_it_is_taken_and_the_others_are_named(tmp_path, capsys):
+    for name, rows in (("train", ROWS[:15]), ("test", ROWS[:9]), ("val", ROWS[15:])):
+        write_table(tmp_path / f"{name}.csv", rows)
+    write_table(tmp_path / "pretest.csv", ROWS)
+    assert named(load(tmp_path)) == ROWS
+    assert "neither trained nor validated on: 'pretest', 'test'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["id,text\n1,x\n", "text,label\nx,\ny,\n", "text\nx\n"])
+def test_a_test_split_without_labels_is_left_out_and_that_is_said(tmp_path, capsys, content):
+    write_table(tmp_path / "train.csv", ROWS)
+    (tmp_path / "test.csv").write_text(content)
+    assert sorted(named(load(tmp_path))) == sorted(ROWS)
+    assert "test is left out, for it has no labels" in capsys.readouterr().out
+    with pytest.raises(UserError, match="label"):
+        load(tmp_path, validation="test")
+    write_table(tmp_path / "dev.csv", ROWS[:5])
+    assert named(load(tmp_path)) == ROWS + ROWS[:5]
+
+
+@pytest.mark.parametrize("below", ["", "data"])
+@pytest.mark.parametrize("tail", ["", "-0a1b2c"])
+def test_shards_of_a_split_are_read_in_order_and_none_may_lack(tmp_path, below, tail):
+    folder = tmp_path / below
+    folder.mkdir(exist_ok=True)
+    for number in range(3):
+        rows = ROWS[5 * number : 5 * number + 5]
+        write_table(folder / f"train-0000{number}-of-00003{tail}.parquet", rows)
+    write_table(folder / f"test-00000-of-00001{tail}.parquet", ROWS[15:])
+    assert named(load(tmp_path)) == ROWS
+    (folder / f"train-00001-of-00003{tail}.parquet").unlink()
+    with pytest.raises(UserError, match=r"for 3 file\(s\) of train: add the others"):
+        load(tmp_path)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "text,label\nx,a\ny\n", r"a\.csv, line 3: 1 columns where the header has 2"),
+        ("a.csv", "text,label\nx,a\ny\n", r"row 2 of .*a\.csv: the label is missing"),
+        ("a.csv", "text,label\nx,a\ny,b,c\n", r"a\.csv, line 3: 3 columns where the header has 2"),
+        ("a.csv", "text,label,n\nx,a,1,,\n", r"a\.csv, line 2: 5 columns where the header has 3"),
         ("a.csv", 'text,label\n"x\ny",a\n"z,b\n', r"a\.csv, line 4: unexpected end"),
         ("a.csv", 'text,label\n"x"y,a\n', r"a\.csv, line 2: .*expected after"),
-        ("a.csv", "text,label\nx,a\n \t,b\n", r"a\.csv, line 3: the text is empty"),
-        ("a.csv", "text,label\nx,a\ny, \n", r"a\.csv, line 3: the label is empty"),
-        ("a.csv", "text,label\nx," + "a" * 201, r"line 2: the label has more than 200 characters"),
-        ("a.csv", f"text,label\n{'x' * 200_000},a\n", r"line 2: field larger than field limit"),
+        ("a.csv", "text,label\nx,a\n \t,b\n", r"row 2 of .*a\.csv: the text is empty"),
+        ("a.csv", "text,label\nx,a\ny, \n", r"row 2 of .*a\.csv: the label is empty"),
+        (
+            "a.csv",
+            "text,label\nx," + "a" * 201,
+            "row 1 of .*: the label has more than 200 characters",
+        ),
         (
             "a.csv",
             "text;label\nx;a\n",
@@ -147,22 +332,54 @@ def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path)
         ("a.csv", "text,label\nx,a\ny,b\nz,c\n", "the 3 training rows .* have 3 different labels"),
         ("a.tsv", "text\tlabel\nx\ta\tb\n", r"a\.tsv, line 2: 3 columns"),
         ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"\n', "line 3: not a JSON object"),
-        ("a.jsonl", "[" * 100_000, "line 1: not a JSON object"),
-        ("a.json", '[{"text": "x", "label": 1}]', r"a\.json, line 1: not a JSON object"),
+        ("a.jsonl", "[" * 100_000, "element 1: not a JSON object"),
+        ("a.json", '[{"text": "x", "label": 1}, 2]', r"a\.json, element 2: not a JSON object"),
+        ("a.json", '[{"text": "x", "label": 1}, {}]', r"a\.json, element 2: no column 'text'"),
+        ("a.json", '{"data": []}', r"a\.json, line 1: no column 'text' among 'data'"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: no column 'label'"),
         ("a.jsonl", '{"text": "x", "label": null}', "line 1: the label is missing"),
         ("a.jsonl", '{"text": "x", "label": 0.5}', "line 1: the label is a float"),
         ("a.jsonl", f'{{"text": "x", "label": {"1" * 300}}}', "line 1: the label has more than"),
         ("a.jsonl", '{"text": 5, "label": 1}', "line 1: the text is a number or list"),
         ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "line 1: half of a character"),
-        ("a.parquet", "PAR1", r"a\.parquet is damaged, or no Parquet file"),
+        ("a.parquet", "PAR1", r"a\.parquet is damaged or no parquet file"),
         ("a.txt", "x", r"a\.txt is none of \.csv"),
+        ("a.txt.gz", "x", r"a\.txt\.gz is none of \.csv"),
+        ("a.csv.zst", "\x28\udcb5\x2f\udcfd", r"a\.csv\.zst is damaged or no csv file"),
     ],
 )
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+def test_what_is_wrong_is_named_by_file_and_row_or_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=message):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [
+        ("cp1252", "WINDOWS-1252"),
+        ("latin-1", "WINDOWS-1252"),
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-32"),
+    ],
+)
+def test_another_encoding_is_named_with_the_command_that_converts(tmp_path, suffix, encoding, said):
+    path = write_table(tmp_path / f"a{suffix}", ROWS)
+    path.write_bytes(path.read_text().replace("é", "caf\xe9").encode(encoding))
+    with pytest.raises(UserError, match=rf"line \d: not UTF-8 .*`iconv -f {said} -t UTF-8 a\."):
+        load(path)
+
+
+def test_a_name_that_is_no_utf_8_is_refused_before_a_training(tmp_path):
+    for name in (b"caf\xe9.csv", b"caf\xe9"):
+        path = tmp_path / os.fsdecode(name)
+        path.touch() if path.suffix else path.mkdir()
+        with pytest.raises(UserError, match=r"no UTF-8: rename it") as refused:
+            load(path)
+        str(refused.value).encode()
 
 
 def test_what_is_not_there_is_named(tmp_path):
@@ -181,10 +398,10 @@ def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="--label-column text is one of --text-column"):
         load(path, label="text")
     write_table(tmp_path / "dev.tsv", [("x", "pos"), ("y", "neutral")])
-    with pytest.raises(UserError, match=r"dev\.tsv, line 3: no training row has .* 'neutral'"):
+    with pytest.raises(UserError, match=r"row 2 of .*dev\.tsv: no training row has .* 'neutral'"):
         load(tmp_path)
     write_table(tmp_path / "train.tsv", ROWS)
-    with pytest.raises(UserError, match=r"holds train\.csv and train\.tsv"):
+    with pytest.raises(UserError, match=r"holds train\.csv and train\.tsv for 1 file"):
         load(tmp_path)
 
 

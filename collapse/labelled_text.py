@@ -21,8 +21,11 @@ def load_labelled_text(
     label_column: str,
     train_split: str,
     validation_split: str | None,
+    search: bool = True,
 ) -> Task | None:
     """The Task of a file, a folder (paths as `origin` has them, too) or a hub set.
+
+    search: without a validation split, look for one before rows are held out.
 
     Classes are the data set's own where its labels are numbers that it has names for, else the
     training rows' labels in order. None when neither the hub nor its cache gives the set. Raises
@@ -58,9 +61,10 @@ def load_labelled_text(
     table = read(train_split)
     classes = classes_of(table, source)
     train = read_rows(table, classes)
+    validation = None
     if validation_split is not None:
         validation = read_rows(read(validation_split), classes)
-    else:
+    elif search:
         validation_split, validation = find_validation(tables, train_split, read, classes)
     if left := [name for name in tables if name not in (train_split, validation_split)]:
         print(f"NOTE: {source}: splits that are neither trained nor validated on: {shown(left)}")

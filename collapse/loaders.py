@@ -208,7 +208,7 @@ def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | No
     name = summary["name"]
     if origin := summary.get("origin"):
         dataset = dataset or dataset_of_origin(origin["dataset"])
-        task = load_labelled_text(**origin | {"dataset": dataset})
+        task = load_labelled_text(**origin | {"dataset": dataset}, search=False)
     else:
         task = LOADERS[name.partition(",")[0]](data_dir)
     if task is None:

@@ -267,6 +267,13 @@ def test_the_split_to_validate_on_has_many_names(tmp_path, name):
     assert load_again(task.summary(), None) == task
 
 
+def test_a_run_that_held_rows_out_finds_them_again_beside_a_split_that_came_later(tmp_path):
+    write_table(tmp_path / "train.csv", ROWS)
+    task = load(tmp_path)
+    write_table(tmp_path / "val.csv", ROWS[:5])
+    assert load_again(task.summary(), None) == task and load(tmp_path) != task
+
+
 def test_of_several_the_one_made_for_it_is_taken_and_the_others_are_named(tmp_path, capsys):
     for name, rows in (("train", ROWS[:15]), ("test", ROWS[:9]), ("val", ROWS[15:])):
         write_table(tmp_path / f"{name}.csv", rows)

@@ -50,14 +50,7 @@ def load_labelled_text(
         shards = [read_file(file, columns) for file in tables[split]]
         return Table([row for shard in shards for row in shard.rows], shards[0].class_names)
 
-    if train_split == "train":
-        train_split = next(iter(similar(tables, ("train", "training"))), train_split)
-    for option, split in (("train", train_split), ("validation", validation_split)):
-        if split is not None and split not in tables:
-            there = f"{source} has {shown(tables)} for splits and no {shown([split])}"
-            raise UserError(f"{there}: name one with --{option}-split.")
-    if validation_split == train_split:
-        raise UserError("--validation-split is the training split: name another one.")
+    train_split = find_train(tables, train_split, validation_split, source)
     table = read(train_split)
     classes = classes_of(table, source)
     train = read_rows(table, classes)
@@ -131,6 +124,19 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
             wrong = "leave one of the two there" if len(files[split]) > count else "add the others"
             raise UserError(f"{path} holds {names} for {count} file(s) of {split}: {wrong}.")
     return files
+
+
+def find_train(splits: Iterable[str], train: str, validation: str | None, source: str) -> str:
+    """The split to train on. Raises UserError where that to train or to validate on is not there."""
+    if train == "train":
+        train = next(iter(similar(splits, ("train", "training"))), train)
+    for option, split in (("train", train), ("validation", validation)):
+        if split is not None and split not in splits:
+            there = f"{source} has {shown(splits)} for splits and no {shown([split])}"
+            raise UserError(f"{there}: name one with --{option}-split.")
+    if validation == train:
+        raise UserError("--validation-split is the training split: name another one.")
+    return train
 
 
 def similar(splits: Iterable[str], words: Sequence[str]) -> list[str]:

@@ -43,8 +43,8 @@ class RunConfig:
     label_column: str = "label"
     # Split to train on, of a hub set or a folder (there a file's name before its suffix).
     train_split: str = "train"
-    # Split to validate on. Default: the first that is there of validation, valid, val, dev, eval and
-    # test, if it has labels; where there is none, a fixed tenth of the training rows, and copies of
+    # Split to validate on. Default: validation, valid, val, dev, eval or test, the first that is
+    # there with labels; where there is none, a fixed tenth of the training rows, and copies of
     # their texts.
     validation_split: str | None = None
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by

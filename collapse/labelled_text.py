@@ -127,7 +127,7 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
 
 
 def find_train(splits: Iterable[str], train: str, validation: str | None, source: str) -> str:
-    """The split to train on. Raises UserError where that to train or to validate on is not there."""
+    """The split to train on. Raises UserError for one to train or to validate on that is none."""
     if train == "train":
         train = next(iter(similar(splits, ("train", "training"))), train)
     for option, split in (("train", train), ("validation", validation)):

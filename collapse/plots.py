@@ -1,6 +1,8 @@
 """Every figure: fit to print, in colours that colour-blind readers can tell apart."""
 
 import io
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,32 @@ from collapse.metrics import k_means, match_clusters, shuffled_labels
 CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 CLASS_COLORS += ("#56B4E9", "#D55E00", "#F0E442", "#000000")
 CLASS_MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+LOOKS = len(CLASS_COLORS) * len(CLASS_MARKERS)
+MOST_NAMES = 20  # in a legend
+HAIR_SPACE = "\u200a"
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
     """Write a figure as PNG, without date and version, which would make two equal plots differ."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    look = {"dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format="png", **look)
     plt.close(figure)
     write_file(path, buffer.getvalue())
+    messages = {str(warning.message): warning for warning in caught}
+    lacking = {int(found[1]) for found in map(re.compile(r"Glyph (\d+)").match, messages) if found}
+    for message, warning in messages.items():
+        if not message.startswith("Glyph "):
+            warnings.warn(warning.message, warning.category, stacklevel=2)
+    if new := "".join(map(chr, sorted(lacking - LACKING))):
+        LACKING.update(lacking)
+        print(f"NOTE: figures show boxes for {new[:20]}, which their font {FONT} lacks", flush=True)
+
+
+FONT = "DejaVu Sans"  # matplotlib's own
+LACKING: set[int] = set()  # characters that have been named
 
 
 def legend_below(figure: plt.Figure, axes: Sequence[plt.Axes] = ()) -> None:
@@ -117,13 +137,21 @@ def plot_engram_clusters(
         ("control: untrained compressor, true class", untrained_points, labels),
     )
     figure, axes = plt.subplots(1, 4, figsize=(19, 5), layout="constrained")
+    handles = []
     for axis, (panel, points, colouring) in zip(axes, panels, strict=True):
-        for c, class_name in enumerate(class_names):
-            name = class_name[:40].replace("$", r"\$")  # which would begin a formula
-            chosen = colouring[shown] == c
-            look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[c % 8]}
-            axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, label=name, **look)
+        for c in range(min(len(class_names), LOOKS)):  # further classes share a look
+            chosen = colouring[shown] % LOOKS == c
+            look = {"color": CLASS_COLORS[c % 8], "marker": CLASS_MARKERS[(c + c // 8) % 8]}
+            dots = axis.scatter(*points[chosen].T, s=10, alpha=0.6, linewidth=0, **look)
+            handles.append(dots)
         axis.set(title=panel, xlabel="t-SNE 1", ylabel="t-SNE 2", xticks=[], yticks=[])
-    axes[0].legend(markerscale=2)
+    if len(class_names) <= MOST_NAMES:
+        # A $ would begin a formula, and an underscore at the beginning hide the name.
+        names = [" ".join(name.split())[:40].replace("$", r"\$") for name in class_names]
+        names = [HAIR_SPACE + name if name.startswith("_") else name for name in names]
+        below = {"loc": "outside lower center", "ncols": 5, "fontsize": 9, "markerscale": 2}
+        figure.legend(handles[: len(names)], names, **below)
+    else:
+        title += f"; {len(class_names):,} classes"
     figure.suptitle(f"{title}; {len(shown):,} of {len(engrams):,} validation rows shown")
     save_figure(figure, path)

@@ -5,6 +5,7 @@ Which rows a file gives is in test_labelled_text.py.
 
 import json
 import re
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,16 +39,58 @@ def test_a_file_of_every_format_trains_by_one_command(suffix, tmp_path, monkeypa
     assert tuple(data["class_names"]) == CLASSES and list(results["models"]) == ["model1"]
 
 
-def test_class_names_that_look_like_formulas_can_be_drawn(tmp_path, monkeypatch):
-    drawn = []
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """draw(class names) gives the figure of some engrams, drawn; and the size of its PNG."""
+    figures = []
     plane = SimpleNamespace(fit_transform=lambda engrams: engrams[:, :2])
     monkeypatch.setattr(plots, "TSNE", lambda **_: plane)
-    monkeypatch.setattr(plots, "write_file", lambda path, content: drawn.append(len(content)))
-    engrams = np.random.default_rng(0).normal(size=(12, 4))
-    labels = np.arange(12) % 2
-    names = ("$x_{$", "$5 or $6 " + "a" * 10_000)
-    plots.plot_engram_clusters(tmp_path / "a.png", "reviews", engrams, engrams, labels, names, 0)
-    assert drawn[0] > 10_000
+    monkeypatch.setattr(plots, "k_means", lambda engrams, k, seed: np.arange(len(engrams)) % k)
+    matched = {"mapping": list(range(3000))}
+    monkeypatch.setattr(plots, "match_clusters", lambda *_: matched)
+    monkeypatch.setattr(plots.plt, "close", figures.append)
+    plots.LACKING.clear()
+
+    def draw_classes(names):
+        engrams = np.random.default_rng(0).normal(size=(max(12, len(names)), 4))
+        labels = np.arange(len(engrams)) % len(names)
+        file = tmp_path / "a.png"
+        plots.plot_engram_clusters(file, "reviews", engrams, engrams, labels, names, 0)
+        return figures[-1], struct.unpack(">II", file.read_bytes()[16:24])
+
+    return draw_classes
+
+
+NAMES = ("$x_{$", "$5 or $6 " + "a" * 10_000, "_", "__label__up", "_nolegend_", "a\nb", "plain")
+
+
+def test_every_class_name_stands_in_the_legend_which_covers_no_panel(draw):
+    figure, size = draw(NAMES)
+    (legend,) = figure.legends
+    shown = [text.get_text().strip() for text in legend.get_texts()]
+    assert shown == [" ".join(name.split())[:40].replace("$", r"\$") for name in NAMES]
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+    assert max(size) < 4000
+
+
+@pytest.mark.parametrize("count", [2, 20, 21, 77, 2500])
+def test_figures_of_many_classes_stay_small_and_show_every_row(draw, count):
+    figure, size = draw([f"class {number}" for number in range(count)])
+    assert max(size) < 4000 and len(figure.legends) == (count <= 20)
+    for axis in figure.axes:
+        assert sum(len(dots.get_offsets()) for dots in axis.collections) == min(
+            2000, max(12, count)
+        )
+    assert (f"{count:,} classes" in figure.get_suptitle()) == (count > 20)
+
+
+def test_characters_that_the_font_lacks_are_one_sentence(draw, capsys, recwarn):
+    for _ in range(2):
+        draw(["好评", "差评", "plain"])
+    out = capsys.readouterr().out
+    assert out.count("NOTE: figures show boxes for") == 1 and "评" in out
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 @pytest.fixture(scope="module")

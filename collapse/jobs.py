@@ -81,7 +81,9 @@ def how_many(config: RunConfig, device: torch.device, trainings: int) -> int:
         return max(1, trainings)
     if device.type == "cuda":
         return 1
-    return max(1, min(trainings, len(os.sched_getaffinity(0)) // config.threads))
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(trainings, cores // config.threads))
 
 
 @dataclass

@@ -82,7 +82,7 @@ def find_path(dataset: str) -> Path | None:
     Raises UserError for what looks like a path and is not there.
     """
     path = Path(dataset).expanduser()
-    check_name(path)
+    check_name(path.resolve())
     if path.exists():
         return path.resolve()  # "." has no name of its own
     if kind_of(path) in SUFFIXES or dataset.startswith((".", "/", "~")):

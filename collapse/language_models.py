@@ -18,7 +18,7 @@ from collapse.batches import Split, collate
 from collapse.files import digest_weights
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
-from collapse.settings import ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
+from collapse.settings import ROOT, STANDIN_MODEL, LanguageModelConfig, UserError, check_name
 from collapse.weights import (
     check_weights,
     loading,
@@ -38,7 +38,9 @@ def find_model(name: str) -> str:
     """What from_pretrained takes for --model: a folder's full path, or a hub name."""
     if name == STANDIN_MODEL:
         return str(standin_folder())
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    path = Path(name).expanduser().resolve()
+    check_name(path)
+    return str(path) if path.exists() else name
 
 
 def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:

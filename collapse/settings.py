@@ -218,7 +218,7 @@ def check_name(path: str | Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         readable = str(path).encode(errors="replace").decode()
-        raise UserError(f"{readable}: its name is no UTF-8: rename it.") from None
+        raise UserError(f"the name {readable} is no UTF-8: rename it.") from None
 
 
 def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
@@ -277,9 +277,20 @@ def nvidia_driver() -> str | None:
     return found and found[0]
 
 
+def expand_home(argument: str) -> str:
+    """An argument of the command line whose ~ the shell left, as in --output-dir=~/x.
+
+    Raises UserError for a path that no results file can hold.
+    """
+    check_name(argument)
+    found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
+    return f"{found[1] or ''}{Path(found[2]).expanduser()}" if found else argument
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main: what a person can mend ends in one sentence and exit code 2."""
     try:
+        sys.argv[1:] = map(expand_home, sys.argv[1:])
         return main()
     except KeyboardInterrupt:
         message = "stopped; the same command, without --fresh, goes on from the last checkpoint."

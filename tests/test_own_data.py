@@ -4,12 +4,14 @@ Which rows a file gives is in test_labelled_text.py.
 """
 
 import json
+import os
 import re
 import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, fails, start_script
 from test_labelled_text import FORMATS, write_table
 
@@ -18,7 +20,8 @@ import experiment
 import experiment_7b
 from collapse import plots, rank_plots
 from collapse.files import read_json
-from collapse.settings import ROOT
+from collapse.jobs import how_many
+from collapse.settings import ROOT, RunConfig
 from common import load_classifier
 
 WORDS = {"good": "praise", "bad": "blame", "world": "neither $"}
@@ -37,6 +40,32 @@ def test_a_file_of_every_format_trains_by_one_command(suffix, tmp_path, monkeypa
     data = results["settings"]["data"]
     assert (data["name"], data["train_rows"], data["validation_rows"]) == (path.name, 54, 6)
     assert tuple(data["class_names"]) == CLASSES and list(results["models"]) == ["model1"]
+
+
+@pytest.mark.parametrize("option", ["--output-dir=~/x", "--output-dir ~/x"])
+def test_a_home_that_the_shell_left_is_expanded(option, tmp_path, monkeypatch, data_dir):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    start_script(experiment, f"--data-dir={data_dir} {option} {TINY} --models 1")
+    assert (tmp_path / "home/x/results.json").exists() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("option", ["--dataset", "--output-dir", "--data-dir"])
+def test_a_path_that_is_no_utf_8_is_refused_before_a_training(option, tmp_path, capsys, data_dir):
+    path = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    write_table(path, ROWS)
+    line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} {TINY} {option}"
+    assert "is no UTF-8: rename it" in fails(start_script, capsys, experiment, f"{line}={path}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_are_counted_where_the_system_knows_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    config, device = RunConfig(threads=2), torch.device("cpu")
+    assert [how_many(config, device, trainings) for trainings in (0, 2, 9)] == [1, 2, 3]
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert how_many(config, device, 9) == 1
 
 
 @pytest.fixture

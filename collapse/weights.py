@@ -49,7 +49,7 @@ def loading(name: str):
         elif "pytorch_model.bin" in str(error) and not is_path:
             reason, mend = NO_SAFETENSORS, convert(name)
         elif is_path:
-            mend = "mend the folder, or give another one of a causal LM"
+            mend = "mend it, or give another one of a causal LM"
         raise UserError(f"cannot load the model {name} ({reason}): {mend}.") from None
 
 
@@ -75,6 +75,8 @@ def check_folder(folder: Path) -> None:
             f"{folder} holds adapters and no whole model: give the model that they are for "
             f"({base}), or save the two merged (peft's merge_and_unload) and give that folder."
         )
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise UserError(f"{folder} holds GGUF files: give one of them, as --model {files[0]}.")
     if not (folder / "config.json").exists():
         raise UserError(
             f"cannot load the model {folder} (it holds no config.json): give the folder with a "

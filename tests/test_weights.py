@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from conftest import SIZES, arm_of, fails, save_tiny, start_script
@@ -12,6 +13,7 @@ from test_language_model import CPU, tiny_settings
 
 import common
 import experiment_7b
+from collapse import language_models
 from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
 from collapse.settings import UserError
 
@@ -133,12 +135,12 @@ FAULTS = {
     "no weights": (no_file("*.safetensors"), "it has no weights.*copy its model.safetensors"),
     "an adapter": (as_adapter, r"holds adapters and no whole model.*some/base"),
     "no config": (no_file("config.json"), "holds no config.json.: give the folder"),
-    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "mend the"),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "mend it"),
     "a Git LFS pointer": (lfs_pointer, "git lfs install"),
     "cut short": (cut_short, "damaged or cut short"),
-    "a shard gone": (shard_gone, "mend the folder"),
+    "a shard gone": (shard_gone, "mend it, or give another"),
     "code of its own": (configured(model_type="newlm", auto_map=CUSTOM), "trust_remote_code"),
-    "a kind of tomorrow": (configured(model_type="newlm"), "newlm.*mend the folder"),
+    "a kind of tomorrow": (configured(model_type="newlm"), "newlm.*mend it, or"),
     "no tokenizer": (no_file("token*"), r"has no tokenizer: copy .*tokenizer\.json"),
     "half a tokenizer": (no_file("tokenizer.json"), r"has no tokenizer: copy .*tokenizer\.json"),
 }
@@ -242,3 +244,73 @@ def test_a_token_beyond_the_embedding_is_named_before_a_training(qwen, tmp_path,
     line = f"--model {folder} --dataset {tmp_path / 'own.csv'} --output-dir {tmp_path / 'out'}"
     error = fails(start_script, capsys, experiment_7b, f"{line} --device cpu --workers 1")
     assert "embedding has 320 rows" in error and not (tmp_path / "out").exists()
+
+
+def tiny_gguf(file, seed=0):
+    """A Llama of two layers as llama.cpp's converters write it, 8-bit weights, with a tokenizer."""
+    import gguf
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(config)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_context_length(64)
+    writer.add_embedding_length(SIZES["hidden_size"])
+    writer.add_block_count(SIZES["num_hidden_layers"])
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
+    writer.add_head_count(SIZES["num_attention_heads"])
+    writer.add_head_count_kv(SIZES["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(SIZES["vocab_size"])
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *alphabet, "go", "od"]
+    tokens += [f"<unused{i}>" for i in range(SIZES["vocab_size"] - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    writer.add_token_merges(["g o", "o d"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SIZES["num_hidden_layers"])
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp rotates other pairs
+            heads = SIZES["num_attention_heads" if "q_proj" in name else "num_key_value_heads"]
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        kind = gguf.GGMLQuantizationType.Q8_0 if array.ndim > 1 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(array.astype("float32"), kind)
+        writer.add_tensor(names.get_name(name, (".weight",)), packed, raw_dtype=kind)
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    return model
+
+
+def test_a_gguf_file_is_a_model(tmp_path, monkeypatch, data_dir):
+    monkeypatch.setattr(language_models, "ROOT", tmp_path)
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine/tiny.gguf"
+    model = tiny_gguf(file)
+    settings, name, _ = pin_model(tiny_settings(file))
+    assert name == "tiny"
+    found = load_causal_lm(settings, CPU)
+    for key, tensor in model.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[key], tensor, rtol=0, atol=1e-3)
+    line = f"--model {file} --data-dir {data_dir} --output-dir {tmp_path / 'out'} --device cpu"
+    line += " --workers 1 --epochs 1 --batch-size 8 --max-length 12 --lora-rank 4 --models 2"
+    start_script(experiment_7b, f"{line} --classifier-size 10 --engram-size 6")
+    classify = common.load_classifier(tmp_path / "out/state/model2-seed42", device="cpu")
+    assert classify(["good"]).shape == (1, 2)
+
+
+def test_gguf_files_of_one_name_and_size_are_not_mixed_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models, "ROOT", tmp_path)
+    for number in (0, 1):
+        (tmp_path / f"mine{number}").mkdir()
+        tiny_gguf(tmp_path / f"mine{number}/tiny.gguf", seed=number)
+    pin_model(tiny_settings(tmp_path / "mine0/tiny.gguf"))
+    with pytest.raises(UserError, match="was unpacked from another file"):
+        pin_model(tiny_settings(tmp_path / "mine1/tiny.gguf"))
+    with pytest.raises(UserError, match=r"GGUF files: give one of them, as --model .*tiny\.gguf"):
+        pin_model(tiny_settings(tmp_path / "mine0"))

@@ -8,16 +8,20 @@ import re
 import shutil
 import textwrap
 
+import datasets
 import huggingface_hub
 import numpy as np
+import pandas
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import fails, start_script
 
 import experiment_7b
 from collapse.files import read_json
+from collapse.loaders import preparation
 from collapse.settings import ROOT, UserError
 from collapse.sst2 import load_sst2
 from common import load_classifier
@@ -86,6 +90,168 @@ def test_folders_without_a_pretrained_model_are_refused(tmp_path, undisturbed):
         load_classifier(tmp_path)
     with pytest.raises(UserError, match="small transformer"):
         load_classifier(undisturbed / "state/model1-seed1")
+
+
+# --- what it is handed ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classify(folder):
+    return load_classifier(folder / "results_7b/smollm2-135m/state/model3-seed42", device="cpu")
+
+
+TEXTS = ["good word1 word2", "bad word3", "word4"]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        tuple(TEXTS),
+        (text for text in TEXTS),
+        np.array(TEXTS),
+        np.array(TEXTS, dtype=object),
+        pandas.Series(TEXTS, index=[7, 3, 5]),
+        pandas.Index(TEXTS),
+        dict.fromkeys(TEXTS).keys(),
+        io.StringIO("\n".join(TEXTS) + "\n"),
+        datasets.Dataset.from_dict({"text": TEXTS})["text"],
+        [f" \n{text}\t\n" for text in TEXTS],
+    ],
+    ids=lambda texts: type(texts).__name__,
+)
+def test_any_iterable_of_strings_is_read_as_the_training_read_it(classify, texts):
+    np.testing.assert_array_equal(classify(texts), classify(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("a film", r"a list of texts is needed, and this is a str: give \[text\]"),
+        (b"a film", "this is a bytes"),
+        (None, "this is a NoneType"),
+        (3, "this is a int"),
+        (np.array("a film"), "this is a ndarray"),
+        ({"a film": 1}, "this is a dict"),
+        (pandas.DataFrame({"text": TEXTS}), "this is a DataFrame"),
+        (["good", None], r"row 2 is a NoneType \('None'\) and no text: leave it out"),
+        (["good", float("nan")], "row 2 is a float"),
+        (pandas.Series(["good", pandas.NA], dtype="string"), "row 2 is a NAType"),
+        (np.array([["good", "bad"]]), "row 1 is a ndarray"),
+        ([("title", "body")], r"row 1 is a tuple .*joined parts by a space"),
+        ([["good"]], "row 1 is a list"),
+        ([5], "row 1 is a int"),
+        (datasets.Dataset.from_dict({"text": TEXTS}), "row 1 is a dict"),
+        (["good", " \n"], "row 2 is an empty text"),
+        (["good", "\ud83d"], "row 2 holds half of a character"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_texts_is_one_sentence(classify, texts, message):
+    with pytest.raises(UserError, match=message) as refused:
+        classify(texts)
+    assert "\n" not in str(refused.value)
+
+
+def test_white_space_inside_a_text_is_as_in_training():
+    kept, run = ("own.csv", "SST-2", "AG News, 9-row training subset"), " a  b\n"
+    for name in kept:
+        origin = {"origin": {"dataset": name}} if name == "own.csv" else {}
+        assert preparation({"name": name, **origin})(run) == "a  b"
+    for name in ("CLINC150", "Banking77", "20 Newsgroups"):
+        assert preparation({"name": name})(run) == "a b"
+
+
+def test_a_token_that_the_model_has_not_is_named(classify, monkeypatch):
+    monkeypatch.setattr(classify.model.backbone.get_input_embeddings(), "num_embeddings", 5)
+    for call in (lambda: classify(["good"]), lambda: classify.generate("good")):
+        with pytest.raises(UserError, match="the model's embedding has 5 rows"):
+            call()
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [2, [2, 3], [], None])
+@pytest.mark.parametrize("pad", [None, 4])
+def test_models_with_several_end_tokens_or_none_generate(classify, end, pad, monkeypatch):
+    settings = classify.model.adapters.get_base_model().generation_config
+    expected = classify.generate("good", 4)
+    monkeypatch.setattr(settings, "eos_token_id", end)
+    monkeypatch.setattr(settings, "pad_token_id", pad)
+    assert isinstance(classify.generate("good", 4), str)
+    if end is None:
+        assert classify.generate("good", 4) == expected
+
+
+def test_no_text_begins_with_the_models_own_first_token_or_is_refused(classify, monkeypatch):
+    settings = classify.model.adapters.get_base_model().generation_config
+    monkeypatch.setattr(settings, "bos_token_id", None)
+    with pytest.raises(UserError, match="no token to go on from: give a word"):
+        classify.generate("")
+    monkeypatch.setattr(settings, "bos_token_id", 7)
+    begin = classify.tokenizer.convert_ids_to_tokens(7)
+    assert classify.generate("", 5) == classify.generate(begin, 5)
+
+
+@pytest.mark.parametrize("text", [["a film"], ("a", "b"), None, 3, b"a"])
+def test_generate_takes_one_text(classify, text):
+    with pytest.raises(UserError, match="generate continues one text, and this is a"):
+        classify.generate(text)
+
+
+def test_generate_takes_a_length(classify):
+    for length in (0, -1):
+        with pytest.raises(UserError, match=f"max_new_tokens is {length}: it must be 1 or more"):
+            classify.generate("good", length)
+
+
+# --- a study that moved ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def moved(train, qwen, tmp_path):
+    """A training of model 1, and the pretrained model in a place of its own."""
+    model = shutil.copytree(qwen, tmp_path / "models/mine")
+    train(tmp_path / "out", f"--models 1 --epochs 1 --model {model}")
+    return tmp_path / "out/state/model1-seed42", model
+
+
+def test_a_base_model_that_moved_is_named_and_its_new_place_given(moved, tmp_path, qwen):
+    training, model = moved
+    before = load_classifier(training, device="cpu")(TEXTS)
+    new = model.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match=rf"{model} .* is not there: .*model=FOLDER.*--model FOLDER"
+    ):
+        load_classifier(training, device="cpu")
+    np.testing.assert_array_equal(load_classifier(training, device="cpu", model=new)(TEXTS), before)
+    file = new / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["model.norm.weight"] += 1
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="holds other weights"):
+        load_classifier(training, device="cpu", model=str(new))
+
+
+def test_a_training_is_found_from_inside_and_names_what_a_copy_of_it_lacks(
+    moved, tmp_path, monkeypatch
+):
+    training, _ = moved
+    monkeypatch.chdir(training)
+    expected = load_classifier(".", device="cpu")(TEXTS)
+    alone = shutil.copytree(training, tmp_path / "alone/model1-seed42")
+    with pytest.raises(UserError, match=r"has no settings\.json of its run beside it or in it"):
+        load_classifier(alone, device="cpu")
+    shutil.copy(training.parent / "settings.json", alone)
+    np.testing.assert_array_equal(load_classifier(alone, device="cpu")(TEXTS), expected)
+    with pytest.raises(UserError, match="named like model2-seed42"):
+        load_classifier(shutil.copytree(alone, tmp_path / "mine"), device="cpu")
+    for name in ("final-adapter/adapter_config.json", "final.safetensors"):
+        (alone / name).unlink()
+        with pytest.raises(UserError, match=f"lacks {name}: copy the whole folder"):
+            load_classifier(alone, device="cpu")
+    with pytest.raises(UserError, match="holds no finished training"):
+        load_classifier("~/nothing", device="cpu")
 
 
 @pytest.fixture

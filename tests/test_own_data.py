@@ -6,13 +6,14 @@ Which rows a file gives is in test_labelled_text.py.
 import json
 import os
 import re
+import shutil
 import struct
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fails, start_script
+from conftest import TINY, fails, start_script, without_times
 from test_labelled_text import FORMATS, write_table
 
 import effective_rank_analysis as analysis
@@ -152,7 +153,23 @@ def test_experiment_4_needs_the_folder_alone_and_the_rows_where_they_were(
     assert name.startswith("reviews.csv, 54 training rows, tiny-qwen2")
     assert {"pretrained", "model1"} <= set(results[name]) and results[name]["num_samples"] == 6
     path = trained.parent / "reviews.csv"
-    path.rename(trained.parent / "gone.csv")
-    assert f"{path} is not there" in fails(start_script, capsys, analysis, line)
+    gone = path.rename(trained.parent / "gone.csv")
+    assert f"{path} is not there: give --dataset" in fails(start_script, capsys, analysis, line)
+    start_script(analysis, f"{line} --fresh --dataset {gone}")
+    again = json.loads((tmp_path / "effective_rank_results.json").read_text())
+    assert without_times(again[name]["model1"]) == without_times(results[name]["model1"])
     write_table(path, ROWS[1:], COLUMNS)
     assert "holds other rows of reviews.csv" in fails(start_script, capsys, analysis, line)
+    gone.rename(path)
+
+
+def test_experiment_4_takes_the_new_place_of_a_model(trained, qwen, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rank_plots, "plot_all", lambda *_: None)
+    folder = shutil.copytree(trained, tmp_path / "out")
+    adapter = folder / "state/model1-seed42/final-adapter/adapter_config.json"
+    adapter.write_text(adapter.read_text().replace(str(qwen), "/gone/tiny-qwen2"))
+    line = f"--folders {folder} --output-dir {tmp_path} --device cpu --draws 5"
+    error = fails(start_script, capsys, analysis, line)
+    assert "/gone/tiny-qwen2 of the training is not there" in error and "--model FOLDER" in error
+    start_script(analysis, f"{line} --model {qwen}")
+    assert (tmp_path / "effective_rank_results.json").exists()

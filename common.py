@@ -34,7 +34,7 @@ from collapse.batches import (
     encode_rows,
 )
 from collapse.checkpoints import load_weights
-from collapse.classifier import TextClassifier, settings_beside
+from collapse.classifier import TextClassifier, base_model_of, settings_beside
 from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw
 from collapse.files import (
@@ -949,13 +949,7 @@ def language_model_of(
     if model is not None:
         config.model, config.revision = str(Path(model).expanduser()), None
     elif "/" not in config.model and config.model != STANDIN_MODEL:
-        # A folder: results keep its name alone.
-        config.model = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-        if not Path(config.model).exists():
-            raise UserError(
-                f"the pretrained model {config.model} of the training is not there: give its new "
-                "place, by load_classifier(..., model=FOLDER) or Experiment 4's --model FOLDER."
-            )
+        config.model = base_model_of(adapter)  # a folder: results keep its name alone
     encode = load_tokenizer(config.model, config.revision)
     if stored.get("model_sha256") not in (None, digest_weights(find_model(config.model))):
         raise UserError(f"{config.model} holds other weights than the models were trained on.")

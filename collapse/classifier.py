@@ -12,6 +12,7 @@ import torch
 from collapse.architectures import longest_input
 from collapse.batches import Split, encode_rows
 from collapse.data import Rows
+from collapse.files import read_json
 from collapse.language_models import token_ids
 from collapse.settings import UserError
 
@@ -112,6 +113,23 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
         except UnicodeEncodeError:
             raise UserError(f"row {number} holds half of a character: mend or remove it.") from None
     return texts
+
+
+def base_model_of(adapter: Path) -> str:
+    """The pretrained model's folder, as an adapter's folder names it.
+
+    Raises UserError where one of the two is not there.
+    """
+    file = adapter / "adapter_config.json"
+    if not file.exists():
+        raise UserError(f"{file} is not there: copy the whole folder of the training.")
+    model = read_json(file)["base_model_name_or_path"]
+    if not Path(model).exists():
+        raise UserError(
+            f"the pretrained model {model} of the training is not there: give its new place, by "
+            "load_classifier(..., model=FOLDER) or Experiment 4's --model FOLDER."
+        )
+    return model
 
 
 def settings_beside(folder: Path, weights: str) -> Path:

@@ -187,8 +187,8 @@ def decode_lines(content: bytes, path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         encoding, number = "WINDOWS-1252", lines.index(error.object) + 1
     raise UserError(
-        f"{path}, line {number}: not UTF-8 but perhaps {encoding}; mend the line, or convert the "
-        f"file by `iconv -f {encoding} -t UTF-8 {path.name} > NEW`."
+        f"{path}, line {number}: not UTF-8; mend the line, or convert the file from its encoding, "
+        f"perhaps {encoding}: `iconv -f {encoding} -t UTF-8 {path.name} > NEW`."
     )
 
 

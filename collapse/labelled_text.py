@@ -118,6 +118,14 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
             counts[split] = int(count or 1)
     if not files and (path / "data").is_dir():  # where sets of the hub have them
         return files_of_splits(path / "data")
+    if not files:  # a folder for each split
+        inside = {
+            folder.name: sorted(folder.glob("[!.]*")) for folder in sorted(path.glob("[!.]*/"))
+        }
+        inside = {
+            name: [f for f in found if kind_of(f) in SUFFIXES] for name, found in inside.items()
+        }
+        return {name: found for name, found in inside.items() if found}
     for split, count in counts.items():
         if len(files[split]) != count:
             names = " and ".join(file.name for file in files[split][:2])
@@ -153,7 +161,8 @@ def find_validation(
     for name in similar([split for split in splits if split != train], VALIDATION_SPLITS):
         try:
             table = read(name)
-            if all(label in (None, "", -1) for _, (*_, label) in table.rows):
+            unlabelled = [label for label in (None, "", -1, "-1") if str(label) not in classes]
+            if all(label in unlabelled for _, (*_, label) in table.rows):
                 raise NoLabels("none of its rows has one.")
             return name, read_rows(table, classes)
         except NoLabels as why:

@@ -98,7 +98,7 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
             return Table([], None)
         check(first)  # pandas would shift the columns of all rows
         file.write_text(text, newline="")
-        kind["features"] = Features(dict.fromkeys(header, Value("string")))
+        kind["features"] = Features({name: Value("string") for name in header if name})
         kind |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
         try:
             return read_table(by_datasets("csv", file, **kind), columns, str(path))

@@ -146,7 +146,7 @@ PACKED = ("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_
 PACKED += ("weight_packed", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4")
 PACKED += ("bitsandbytes__fp4", "weight_format", "input_scale")
 # What old files hold beside weights: tables of rotations, causal masks.
-TABLES = ("inv_freq", ".attn.bias", ".attention.bias", "masked_bias")
+TABLES = ("inv_freq", ".attn.bias", ".attention.bias", "masked_bias", "position_ids")
 # What wrappers put into names, who does, and what to save instead.
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "the model that was compiled (MODEL._orig_mod)"),

@@ -282,7 +282,9 @@ def test_of_several_the_one_made_for_it_is_taken_and_the_others_are_named(tmp_pa
     assert "neither trained nor validated on: 'pretest', 'test'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["id,text\n1,x\n", "text,label\nx,\ny,\n", "text\nx\n"])
+@pytest.mark.parametrize(
+    "content", ["id,text\n1,x\n", "text,label\nx,\ny,\n", "text\nx\n", "text,label\nx,-1\n"]
+)
 def test_a_test_split_without_labels_is_left_out_and_that_is_said(tmp_path, capsys, content):
     write_table(tmp_path / "train.csv", ROWS)
     (tmp_path / "test.csv").write_text(content)
@@ -307,6 +309,36 @@ def test_shards_of_a_split_are_read_in_order_and_none_may_lack(tmp_path, below, 
     (folder / f"train-00001-of-00003{tail}.parquet").unlink()
     with pytest.raises(UserError, match=r"for 3 file\(s\) of train: add the others"):
         load(tmp_path)
+
+
+def test_a_folder_may_hold_a_folder_for_each_split(tmp_path):
+    for split, rows in (("train", ROWS[:15]), ("val", ROWS[15:])):
+        (tmp_path / split).mkdir()
+        for part, some in ((0, rows[:4]), (1, rows[4:])):
+            write_table(tmp_path / split / f"000{part}.parquet", some)
+    assert named(load(tmp_path)) == ROWS
+
+
+@pytest.mark.parametrize("header", ["text,label,", ",text,label", "n,n,text,label", "é,text,label"])
+def test_columns_that_nobody_reads_may_have_any_name(tmp_path, header):
+    columns = header.split(",")
+    rows = [
+        ("x", "", text, label) if header[0] == "n" else (text, label, "") for text, label in ROWS
+    ]
+    if header[0] in ",é":
+        rows = [("1" if i % 2 else "x", *row) for i, row in enumerate(ROWS)]
+    assert sorted(named(load(write_table(tmp_path / "a.csv", rows, columns)))) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_strings_of_parquet_have_several_types(tmp_path, kind):
+    table = pyarrow.table(dict(zip(("text", "label"), zip(*ROWS, strict=True), strict=True)))
+    for place, name in enumerate(table.column_names):
+        column = table[name]
+        column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+        table = table.set_column(place, name, column)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert sorted(named(load(tmp_path / "a.parquet"))) == sorted(ROWS)
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -376,7 +408,7 @@ def test_what_is_wrong_is_named_by_file_and_row_or_line(tmp_path, name, content,
 def test_another_encoding_is_named_with_the_command_that_converts(tmp_path, suffix, encoding, said):
     path = write_table(tmp_path / f"a{suffix}", ROWS)
     path.write_bytes(path.read_text().replace("é", "caf\xe9").encode(encoding))
-    with pytest.raises(UserError, match=rf"line \d: not UTF-8 .*`iconv -f {said} -t UTF-8 a\."):
+    with pytest.raises(UserError, match=rf"line \d: not UTF-8; .*`iconv -f {said} -t UTF-8 a\."):
         load(path)
 
 

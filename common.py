@@ -795,7 +795,7 @@ class Run:
                 label=training.name,
                 trainer=trainer,
                 validate=partial(validate, trainer, validation),
-                measure=Measuring(model, train, validation),
+                measure=Measuring(model, train, validation, WATCHED_ROWS),
                 config=config,
                 seed=seed,
                 folder=training.folder,
@@ -827,6 +827,8 @@ class Run:
                 for name, rows in history.correct.items()
                 for kind, epoch in (("best", best), ("final", history.epoch))
             },
+            "measured": history.measured,
+            "resumed": history.resumed,
             "seconds": history.seconds,
         }
 
@@ -839,6 +841,7 @@ class Run:
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
 
 
+WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess
 
 

@@ -191,6 +191,20 @@ def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, 
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
 
 
+def test_what_was_measured_on_the_way_survives_a_kill_and_results_say_where_it_went_on(
+    run, monkeypatch, tmp_path
+):
+    line = "--seeds 1 --models 2 --measure-every 2"
+    whole = run(line, tmp_path / "whole")["models"]["model2"]["1"]
+    assert whole["resumed"] == [] and [m["step"] for m in whole["measured"]] == [0, 2, 4, 6, 8, 10]
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    kill_once(monkeypatch, 4)
+    with pytest.raises(Killed):
+        run(line)
+    found = run(line)["models"]["model2"]["1"]
+    assert found["resumed"] == [3] and found["measured"] == whole["measured"]
+
+
 @pytest.mark.parametrize("write", range(1, 9))
 def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(
     run, undisturbed, monkeypatch, write

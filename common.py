@@ -723,10 +723,14 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
     results = run.publish()  # a command that shares the folder may have ended before it could
     print(reports.summary_table(results, find_arm), flush=True)
+    if elsewhere := folder.trained_elsewhere():
+        names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
+        print(f"published before and not trained here: {', '.join(names)}", flush=True)
     if "cross_dataset" in results:
         print(reports.cross_dataset_table(results), flush=True)
     if folder.published:
-        print(reports.reproduction_table(folder.published, results), flush=True)
+        here = {"models": folder.finished()}
+        print(reports.reproduction_table(folder.published, here), flush=True)
     return results
 
 

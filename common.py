@@ -723,10 +723,14 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
     results = run.publish()  # a command that shares the folder may have ended before it could
     print(reports.summary_table(results, find_arm), flush=True)
+    if elsewhere := folder.trained_elsewhere():
+        names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
+        print(f"published before and not trained here: {', '.join(names)}", flush=True)
     if "cross_dataset" in results:
         print(reports.cross_dataset_table(results), flush=True)
     if folder.published:
-        print(reports.reproduction_table(folder.published, results), flush=True)
+        here = {"models": folder.finished()}
+        print(reports.reproduction_table(folder.published, here), flush=True)
     return results
 
 
@@ -795,7 +799,7 @@ class Run:
                 label=training.name,
                 trainer=trainer,
                 validate=partial(validate, trainer, validation),
-                measure=Measuring(model, train, validation),
+                measure=Measuring(model, train, validation, WATCHED_ROWS),
                 config=config,
                 seed=seed,
                 folder=training.folder,
@@ -827,6 +831,8 @@ class Run:
                 for name, rows in history.correct.items()
                 for kind, epoch in (("best", best), ("final", history.epoch))
             },
+            "measured": history.measured,
+            "resumed": history.resumed,
             "seconds": history.seconds,
         }
 
@@ -839,6 +845,7 @@ class Run:
         return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
 
 
+WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess
 
 

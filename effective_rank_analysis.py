@@ -3,8 +3,8 @@
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation
 rows through each model as it runs (model 3 with its cold prefix), and measures pooled hidden states
 of every layer and the classifier's intermediate features. Each measured model is kept until the
-code that measures changes: a run that is started again goes on. Studies in the output folder of
-results folders that have no checkpoints here stay as they are.
+code that measures changes: a run that is started again goes on. What earlier runs measured of
+published trainings whose checkpoints are not here stays as it is.
 """
 
 import common  # isort: skip  # before torch: it sets the allocator
@@ -114,6 +114,13 @@ def find_folders(config: Config) -> list[Path]:
     for sentence in missing:
         print(f"NOTE: {sentence}")
     return found
+
+
+def published_trainings(folder: Path) -> list[tuple[str, str]]:
+    """(model, seed) of every training that a results folder publishes."""
+    file = folder / "results.json"
+    models = read_json(file)["models"] if file.exists() else {}
+    return [(model, seed) for model, runs in models.items() for seed in runs]
 
 
 def models_of(
@@ -270,6 +277,8 @@ def main() -> None:
             continue
         name = name if name not in studies else f"{name}, {study['folder']}"
         name = names.setdefault(study["folder"], name)
+        if kept := records.keep_unmeasured(study, earlier.get(name), published_trainings(folder)):
+            print(f"NOTE: of earlier runs, whose weights are not here: {', '.join(kept)}")
         studies[name] = study
         measured.add(name)
         gc.collect()  # one base model at a time

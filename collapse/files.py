@@ -184,6 +184,10 @@ class RunFolder:
     def settings_file(self) -> Path:
         return self.state / "settings.json"
 
+    @property
+    def rows_file(self) -> Path:
+        return self.path / "rows.safetensors"
+
     def check(self) -> None:
         """Raise UserError when another command has begun another study here since, with --fresh."""
         there = read_json(self.settings_file) if self.settings_file.exists() else self.settings
@@ -217,12 +221,12 @@ class RunFolder:
             # At once: a kill in rmtree must not leave half of another run.
             self.state.rename(discarded)
             shutil.rmtree(discarded)
-        if fresh and self.published is None:
-            # Of another study: it would bar the way to a run that goes on.
-            self.results_file.unlink(missing_ok=True)
         self.state.mkdir(parents=True, exist_ok=True)
         if self.published:
             write_json(published_file, self.published)
+        if fresh:  # what is published stays published until it is trained again: nothing stays now
+            self.results_file.unlink(missing_ok=True)
+            self.rows_file.unlink(missing_ok=True)
         write_json(settings_file, settings)
 
     def training(self, model: str, seed: int) -> Path:
@@ -230,12 +234,25 @@ class RunFolder:
         return self.state / f"{model}-seed{seed}"
 
     def finished(self) -> dict[str, dict[str, dict]]:
-        """Metrics of every finished training in this folder: model -> seed -> metrics."""
+        """Metrics of every training that finished here: model -> seed -> metrics."""
         done: dict[str, dict[str, dict]] = {}
         for model, seed in finished_trainings(self.path):
             metrics = read_json(self.training(model, seed) / "metrics.json")
             done.setdefault(model, {})[str(seed)] = metrics
         return done
+
+    def trained_elsewhere(self) -> dict[str, dict[str, dict]]:
+        """Metrics of the published trainings whose state is not here, as `finished` gives them.
+
+        In a fresh clone that is every one of them, until it is trained again.
+        """
+        published = read_json(self.results_file)["models"] if self.results_file.exists() else {}
+        here = {(model, str(seed)) for model, seed in finished_trainings(self.path)}
+        return {
+            model: left
+            for model, runs in published.items()
+            if (left := {seed: run for seed, run in runs.items() if (model, seed) not in here})
+        }
 
 
 def finished_trainings(path: Path) -> list[tuple[str, int]]:

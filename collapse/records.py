@@ -1,13 +1,13 @@
 """Experiment 4: from records of single models to a study's means, changes and table."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from collapse import model_records
-from collapse.files import read_json
+from collapse.files import read_json, settings_difference
 from collapse.reports import controls_of
 from collapse.settings import UserError
 from collapse.statistics import (
@@ -62,7 +62,8 @@ def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
 def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[str, Any]:
     """Means over seeds, their intervals, and the records themselves."""
     flat = [scalars(record) for record in records.values()]
-    intervals = {number: mean_interval(f[number] for f in flat) for number in flat[0]}
+    shared = [number for number in flat[0] if all(number in f for f in flat)]
+    intervals = {number: mean_interval(f[number] for f in flat) for number in shared}
     if matched_rows:
         draws = [record["subsets"][str(matched_rows)] for record in records.values()]
         intervals["effective_rank_matched"] = mean_interval(map(np.mean, draws))
@@ -104,7 +105,7 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     that of its log, `cdnv_log_ratio`.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
-    keys = [key for key in flat[0][0] if key in flat[0][1]]
+    keys = [key for key in flat[0][0] if all(key in part for pair in flat for part in pair)]
     keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
     if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
         parts = {key: key.split(".") for key in keys}
@@ -160,6 +161,27 @@ def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict
             "give another --output-dir, or --fresh to replace it."
         )
     return with_records(alike)
+
+
+def keep_unmeasured(
+    study: dict, earlier: dict | None, published: Collection[tuple[str, str]]
+) -> list[str]:
+    """Take over records of published trainings (model, seed) whose weights are not here.
+
+    earlier is the same folder's study of before, as summarize takes it; of other settings nothing
+    is taken. The baseline of a small transformer's seed comes along. Returns "model seed" of each.
+    """
+    if earlier is None or settings_difference(earlier["settings"], study["settings"]):
+        return []
+    records, taken = study["records"], []
+    seeds = {seed for _, seed in published}
+    baselines = () if "model" in study["settings"]["config"] else {("pretrained", s) for s in seeds}
+    for key, runs in earlier["records"].items():
+        for seed, record in runs.items():
+            if (key, seed) in {*published, *baselines} and seed not in records.get(key, {}):
+                records.setdefault(key, {})[seed] = record
+                taken.append(f"{key} seed {seed}")
+    return taken
 
 
 def with_records(results: dict[str, dict]) -> dict[str, dict]:

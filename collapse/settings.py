@@ -76,8 +76,9 @@ class RunConfig:
     cluster_memory_gib: int = 16
     # Partition of the cluster. Default: the cluster's own.
     cluster_partition: str | None = None
-    # Optimizer steps between two measures of collapse (256 validation rows) and training loss (256
-    # training rows), in metrics.jsonl; 0 makes none. Training is the same with and without.
+    # Optimizer steps between two measures of collapse (up to 1,000 validation rows) and training
+    # loss (256 training rows), in results.json; also before the first step and after the last. 0
+    # makes none. Training is the same with and without.
     measure_every: int = 0
     # Tracker that gets the numbers of metrics.jsonl, too, each training as a run of its own.
     log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"

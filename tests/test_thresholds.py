@@ -24,6 +24,7 @@ def test_a_threshold_is_the_middle_above_the_last_rate_below_which_all_are_kept(
     # One that falls low in the grid and another that is kept above it: the lower one counts.
     found = Threshold.of(kept | {-3.5: False})
     assert (found.low, found.high, found.value) == (-4.0, -3.5, -3.75)
+    assert not found.monotone and Threshold.of(kept).monotone
 
 
 def test_a_grid_on_one_side_gives_a_bound():

@@ -22,8 +22,7 @@ import result_tables as tables
 import study_tables
 from page import Page, with_full
 
-from collapse.files import read_json
-from collapse.settings import ROOT
+from collapse.files import ROOT, read_json
 from collapse.statistics import format_bounds, format_interval, t_interval
 from collapse.verdicts import holm, holm_levels, verdict
 

@@ -39,7 +39,9 @@ SCRIPT = """
 import multiprocessing, sys
 sys.path.insert(0, {root!r})
 import experiment
-from collapse import loop, plots, settings
+from collapse import loop
+from collapse import plots
+from collapse.errors import run_script
 loop.CHECKPOINT_SECONDS = {seconds}
 if not {with_plots}:  # they take longer than such trainings
     plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None
@@ -47,7 +49,7 @@ if __name__ == "__main__":
     if {forked}:
         forking = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method: forking
-    settings.run_script(experiment.main)
+    run_script(experiment.main)
 """
 WHOM = ("the group", "the parent", "a worker", "a worker")  # a command outlives the last kind
 MOST_KILLS = 10  # of one run

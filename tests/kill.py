@@ -24,20 +24,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import psutil
+import torch._dynamo  # noqa: F401 (here once, where every command would import it)
+from conftest import TINY, without_times, write_tiny_sst2
 
-import psutil  # noqa: E402
-import torch._dynamo  # noqa: E402, F401 (here once, where every command would import it)
-from conftest import TINY, without_times, write_tiny_sst2  # noqa: E402
-
-from collapse.files import read_tensors  # noqa: E402
+from collapse.files import read_tensors
 
 STUDY = "--models 1 3 kl shared-scale --seeds 1 2"
 # The script that is killed: experiment.py, in its workers too, with some settings changed.
 SCRIPT = """
-import multiprocessing, sys
-sys.path.insert(0, {root!r})
+import multiprocessing
 import experiment
 from collapse import loop
 from collapse import plots
@@ -239,7 +235,7 @@ def main() -> None:
         def script(seconds: float, with_plots: bool = False, forked: bool = False) -> Path:
             file = scratch / f"script-{seconds:.0f}-{with_plots}-{forked}.py"
             values = {"seconds": seconds, "with_plots": with_plots, "forked": forked}
-            file.write_text(SCRIPT.format(root=str(ROOT), **values))
+            file.write_text(SCRIPT.format(**values))
             return file
 
         whole = Command(script(600.0), f"{line} {scratch / 'whole'}", scratch / "whole.log")

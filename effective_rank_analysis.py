@@ -7,8 +7,6 @@ code that measures changes: a run that is started again goes on. What earlier ru
 published trainings whose checkpoints are not here stays as it is.
 """
 
-import common  # isort: skip  # before torch: it sets the allocator
-
 import gc
 import hashlib
 import json
@@ -23,18 +21,15 @@ import numpy as np
 import torch
 import tyro
 
+import common
 import experiment
 from collapse import rank_plots, records
 from collapse.batches import Split, encode_rows
 from collapse.checkpoints import load_weights
 from collapse.data import Rows, Task
-from collapse.files import (
-    digest_files,
-    environment,
-    finished_trainings,
-    read_json,
-    write_json,
-)
+from collapse.device import pick_device, set_allocator
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, digest_files, finished_trainings, read_json, write_json
 from collapse.loaders import load_again
 from collapse.measuring import outputs
 from collapse.model_records import (
@@ -45,14 +40,9 @@ from collapse.model_records import (
     pooled_record,
     train_record,
 )
+from collapse.provenance import environment
 from collapse.reports import study_name
-from collapse.settings import (
-    ROOT,
-    UserError,
-    check_bounds,
-    pick_device,
-    run_script,
-)
+from collapse.settings import check_bounds
 from collapse.source import digest_of_code
 from collapse.spread import transfer_accuracy
 
@@ -260,6 +250,7 @@ def measure_study(
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    set_allocator()
     check_bounds("rows", config.rows, LEAST_ROWS, math.inf)
     check_bounds("draws", config.draws, 2, math.inf)
     device = pick_device(config.device)
@@ -286,10 +277,10 @@ def main() -> None:
         raise UserError(f"nothing could be analysed; {' '.join(unusable)}")
     for name in studies.keys() - measured:
         print(f"NOTE: {name} stays as {file} has it: measured by an earlier run")
-    results = records.summarize(studies, common.find_arm)
+    results = records.summarize(studies)
     write_json(file, results)
-    rank_plots.plot_all(config.output_dir, results, common.find_arm)
-    print(records.table(results, common.find_arm))
+    rank_plots.plot_all(config.output_dir, results)
+    print(records.table(results))
     print(f"\nresults and plots: {config.output_dir}")
 
 

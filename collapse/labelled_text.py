@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from collapse.data import Rows, Task, check_task, fixed_draw
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.hub import load_all_splits
-from collapse.settings import ROOT, UserError
 from collapse.text_tables import SUFFIXES, Table, read_file, read_hub_table, shown
 
 VALIDATION_SPLITS = ("validation", "dev", "test")  # GLUE's test files have no labels: dev is first

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
-from collapse.files import digest_files, digest_weights, read_json, write_json
+from collapse.errors import DISK_FULL, UserError, is_out_of_memory
+from collapse.files import ROOT, digest_files, digest_weights, read_json, write_json
 from collapse.hub import use_cache_if_hub_is_silent
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
-from collapse.memory import is_out_of_memory
-from collapse.settings import DISK_FULL, ROOT, STANDIN_MODEL, LanguageModelConfig, UserError
+from collapse.settings import STANDIN_MODEL, LanguageModelConfig
 
 # On a CPU it misses a kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

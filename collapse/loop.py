@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from collapse.batches import length_grouped_batches
 from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.errors import UserError
 from collapse.files import append_line, drop_lines_after, read_tensors, write_tensors
 from collapse.optimizer import learning_rate_at
 from collapse.progress import Progress
 from collapse.rows import file_of
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
 LOG_STEPS = 25  # optimizer steps that one line of metrics.jsonl sums up

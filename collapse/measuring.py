@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from collapse.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
 from collapse.data import fixed_draw
 from collapse.layer_states import summarize_states
-from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
+from collapse.metrics import rank_metrics, ranks_from_gram
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.spread import within_classes
 
 MEASURED_ROWS = 256  # of each split, by default

@@ -1,7 +1,7 @@
 """Every figure: fit to print, in colours that colour-blind readers can tell apart."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.manifold import TSNE
 
+from collapse.arms import find_arm
 from collapse.data import fixed_draw
+from collapse.engrams import k_means, match_clusters, shuffled_labels
 from collapse.files import write_file
-from collapse.metrics import k_means, match_clusters, shuffled_labels
 
 # Okabe & Ito 2008.
 CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -47,12 +48,10 @@ CURVES = (
 )
 
 
-def plot_learning_curves(
-    path: Path, title: str, models: dict[str, dict], find_arm: Callable[[str], Any]
-) -> None:
+def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> None:
     """Accuracy, losses and effective rank over epochs: mean over seeds, band lowest to highest.
 
-    models: key -> seed -> metrics; find_arm gives title, color and marker of a key.
+    models: key -> seed -> metrics.
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
     for axis, (key, label, scale) in zip(axes, CURVES, strict=True):

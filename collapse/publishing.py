@@ -1,11 +1,13 @@
 """What a run publishes of its finished trainings: results.json, a tidy CSV, plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from collapse import plots, reports, rows
-from collapse.files import RunFolder, locked, read_tensors, through_json, write_file, write_json
+from collapse.arms import find_arm
+from collapse.files import locked, read_tensors, through_json, write_file, write_json
+from collapse.folder import RunFolder
 
 
 def publish(
@@ -14,15 +16,13 @@ def publish(
     title: str,
     class_names: Sequence[str],
     other: Path | None,
-    find_arm: Callable[[str], Any],
 ) -> dict[str, Any]:
     """Write all that the folder shows; returns what results.json holds.
 
     That is the trainings that finished here, and published ones that were trained elsewhere.
     head is what it tells beside the trainings: experiment, settings, versions, hardware. other is
-    the results folder on the other data set. find_arm gives title, place, colour and marker for a
-    key of the results. Commands that share the folder take turns. Raises UserError when the folder
-    has become another study's.
+    the results folder on the other data set. Commands that share the folder take turns. Raises
+    UserError when the folder has become another study's.
     """
     with locked(folder.path):
         folder.check()
@@ -38,7 +38,7 @@ def publish(
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", reports.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
-        plots.plot_learning_curves(curves, title, models, find_arm)
+        plots.plot_learning_curves(curves, title, models)
         if "model3" in models and "model3" not in here:
             return results  # its engrams are elsewhere, and their figure is here
         plot_engrams(folder, title, class_names, here.get("model3", {}))

@@ -1,15 +1,16 @@
 """Experiment 4: from records of single models to a study's means, changes and table."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from collapse import model_records
+from collapse.arms import find_arm
+from collapse.errors import UserError
 from collapse.files import read_json, settings_difference
 from collapse.reports import controls_of
-from collapse.settings import UserError
 from collapse.statistics import (
     format_interval,
     format_spread,
@@ -25,7 +26,7 @@ HALVED += ("effective_rank_without_first", "effective_rank_within_without_first"
 PARTS = ("intermediate", "train")
 
 
-def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[str, dict]:
+def summarize(studies: dict[str, dict]) -> dict[str, dict]:
     """What effective_rank_results.json holds: study -> settings, changes, means, intervals, seeds.
 
     studies: name -> folder, settings, num_samples, measured, records (model -> seed -> record).
@@ -37,7 +38,7 @@ def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[
         records = study["records"]
         result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
-        keys = sorted(records, key=lambda key: place_of(key, find_arm))
+        keys = sorted(records, key=lambda key: place_of(key))
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
         pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
@@ -46,7 +47,7 @@ def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[
     return results
 
 
-def place_of(key: str, find_arm: Callable[[str], Any]) -> tuple:
+def place_of(key: str) -> tuple:
     """Sorts the keys of models: the one before training, then the arms as they stand."""
     return (-1,) if key == "pretrained" else find_arm(key).place
 
@@ -197,7 +198,7 @@ def keys_of(result: dict) -> list[str]:
     return [key for key, value in result.items() if isinstance(value, dict) and "seeds" in value]
 
 
-def title_of(key: str, result: dict, find_arm: Callable[[str], Any]) -> str:
+def title_of(key: str, result: dict) -> str:
     if key != "pretrained":
         return find_arm(key).title
     return "Pretrained" if "model" in result["settings"]["config"] else "Untrained"
@@ -213,12 +214,12 @@ TABLE += (("participation_ratio", 1), ("dims_95pct", 0), ("cdnv", 2))
 TABLE += (("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
 
 
-def table(results: dict[str, dict], find_arm: Callable[[str], Any]) -> str:
+def table(results: dict[str, dict]) -> str:
     """The outcome for the log."""
-    return "\n".join(line for name, r in results.items() for line in _lines(name, r, find_arm))
+    return "\n".join(line for name, r in results.items() for line in _lines(name, r))
 
 
-def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[str]:
+def _lines(name: str, result: dict) -> Iterator[str]:
     yield ""
     yield f"{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)"
     width, rows = 28, result["matched_rows"]
@@ -228,7 +229,7 @@ def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[
         cells = [format_spread(values_of(result, key, n), digits) for n, digits in TABLE]
         last = format_spread(values_of(result, key, "effective_rank_matched"), 1) if rows else ""
         row = "".join(f"{cell:{width}}" for cell in cells)
-        yield f"{title_of(key, result, find_arm):22}{row}{last}"
+        yield f"{title_of(key, result):22}{row}{last}"
     yield "changes of the effective rank [95% interval for other seeds and rows]"
     for pair, found in result["changes"].items():
         shown = format_interval(found["both"]["effective_rank"], 1, sign="+")

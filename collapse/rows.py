@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize
 import torch
-from scipy.special import log_softmax
 from torch import Tensor
 
 from collapse.data import fixed_draw
@@ -53,6 +51,8 @@ def log_probabilities(
     logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
 ) -> np.ndarray:
     """Log probability (N,) of the true class, each row's logits (N, C) divided by its own (N,)."""
+    from scipy.special import log_softmax
+
     logits = np.asarray(logits, dtype=np.float64) / temperatures[:, None]
     return log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
 
@@ -72,6 +72,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Between 1 / HOTTEST and HOTTEST: where every row is right, colder would always be better.
     """
+    import scipy.optimize
 
     def loss(log_temperature: float) -> float:
         temperatures = np.full(len(labels), np.exp(log_temperature))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from collapse.data import decode_lines
-from collapse.settings import UserError
+from collapse.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from scipy.special import stdtr
-
 from collapse.statistics import t_interval
 
 
@@ -87,6 +85,8 @@ def equivalence(estimate: float, se: float, df: float, margin: float) -> dict[st
 
     `p` is below 0.05 exactly where `low` to `high`, the 90% interval, lies inside the margin.
     """
+    from scipy.special import stdtr
+
     interval = t_interval(estimate, se, df, 0.90)
     inside = margin - abs(estimate)  # how far the nearer bound of the margin is
     p = float(stdtr(df, -inside / se)) if se > 0 else float(inside <= 0)

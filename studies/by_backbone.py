@@ -18,10 +18,13 @@ import pretrain
 import tuning
 
 import common
-from collapse.files import git_commit, hardware_name
+from collapse.device import pick_device, set_allocator, set_threads
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, pick_device, set_threads
+from collapse.provenance import git_commit, hardware_name
+from collapse.settings import check_bounds
 from collapse.statistics import t_interval
 from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import verdict
@@ -236,6 +239,7 @@ def carry_out(
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run; prepare what worker processes inherit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
+    set_allocator()
     check_bounds("workers", config.workers, 1, 1024)
     if not config.seeds:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")

@@ -26,18 +26,13 @@ import by_backbone
 import tuning
 
 import common
-from collapse.files import write_json
+from collapse.device import pick_device
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
 from collapse.language_models import fill_in_for, load_tokenizer, weights_of
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import (
-    ROOT,
-    LanguageModelConfig,
-    UserError,
-    check_bounds,
-    pick_device,
-    run_script,
-)
+from collapse.settings import LanguageModelConfig, check_bounds
 from collapse.statistics import (
     format_interval,
     mean_interval,

@@ -20,13 +20,12 @@ import result_tables as tables
 import sink
 from page import Page, with_full
 
-import common
 from collapse import plots, rank_plots, records
-from collapse.files import read_json, write_file
+from collapse.errors import run_script
+from collapse.files import ROOT, read_json, write_file
 from collapse.records import values_of
 from collapse.reference import REFERENCE, reference_for
 from collapse.reports import compare_datasets, comparisons_of
-from collapse.settings import ROOT, run_script
 from collapse.statistics import format_interval, mean_interval
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
@@ -115,7 +114,7 @@ def read_ranks() -> dict[str, dict]:
     known = [name for name, result in stored.items() if result["folder"] in places]
     known.sort(key=lambda name: places[stored[name]["folder"]])
     ordered = {name: stored[name] for name in known}
-    return records.summarize(records.with_records(ordered), common.find_arm)
+    return records.summarize(records.with_records(ordered))
 
 
 def short_names(ranks: dict[str, dict]) -> dict[str, tuple[str, dict]]:
@@ -447,7 +446,7 @@ def summarize_and_draw() -> None:
 
     t-SNE needs the engrams of a run.
     """
-    rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
+    rank_plots.plot_all((ROOT / RANKS).parent, read_ranks())
     own_models.summarize()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
@@ -456,7 +455,7 @@ def summarize_and_draw() -> None:
         rows = f"{data['train_rows']:,} training, {data['validation_rows']:,} validation rows"
         title = f"{results['experiment']} on {data['name']} ({rows})"
         path = ROOT / study.folder / "learning_curves.png"
-        plots.plot_learning_curves(path, title, results["models"], common.find_arm)
+        plots.plot_learning_curves(path, title, results["models"])
 
 
 def main() -> None:

@@ -22,8 +22,7 @@ import result_tables as tables
 import study_tables
 from page import Page, with_full
 
-from collapse.files import read_json
-from collapse.settings import ROOT
+from collapse.files import ROOT, read_json
 from collapse.statistics import format_bounds, format_interval, t_interval
 from collapse.verdicts import holm, holm_levels, verdict
 
@@ -185,8 +184,9 @@ def source_of(
     commits = ", ".join(sorted({tables.short_commit(row["git_commit"]) for row in rows}))
     machines = sorted({row["hardware"] for row in rows} - {""})
     on = f" on {', '.join(machines)}" if machines else ""
+    script = type(config).__module__.rpartition(".")[2]
     return (
-        f"Command: `python studies/{type(config).__module__}.py {options} --data-dir DIR`. Source: "
+        f"Command: `python studies/{script}.py {options} --data-dir DIR`. Source: "
         f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
         f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
     )

@@ -287,7 +287,7 @@ def table_records(results: dict, columns: tuple[tuple[str, str, int], ...]) -> s
     for name, result, key in places:
         values = [(values_of(result, key, number), digits) for number, _, digits in columns]
         cells = [format_spread(v, digits) if v else "n/a" for v, digits in values]
-        title, seeds = title_of(key, result, common.find_arm), str(len(result[key]["seeds"]))
+        title, seeds = title_of(key, result), str(len(result[key]["seeds"]))
         rows.append([name, f"{result['num_samples']:,}", title, seeds, *cells])
     return markdown(["data, backbone", "rows", "model", "seeds", *(c[1] for c in columns)], rows)
 
@@ -357,7 +357,7 @@ def table_depth(results: dict) -> str:
                     f"{format_spread(lowest, digits)} at {at}",
                     format_spread(ranks[:, -1], digits),
                 ]
-                model = title_of(key, result, common.find_arm)
+                model = title_of(key, result)
                 rows.append([name, model, label, *cells])
     header = ["data, backbone", "model", "measure", "at the embeddings"]
     return markdown([*header, "lowest between, at layer", "at the end"], rows)

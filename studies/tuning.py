@@ -26,13 +26,14 @@ from collapse.batches import (
 )
 from collapse.corpus import miniature_documents
 from collapse.data import Rows, Task, in_corpus_text, limit_task
+from collapse.errors import UserError
 from collapse.files import digest_weights
 from collapse.language_models import find_model, load_causal_lm, load_tokenizer
 from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
 from collapse.measuring import Measuring, draw_rows, measures
 from collapse.optimizer import learning_rate_at
-from collapse.settings import LanguageModelConfig, UserError
+from collapse.settings import LanguageModelConfig
 
 WARMUP_STEPS = 10
 

@@ -15,7 +15,8 @@ import experiment
 from collapse import plots
 from collapse.batches import Split
 from collapse.data import Task
-from collapse.settings import ROOT, run_script
+from collapse.errors import run_script
+from collapse.files import ROOT
 from collapse.sst2 import load_sst2_by_sentence
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

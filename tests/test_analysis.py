@@ -338,10 +338,10 @@ def test_results_of_an_older_run_are_summarized_as_far_as_they_go():
 
     old = {key: {"1": record(), "2": record()} for key in ("model1", "model2")}
     study = {"folder": "f", "settings": {}, "num_samples": 10, "measured": {}, "records": old}
-    found = records.summarize({"study": study}, common.find_arm)["study"]
+    found = records.summarize({"study": study})["study"]
     change = found["changes"]["model2 - model1"]
     assert set(change["both"]) == {"effective_rank", "stable_rank", "cdnv", "cdnv_log_ratio"}
-    again = records.summarize(records.with_records({"study": found}), common.find_arm)
+    again = records.summarize(records.with_records({"study": found}))
     assert again == {"study": found}
 
 

@@ -18,7 +18,8 @@ import tuning
 from conftest import fails, start_script
 
 import common
-from collapse.settings import ROOT, UserError
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.statistics import sign_flip_p
 from collapse.tables import read_rows
 

@@ -11,11 +11,9 @@ import pytest
 import result_tables as tables
 from conftest import cells_of_row
 
-import common
 from collapse import rank_plots, records
-from collapse.files import read_json
+from collapse.files import ROOT, read_json
 from collapse.reports import comparisons_of, cross_dataset_table, summary_table, tidy_table
-from collapse.settings import ROOT
 from collapse.statistics import format_interval
 
 
@@ -242,7 +240,7 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         "measured": measured,
         "records": {key: {"1": record(base)} for key, base in bases.items()},
     }
-    results = records.summarize({"S": study}, common.find_arm)
+    results = records.summarize({"S": study})
     told = tables.provenance_of_ranks("f", results)
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
     row = cells_of_row(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
@@ -286,7 +284,7 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
         settings = {"config": {"model": "some/backbone"}}
         study = {"folder": "f", "settings": settings, "num_samples": 10, "measured": {}}
         studies[name] = study | {"records": found}
-    results = records.summarize(studies, common.find_arm)
+    results = records.summarize(studies)
     heads = ["within classes", "without the first token", "within, without first"]
     for table in (
         tables.table_records(results, tables.RANK_COLUMNS),
@@ -385,7 +383,7 @@ PUBLISHED = sorted(p for p in ROOT.glob("results*/**/results.json") if "limit-" 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_published_results_are_readable_and_their_csv_says_the_same(path):
     results = read_json(path)
-    assert summary_table(results, common.find_arm).count("(n = ") == len(results["models"])
+    assert summary_table(results).count("(n = ") == len(results["models"])
     assert cross_dataset_table(results) if "cross_dataset" in results else True
     if not results["git_commit"].endswith("-modified"):  # a run of your own writes its CSV itself
         assert (path.parent / "results.csv").read_text() == tidy_table(results)
@@ -400,11 +398,11 @@ def test_published_results_are_readable_and_their_csv_says_the_same(path):
 
 def test_published_ranks_are_readable():
     results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
-    again = records.summarize(records.with_records(results), common.find_arm)
-    table = records.table(again, common.find_arm)
+    again = records.summarize(records.with_records(results))
+    table = records.table(again)
     for name, result in results.items():
         assert name in table
-        shown = rank_plots.shown_models(result, common.find_arm)
+        shown = rank_plots.shown_models(result)
         models = read_json(ROOT / result["folder"] / "results.json")["models"]
         assert [model.key for model in shown] == ["pretrained", *models]
 
@@ -415,14 +413,14 @@ def test_depths_are_drawn_for_each_measure_that_the_records_have(tmp_path, monke
     monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
     results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
     deep = {name: r for name, r in results.items() if "model" in r["settings"]["config"]}
-    rank_plots.plot_layers(tmp_path / "old.png", results, common.find_arm)
+    rank_plots.plot_layers(tmp_path / "old.png", results)
     assert len(drawn[-1].axes) == len(deep)  # none of the small transformer
     for result in deep.values():
         for key in records.keys_of(result):
             for record in result[key]["seeds"].values():
                 for layer in record["layers"]:
                     layer |= dict.fromkeys(rank_plots.DEPTH_PANELS, layer["effective_rank"])
-    rank_plots.plot_layers(tmp_path / "new.png", deep, common.find_arm)
+    rank_plots.plot_layers(tmp_path / "new.png", deep)
     assert len(drawn[-1].axes) == 4 * len(deep)
     titles = [axis.get_title(loc="left") for axis in drawn[-1].axes]
     assert sum("without the first token" in title for title in titles) == 2 * len(deep)
@@ -433,9 +431,9 @@ def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
     stored = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
-    results = records.summarize(records.with_records(stored), common.find_arm)
+    results = records.summarize(records.with_records(stored))
     name = next(name for name in results if name.startswith("AG News"))
-    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]}, common.find_arm)
+    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]})
     centres = [
         [float(line.get_xdata()[0]) for line in axis.lines if len(line.get_xdata()) == 1]
         for axis in drawn[-1].axes

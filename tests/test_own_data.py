@@ -16,8 +16,7 @@ import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
 from collapse import plots, rank_plots
-from collapse.files import read_json
-from collapse.settings import ROOT
+from collapse.files import ROOT, read_json
 from common import load_classifier
 
 WORDS = {"good": "praise", "bad": "blame", "world": "neither $"}

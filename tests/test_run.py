@@ -24,12 +24,12 @@ import experiment_7b
 import experiment_agnews_7b
 from collapse import files, labelled_text, loop, publishing
 from collapse.batches import encode_rows
-from collapse.files import read_tensors, write_file
+from collapse.errors import UserError
+from collapse.files import ROOT, read_tensors, write_file
 from collapse.metrics import rank_metrics
 from collapse.optimizer import learning_rate_at
 from collapse.reports import COMPARISONS
 from collapse.rows import read_rows
-from collapse.settings import ROOT, UserError
 from collapse.sst2 import load_sst2
 
 

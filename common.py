@@ -4,8 +4,6 @@ Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden siz
 E engram size, T target tokens, V vocabulary, N rows of a split, S seeds.
 """
 
-import collapse  # isort: skip  # noqa: F401  # before torch: it sets the allocator
-
 import contextlib
 import copy
 import dataclasses
@@ -37,15 +35,11 @@ from collapse.checkpoints import load_weights
 from collapse.classifier import TextClassifier, base_model_of, settings_beside
 from collapse.cluster import cluster_of
 from collapse.data import Task, fixed_draw
-from collapse.files import (
-    RunFolder,
-    digest_weights,
-    environment,
-    git_commit,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from collapse.device import pick_device, set_threads
+from collapse.engrams import analyse_engrams
+from collapse.errors import UserError, is_out_of_memory
+from collapse.files import digest_weights, read_json, write_json, write_tensors
+from collapse.folder import RunFolder
 from collapse.language_models import (
     add_lora,
     check_lm_loss,
@@ -62,16 +56,11 @@ from collapse.loaders import load_task, preparation
 from collapse.loop import History, StepSums, TrainingLoop, Validation
 from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
 from collapse.measuring import Measuring
-from collapse.memory import (
-    DOES_NOT_FIT,
-    MemoryPlan,
-    count_parameters,
-    in_batches_that_fit,
-    is_out_of_memory,
-)
-from collapse.metrics import analyse_engrams, rank_metrics
+from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, in_batches_that_fit
+from collapse.metrics import rank_metrics
 from collapse.optimizer import SharedScaleAdamW
 from collapse.progress import Progress, Training
+from collapse.provenance import environment, git_commit
 from collapse.rows import measure_rows
 from collapse.settings import (
     DEFAULT_MODEL,
@@ -79,10 +68,7 @@ from collapse.settings import (
     STANDIN_MODEL,
     LanguageModelConfig,
     RunConfig,
-    UserError,
     check_config,
-    pick_device,
-    set_threads,
 )
 from collapse.tracking import load_tracker, tracked
 
@@ -725,11 +711,15 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     run.config.workers = jobs.how_many(config, device, len(left))
     jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
     results = run.publish()  # a command that shares the folder may have ended before it could
-    print(reports.summary_table(results, find_arm), flush=True)
+    print(reports.summary_table(results), flush=True)
+    if elsewhere := folder.trained_elsewhere():
+        names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
+        print(f"published before and not trained here: {', '.join(names)}", flush=True)
     if "cross_dataset" in results:
         print(reports.cross_dataset_table(results), flush=True)
     if folder.published:
-        print(reports.reproduction_table(folder.published, results), flush=True)
+        here = {"models": folder.finished()}
+        print(reports.reproduction_table(folder.published, here), flush=True)
     return results
 
 
@@ -804,7 +794,7 @@ class Run:
                 label=training.name,
                 trainer=trainer,
                 validate=partial(validate, trainer, validation),
-                measure=Measuring(model, train, validation),
+                measure=Measuring(model, train, validation, WATCHED_ROWS),
                 config=config,
                 seed=seed,
                 folder=training.folder,
@@ -836,6 +826,8 @@ class Run:
                 for name, rows in history.correct.items()
                 for kind, epoch in (("best", best), ("final", history.epoch))
             },
+            "measured": history.measured,
+            "resumed": history.resumed,
             "seconds": history.seconds,
         }
 
@@ -845,9 +837,10 @@ class Run:
         here = environment(self.device, self.commit)
         head = {"experiment": experiment.name, "settings": self.settings, **here}
         title, classes = experiment.title(), experiment.task.class_names
-        return publishing.publish(self.folder, head, title, classes, experiment.other, find_arm)
+        return publishing.publish(self.folder, head, title, classes, experiment.other)
 
 
+WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess
 
 
@@ -926,7 +919,7 @@ def run_language_model_experiment(
         return run_experiment(experiment, config)
     repository = sharing.open_repository(config.push_to_hub)
     results = run_experiment(experiment, config)
-    sharing.push(experiment.folder(config), repository, find_arm)
+    sharing.push(experiment.folder(config), repository)
     return results
 
 

@@ -3,11 +3,9 @@
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation
 rows through each model as it runs (model 3 with its cold prefix), and measures pooled hidden states
 of every layer and the classifier's intermediate features. Each measured model is kept until the
-code that measures changes: a run that is started again goes on. Studies in the output folder of
-results folders that have no checkpoints here stay as they are.
+code that measures changes: a run that is started again goes on. What earlier runs measured of
+published trainings whose checkpoints are not here stays as it is.
 """
-
-import common  # isort: skip  # before torch: it sets the allocator
 
 import gc
 import hashlib
@@ -23,18 +21,15 @@ import numpy as np
 import torch
 import tyro
 
+import common
 import experiment
 from collapse import rank_plots, records
 from collapse.batches import Split, encode_rows
 from collapse.checkpoints import load_weights
 from collapse.data import Rows, Task
-from collapse.files import (
-    digest_files,
-    environment,
-    finished_trainings,
-    read_json,
-    write_json,
-)
+from collapse.device import pick_device, set_allocator
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, digest_files, finished_trainings, read_json, write_json
 from collapse.loaders import load_again
 from collapse.measuring import outputs
 from collapse.model_records import (
@@ -45,14 +40,9 @@ from collapse.model_records import (
     pooled_record,
     train_record,
 )
+from collapse.provenance import environment
 from collapse.reports import study_name
-from collapse.settings import (
-    ROOT,
-    UserError,
-    check_bounds,
-    pick_device,
-    run_script,
-)
+from collapse.settings import check_bounds
 from collapse.source import digest_of_code
 from collapse.spread import transfer_accuracy
 
@@ -118,6 +108,13 @@ def find_folders(config: Config) -> list[Path]:
     for sentence in missing:
         print(f"NOTE: {sentence}")
     return found
+
+
+def published_trainings(folder: Path) -> list[tuple[str, str]]:
+    """(model, seed) of every training that a results folder publishes."""
+    file = folder / "results.json"
+    models = read_json(file)["models"] if file.exists() else {}
+    return [(model, seed) for model, runs in models.items() for seed in runs]
 
 
 def models_of(
@@ -262,6 +259,7 @@ def measure_study(
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    set_allocator()
     check_bounds("rows", config.rows, LEAST_ROWS, math.inf)
     check_bounds("draws", config.draws, 2, math.inf)
     device = pick_device(config.device)
@@ -279,6 +277,8 @@ def main() -> None:
             continue
         name = name if name not in studies else f"{name}, {study['folder']}"
         name = names.setdefault(study["folder"], name)
+        if kept := records.keep_unmeasured(study, earlier.get(name), published_trainings(folder)):
+            print(f"NOTE: of earlier runs, whose weights are not here: {', '.join(kept)}")
         studies[name] = study
         measured.add(name)
         gc.collect()  # one base model at a time
@@ -286,10 +286,10 @@ def main() -> None:
         raise UserError(f"nothing could be analysed; {' '.join(unusable)}")
     for name in studies.keys() - measured:
         print(f"NOTE: {name} stays as {file} has it: measured by an earlier run")
-    results = records.summarize(studies, common.find_arm)
+    results = records.summarize(studies)
     write_json(file, results)
-    rank_plots.plot_all(config.output_dir, results, common.find_arm)
-    print(records.table(results, common.find_arm))
+    rank_plots.plot_all(config.output_dir, results)
+    print(records.table(results))
     print(f"\nresults and plots: {config.output_dir}")
 
 

@@ -4,8 +4,6 @@ Without SST-2 (no --data-dir, nothing in the Hugging Face cache, no hub) it runs
 movie-review snippets (9,473 to train, 1,095 to validate) and writes to results/movie-snippets/.
 """
 
-import common  # isort: skip  # before torch: it sets the allocator
-
 import collections
 import math
 import re
@@ -18,9 +16,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
+import common
 from collapse import loaders
 from collapse.data import Task, limit_task
-from collapse.settings import ROOT, RunConfig, UserError, check_bounds, run_script
+from collapse.device import set_allocator
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT
+from collapse.settings import RunConfig, check_bounds
 from collapse.settings import check_config as check_run_config
 
 
@@ -196,6 +198,7 @@ def load_task(config: Config) -> Task:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    set_allocator()
     check_config(config)
     task = load_task(config)
     vocabulary = WordVocabulary(task.train.texts, config.vocabulary_size)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.settings import ROOT, LanguageModelConfig, run_script
+from collapse.device import set_allocator
+from collapse.errors import run_script
+from collapse.files import ROOT
+from collapse.settings import LanguageModelConfig
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Config(LanguageModelConfig):
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    set_allocator()
     common.run_language_model_experiment(
         "Experiment 2",
         results=ROOT / "results_7b",

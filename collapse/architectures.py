@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse.settings import LanguageModelConfig, UserError
+from collapse.errors import UserError
+from collapse.settings import LanguageModelConfig
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:

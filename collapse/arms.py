@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from collapse.errors import UserError
 from collapse.losses import combined_loss
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from collapse.data import Rows
-from collapse.settings import UserError
+from collapse.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from typing import Any
 import cloudpickle
 import torch
 
+from collapse.errors import UserError
 from collapse.files import is_held, write_file
 from collapse.progress import Progress, RunBar, Training
 from collapse.queue import POLL_SECONDS, Queue, Train, attempt_and_tell
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 SQUEUE_SECONDS = 15.0  # between two questions to Slurm, which is shared with others
 

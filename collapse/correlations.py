@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.stats
 
 
 def correlation_interval(
@@ -20,9 +19,11 @@ def correlation_interval(
         return {"r": r, "low": None, "high": None, "p": None, "n": n}
     if abs(r) >= 1:
         return {"r": r, "low": r, "high": r, "p": 0.0, "n": n}
+    from scipy.stats import norm
+
     se = math.sqrt((1 + r * r / 2 if ranks else 1.0) / freedom)
-    z, half = math.atanh(r), float(scipy.stats.norm.ppf((1 + level) / 2)) * se
-    p = float(2 * scipy.stats.norm.sf(abs(z) / se))
+    z, half = math.atanh(r), float(norm.ppf((1 + level) / 2)) * se
+    p = float(2 * norm.sf(abs(z) / se))
     return {"r": r, "low": math.tanh(z - half), "high": math.tanh(z + half), "p": p, "n": n}
 
 
@@ -36,9 +37,11 @@ def partial_spearman(
     ranks: of two strong common causes a little stays (about 0.2 instead of 0 where they explain
     nine tenths of both).
     """
-    x, y = scipy.stats.rankdata(x), scipy.stats.rankdata(y)  # (n,)
+    from scipy.stats import rankdata
+
+    x, y = rankdata(x), rankdata(y)  # (n,)
     controls = np.asarray(controls, dtype=np.float64).reshape(len(x), -1)  # (n, k)
-    known = np.column_stack([np.ones(len(x)), scipy.stats.rankdata(controls, axis=0)])
+    known = np.column_stack([np.ones(len(x)), rankdata(controls, axis=0)])
     a, b = (v - known @ np.linalg.lstsq(known, v, rcond=None)[0] for v in (x, y))
     floor = 1e-9 * len(x) ** 1.5  # of residuals that are rounding: ranks go up to n
     lengths = np.linalg.norm(a), np.linalg.norm(b)

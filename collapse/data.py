@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from collapse.corpus import corpus_text
+from collapse.errors import UserError
 from collapse.phrases import maximal_phrases, rows_apart
-from collapse.settings import UserError
+from collapse.text import corpus_text
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
-"""Files that are whole or not there, checksums, locks, and the folder of a run."""
+"""Files that are whole or not there, checksums, locks, and what a results folder holds."""
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from collapse.settings import DISK_FULL, ROOT, UserError
+from collapse.errors import DISK_FULL, UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -157,87 +155,6 @@ def is_held(folder: Path) -> bool:
         return True
 
 
-class RunFolder:
-    """A folder of results: published files at its top, the state of the run under state/.
-
-    Attributes: `published` is the results.json that stood here before this run's state began, or
-    None.
-    """
-
-    def __init__(self, path: Path, settings: dict, fresh: bool):
-        """settings define the study (configuration and data); a folder holds one such study.
-
-        Raises UserError when the folder holds another study's results and fresh is not set, or
-        when fresh is set while another command trains here.
-        """
-        self.path, self.state, self.results_file = path, path / "state", path / "results.json"
-        self.published, self.settings = None, through_json(settings)
-        with locked(path):
-            if fresh and any(is_held(lock.parent) for lock in self.state.glob("*-seed*/.lock")):
-                raise UserError(
-                    f"another command trains in {path}, and --fresh would delete its work: "
-                    "stop it, wait for its end, or choose another --output-dir."
-                )
-            self._open(self.settings, fresh)
-
-    @property
-    def settings_file(self) -> Path:
-        return self.state / "settings.json"
-
-    def check(self) -> None:
-        """Raise UserError when another command has begun another study here since, with --fresh."""
-        there = read_json(self.settings_file) if self.settings_file.exists() else self.settings
-        if difference := settings_difference(there, self.settings):
-            raise UserError(
-                f"another command has begun another configuration in {self.path} with --fresh "
-                f"({difference}): choose another folder with --output-dir."
-            )
-
-    def _open(self, settings: dict, fresh: bool) -> None:
-        settings_file, published_file = self.settings_file, self.state / "published.json"
-        for file in () if fresh else (settings_file, self.results_file):
-            if not file.exists():
-                continue
-            if difference := settings_difference(read_json(file), settings):
-                raise UserError(
-                    f"{self.path} holds results of another configuration ({difference}): "
-                    "choose another folder with --output-dir, or replace them with --fresh."
-                )
-        # What this run will be compared with: the results.json that stood here before our state, or
-        # that --fresh replaces.
-        published = published_file if published_file.exists() else self.results_file
-        if published == published_file or fresh or not settings_file.exists():
-            # With --fresh it may be any file.
-            with contextlib.suppress(FileNotFoundError, UserError):
-                before = read_json(published)
-                self.published = None if settings_difference(before, settings) else before
-        if fresh and self.state.exists():
-            discarded = self.path / "state-discarded"
-            shutil.rmtree(discarded, ignore_errors=True)
-            # At once: a kill in rmtree must not leave half of another run.
-            self.state.rename(discarded)
-            shutil.rmtree(discarded)
-        if fresh and self.published is None:
-            # Of another study: it would bar the way to a run that goes on.
-            self.results_file.unlink(missing_ok=True)
-        self.state.mkdir(parents=True, exist_ok=True)
-        if self.published:
-            write_json(published_file, self.published)
-        write_json(settings_file, settings)
-
-    def training(self, model: str, seed: int) -> Path:
-        """Folder of one training: training.safetensors while it runs, weights and metrics.json."""
-        return self.state / f"{model}-seed{seed}"
-
-    def finished(self) -> dict[str, dict[str, dict]]:
-        """Metrics of every finished training in this folder: model -> seed -> metrics."""
-        done: dict[str, dict[str, dict]] = {}
-        for model, seed in finished_trainings(self.path):
-            metrics = read_json(self.training(model, seed) / "metrics.json")
-            done.setdefault(model, {})[str(seed)] = metrics
-        return done
-
-
 def finished_trainings(path: Path) -> list[tuple[str, int]]:
     """(model, seed) of every finished training in a results folder, in order."""
     names = [file.parent.name for file in (path / "state").glob("*-seed*/metrics.json")]
@@ -258,47 +175,3 @@ def settings_difference(file: Any, here: dict) -> str | None:
             if key in there[part] and there[part][key] != value and key != "origin":
                 return f"{key} is {there[part][key]} there and {value} here"
     return None
-
-
-def git_commit() -> str | None:
-    """The commit of the code, with -modified at its end when the code differs from it."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None  # no git, or not a clone
-
-    commit = git("rev-parse", "HEAD")
-    if commit and git("status", "--porcelain", "--", "*.py", "requirements.txt"):
-        commit += "-modified"
-    return commit
-
-
-def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Versions, hardware and git commit (default: the present one), for results.json."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": {
-            "device": hardware_name(device),
-            "threads": torch.get_num_threads(),
-        },
-        "git_commit": commit or git_commit(),
-    }
-
-
-def hardware_name(device: torch.device) -> str:
-    """Of the GPU or processor."""
-    # On the machine that hands trainings to a cluster the device may be absent.
-    if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from collapse.clinc_domains import CLINC_DOMAINS
 from collapse.data import Task, check_task, named_rows, read_lines
+from collapse.errors import UserError
 from collapse.hub import load_named_from_hub
-from collapse.settings import UserError
 
 OUT_OF_SCOPE = "oos"
 

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from collapse.cluster import ClusterConfig, run_on_cluster
+from collapse.errors import UserError
 from collapse.progress import Progress, RunBar, Training
 from collapse.queue import POLL_SECONDS, Queue, Train, attempt, attempt_and_tell
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 
 def run_all(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from collapse.data import Rows, Task, check_task, hold_out_tenth
+from collapse.errors import UserError, check_name
+from collapse.files import ROOT
 from collapse.hub import load_all_splits
-from collapse.settings import ROOT, UserError, check_name
 from collapse.text_tables import SUFFIXES, NoLabels, Table, kind_of, read_file, read_table, shown
 
 # GLUE's test files have no labels: they come last.

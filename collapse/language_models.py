@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from collapse.architectures import check_causal_lm, check_kind
 from collapse.batches import Split, collate
-from collapse.files import digest_files, digest_weights, read_json, write_json
+from collapse.errors import UserError, check_name
+from collapse.files import ROOT, digest_files, digest_weights, read_json, write_json
 from collapse.lora import use_fused_lora
 from collapse.losses import lm_loss_sum
-from collapse.settings import ROOT, STANDIN_MODEL, LanguageModelConfig, UserError, check_name
+from collapse.settings import STANDIN_MODEL, LanguageModelConfig
 from collapse.weights import (
     check_finite,
     check_weights,
@@ -241,6 +242,9 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     config = fill_in_for(device, config)
     name, dtype = find_model(config.model), getattr(torch, config.compute_dtype)
     model_config, options = read_config(name, config.revision), {}
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        # Fused attention in bfloat16 takes four times as long there, mostly in the backward pass.
+        options["attn_implementation"] = "eager"
     if own := own_quantization(model_config):  # the folder's, for which None must not be given
         model_config.quantization_config = own | {"bnb_4bit_compute_dtype": config.compute_dtype}
     elif config.quantization == "nf4":

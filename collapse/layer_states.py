@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from collapse.architectures import decoder_layers
-from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
+from collapse.metrics import rank_metrics, ranks_from_gram
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.spread import length_share, sink_ratio, spreads, within_classes
 
 

@@ -19,10 +19,12 @@ from collapse.data import (
     parse_label,
     read_lines,
 )
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.hub import load_from_hub
 from collapse.intents import load_banking77, load_clinc150
 from collapse.labelled_text import dataset_of_origin, load_labelled_text
-from collapse.settings import READ_BY, ROOT, RunConfig, UserError
+from collapse.settings import READ_BY, RunConfig
 from collapse.sst2 import load_sst2, load_sst2_by_sentence
 
 AG_NEWS_ROWS = 120_000  # of the official training split

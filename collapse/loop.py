@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from collapse.batches import length_grouped_batches
 from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.errors import UserError
 from collapse.files import append_line, drop_lines_after, read_tensors, write_tensors
 from collapse.optimizer import learning_rate_at
 from collapse.progress import Progress
 from collapse.rows import file_of
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
 LOG_STEPS = 25  # optimizer steps that one line of metrics.jsonl sums up
@@ -58,6 +59,8 @@ class History:
     val: list[dict] = field(default_factory=list)
     # Evaluation -> per epoch, a 0 or 1 for each row.
     correct: dict[str, list[str]] = field(default_factory=dict)
+    measured: list[dict] = field(default_factory=list)  # every config.measure_every steps
+    resumed: list[int] = field(default_factory=list)  # steps at which a start went on
     seconds: float = 0.0
 
     @classmethod
@@ -155,17 +158,18 @@ class TrainingLoop:
 
     def begin(self) -> History:
         self.log.unlink(missing_ok=True)
-        initial = self.timed_validation().record
-        self.write({"step": 0, "epoch": 0, "validation": initial})
+        history = History(initial=self.timed_validation().record)
+        self.write({"step": 0, "epoch": 0, "validation": history.initial})
         if self.config.measure_every:
-            self.write({"step": 0, "epoch": 0, "measured": self.measure()})
-        return History(initial=initial)
+            self.log_measures(history, {"step": 0, "epoch": 0})
+        return history
 
     def resume(self) -> History:
         tensors, metadata = read_tensors(self.checkpoint)
         history = History.from_dict(metadata["history"])
         restore_optimizer(self.trainer.model, self.trainer.optimizer, tensors)
         steps = history.epoch * self.batches_per_epoch + history.batch
+        history.resumed.append(steps)
         drop_lines_after(self.log, steps)
         self.progress.go_on_after(steps, 1 + history.epoch)
         done = f"{history.epoch} epochs and {history.batch} batches"
@@ -199,8 +203,11 @@ class TrainingLoop:
             self.progress.step()
             if (self.step + 1) % LOG_STEPS == 0:
                 self.log_steps()
-            if self.config.measure_every and (self.step + 1) % self.config.measure_every == 0:
-                self.log_measures(sums)
+            last = self.step + 1 == total_steps
+            if (every := self.config.measure_every) and (last or (self.step + 1) % every == 0):
+                place = {"step": self.step + 1, "epoch": history.epoch + 1}
+                place["learning_rate"] = self.rate
+                self.log_measures(history, place, grad_norm=sums.grad_norm)
             if time.monotonic() - self.saved > CHECKPOINT_SECONDS and number + 1 < len(batches):
                 self.save()
 
@@ -210,10 +217,10 @@ class TrainingLoop:
         self.write(place | self.trainer.record(self.history.unlogged))
         self.history.unlogged = StepSums()
 
-    def log_measures(self, sums: StepSums) -> None:
-        """A line of metrics.jsonl: the model after this step, and the step's gradient."""
-        place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
-        measured = {**self.measure(), "grad_norm": sums.grad_norm}
+    def log_measures(self, history: History, place: dict[str, Any], **of_step: float) -> None:
+        """The model as it stands, and numbers of the last step, for results and metrics.jsonl."""
+        measured = {**self.measure(), **of_step}
+        history.measured.append({"step": place["step"], **measured})
         self.write(place | {"measured": measured})
 
     def end_epoch(self) -> Validation:

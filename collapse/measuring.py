@@ -1,9 +1,10 @@
-"""Collapse watched between optimizer steps: --measure-every STEPS, lines of metrics.jsonl.
+"""Collapse watched between optimizer steps: --measure-every STEPS, `measured` in results.json.
 
 Models that learn the classes at different speeds are to be compared at equal training loss, and a
-validation after each epoch is too seldom for that. So a few rows are measured often: ranks and
-spread of fixed validation rows, loss and accuracy of fixed training rows as an evaluation finds
-them, without dropout. Training is not touched: no random number is drawn and no weight changes.
+validation after each epoch is too seldom for that. So some rows are measured often, the same ones
+before the first step and ever after, for ranks depend on how many rows there are: ranks and spread
+of fixed validation rows, loss and accuracy of fixed training rows as an evaluation finds them,
+without dropout. Training is not touched: no random number is drawn and no weight changes.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from collapse.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
 from collapse.data import fixed_draw
 from collapse.layer_states import summarize_states
-from collapse.metrics import neural_collapse_metrics, rank_metrics, ranks_from_gram
+from collapse.metrics import rank_metrics, ranks_from_gram
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.spread import within_classes
 
-MEASURED_ROWS = 256  # of each split
+MEASURED_ROWS = 256  # of each split, by default
 
 
 @dataclass
@@ -29,9 +31,11 @@ class Measuring:
     model: nn.Module  # a DualHeadModel
     train: Split
     validation: Split
+    validation_rows: int = MEASURED_ROWS
 
     def __post_init__(self) -> None:
-        self.train, self.validation = map(draw_rows, (self.train, self.validation))
+        self.train = draw_rows(self.train)
+        self.validation = draw_rows(self.validation, self.validation_rows)
 
     def __call__(self) -> dict[str, float | None]:
         return measures(self.model, self.train, self.validation)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from collapse.architectures import decoder_layers
 from collapse.batches import EVALUATION_TOKENS, Split, token_budget_batches
-from collapse.settings import UserError
+from collapse.errors import UserError, is_out_of_memory
 
 
 class MemoryPlan:
@@ -192,16 +192,6 @@ def let_layers_recompute(backbone: nn.Module) -> None:
         # Asks embeddings for a gradient, which costs the first layer products of its own and is
         # needed by the reentrant kind of checkpointing alone.
         backbone.disable_input_require_grads()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was too small: torch's allocator says so, CUDA, or cuBLAS."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and (  # torch.AcceleratorError is one
-        "out of memory" in message or "cublas_status_alloc_failed" in message
-    )
 
 
 def in_batches_that_fit(

@@ -10,16 +10,11 @@ import numpy as np
 
 from collapse.batches import Split
 from collapse.data import Rows, Task, limit_task
+from collapse.errors import UserError
 from collapse.layer_states import LayerStates, records_by_depth
 from collapse.loaders import load_ag_news
-from collapse.metrics import (
-    neural_collapse_metrics,
-    random_subsets,
-    rank_metrics,
-    ranks_from_gram,
-    singular_values,
-)
-from collapse.settings import UserError
+from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.spread import class_means, ncc_agreement, spreads, within_classes
 from collapse.sst2 import load_sst2
 

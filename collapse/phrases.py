@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from collapse.corpus import corpus_text
+from collapse.text import corpus_text
 
 Words = tuple[str, ...]
 

@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.manifold import TSNE
 
+from collapse.arms import find_arm
 from collapse.data import fixed_draw
+from collapse.engrams import k_means, match_clusters, shuffled_labels
 from collapse.files import write_file
-from collapse.metrics import k_means, match_clusters, shuffled_labels
 
 # Okabe & Ito 2008.
 CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
@@ -67,12 +68,10 @@ CURVES = (
 )
 
 
-def plot_learning_curves(
-    path: Path, title: str, models: dict[str, dict], find_arm: Callable[[str], Any]
-) -> None:
+def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> None:
     """Accuracy, losses and effective rank over epochs: mean over seeds, band lowest to highest.
 
-    models: key -> seed -> metrics; find_arm gives title, color and marker of a key.
+    models: key -> seed -> metrics.
     """
     figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
     for axis, (key, label, scale) in zip(axes, CURVES, strict=True):
@@ -105,6 +104,44 @@ def plot_learning_curves(
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     spread = f"mean of {seeds} seeds, band: lowest to highest seed" if counts != [1] else "1 seed"
     figure.suptitle(f"{title}; {spread}")
+    save_figure(figure, path)
+
+
+MEASURED = (
+    ("dims_95pct", "components, 95% of the variance", 1),
+    ("effective_rank", "effective rank", 1),
+    ("effective_rank_within", "effective rank within classes", 1),
+    ("accuracy", "accuracy on training rows (%)", 100),
+)
+
+
+def plot_measured(path: Path, title: str, models: dict[str, dict]) -> None:
+    """Ranks and training accuracy over optimizer steps, a line for each training.
+
+    models: key -> seed -> metrics. Trainings that were not measured on the way are left out;
+    without any there is no figure.
+    """
+    runs = [
+        (find_arm(key), run["measured"])
+        for key, seeds in models.items()
+        for run in seeds.values()
+        if run.get("measured")
+    ]
+    if not runs:
+        path.unlink(missing_ok=True)
+        return
+    figure, axes = plt.subplots(1, len(MEASURED), figsize=(15, 4), layout="constrained")
+    for axis, (key, label, scale) in zip(axes, MEASURED, strict=True):
+        for arm, measured in runs:
+            steps = [record["step"] for record in measured]
+            values = [np.nan if record[key] is None else scale * record[key] for record in measured]
+            axis.plot(steps, values, color=arm.color, label=arm.title, linewidth=1.2)
+        axis.set(xlabel="optimizer step", ylabel=label)
+        if key != "accuracy":
+            axis.set_ylim(bottom=0)  # a collapse is a share of the start
+        axis.grid(alpha=0.3)
+    legend_below(figure)
+    figure.suptitle(f"{title}; {runs[0][1][0]['rows']:,} validation rows measured")
     save_figure(figure, path)
 
 

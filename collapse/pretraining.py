@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from collapse.checkpoints import optimizer_tensors, restore_optimizer
 from collapse.corpus import BLOCK_LENGTH
+from collapse.errors import UserError
 from collapse.files import digest_weights, read_json, read_tensors, write_json, write_tensors
 from collapse.losses import LinearCrossEntropy
 from collapse.optimizer import learning_rate_at
 from collapse.progress import Progress
-from collapse.settings import RunConfig, UserError
+from collapse.settings import RunConfig
 
 CHECKPOINT_SECONDS = 60  # a kill costs at most this much work
 EVALUATION_BLOCKS = 64  # in a forward pass without gradients

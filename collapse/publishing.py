@@ -1,11 +1,13 @@
 """What a run publishes of its finished trainings: results.json, a tidy CSV, plots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from collapse import plots, reports, rows
-from collapse.files import RunFolder, locked, read_tensors, through_json, write_file, write_json
+from collapse.arms import find_arm
+from collapse.files import locked, read_tensors, through_json, write_file, write_json
+from collapse.folder import RunFolder
 
 
 def publish(
@@ -14,30 +16,38 @@ def publish(
     title: str,
     class_names: Sequence[str],
     other: Path | None,
-    find_arm: Callable[[str], Any],
 ) -> dict[str, Any]:
     """Write all that the folder shows; returns what results.json holds.
 
+    That is the trainings that finished here, and published ones that were trained elsewhere.
     head is what it tells beside the trainings: experiment, settings, versions, hardware. other is
-    the results folder on the other data set. find_arm gives title, place, colour and marker for a
-    key of the results. Commands that share the folder take turns. Raises UserError when the folder
-    has become another study's.
+    the results folder on the other data set. Commands that share the folder take turns. Raises
+    UserError when the folder has become another study's.
     """
     with locked(folder.path):
         folder.check()
-        models = folder.finished()
-        models = {name: models[name] for name in sorted(models, key=lambda n: find_arm(n).place)}
+        here, elsewhere = folder.finished(), folder.trained_elsewhere()
+        names = sorted(here.keys() | elsewhere, key=lambda name: find_arm(name).place)
+        models = {name: by_seed(elsewhere.get(name, {}) | here.get(name, {})) for name in names}
         results = {**through_json(head), "models": models}
-        rows.publish_rows(folder.path)
+        kept = {(name, seed) for name, runs in elsewhere.items() for seed in runs}
+        rows.publish_rows(folder.path, kept)
         results["comparisons"] = reports.compare_all(models, rows.read_rows(folder.path))
         if found := reports.find_other(other, results):
             results["cross_dataset"] = reports.compare_datasets(results, found)
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", reports.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
-        plots.plot_learning_curves(curves, title, models, find_arm)
-        plot_engrams(folder, title, class_names, models.get("model3", {}))
+        plots.plot_learning_curves(curves, title, models)
+        plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
+        if "model3" in models and "model3" not in here:
+            return results  # its engrams are elsewhere, and their figure is here
+        plot_engrams(folder, title, class_names, here.get("model3", {}))
     return results
+
+
+def by_seed(runs: dict[str, dict]) -> dict[str, dict]:
+    return {seed: runs[seed] for seed in sorted(runs, key=int)}
 
 
 def plot_engrams(

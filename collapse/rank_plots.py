@@ -5,30 +5,28 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import matplotlib.ticker
 import numpy as np
 
-from collapse.files import read_json
+from collapse.arms import find_arm
+from collapse.files import ROOT, read_json
 from collapse.plots import legend_below, save_figure
 from collapse.records import keys_of, title_of, values_of
 from collapse.reference import reference_for
 from collapse.reports import comparisons_of
-from collapse.settings import ROOT
 
-FindArm = Callable[[str], Any]  # key of the results -> title, label, color, marker
 BEFORE_TRAINING = "#666666"
 LEAST_DEPTHS = 5  # of a line over depth
 
 
-def plot_all(folder: Path, results: dict[str, dict], find_arm: FindArm) -> None:
+def plot_all(folder: Path, results: dict[str, dict]) -> None:
     """Draw every figure of the results, as records.summarize gives them, into the folder."""
-    plot_ranks(folder / "effective_rank.png", results, find_arm)
-    plot_layers(folder / "rank_by_layer.png", results, find_arm)
-    plot_collapse(folder / "neural_collapse.png", results, find_arm)
-    plot_overview(folder / "overview.png", results, find_arm)
+    plot_ranks(folder / "effective_rank.png", results)
+    plot_layers(folder / "rank_by_layer.png", results)
+    plot_collapse(folder / "neural_collapse.png", results)
+    plot_overview(folder / "overview.png", results)
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,13 @@ class Shown:
         axis.plot([position] * len(values), values, color=self.color, label=self.title, **dots)
 
 
-def shown_models(result: dict, find_arm: FindArm) -> list[Shown]:
+def shown_models(result: dict) -> list[Shown]:
     found = []
     for key in keys_of(result):
         title, tick, color, marker = "Before training", "Start", BEFORE_TRAINING, "D"
         if key != "pretrained":
             arm = find_arm(key)
-            title, tick = title_of(key, result, find_arm), arm.label.capitalize()
+            title, tick = title_of(key, result), arm.label.capitalize()
             color, marker = arm.color, arm.marker
         found.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
     return found
@@ -85,11 +83,11 @@ def grid_of(studies: int, columns: int, height: float) -> tuple[plt.Figure, np.n
     return plt.subplots(studies, columns, **size)
 
 
-def plot_ranks(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
+def plot_ranks(path: Path, results: dict[str, dict]) -> None:
     """Singular spectrum, cumulative variance, effective rank over rows, effective rank of all."""
     figure, axes = grid_of(len(results), 4, 2.9)
     for row, (name, result) in zip(axes, results.items(), strict=True):
-        models = shown_models(result, find_arm)
+        models = shown_models(result)
         for place, model in enumerate(models):
             values = np.array([r["singular_values"] for r in model.records])  # (S, min(N, D))
             components, look = np.arange(1, values.shape[1] + 1), {"markersize": 4}
@@ -135,7 +133,7 @@ DEPTH_PANELS = {
 }
 
 
-def plot_layers(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
+def plot_layers(path: Path, results: dict[str, dict]) -> None:
     """Effective rank by depth: a row of panels for each study of a deep model, one a measure.
 
     Records of an older run have the first measure alone. No figure where no model is deep.
@@ -143,12 +141,12 @@ def plot_layers(path: Path, results: dict[str, dict], find_arm: FindArm) -> None
     deep = {
         name: result
         for name, result in results.items()
-        if len(shown_models(result, find_arm)[0].records[0]["layers"]) >= LEAST_DEPTHS
+        if len(shown_models(result)[0].records[0]["layers"]) >= LEAST_DEPTHS
     }
     if not deep:
         path.unlink(missing_ok=True)
         return
-    first = [shown_models(result, find_arm)[0].records[0]["layers"][0] for result in deep.values()]
+    first = [shown_models(result)[0].records[0]["layers"][0] for result in deep.values()]
     measures = [name for name in DEPTH_PANELS if all(name in layer for layer in first)]
     panels = [(name, result, measure) for name, result in deep.items() for measure in measures]
     columns = len(measures) if len(measures) > 1 else min(2, len(panels))
@@ -158,7 +156,7 @@ def plot_layers(path: Path, results: dict[str, dict], find_arm: FindArm) -> None
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (name, result, measure) in zip(axes.flat, panels, strict=False):
-        for model in shown_models(result, find_arm):
+        for model in shown_models(result):
             ranks = [[layer[measure] for layer in record["layers"]] for record in model.records]
             model.band(axis, np.arange(len(ranks[0])), ranks, markersize=3)
         axis.set(xlabel="layer (0: embeddings; last: after the final norm)")
@@ -182,11 +180,11 @@ COLLAPSE_PANELS = {
 }
 
 
-def plot_collapse(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
+def plot_collapse(path: Path, results: dict[str, dict]) -> None:
     """Neural-collapse measures: a row for each study, a dot for each seed."""
     figure, axes = grid_of(len(results), len(COLLAPSE_PANELS), 2.6)
     for row, (name, result) in zip(axes, results.items(), strict=True):
-        models = shown_models(result, find_arm)
+        models = shown_models(result)
         for axis, (number, label) in zip(row, COLLAPSE_PANELS.items(), strict=True):
             for position, model in enumerate(models):
                 model.dots(axis, position, values_of(result, model.key, number))
@@ -212,7 +210,7 @@ def logarithmic(axis: plt.Axes) -> None:
     axis.set_ylim(low / 1.3, high * 1.3)
 
 
-def plot_overview(path: Path, results: dict[str, dict], find_arm: FindArm) -> None:
+def plot_overview(path: Path, results: dict[str, dict]) -> None:
     """Accuracy against model 1, rank against the start, CDNV against model 1: a row for each study.
 
     Bars are intervals for other seeds and rows; hollow marks are the reference's, one seed each.
@@ -222,7 +220,7 @@ def plot_overview(path: Path, results: dict[str, dict], find_arm: FindArm) -> No
     for row, result in enumerate(results.values()):
         theirs = reference_for(Path(result["folder"])) or {}
         gains = accuracy_gains(result)
-        for model in shown_models(result, find_arm)[1:]:
+        for model in shown_models(result)[1:]:
             look = {"color": model.color, "marker": model.marker, "label": model.title}
             place = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
             if gain := gains.get(f"{model.key} - model1"):

@@ -1,15 +1,16 @@
 """Experiment 4: from records of single models to a study's means, changes and table."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from collapse import model_records
-from collapse.files import read_json
+from collapse.arms import find_arm
+from collapse.errors import UserError
+from collapse.files import read_json, settings_difference
 from collapse.reports import controls_of
-from collapse.settings import UserError
 from collapse.statistics import (
     format_interval,
     format_spread,
@@ -25,7 +26,7 @@ HALVED += ("effective_rank_without_first", "effective_rank_within_without_first"
 PARTS = ("intermediate", "train")
 
 
-def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[str, dict]:
+def summarize(studies: dict[str, dict]) -> dict[str, dict]:
     """What effective_rank_results.json holds: study -> settings, changes, means, intervals, seeds.
 
     studies: name -> folder, settings, num_samples, measured, records (model -> seed -> record).
@@ -37,7 +38,7 @@ def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[
         records = study["records"]
         result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
-        keys = sorted(records, key=lambda key: place_of(key, find_arm))
+        keys = sorted(records, key=lambda key: place_of(key))
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
         pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
@@ -46,7 +47,7 @@ def summarize(studies: dict[str, dict], find_arm: Callable[[str], Any]) -> dict[
     return results
 
 
-def place_of(key: str, find_arm: Callable[[str], Any]) -> tuple:
+def place_of(key: str) -> tuple:
     """Sorts the keys of models: the one before training, then the arms as they stand."""
     return (-1,) if key == "pretrained" else find_arm(key).place
 
@@ -62,7 +63,8 @@ def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
 def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[str, Any]:
     """Means over seeds, their intervals, and the records themselves."""
     flat = [scalars(record) for record in records.values()]
-    intervals = {number: mean_interval(f[number] for f in flat) for number in flat[0]}
+    shared = [number for number in flat[0] if all(number in f for f in flat)]
+    intervals = {number: mean_interval(f[number] for f in flat) for number in shared}
     if matched_rows:
         draws = [record["subsets"][str(matched_rows)] for record in records.values()]
         intervals["effective_rank_matched"] = mean_interval(map(np.mean, draws))
@@ -104,7 +106,7 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     that of its log, `cdnv_log_ratio`.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
-    keys = [key for key in flat[0][0] if key in flat[0][1]]
+    keys = [key for key in flat[0][0] if all(key in part for pair in flat for part in pair)]
     keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
     if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
         parts = {key: key.split(".") for key in keys}
@@ -162,6 +164,27 @@ def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict
     return with_records(alike)
 
 
+def keep_unmeasured(
+    study: dict, earlier: dict | None, published: Collection[tuple[str, str]]
+) -> list[str]:
+    """Take over records of published trainings (model, seed) whose weights are not here.
+
+    earlier is the same folder's study of before, as summarize takes it; of other settings nothing
+    is taken. The baseline of a small transformer's seed comes along. Returns "model seed" of each.
+    """
+    if earlier is None or settings_difference(earlier["settings"], study["settings"]):
+        return []
+    records, taken = study["records"], []
+    seeds = {seed for _, seed in published}
+    baselines = () if "model" in study["settings"]["config"] else {("pretrained", s) for s in seeds}
+    for key, runs in earlier["records"].items():
+        for seed, record in runs.items():
+            if (key, seed) in {*published, *baselines} and seed not in records.get(key, {}):
+                records.setdefault(key, {})[seed] = record
+                taken.append(f"{key} seed {seed}")
+    return taken
+
+
 def with_records(results: dict[str, dict]) -> dict[str, dict]:
     """Studies as summarize takes them, from what it wrote."""
     return {
@@ -175,7 +198,7 @@ def keys_of(result: dict) -> list[str]:
     return [key for key, value in result.items() if isinstance(value, dict) and "seeds" in value]
 
 
-def title_of(key: str, result: dict, find_arm: Callable[[str], Any]) -> str:
+def title_of(key: str, result: dict) -> str:
     if key != "pretrained":
         return find_arm(key).title
     return "Pretrained" if "model" in result["settings"]["config"] else "Untrained"
@@ -191,12 +214,12 @@ TABLE += (("participation_ratio", 1), ("dims_95pct", 0), ("cdnv", 2))
 TABLE += (("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
 
 
-def table(results: dict[str, dict], find_arm: Callable[[str], Any]) -> str:
+def table(results: dict[str, dict]) -> str:
     """The outcome for the log."""
-    return "\n".join(line for name, r in results.items() for line in _lines(name, r, find_arm))
+    return "\n".join(line for name, r in results.items() for line in _lines(name, r))
 
 
-def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[str]:
+def _lines(name: str, result: dict) -> Iterator[str]:
     yield ""
     yield f"{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)"
     width, rows = 28, result["matched_rows"]
@@ -206,7 +229,7 @@ def _lines(name: str, result: dict, find_arm: Callable[[str], Any]) -> Iterator[
         cells = [format_spread(values_of(result, key, n), digits) for n, digits in TABLE]
         last = format_spread(values_of(result, key, "effective_rank_matched"), 1) if rows else ""
         row = "".join(f"{cell:{width}}" for cell in cells)
-        yield f"{title_of(key, result, find_arm):22}{row}{last}"
+        yield f"{title_of(key, result):22}{row}{last}"
     yield "changes of the effective rank [95% interval for other seeds and rows]"
     for pair, found in result["changes"].items():
         shown = format_interval(found["both"]["effective_rank"], 1, sign="+")

@@ -4,15 +4,16 @@ import contextlib
 import csv
 import io
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from collapse.arms import find_arm
+from collapse.errors import UserError
 from collapse.files import read_json, settings_difference
 from collapse.rows import RowResults, compare_losses
-from collapse.settings import UserError
 from collapse.statistics import (
     compare_models,
     difference_interval,
@@ -175,8 +176,8 @@ def cross_dataset_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def summary_table(results: dict, find_arm: Callable[[str], Any]) -> str:
-    """The run's outcome for the log; find_arm gives the title of a key of the results."""
+def summary_table(results: dict) -> str:
+    """The run's outcome for the log."""
     lines = [
         "",
         "validation accuracy in %, mean (lowest to highest seed)",

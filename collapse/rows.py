@@ -12,13 +12,12 @@ the temperature that fits the other one best.
 """
 
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize
 import torch
-from scipy.special import log_softmax
 from torch import Tensor
 
 from collapse.data import fixed_draw
@@ -52,6 +51,8 @@ def log_probabilities(
     logits: np.ndarray, labels: np.ndarray, temperatures: np.ndarray
 ) -> np.ndarray:
     """Log probability (N,) of the true class, each row's logits (N, C) divided by its own (N,)."""
+    from scipy.special import log_softmax
+
     logits = np.asarray(logits, dtype=np.float64) / temperatures[:, None]
     return log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
 
@@ -71,6 +72,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     Between 1 / HOTTEST and HOTTEST: where every row is right, colder would always be better.
     """
+    import scipy.optimize
 
     def loss(log_temperature: float) -> float:
         temperatures = np.full(len(labels), np.exp(log_temperature))
@@ -103,23 +105,39 @@ def file_of(training: Path, epoch: str) -> Path:
     return training / f"{epoch}-rows.safetensors"
 
 
-def publish_rows(folder: Path) -> None:
-    """Write rows.safetensors of a results folder from all its finished trainings that have rows."""
+def publish_rows(folder: Path, trained_elsewhere: Collection[tuple[str, str]] = ()) -> None:
+    """Write rows.safetensors of a results folder from all its finished trainings that have rows.
+
+    Of trainings (model, seed) that were trained elsewhere the rows stay that are published.
+    """
+    path = folder / "rows.safetensors"
+    earlier, drawn = {}, None  # rows of others, and which of the split's rows they are
+    if trained_elsewhere and path.exists():
+        earlier = {
+            f"{model} {seed} {epoch}": rows
+            for model, runs in read_rows(folder).items()
+            for seed, by_epoch in runs.items()
+            if (model, seed) in trained_elsewhere
+            for epoch, rows in by_epoch.items()
+        }
+        counts = read_tensors(path)[1]
+        drawn = fixed_draw(counts["of"], counts["rows"])
     found = {}
     for (model, seed), epoch in itertools.product(finished_trainings(folder), EPOCHS):
         file = file_of(folder / "state" / f"{model}-seed{seed}", epoch)
         if file.exists():  # not of trainings from before there were rows
             found[f"{model} {seed} {epoch}"] = unpack(read_tensors(file)[0])
-    path = folder / "rows.safetensors"
-    if not found:
+    if not found and not earlier:
         path.unlink(missing_ok=True)
         return
-    total = len(next(iter(found.values())).scaled)
-    share = min(TRAINING_BYTES, len(EPOCHS) * STUDY_BYTES / len(found))
-    kept = fixed_draw(total, int(share / ROW_BYTES))
+    total = len(next(iter(found.values())).scaled) if found else counts["of"]
+    share = min(TRAINING_BYTES, len(EPOCHS) * STUDY_BYTES / (len(found) + len(earlier)))
+    limit = int(share / ROW_BYTES) if drawn is None else min(int(share / ROW_BYTES), len(drawn))
+    kept = fixed_draw(total, limit)  # of a draw of more rows it is a part
     tensors = {}
-    for name, rows in found.items():
-        packed = pack(rows.correct[kept], rows.log_probability[kept], rows.scaled[kept])
+    for name, rows in {**earlier, **found}.items():
+        at = np.searchsorted(drawn, kept) if name in earlier else kept
+        packed = pack(rows.correct[at], rows.log_probability[at], rows.scaled[at])
         tensors |= {f"{name} {part}": tensor for part, tensor in packed.items()}
     write_tensors(path, tensors, {"rows": len(kept), "of": total})
 

@@ -1,25 +1,11 @@
-"""Settings of the training scripts, their checks, errors a person can mend, how a script starts."""
+"""Settings of the training scripts, and their checks."""
 
-import errno
 import math
-import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import threadpoolctl
-import torch
-
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can mend; its message is one sentence that says how."""
+from collapse.errors import UserError
 
 
 @dataclass
@@ -78,8 +64,9 @@ class RunConfig:
     cluster_memory_gib: int = 16
     # Partition of the cluster. Default: the cluster's own.
     cluster_partition: str | None = None
-    # Optimizer steps between two measures of collapse (256 validation rows) and training loss (256
-    # training rows), in metrics.jsonl; 0 makes none. Training is the same with and without.
+    # Optimizer steps between two measures of collapse (up to 1,000 validation rows) and training
+    # loss (256 training rows), in results.json; also before the first step and after the last. 0
+    # makes none. Training is the same with and without.
     measure_every: int = 0
     # Tracker that gets the numbers of metrics.jsonl, too, each training as a run of its own.
     log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
@@ -212,114 +199,8 @@ def check_config(config: RunConfig) -> None:
         check_bounds("seeds", seed, 0, 2**32 - 1)
 
 
-def check_name(path: str | Path) -> None:
-    """Raise UserError for a path that no results file can hold: bytes that are no UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        readable = str(path).encode(errors="replace").decode()
-        raise UserError(f"the name {readable} is no UTF-8: rename it.") from None
-
-
 def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
     """Raise UserError when the setting is out of [low, high]; None is a limit that is not set."""
     if value is not None and not low <= value <= high:
         wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}.")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for --device: a CUDA device that is asked for and absent is an error."""
-    if name == "cpu" or torch.cuda.is_available():
-        return torch.device("cuda" if name == "auto" else name)
-    driver = nvidia_driver()
-    found = f"NVIDIA's driver {driver} is here, but torch {torch.__version__} sees no CUDA device"
-    mend = "its builds for CUDA 13 need driver 580 or newer: update the driver, or install a build "
-    mend += "of torch for an older CUDA"
-    if name == "cuda" and driver:
-        raise UserError(f"--device cuda: {found}; {mend}.")
-    if name == "cuda":
-        raise UserError(
-            "--device cuda, but torch sees no CUDA device: "
-            "use --device auto, or install a CUDA build of torch."
-        )
-    if driver:
-        print(f"warning: {found}; {mend}. This goes on with the CPU.", flush=True)
-    return torch.device("cpu")
-
-
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
-
-
-def set_threads(count: int) -> None:
-    """Threads of torch and of the libraries below numpy, in this process.
-
-    Sums in other threads end in other digits, and two processes of two threads each wait for each
-    other: an SVD of 1,000 x 128 then takes 30 times as long.
-    """
-    torch.set_num_threads(count)
-    threadpoolctl.threadpool_limits(count)
-
-
-def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver that the machine has; None where no GPU shows one."""
-    if DRIVER_FILE.exists():
-        found = re.search(r"(?<= )\d+(\.\d+)+(?= )", DRIVER_FILE.read_text(errors="replace"))
-        return found and found[0]
-    if (tool := shutil.which("nvidia-smi")) is None:
-        return None
-    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    found = re.match(r"\d+(\.\d+)+", answer.stdout)
-    return found and found[0]
-
-
-def expand_home(argument: str) -> str:
-    """An argument of the command line whose ~ the shell left, as in --output-dir=~/x.
-
-    Raises UserError for a path that no results file can hold.
-    """
-    check_name(argument)
-    found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
-    return f"{found[1] or ''}{Path(found[2]).expanduser()}" if found else argument
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: what a person can mend ends in one sentence and exit code 2."""
-    try:
-        sys.argv[1:] = map(expand_home, sys.argv[1:])
-        return main()
-    except KeyboardInterrupt:
-        message = "stopped; the same command, without --fresh, goes on from the last checkpoint."
-        code = 130
-    except Exception as error:
-        message, code = what_to_do(error), 2
-        if message is None:
-            raise
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def what_to_do(error: Exception) -> str | None:
-    """The sentence for a person who can mend what was raised; None for an error of the code."""
-    if isinstance(error, UserError):
-        return str(error)
-    from collapse.memory import is_out_of_memory  # which imports this module
-
-    if is_out_of_memory(error):
-        return "GPU memory is full: end other programs that use the GPU, or use a smaller model."
-    if not isinstance(error, OSError):
-        return None
-    if error.errno in DISK_FULL:
-        go_on = "the same command, without --fresh, goes on from the last checkpoint."
-        return f"the disk is full: free some space; {go_on}"
-    if (
-        isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
-        or error.errno == errno.EROFS
-    ):
-        where = f"{error.filename} ({error.strerror})"
-        return f"cannot write {where}: choose another folder with --output-dir."
-    return None

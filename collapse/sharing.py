@@ -2,13 +2,12 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from collapse.arms import find_arm
+from collapse.errors import UserError
 from collapse.files import read_json, write_file, write_json
 from collapse.reports import summary_table
-from collapse.settings import UserError
 
 
 def open_repository(name: str) -> str:
@@ -26,7 +25,7 @@ def open_repository(name: str) -> str:
         raise _refused(name, error) from None
 
 
-def push(run: Path, name: str, find_arm: Callable[[str], Any]) -> None:
+def push(run: Path, name: str) -> None:
     """Upload what lay_out makes of a run, in the place of an earlier run's models.
 
     Raises UserError when the hub does not take it.
@@ -34,7 +33,7 @@ def push(run: Path, name: str, find_arm: Callable[[str], Any]) -> None:
     import huggingface_hub
 
     with tempfile.TemporaryDirectory() as folder:
-        trainings = lay_out(run, Path(folder), name, find_arm)
+        trainings = lay_out(run, Path(folder), name)
         try:
             huggingface_hub.HfApi().upload_folder(
                 repo_id=name,
@@ -56,12 +55,11 @@ def _refused(name: str, error: Exception) -> UserError:
     )
 
 
-def lay_out(run: Path, target: Path, name: str, find_arm: Callable[[str], Any]) -> list[str]:
+def lay_out(run: Path, target: Path, name: str) -> list[str]:
     """Put every finished training of a results folder where others can use it; returns their names.
 
     target gets README.md, results.json, settings.json, and for each training MODEL-seedN/ with
-    what load_classifier and peft read of its last epoch. name is the repository's, for the card;
-    find_arm gives the title of a key of the results.
+    what load_classifier and peft read of its last epoch. name is the repository's, for the card.
     """
     results = read_json(run / "results.json")
     model = results["settings"]["config"]["model"]
@@ -76,11 +74,11 @@ def lay_out(run: Path, target: Path, name: str, find_arm: Callable[[str], Any]) 
         write_json(adapter, read_json(adapter) | {"base_model_name_or_path": model})
     shutil.copyfile(run / "results.json", target / "results.json")
     shutil.copyfile(run / "state/settings.json", target / "settings.json")
-    write_file(target / "README.md", model_card(results, name, folders, find_arm).encode())
+    write_file(target / "README.md", model_card(results, name, folders).encode())
     return folders
 
 
-def model_card(results: dict, name: str, folders: list[str], find_arm: Callable[[str], Any]) -> str:
+def model_card(results: dict, name: str, folders: list[str]) -> str:
     """The repository's README.md: the run's numbers, what the files are, how to load them."""
     from huggingface_hub import ModelCardData
 
@@ -113,7 +111,7 @@ def model_card(results: dict, name: str, folders: list[str], find_arm: Callable[
         validation_rows=data["validation_rows"],
         classes=", ".join(data["class_names"]),
         table="\n".join(rows),
-        summary=summary_table(results, find_arm).strip("\n"),
+        summary=summary_table(results).strip("\n"),
         name=name,
         folder=folders[0],
         code=results["git_commit"] or "that made them",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from collapse.settings import ROOT
+from collapse.files import ROOT
 
 
 def digest_of_code(*functions: Callable) -> str:

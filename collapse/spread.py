@@ -3,11 +3,9 @@
 Pure functions of arrays, float64. Features are (N, D), one row a text, labels (N,).
 """
 
+from typing import Any
+
 import numpy as np
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from collapse.metrics import effective_rank, singular_values
 
@@ -143,13 +141,20 @@ def _centred(values: np.ndarray) -> np.ndarray:
     return values - values.mean(0)
 
 
-def _probe(strength: float) -> Pipeline:
+def _probe(strength: float) -> Any:
+    """scikit-learn's pipeline of standardization and logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     regression = LogisticRegression(C=strength, max_iter=5000, warm_start=True)
     return make_pipeline(StandardScaler(), regression)
 
 
 def _probe_strength(features: np.ndarray, labels: np.ndarray, folds: int, seed: int) -> float:
     """The one of PROBE_STRENGTHS with the least cross-entropy on held-out rows."""
+    from sklearn.model_selection import StratifiedKFold
+
     losses = np.zeros(len(PROBE_STRENGTHS))
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for train, held_out in splits.split(features, labels):

@@ -4,9 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from collapse.data import Rows, Task, check_task, fixed_draw, parse_label, read_lines
+from collapse.errors import UserError
 from collapse.hub import load_from_hub
 from collapse.phrases import maximal_phrases, rows_apart
-from collapse.settings import UserError
 
 
 def read_sst2_split(path: Path) -> Rows:

@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
-from scipy.special import stdtr, stdtrit
 
 PIGEONHOLE_CHUNK = 250  # draws at once: 15 MB of row weights at 7,600 rows
 
@@ -197,8 +195,10 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     if a.shape != b.shape or a.ndim != 1:
         raise ValueError(f"right-or-wrong arrays of one seed each, not {a.shape} and {b.shape}")
+    from scipy.stats import binomtest
+
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    return float(scipy.stats.binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    return float(binomtest(only_b, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def paired_difference(
@@ -230,7 +230,9 @@ def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return {"mean": mean, "low": None, "high": None, "n": n}
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
@@ -258,8 +260,10 @@ def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, fl
     difference, freedom = float(b.mean() - a.mean()), len(a) + len(b) - 2
     if freedom < 1:
         return {"mean": difference, "low": None, "high": None}
+    from scipy.stats import t
+
     pooled = (((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / freedom
-    half = float(scipy.stats.t.ppf(0.975, freedom) * math.sqrt(pooled * (1 / len(a) + 1 / len(b))))
+    half = float(t.ppf(0.975, freedom) * math.sqrt(pooled * (1 / len(a) + 1 / len(b))))
     return {"mean": difference, "low": difference - half, "high": difference + half}
 
 
@@ -305,6 +309,8 @@ def t_interval(mean: float, se: float, df: float, level: float) -> dict[str, Any
     """t interval and two-sided p against zero of a mean; None without a degree of freedom."""
     if df <= 0:
         return {"mean": mean, "low": None, "high": None, "se": None, "df": None, "p": None}
+    from scipy.special import stdtr, stdtrit
+
     half = float(stdtrit(df, (1 + level) / 2)) * se
     p = float(2 * stdtr(df, -abs(mean) / se)) if se > 0 else float(mean == 0)
     return {"mean": mean, "low": mean - half, "high": mean + half, "se": se, "df": df, "p": p}

@@ -51,8 +51,8 @@ def token_collapse_metrics(
     `agreement`, the share of validation rows that the head gives to the token with the nearest
     training mean; a class never seen has no mean and cannot be the nearest, the head may choose it.
 
-    What has no pair or no spread is 0, as in collapse.metrics.neural_collapse_metrics. Raises
-    ValueError when train has no row.
+    What has no pair or no spread is 0, as in neural_collapse_metrics. Raises ValueError when train
+    has no row.
     """
     found = class_means(train, vocabulary, weights.shape[1])
     centred = found.means - found.means.mean(0)  # (C, D)

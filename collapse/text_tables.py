@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from collapse.data import decode_lines
-from collapse.settings import DISK_FULL, UserError
+from collapse.errors import DISK_FULL, UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # behind one of those

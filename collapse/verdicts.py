@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from scipy.special import stdtr
-
 from collapse.statistics import t_interval
 
 
@@ -14,6 +12,7 @@ def verdict(
     interval_90: Mapping[str, Any],
     margin: float,
     planned_done: bool,
+    lower_bound: bool = False,
 ) -> dict[str, Any]:
     """`verdict` on an effect said to be above zero, `half_width`, `margin`, a `text` with both.
 
@@ -21,8 +20,9 @@ def verdict(
     margin; *refuted*, that interval is below zero, or the 90% interval lies inside the margin on
     both sides (no effect of interest, though perhaps one above zero); *small*, that interval
     excludes zero and the estimate is within the margin; *not decided* otherwise. Without an
-    interval nothing is decided. The text of a verdict before all planned seeds ran says so: "not
-    decided" is no outcome until they did.
+    interval nothing is decided. An estimate that is a lower bound of the effect, as where what it
+    is read from is censored, can be supported and nothing else. The text of a verdict before all
+    planned seeds ran says so: "not decided" is no outcome until they did.
     """
     if not margin > 0:
         raise ValueError(f"a margin is above 0, not {margin}")
@@ -36,12 +36,15 @@ def verdict(
         found = "small"
     else:
         found = "not decided"
+    if lower_bound and found != "supported":
+        found = "not decided"
     half = (high - low) / 2 if low is not None else None
     bounds = "no interval"
     if known:
         bounds = f"Holm-adjusted [{low:+.3g}, {high:+.3g}], half-width {half:.3g}, "
         bounds += f"90% [{interval_90['low']:+.3g}, {interval_90['high']:+.3g}]"
     text = f"{found}: {estimate:+.3g}, {bounds}, margin {margin:g}"
+    text += ", a lower bound" if lower_bound else ""
     text += "" if planned_done else "; not all planned seeds ran"
     return {"verdict": found, "half_width": half, "margin": margin, "text": text}
 
@@ -82,6 +85,8 @@ def equivalence(estimate: float, se: float, df: float, margin: float) -> dict[st
 
     `p` is below 0.05 exactly where `low` to `high`, the 90% interval, lies inside the margin.
     """
+    from scipy.special import stdtr
+
     interval = t_interval(estimate, se, df, 0.90)
     inside = margin - abs(estimate)  # how far the nearer bound of the margin is
     p = float(stdtr(df, -inside / se)) if se > 0 else float(inside <= 0)

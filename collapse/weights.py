@@ -11,10 +11,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from collapse.errors import DISK_FULL, UserError, is_out_of_memory
 from collapse.files import read_json
 from collapse.hub import use_cache_if_hub_is_silent
-from collapse.memory import is_out_of_memory
-from collapse.settings import DISK_FULL, STANDIN_MODEL, UserError
+from collapse.settings import STANDIN_MODEL
 
 
 def quiet_transformers() -> None:

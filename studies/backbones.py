@@ -24,10 +24,13 @@ import tuning
 
 from collapse import pretraining
 from collapse.corpus import VOCABULARY
-from collapse.files import git_commit, write_json
+from collapse.device import set_threads
+from collapse.errors import run_script
+from collapse.files import ROOT, write_json
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, check_bounds, run_script, set_threads
+from collapse.provenance import git_commit
+from collapse.settings import check_bounds
 from collapse.statistics import format_interval, paired_difference
 from collapse.tables import into_table, read_rows, without_rows
 

@@ -26,10 +26,10 @@ import tuning
 
 import common
 from collapse import rank_plots
-from collapse.files import write_json
+from collapse.errors import run_script
+from collapse.files import ROOT, write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, run_script
 from collapse.statistics import (
     crossed_interval,
     differences_interval,

@@ -18,16 +18,20 @@ import pretrain
 import tuning
 
 import common
-from collapse.files import git_commit, hardware_name
+from collapse.device import pick_device, set_allocator, set_threads
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.jobs import run_all
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, pick_device, set_threads
+from collapse.provenance import git_commit, hardware_name
+from collapse.settings import check_bounds
 from collapse.statistics import t_interval
 from collapse.tables import into_table, read_rows, without_rows
 from collapse.verdicts import verdict
 
 PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
-ENDPOINTS = 5  # of the protocol
+ENDPOINTS = 5  # of the protocol's first part
+LATER_ENDPOINTS = 3  # of its second, a family of its own
 PILOTS = (100, 101, 102)
 
 
@@ -81,7 +85,7 @@ def run_missing(
     training_of: Callable[[Cell], Training],
     rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
     line_of: Callable[[str, list[dict[str, Any]]], str],
-    settings_of: Callable[[Mapping[str, Any]], Mapping[str, float]],
+    settings_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
     model: str | None = None,
 ) -> None:
     """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
@@ -94,8 +98,9 @@ def run_missing(
     commit = git_commit()
     for seed in config.seeds:
         check_settings(table_of(config.folder, seed), settings_of)
-    for first in range(0, len(config.seeds), config.workers):
-        seeds = config.seeds[first : first + config.workers]
+    together = 1 if model else config.workers  # seeds; those of one model are whole one by one
+    for first in range(0, len(config.seeds), together):
+        seeds = config.seeds[first : first + together]
         here = {training_of(cell): cell for cell in cells if cell.seed in seeds}
 
         def place_of(training: Training, here=here) -> tuple[Path, str]:
@@ -125,14 +130,15 @@ def run_missing(
 
 
 def check_settings(
-    table: Path, settings_of: Callable[[Mapping[str, str]], Mapping[str, float]]
+    table: Path, settings_of: Callable[[Mapping[str, str]], Mapping[str, Any]]
 ) -> None:
     """Raise UserError when a row of a table was made with other settings than settings_of(row)."""
     for row in read_rows(table):
         for name, value in rounded(settings_of(row)).items():
-            if float(row[name]) != value:
+            made_with = row.get(name, "")
+            if made_with != value if isinstance(value, str) else float(made_with) != value:
                 raise UserError(
-                    f"{table} was made with {name} {row[name]}, not {value}: give another "
+                    f"{table} was made with {name} {made_with}, not {value}: give another "
                     "--output-dir."
                 )
 
@@ -157,6 +163,7 @@ def published_rows(folder: Path) -> list[dict[str, str]]:
 
 
 MADE_WITH = ("git_commit", "weights_sha256", "hardware")
+OF_A_MODEL = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
 
 
 def read_paths(
@@ -167,7 +174,7 @@ def read_paths(
     for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
         rows = list(rows)
         cell = cell_type(**{name: kind(rows[0][name]) for name, kind in fields.items()})
-        words = {"training", *MADE_WITH, *fields}
+        words = {"training", *MADE_WITH, *OF_A_MODEL, *fields}
         yield (
             cell,
             [
@@ -232,6 +239,7 @@ def carry_out(
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run; prepare what worker processes inherit."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
+    set_allocator()
     check_bounds("workers", config.workers, 1, 1024)
     if not config.seeds:
         raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
@@ -243,18 +251,24 @@ def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
     return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
 
 
-def endpoint(found: Mapping[str, Any] | None, margin: float, done: bool) -> dict[str, Any] | None:
+def endpoint(
+    found: Mapping[str, Any] | None, margin: float, done: bool, family: int = ENDPOINTS
+) -> dict[str, Any] | None:
     """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
 
-    At the level of the first of ENDPOINTS, the widest that Holm can ask for; done: all planned
-    backbones ran. None before two are done.
+    At the level of the first of a family, the widest that Holm can ask for; done: all planned
+    backbones ran. An estimate that `found` calls a `lower_bound` is judged as one, and one that is
+    not `bounded` not at all. None before two are done.
     """
     if not found or found["n"] < 2:
         return None
     estimate, se, df = (found[name] for name in ("mean", "se", "df"))
-    widest = t_interval(estimate, se, df, 1 - 0.05 / ENDPOINTS)
+    if not found.get("bounded", True):
+        df = 0.0  # no interval
+    widest = t_interval(estimate, se, df, 1 - 0.05 / family)
     interval_90 = t_interval(estimate, se, df, 0.90)
-    said = verdict(estimate, widest, interval_90, margin, done)
+    lower_bound = found.get("lower_bound", False)
+    said = verdict(estimate, widest, interval_90, margin, done, lower_bound)
     return {**found, "holm_at_most": widest, "interval_90": interval_90, **said, "done": done}
 
 

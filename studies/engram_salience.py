@@ -28,13 +28,14 @@ import tuning
 import common
 from collapse.batches import Split, encode_rows
 from collapse.data import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
-from collapse.files import write_json
+from collapse.engrams import k_means, match_clusters
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
 from collapse.language_models import load_tokenizer
 from collapse.loaders import load_ag_news
-from collapse.metrics import k_means, match_clusters
 from collapse.plots import CLASS_COLORS, save_figure
 from collapse.progress import Progress
-from collapse.settings import ROOT, UserError, check_bounds, run_script
+from collapse.settings import check_bounds
 from collapse.spread import transfer_accuracy
 from collapse.sst2 import load_sst2_by_sentence
 from collapse.statistics import format_interval, mean_interval, paired_difference

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 import common
 from collapse.batches import Split, encode_rows
 from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
+from collapse.errors import UserError
 from collapse.files import locked, read_tensors, write_tensors
 from collapse.language_models import load_tokenizer
 from collapse.measuring import accuracy, draw_rows, measures, outputs
 from collapse.progress import Progress, Training
 from collapse.rows import RowResults, fit_temperature, log_probabilities, pack, unpack
-from collapse.settings import UserError
 from collapse.spread import transfer_accuracy
 
 TUNING_ROWS = 1000

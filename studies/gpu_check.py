@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # isort: skip  # noqa: F401  # before torch: it sets the allocator
-
 import gpu_steps
 import throughput
 import torch
 import tyro
 from gpu_steps import Card, Checks, constant
 
-from collapse.files import environment, read_json, write_json
-from collapse.settings import DEFAULT_MODEL, ROOT, UserError, check_bounds, run_script
+from collapse.device import set_allocator
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, read_json, write_json
+from collapse.provenance import environment
+from collapse.settings import DEFAULT_MODEL, check_bounds
 
 
 @dataclass
@@ -114,6 +115,7 @@ def do(number: int, card: Card) -> dict:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    set_allocator()
     for number in config.steps:
         check_bounds("steps", number, 1, len(STEPS))
     folder = config.output_dir or ROOT / "results_7b" / ("limit-tiny" if config.tiny else "")

@@ -9,8 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # isort: skip  # before torch: it sets the allocator
-
 import numpy as np
 import throughput
 import torch
@@ -19,11 +17,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import common
 from collapse.batches import Split
+from collapse.device import nvidia_driver, pick_device
+from collapse.errors import is_out_of_memory
 from collapse.language_models import add_lora
 from collapse.lora import use_fused_lora
-from collapse.memory import MemoryPlan, is_out_of_memory
-from collapse.settings import LanguageModelConfig, nvidia_driver, pick_device
+from collapse.memory import MemoryPlan
+from collapse.settings import LanguageModelConfig
 
 MIB, GIB = 2**20, 2**30
 Checks = Iterator[tuple[str, str, object, bool | None]]  # what, expected, found, right (None: seen)

@@ -24,12 +24,14 @@ import scipy.stats
 
 from collapse.corpus import VOCABULARY, tokens_of
 from collapse.correlations import correlation_interval, partial_spearman
-from collapse.files import locked, read_json, write_json
+from collapse.device import set_threads
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, locked, read_json, write_json
 from collapse.jobs import run_all
 from collapse.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
 from collapse.pretraining import Recipe, states_and_targets
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
+from collapse.settings import check_bounds
 from collapse.statistics import paired_difference
 from collapse.streaming import token_collapse_metrics
 from collapse.tables import into_table, read_rows, without_rows

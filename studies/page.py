@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse.settings import ROOT
+from collapse.files import ROOT
 
 
 @dataclass

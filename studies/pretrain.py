@@ -20,13 +20,16 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from collapse.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
-from collapse.files import git_commit, write_json
+from collapse.device import set_threads
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
 from collapse.jobs import run_all
 from collapse.kneser_ney import KneserNeyBigram
 from collapse.loaders import LOADERS
 from collapse.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
 from collapse.progress import Progress, Training
-from collapse.settings import ROOT, UserError, check_bounds, run_script, set_threads
+from collapse.provenance import git_commit
+from collapse.settings import check_bounds
 from collapse.tables import put_row
 from collapse.weights import read_causal_lm
 

@@ -20,19 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 from collapse.batches import encode_rows
 from collapse.data import limit_task
-from collapse.files import environment, write_file, write_json
+from collapse.device import pick_device, set_allocator, set_threads
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_file, write_json
 from collapse.language_models import fill_in_for, find_model, load_causal_lm, load_tokenizer
 from collapse.layer_states import records_by_depth
 from collapse.plots import legend_below, save_figure
-from collapse.settings import (
-    ROOT,
-    STANDIN_MODEL,
-    LanguageModelConfig,
-    UserError,
-    pick_device,
-    run_script,
-    set_threads,
-)
+from collapse.provenance import environment
+from collapse.settings import STANDIN_MODEL, LanguageModelConfig
 from collapse.sst2 import load_sst2
 
 COLUMNS = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
@@ -124,6 +119,7 @@ def plot(path: Path, results: dict) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    set_allocator()
     results = measure(config)
     default = ROOT / "studies" / "results" / "sink"
     if config.model != STANDIN_MODEL:

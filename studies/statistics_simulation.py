@@ -15,6 +15,7 @@ from scipy.special import expit, stdtr, stdtrit
 from scipy.stats import chi2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collapse.files import ROOT
 from collapse.statistics import (
     crossed_error,
     crossed_interval,
@@ -24,7 +25,6 @@ from collapse.statistics import (
     seeds_and_rows_interval,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "simulation.json"
 SEEDS, ROWS = (3, 5, 10, 20), (872, 4000)
 DRAWS = 100_000  # of each false-positive rate: two standard errors are 0.14 points at 5%

@@ -29,8 +29,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common  # isort: skip  # before torch: it sets the allocator
-
 import datasets
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,6 +39,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import common
 import experiment
 import experiment_7b
 import experiment_agnews_7b
@@ -55,21 +54,16 @@ from collapse.batches import (
     token_budget_batches,
 )
 from collapse.data import Task
-from collapse.files import environment, write_json
+from collapse.device import pick_device, set_allocator
+from collapse.errors import UserError, is_out_of_memory, run_script
+from collapse.files import ROOT, write_json
 from collapse.language_models import add_lora, fill_in_for, load_tokenizer
 from collapse.loaders import load_ag_news
 from collapse.losses import LOGIT_CHUNK_TOKENS, combined_loss
-from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, is_out_of_memory
+from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters
 from collapse.plots import save_figure
-from collapse.settings import (
-    DEFAULT_MODEL,
-    ROOT,
-    LanguageModelConfig,
-    UserError,
-    check_bounds,
-    pick_device,
-    run_script,
-)
+from collapse.provenance import environment
+from collapse.settings import DEFAULT_MODEL, LanguageModelConfig, check_bounds
 from collapse.sst2 import load_sst2
 
 RECIPES = ("conventional", "ecosystem", "ours")
@@ -906,6 +900,7 @@ def plot(path: Path, found: dict[str, dict], title: str) -> None:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    set_allocator()
     {"small": measure_small, "paper": count_on_paper}.get(config.backbone, measure_language_model)(
         config
     )

@@ -26,13 +26,14 @@ from collapse.batches import (
 )
 from collapse.corpus import miniature_documents
 from collapse.data import Rows, Task, in_corpus_text, limit_task
+from collapse.errors import UserError
 from collapse.files import digest_weights
 from collapse.language_models import find_model, load_causal_lm, load_tokenizer
 from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
 from collapse.measuring import Measuring, draw_rows, measures
 from collapse.optimizer import learning_rate_at
-from collapse.settings import LanguageModelConfig, UserError
+from collapse.settings import LanguageModelConfig
 
 WARMUP_STEPS = 10
 
@@ -53,16 +54,22 @@ class Recipe:
     device: str = "cpu"
     max_length: int = 64
     batch_size: int = 16
+    schedule: str = "constant"  # after the warm-up
+    # Of frozen weights under LoRA adapters; None: by the device, as the experiments choose.
+    quantization: str | None = None
+    compute_dtype: str | None = None
 
     def config(self) -> LanguageModelConfig:
-        whole = {"quantization": "none", "compute_dtype": "float32"} if self.all_weights else {}
+        kind = {"quantization": self.quantization, "compute_dtype": self.compute_dtype}
+        if self.all_weights:
+            kind = {"quantization": "none", "compute_dtype": "float32"}
         return LanguageModelConfig(
             model=self.model,
             learning_rate=self.learning_rate,
-            schedule="constant",
+            schedule=self.schedule,
             warmup_fraction=WARMUP_STEPS / self.steps,
             batch_size=self.batch_size,
-            **whole,
+            **kind,
         )
 
 
@@ -163,20 +170,31 @@ def tune(
     data: Data,
     measure_at: Collection[int],
     after_step: Callable[[], None] = lambda: None,
+    few_rows_too: bool = False,
 ) -> list[dict[str, Any]]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
-    A training that meets a number that is not finite ends there: its last record has None for
-    every measure.
+    Along the way on fewer rows, see Measuring; with few_rows_too at both ends on these, too, so
+    that any two steps can be compared at as many rows: ranks grow with them. The first record and
+    the last are of all measured rows. A training that meets a number that is not finite ends
+    there: its last record has None for every measure.
     """
     model, start_head = build(recipe, data.classes)
     along_the_way = Measuring(model, data.measured_train, data.validation)
+
+    def few_rows(step: int) -> dict[str, Any]:
+        return {"step": step, **along_the_way(), "lm_loss": None}
+
     records = [{"step": 0, **full_record(model, data, start_head)}]
+    if few_rows_too:
+        records.append(few_rows(0))
     try:
         for step in steps_of(recipe, trainer_of(recipe, model, data.train)):
             after_step()
-            if step in measure_at and step < recipe.steps:
-                records.append({"step": step, **along_the_way(), "lm_loss": None})
+            if (step in measure_at and step < recipe.steps) or (
+                few_rows_too and step == recipe.steps
+            ):
+                records.append(few_rows(step))
     except Diverged as error:
         return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
     return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]

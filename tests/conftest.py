@@ -15,7 +15,8 @@ import experiment
 from collapse import plots
 from collapse.batches import Split
 from collapse.data import Task
-from collapse.settings import ROOT, run_script
+from collapse.errors import run_script
+from collapse.files import ROOT
 from collapse.sst2 import load_sst2_by_sentence
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
@@ -151,12 +152,15 @@ def fails(run, capsys, *arguments, **keywords) -> str:
     return error
 
 
+PLOTS = ("plot_learning_curves", "plot_measured", "plot_engram_clusters")
+
+
 def start_script(script, line: str, with_plots: bool = False) -> None:
     """Run a script with this command line as a shell would, in this process; a training's plots
     take seconds each.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for plot in () if with_plots else ("plot_learning_curves", "plot_engram_clusters"):
+        for plot in () if with_plots else PLOTS:
             patch.setattr(plots, plot, lambda *_: None)
         patch.setattr(sys, "argv", [script.__name__, *line.split()])
         run_script(script.main)
@@ -188,8 +192,10 @@ def undisturbed(data_dir, tmp_path_factory):
 
 
 def without_times(value):
+    """Results without what a stopped run may tell otherwise: times, and where it went on."""
     if isinstance(value, dict):
-        return {key: without_times(item) for key, item in value.items() if key != "seconds"}
+        kept = value.keys() - {"seconds", "resumed"}
+        return {key: without_times(item) for key, item in value.items() if key in kept}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 

@@ -24,22 +24,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import psutil
+import torch._dynamo  # noqa: F401 (here once, where every command would import it)
+from conftest import TINY, without_times, write_tiny_sst2
 
-import psutil  # noqa: E402
-import torch._dynamo  # noqa: E402, F401 (here once, where every command would import it)
-from conftest import TINY, without_times, write_tiny_sst2  # noqa: E402
-
-from collapse.files import read_tensors  # noqa: E402
+from collapse.files import read_tensors
 
 STUDY = "--models 1 3 kl shared-scale --seeds 1 2"
 # The script that is killed: experiment.py, in its workers too, with some settings changed.
 SCRIPT = """
-import multiprocessing, sys
-sys.path.insert(0, {root!r})
+import multiprocessing
 import experiment
-from collapse import loop, plots, settings
+from collapse import loop
+from collapse import plots
+from collapse.errors import run_script
 loop.CHECKPOINT_SECONDS = {seconds}
 if not {with_plots}:  # they take longer than such trainings
     plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None
@@ -47,7 +45,7 @@ if __name__ == "__main__":
     if {forked}:
         forking = multiprocessing.get_context("fork")
         multiprocessing.get_context = lambda method: forking
-    settings.run_script(experiment.main)
+    run_script(experiment.main)
 """
 WHOM = ("the group", "the parent", "a worker", "a worker")  # a command outlives the last kind
 MOST_KILLS = 10  # of one run
@@ -237,7 +235,7 @@ def main() -> None:
         def script(seconds: float, with_plots: bool = False, forked: bool = False) -> Path:
             file = scratch / f"script-{seconds:.0f}-{with_plots}-{forked}.py"
             values = {"seconds": seconds, "with_plots": with_plots, "forked": forked}
-            file.write_text(SCRIPT.format(root=str(ROOT), **values))
+            file.write_text(SCRIPT.format(**values))
             return file
 
         whole = Command(script(600.0), f"{line} {scratch / 'whole'}", scratch / "whole.log")

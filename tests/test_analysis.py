@@ -338,10 +338,10 @@ def test_results_of_an_older_run_are_summarized_as_far_as_they_go():
 
     old = {key: {"1": record(), "2": record()} for key in ("model1", "model2")}
     study = {"folder": "f", "settings": {}, "num_samples": 10, "measured": {}, "records": old}
-    found = records.summarize({"study": study}, common.find_arm)["study"]
+    found = records.summarize({"study": study})["study"]
     change = found["changes"]["model2 - model1"]
     assert set(change["both"]) == {"effective_rank", "stable_rank", "cdnv", "cdnv_log_ratio"}
-    again = records.summarize(records.with_records({"study": found}), common.find_arm)
+    again = records.summarize(records.with_records({"study": found}))
     assert again == {"study": found}
 
 
@@ -396,6 +396,26 @@ def test_studies_without_checkpoints_here_stay(run, capsys, trained, data_dir, t
         and found[f"{STUDY}20{BACKBONE}"] == both[f"{STUDY}20{BACKBONE}"]
     )
     assert f"{STUDY}20{BACKBONE} stays" in capsys.readouterr().out
+
+
+def test_records_of_published_trainings_stay_where_their_weights_are_gone(
+    run, capsys, trained, tmp_path
+):
+    """As in a fresh clone that has trained one of the models again."""
+    folder = tmp_path / "clone"
+    shutil.copytree(trained, folder)
+    (before,) = run(f"--folders {folder}").values()
+    shutil.rmtree(folder / "state/model2-seed1")
+    (after,) = run(f"--folders {folder} --fresh").values()
+    assert "whose weights are not here: model2 seed 1\n" in capsys.readouterr().out
+    assert after["model2"]["seeds"].keys() == before["model2"]["seeds"].keys()
+    assert after["model2"]["seeds"]["1"] == before["model2"]["seeds"]["1"]
+    assert without_times(after["changes"]) == without_times(before["changes"])
+    results = json.loads((folder / "results.json").read_text())
+    del results["models"]["model2"]["1"]  # no longer published: nothing of it stays
+    (folder / "results.json").write_text(json.dumps(results))
+    (last,) = run(f"--folders {folder}").values()
+    assert "1" not in last["model2"]["seeds"]
 
 
 def test_a_study_is_replaced_by_its_own_folder_alone(run, trained, data_dir, tmp_path):

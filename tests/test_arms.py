@@ -24,8 +24,9 @@ from collapse import loop
 from collapse.arms import ARMS
 from collapse.batches import Split, length_grouped_batches
 from collapse.checkpoints import load_weights, save_weights
+from collapse.errors import UserError
 from collapse.optimizer import SharedScaleAdamW, learning_rate_at
-from collapse.settings import LanguageModelConfig, UserError
+from collapse.settings import LanguageModelConfig
 
 CONTROLS = ("shuffled-lm", "kl", "l2-start", "shared-scale", "2@0.1")
 ENGRAM_CONTROLS = ("constant-prefix", "frozen-compressor", "lm-only-engram")

@@ -20,9 +20,9 @@ import transformers
 from conftest import fails, start_script
 
 import experiment_7b
-from collapse.files import read_json
+from collapse.errors import UserError
+from collapse.files import ROOT, read_json
 from collapse.loaders import preparation
-from collapse.settings import ROOT, UserError
 from collapse.sst2 import load_sst2
 from common import load_classifier
 

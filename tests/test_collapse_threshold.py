@@ -18,7 +18,8 @@ import tuning
 from conftest import fails, start_script
 
 import common
-from collapse.settings import ROOT, UserError
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.statistics import sign_flip_p
 from collapse.tables import read_rows
 
@@ -106,6 +107,96 @@ def test_sign_flips_agree_with_all_of_them_counted():
     assert sign_flip_p([1.0, -1.0]) == 1.0
 
 
+def measured_run(shares, arm="model1", rate=-3.0, seed=0):
+    """At 0 on 256 rows and on 1,000, along the way on 256, at the end on both; of 64 components."""
+    steps = (0, *range(10, 10 * len(shares), 10))
+    base = {"accuracy": 0.9, "chance": 0.3, "classes": 4, "loss": 1.0}
+    rows = [(0, 1000, 64), (0, 256, 40)]
+    rows += [
+        (step, 256, share and share * 40)
+        for step, share in zip(steps[1:], shares[:-1], strict=True)
+    ]
+    rows += [
+        (steps[-1] + 10, n, shares[-1] and shares[-1] * of) for n, of in ((256, 40), (1000, 64))
+    ]
+    path = [base | {"step": float(s), "rows": n, "dims_95pct": d} for s, n, d in rows]
+    return study.Run(study.Cell(seed, "AG News", arm, rate), path)
+
+
+@pytest.mark.parametrize(
+    ("shares", "fell", "back"),
+    [
+        ([0.9, 0.9, 0.9, 0.9], None, False),
+        ([0.1, 0.1, 0.9, 0.9], None, False),  # at steps 10 and 20: too early to be judged
+        ([0.9, 0.9, 0.2, 0.2], 30, False),
+        ([0.9, 0.9, 0.2, 0.9], 30, True),
+        ([0.9, 0.9, 0.9, 0.25], None, False),
+        ([0.9, 0.9, 0.9, None], 40, False),
+    ],
+)
+def test_a_fall_counts_from_step_25_on_and_at_as_many_rows_as_the_start(shares, fell, back):
+    """15 components on 256 rows would be too few of 64 on 1,000; of 40 on 256 they are not."""
+    run = measured_run(shares)
+    assert (run.fell_at(), run.came_back()) == (fell, back)
+
+
+def planted(thresholds, rates=(-3.7, -3.4, -3.1, -2.8)):
+    """Runs of (arm, seed) -> rate from which on they fall."""
+    return [
+        measured_run([1.0, 1.0, 0.1 if rate >= at else 0.9, 0.1 if rate >= at else 0.9], a, rate, s)
+        for (a, s), at in thresholds.items()
+        for rate in rates
+    ]
+
+
+def test_thresholds_by_components_and_their_shift():
+    at = {("model1", 0): -3.4, ("model1", 1): -3.1, ("model2", 0): -2.8, ("model2", 1): -2.8}
+    found = study.by_components(planted(at))
+    values = {arm: [t["value"] for t in by.values()] for arm, by in found["arms"].items()}
+    assert values["model1"] == pytest.approx([-3.55, -3.25])
+    assert values["model2"] == pytest.approx([-2.95, -2.95])
+    assert found["shift"]["mean"] == pytest.approx(0.45) and not found["shift"]["lower_bound"]
+    assert found["runs"]["model1"]["-3.1"]["fell_after_step"] == [30, 30]
+    assert "not all planned seeds ran" in found["shift"]["text"]
+
+
+def test_what_is_kept_at_every_rate_bounds_the_shift_and_a_base_that_is_decides_nothing():
+    shifted = {("model1", seed): -3.1 for seed in range(5)}
+    shifted |= {("model2", seed): 0.0 for seed in range(5)}
+    found = study.by_components(planted(shifted))["shift"]
+    assert found["lower_bound"] and found["verdict"] == "supported"
+    assert found["mean"] == pytest.approx(-2.8 + 3.25) and "a lower bound" in found["text"]
+    reversed_arms = {
+        ("model1" if arm == "model2" else "model2", s): r for (arm, s), r in shifted.items()
+    }
+    found = study.by_components(planted(reversed_arms))["shift"]
+    assert found["verdict"] == "not decided" and "no interval" in found["text"]
+
+
+def test_a_model_of_a_file_is_named_by_it_and_rows_say_how_it_was_computed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(study, "weights_of", lambda name: "4-bit GGUF weights (Q4_K_M)")
+    config = study.Config(model="data/small-1.5b.gguf", compute_dtype="bfloat16")
+    assert config.folder.name == "small-1.5b"
+    assert study.settings_of_model(config) == {
+        "model": "small-1.5b",
+        "weights": "4-bit GGUF weights (Q4_K_M)",
+        "quantization": "none",
+        "compute_dtype": "bfloat16",
+    }
+    assert study.settings_of_model(study.Config()) == {}
+
+
+def test_a_table_made_in_another_type_is_not_gone_on_with(tmp_path):
+    table = tmp_path / "seed-0.csv"
+    table.write_text("training,steps,compute_dtype\na,150,float32\n")
+    by_backbone.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "float32"})
+    with pytest.raises(UserError, match="compute_dtype float32, not bfloat16"):
+        by_backbone.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "bfloat16"})
+    with pytest.raises(UserError, match="quantization"):
+        by_backbone.check_settings(table, lambda row: {"quantization": "nf4"})
+
+
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
@@ -185,6 +276,19 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
         total += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
         count += len(row) - 1
     assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
+    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
+    records = tuning.tune(recipe, tuning.load_data(recipe, None), (5,), few_rows_too=True)
+    assert [(r["step"], r["lm_loss"] is None) for r in records] == [
+        (0, False),
+        (0, True),
+        (5, True),
+        (10, True),
+        (10, False),
+    ]
 
 
 @pytest.mark.parametrize("arm", study.Config().arms)

@@ -23,9 +23,9 @@ from collapse.batches import (
     token_budget_batches,
 )
 from collapse.data import Rows, Task, check_task, limit_task
+from collapse.errors import UserError
 from collapse.hub import _hub_answers
 from collapse.loaders import MOVIE_SNIPPETS_ARCHIVE, load_ag_news, load_movie_snippets
-from collapse.settings import UserError
 from collapse.sst2 import load_sst2
 
 

@@ -15,7 +15,8 @@ from conftest import arm_of, cells_of_row, tiny_config, tiny_model
 
 import common
 from collapse.batches import Split
-from collapse.settings import ROOT, UserError
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.statistics import paired_difference
 from collapse.tables import put_rows, read_rows
 

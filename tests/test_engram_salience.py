@@ -17,8 +17,9 @@ from conftest import cells_of_row
 
 import common
 from collapse.data import Rows
+from collapse.errors import UserError
+from collapse.files import ROOT
 from collapse.language_models import load_tokenizer
-from collapse.settings import ROOT, UserError
 from collapse.tables import put_rows, read_rows
 
 LETTERS = "abcdefghij"

@@ -11,11 +11,9 @@ import pytest
 import result_tables as tables
 from conftest import cells_of_row
 
-import common
-from collapse import rank_plots, records
-from collapse.files import read_json
+from collapse import plots, rank_plots, records
+from collapse.files import ROOT, read_json
 from collapse.reports import comparisons_of, cross_dataset_table, summary_table, tidy_table
-from collapse.settings import ROOT
 from collapse.statistics import format_interval
 
 
@@ -100,7 +98,8 @@ def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):
 def test_the_documents_are_read_in_ten_minutes():
     text, readme = ((ROOT / name).read_text() for name in ("FINDINGS.md", "README.md"))
     assert text.count("\n") <= 300 and readme.count("\n") <= 150
-    assert len(text.split()) <= 2800
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(prose).split()) <= 1950
     found = {kind: re.findall(rf"\*\*{kind} (\d+)\.\*\*", text) for kind in ("Table", "Figure")}
     for kind, most in (("Table", 8), ("Figure", 6)):  # numbered as they come
         assert found[kind] == [str(1 + place) for place in range(len(found[kind]))]
@@ -242,7 +241,7 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         "measured": measured,
         "records": {key: {"1": record(base)} for key, base in bases.items()},
     }
-    results = records.summarize({"S": study}, common.find_arm)
+    results = records.summarize({"S": study})
     told = tables.provenance_of_ranks("f", results)
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
     row = cells_of_row(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
@@ -286,7 +285,7 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
         settings = {"config": {"model": "some/backbone"}}
         study = {"folder": "f", "settings": settings, "num_samples": 10, "measured": {}}
         studies[name] = study | {"records": found}
-    results = records.summarize(studies, common.find_arm)
+    results = records.summarize(studies)
     heads = ["within classes", "without the first token", "within, without first"]
     for table in (
         tables.table_records(results, tables.RANK_COLUMNS),
@@ -382,10 +381,39 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
 PUBLISHED = sorted(p for p in ROOT.glob("results*/**/results.json") if "limit-" not in str(p))
 
 
+def measured(step: int, components: int | None, loss: float | None = 0.5) -> dict:
+    ranks = {"effective_rank": 9.0, "effective_rank_without_first": 8.0}
+    ranks |= {"effective_rank_within": 7.0, "accuracy": 0.75, "rows": 24}
+    return {"step": step, "dims_95pct": components, "loss": loss} | ranks
+
+
+def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
+    path = [measured(0, 40), measured(5, 4), measured(10, 20, None), measured(15, None, None)]
+    models = {"model1": {"7": {"measured": path}}, "model2": {"7": {"measured": []}}}
+    lines = tables.table_measured(Path(), {"models": models}).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1:4] for row in cells] == [
+        ["start", "0", "40, 100%"],
+        ["fewest", "5", "4, 10%"],
+        ["end", "10", "20, 50%"],  # the last one that is finite
+    ]
+    assert cells[0][4:] == ["9.0", "8.0", "7.0", "0.500", "75.0"] and cells[2][7:] == ["n/a"] * 2
+    assert tables.table_measured(Path(), {"models": {"model2": models["model2"]}}) == ""
+
+
+def test_a_path_is_drawn_where_there_is_one(tmp_path):
+    path = [measured(0, 40), measured(5, None, None)]
+    figure = tmp_path / "rank_over_steps.png"
+    plots.plot_measured(figure, "title", {"model1": {"7": {"measured": path}}})
+    assert figure.exists()
+    plots.plot_measured(figure, "title", {"model1": {"7": {}}})
+    assert not figure.exists()
+
+
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_published_results_are_readable_and_their_csv_says_the_same(path):
     results = read_json(path)
-    assert summary_table(results, common.find_arm).count("(n = ") == len(results["models"])
+    assert summary_table(results).count("(n = ") == len(results["models"])
     assert cross_dataset_table(results) if "cross_dataset" in results else True
     if not results["git_commit"].endswith("-modified"):  # a run of your own writes its CSV itself
         assert (path.parent / "results.csv").read_text() == tidy_table(results)
@@ -400,11 +428,11 @@ def test_published_results_are_readable_and_their_csv_says_the_same(path):
 
 def test_published_ranks_are_readable():
     results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
-    again = records.summarize(records.with_records(results), common.find_arm)
-    table = records.table(again, common.find_arm)
+    again = records.summarize(records.with_records(results))
+    table = records.table(again)
     for name, result in results.items():
         assert name in table
-        shown = rank_plots.shown_models(result, common.find_arm)
+        shown = rank_plots.shown_models(result)
         models = read_json(ROOT / result["folder"] / "results.json")["models"]
         assert [model.key for model in shown] == ["pretrained", *models]
 
@@ -415,14 +443,14 @@ def test_depths_are_drawn_for_each_measure_that_the_records_have(tmp_path, monke
     monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
     results = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
     deep = {name: r for name, r in results.items() if "model" in r["settings"]["config"]}
-    rank_plots.plot_layers(tmp_path / "old.png", results, common.find_arm)
+    rank_plots.plot_layers(tmp_path / "old.png", results)
     assert len(drawn[-1].axes) == len(deep)  # none of the small transformer
     for result in deep.values():
         for key in records.keys_of(result):
             for record in result[key]["seeds"].values():
                 for layer in record["layers"]:
                     layer |= dict.fromkeys(rank_plots.DEPTH_PANELS, layer["effective_rank"])
-    rank_plots.plot_layers(tmp_path / "new.png", deep, common.find_arm)
+    rank_plots.plot_layers(tmp_path / "new.png", deep)
     assert len(drawn[-1].axes) == 4 * len(deep)
     titles = [axis.get_title(loc="left") for axis in drawn[-1].axes]
     assert sum("without the first token" in title for title in titles) == 2 * len(deep)
@@ -433,9 +461,9 @@ def test_the_overview_shows_the_numbers_of_the_json(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(rank_plots, "save_figure", lambda figure, _: drawn.append(figure))
     stored = read_json(ROOT / "results_effective_rank/effective_rank_results.json")
-    results = records.summarize(records.with_records(stored), common.find_arm)
+    results = records.summarize(records.with_records(stored))
     name = next(name for name in results if name.startswith("AG News"))
-    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]}, common.find_arm)
+    rank_plots.plot_overview(tmp_path / "a.png", {name: results[name]})
     centres = [
         [float(line.get_xdata()[0]) for line in axis.lines if len(line.get_xdata()) == 1]
         for axis in drawn[-1].axes

@@ -18,8 +18,8 @@ import tuning
 from conftest import cells_of_row
 
 from collapse.clinc_domains import CLINC_DOMAINS
+from collapse.errors import UserError
 from collapse.rows import pack, unpack
-from collapse.settings import UserError
 from collapse.statistics import crossed_interval, sets_interval
 from collapse.tables import put_rows, read_rows
 

@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from collapse.cluster import ClusterConfig
+from collapse.errors import UserError
 from collapse.jobs import run_all
 from collapse.progress import Training
 from collapse.queue import Queue
-from collapse.settings import UserError
 
 STEP_SECONDS = 0.01
 SYSTEM_LOCKS = []

@@ -15,7 +15,7 @@ import pytest
 from conftest import TINY, fails, without_times
 
 from collapse import jobs
-from collapse.settings import ROOT
+from collapse.files import ROOT
 
 LONG = "--models 3 1 --epochs 60"  # long enough to be killed in its middle
 

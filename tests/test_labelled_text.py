@@ -21,10 +21,11 @@ import pytest
 
 from collapse import labelled_text
 from collapse.data import Rows, Task, limit_task
-from collapse.files import settings_difference
+from collapse.errors import UserError
+from collapse.files import ROOT, settings_difference
 from collapse.labelled_text import load_labelled_text
 from collapse.loaders import LOADERS, load_again, load_task
-from collapse.settings import NOT_IN_FINGERPRINT, ROOT, RunConfig, UserError
+from collapse.settings import NOT_IN_FINGERPRINT, RunConfig
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 

@@ -27,7 +27,8 @@ from collapse import checkpoints, hub, memory
 from collapse.batches import encode_rows
 from collapse.checkpoints import load_weights, save_weights
 from collapse.data import limit_task
-from collapse.files import write_tensors
+from collapse.errors import UserError
+from collapse.files import ROOT, write_tensors
 from collapse.language_models import (
     LORA_TARGETS,
     adapter_tensors,
@@ -40,7 +41,7 @@ from collapse.language_models import (
 from collapse.loaders import load_ag_news
 from collapse.memory import _activation_bytes, count_parameters
 from collapse.reports import COMPARISONS
-from collapse.settings import DEFAULT_MODEL, ROOT, LanguageModelConfig, UserError
+from collapse.settings import DEFAULT_MODEL, LanguageModelConfig
 from collapse.statistics import independent_difference
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import experiment
 from collapse import corpus, hub
 from collapse.clinc_domains import CLINC_DOMAINS
 from collapse.data import NO_LETTERS, Rows, Task, in_corpus_text, tuning_split
+from collapse.errors import UserError
 from collapse.intents import load_banking77, load_clinc150
 from collapse.loaders import LOADERS
-from collapse.settings import UserError
 from collapse.sst2 import load_sst2_by_sentence
 
 # --- CLINC150 -------------------------------------------------------------------------------------

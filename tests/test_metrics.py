@@ -8,13 +8,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from collapse.metrics import (
-    analyse_engrams,
-    cluster_engrams,
-    engram_cosine,
-    neural_collapse_metrics,
-    rank_metrics,
-)
+from collapse.engrams import analyse_engrams, cluster_engrams, engram_cosine
+from collapse.metrics import rank_metrics
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.reports import reproduction_table
 from collapse.statistics import compare_models, difference_interval, mean_interval
 

@@ -9,9 +9,9 @@ from conftest import arm_of, random_split, tiny_config, tiny_model
 import common
 from collapse import losses
 from collapse.batches import Split, collate, count_targets, length_grouped_batches
+from collapse.errors import UserError
 from collapse.losses import LinearCrossEntropy, lm_loss_sum
 from collapse.optimizer import learning_rate_at
-from collapse.settings import UserError
 
 CPU = torch.device("cpu")
 

@@ -20,9 +20,9 @@ import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
 from collapse import plots, rank_plots
-from collapse.files import read_json
+from collapse.files import ROOT, read_json
 from collapse.jobs import how_many
-from collapse.settings import ROOT, RunConfig
+from collapse.settings import RunConfig
 from common import load_classifier
 
 WORDS = {"good": "praise", "bad": "blame", "world": "neither $"}

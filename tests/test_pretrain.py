@@ -19,14 +19,15 @@ import transformers
 from conftest import fails, start_script
 
 from collapse import corpus, pretraining
-from collapse.corpus import Corpus, check_no_row_inside, corpus_text, rows_inside, to_blocks
+from collapse.corpus import Corpus, check_no_row_inside, rows_inside, to_blocks
+from collapse.errors import UserError
 from collapse.files import digest_weights, read_json
 from collapse.kneser_ney import KneserNeyBigram
 from collapse.pretraining import Recipe, build, loss_sum, validation_loss
 from collapse.progress import Progress, Training
-from collapse.settings import UserError
 from collapse.sst2 import load_sst2_by_sentence
 from collapse.tables import put_row, read_rows
+from collapse.text import corpus_text
 
 SMALL = Recipe(width=32, layers=1, epochs=2, batch_blocks=4)
 SENTENCE = "we shall fight on the beaches and on the landing grounds"

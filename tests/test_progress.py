@@ -11,6 +11,7 @@ import pytest
 from test_jobs import finish, toys, train
 
 import collapse.progress
+from collapse.errors import UserError
 from collapse.jobs import run_all
 from collapse.progress import (
     Progress,
@@ -21,7 +22,6 @@ from collapse.progress import (
     share_done,
     unit_seconds,
 )
-from collapse.settings import UserError
 
 
 def training(tmp_path, kind="a", cost=1.0, evaluation_cost=1.0, steps=100, evaluations=0, name=""):

@@ -140,14 +140,17 @@ def test_a_run_publishes_rows_that_give_its_accuracies_and_losses(undisturbed):
 
 def test_measuring_changes_nothing_and_measures_at_its_steps(run, undisturbed, tmp_path):
     folder = tmp_path / "measured"
-    run("--seeds 1 --measure-every 3", folder)
+    results = run("--seeds 1 --measure-every 3", folder)
     for model in ("model1", "model2", "model3"):
         place = f"state/{model}-seed1/final.safetensors"
         ours, theirs = read_tensors(folder / place)[0], read_tensors(undisturbed / place)[0]
         assert ours and all(torch.equal(ours[name], theirs[name]) for name in theirs)
         log = (folder / f"state/{model}-seed1/metrics.jsonl").read_text().splitlines()
         lines = [line for line in map(json.loads, log) if "measured" in line]
-        assert [line["step"] for line in lines] == [0, 3, 6, 9]  # two epochs of five steps
+        steps = [0, 3, 6, 9, 10]  # two epochs of five steps: the last is measured, too
+        assert [line["step"] for line in lines] == steps
+        path = [{"step": line["step"], **line["measured"]} for line in lines]
+        assert results["models"][model]["1"]["measured"] == path
         names = {"effective_rank", "effective_rank_within", "effective_rank_without_first"}
         names |= {"stable_rank", "dims_95pct", "top10_variance", "cdnv"}
         names |= {"loss", "accuracy", "validation_accuracy", "rows"}

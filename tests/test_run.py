@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import throughput
 import torch
@@ -23,11 +24,12 @@ import experiment_7b
 import experiment_agnews_7b
 from collapse import files, labelled_text, loop, publishing
 from collapse.batches import encode_rows
-from collapse.files import read_tensors, write_file
+from collapse.errors import UserError
+from collapse.files import ROOT, read_tensors, write_file
 from collapse.metrics import rank_metrics
 from collapse.optimizer import learning_rate_at
 from collapse.reports import COMPARISONS
-from collapse.settings import ROOT, UserError
+from collapse.rows import read_rows
 from collapse.sst2 import load_sst2
 
 
@@ -191,6 +193,20 @@ def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, 
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
 
 
+def test_what_was_measured_on_the_way_survives_a_kill_and_results_say_where_it_went_on(
+    run, monkeypatch, tmp_path
+):
+    line = "--seeds 1 --models 2 --measure-every 2"
+    whole = run(line, tmp_path / "whole")["models"]["model2"]["1"]
+    assert whole["resumed"] == [] and [m["step"] for m in whole["measured"]] == [0, 2, 4, 6, 8, 10]
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
+    kill_once(monkeypatch, 4)
+    with pytest.raises(Killed):
+        run(line)
+    found = run(line)["models"]["model2"]["1"]
+    assert found["resumed"] == [3] and found["measured"] == whole["measured"]
+
+
 @pytest.mark.parametrize("write", range(1, 9))
 def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(
     run, undisturbed, monkeypatch, write
@@ -275,6 +291,36 @@ def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(
     assert all("(n=2)" in row and "(n=1)" in row and "no difference found" in row for row in rows)
     (folder / "results.json").write_text('{"something": "else"}')
     assert "names no config" in fails(run, capsys, "--seeds 1 --models 1 2")
+
+
+def test_published_trainings_survive_a_fresh_clone_that_adds_one(
+    run, capsys, undisturbed, tmp_path
+):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("results.json", "rows.safetensors", "engram_clusters.png"):
+        shutil.copy(undisturbed / name, folder)
+    published = json.loads((undisturbed / "results.json").read_text())["models"]
+    rows_before = read_rows(folder)
+    models = run("--seeds 3 --models 2")["models"]
+    told = (
+        "model1 seed 1, model1 seed 2, model2 seed 1, model2 seed 2, model3 seed 1, model3 seed 2"
+    )
+    assert f"published before and not trained here: {told}\n" in capsys.readouterr().out
+    assert list(models["model2"]) == ["1", "2", "3"]
+    assert {name: {s: models[name][s] for s in "12"} for name in models} == published
+    rows = read_rows(folder)
+    assert rows["model2"].keys() == {"1", "2", "3"} and rows["model1"].keys() == {"1", "2"}
+    for part in ("correct", "log_probability", "scaled"):
+        kept, before = (getattr(r["model3"]["2"]["best"], part) for r in (rows, rows_before))
+        assert np.array_equal(kept, before)
+    figure = (folder / "engram_clusters.png").read_bytes()
+    assert figure == (undisturbed / "engram_clusters.png").read_bytes()
+    again = run("--seeds 1 --models 1")["models"]  # trained again: those published go
+    assert again["model1"]["1"]["versions"] and again["model1"]["1"] != published["model1"]["1"]
+    assert without_times(again["model1"]["1"]) == without_times(published["model1"]["1"])
+    assert list(run("--seeds 2 --models 1 --fresh")["models"]) == ["model1"]
+    assert list(read_rows(folder)["model1"]) == ["2"]
 
 
 def test_fresh_trains_anew_and_still_compares(run, capsys, tmp_path):

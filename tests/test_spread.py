@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from collapse.layer_states import pool
-from collapse.metrics import effective_rank, neural_collapse_metrics, singular_values
+from collapse.metrics import effective_rank, singular_values
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.spread import (
     class_means,
     effective_rank_within,

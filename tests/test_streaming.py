@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from collapse import streaming
-from collapse.metrics import neural_collapse_metrics
-from collapse.settings import ROOT
+from collapse.files import ROOT
+from collapse.neural_collapse import neural_collapse_metrics
 from collapse.streaming import class_means, pair_tiles, token_collapse_metrics
 
 VOCABULARY, WIDTH = 40, 6

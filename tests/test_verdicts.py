@@ -88,3 +88,12 @@ def test_equivalence_is_the_larger_of_two_one_sided_p(estimate):
 def test_equivalence_without_any_spread_is_a_comparison():
     assert equivalence(0.1, 0.0, 3, 0.5)["p"] == 0.0
     assert equivalence(-0.6, 0.0, 3, 0.5)["p"] == 1.0
+
+
+def test_a_lower_bound_is_supported_or_nothing():
+    above, inside = {"low": 0.2, "high": 0.6}, {"low": -0.1, "high": 0.2}
+    said = verdict(0.4, above, above, 0.25, True, lower_bound=True)
+    assert said["verdict"] == "supported" and "a lower bound" in said["text"]
+    assert verdict(0.05, inside, inside, 0.25, True)["verdict"] == "refuted"
+    said = verdict(0.05, inside, inside, 0.25, True, lower_bound=True)
+    assert said["verdict"] == "not decided"

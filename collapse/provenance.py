@@ -1,0 +1,56 @@
+"""What a result was made with: commit, versions, hardware."""
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from collapse.files import ROOT
+
+
+def git_commit() -> str | None:
+    """The commit of the code, with -modified at its end when the code differs from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            )
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None  # no git, or not a clone
+
+    commit = git("rev-parse", "HEAD")
+    if commit and git("status", "--porcelain", "--", "*.py", "requirements.txt"):
+        commit += "-modified"
+    return commit
+
+
+def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Versions, hardware and git commit (default: the present one), for results.json."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": {
+            "device": hardware_name(device),
+            "threads": torch.get_num_threads(),
+        },
+        "git_commit": commit or git_commit(),
+    }
+
+
+def hardware_name(device: torch.device) -> str:
+    """Of the GPU or processor."""
+    # On the machine that hands trainings to a cluster the device may be absent.
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

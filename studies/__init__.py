@@ -1,0 +1,1 @@
+"""Studies beyond the experiments, each a script of its own."""

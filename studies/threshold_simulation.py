@@ -1,0 +1,188 @@
+"""What P6, P7 and P8 of the protocol can tell, and how often they err. Simulations.
+
+Plants thresholds that move with training time, draws trainings at the protocol's rates around them,
+and runs the endpoints' own code on what a table of measurements would say. Two minutes on one
+core; writes studies/results/statistics/threshold_simulation.json, in per cent of draws.
+"""
+
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from collapse.statistics import t_interval
+from collapse.thresholds import (
+    Threshold,
+    collapsed_by,
+    slope_bounds,
+    slope_over_time,
+    threshold_shift,
+)
+from collapse.verdicts import verdict
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
+DRAWS = 1000
+MARGIN, KEPT = 0.25, 1 / 4
+ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of what a grid of quarter decades rounds off
+HOLM = 1 - 0.05 / 3  # the widest that the family of three asks for
+STEPS = tuple(50 * 2**k for k in range(8))
+FITTED = STEPS[2:]
+RATES = {
+    "model1": [(-4.25 + k / 4, 6400) for k in range(9)] + [(-2.0, 400), (-1.75, 400)],
+    "model2": [(-3.5 + k / 2, 6400) for k in range(4)]
+    + [(rate, 400) for rate in (-1.5, -1.25, -1.0, -0.75)],
+}
+AT_200 = {"model1": -2.38, "model2": -1.43}  # of the published thresholds after 200 steps
+DOUBLING = math.log10(2)
+# Standard deviations: of a backbone's threshold, of what a training and a measurement deviate.
+BACKBONES, TRAININGS, MEASUREMENTS = 0.15, 0.1, 0.1
+
+
+def main() -> None:
+    rng = np.random.default_rng(0)
+    found = {
+        "settings": {
+            "draws": DRAWS,
+            "steps": STEPS,
+            "threshold at 200 steps": AT_200,
+            "sd of backbones, trainings, measurements": [BACKBONES, TRAININGS, MEASUREMENTS],
+        },
+        "P6": p6(rng),
+        "P7": p7(rng),
+        "P8": p8(rng),
+    }
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    print(OUTPUT.read_text(), end="")
+
+
+def thresholds_of(
+    arm: str, at_200: float, slope: float, rng: np.random.Generator
+) -> dict[int, Threshold]:
+    """Steps -> threshold of one simulated backbone, whose own lies on a line in log10 steps."""
+    collapsed: dict[int, dict[float, bool]] = {step: {} for step in STEPS}
+    for rate, longest in RATES[arm]:
+        own = rate - at_200 + TRAININGS * rng.standard_normal()
+        steps = [step for step in STEPS if step <= longest]
+        above = own - slope * np.log10(np.array(steps) / 200)
+        above += MEASUREMENTS * rng.standard_normal(len(steps))
+        shares = [0.1 if excess > 0 else 0.9 for excess in above]
+        for count, step in enumerate(steps, 1):
+            collapsed[step][rate] = collapsed_by(shares[:count], KEPT)
+    return {
+        step: Threshold.of({rate: not fell for rate, fell in by_rate.items()})
+        for step, by_rate in collapsed.items()
+    }
+
+
+def p6(rng: np.random.Generator) -> dict[str, Any]:
+    """By the slope, its standard deviation over backbones, their number, and where it begins."""
+    found = {}
+    product = [*itertools.product((0.0, -0.25, -0.5, -0.87), (0.1, 0.2), (8, 5), (0.0,))]
+    product += [(slope, 0.2, 8, moved) for slope in (0.0, -0.87) for moved in (-0.6, 0.4)]
+    for slope, spread, backbones, moved in product:
+        name = f"slope {slope:g}, sd {spread:g}, {backbones} backbones"
+        name += f", thresholds moved by {moved:+g}" if moved else ""
+
+        def draw(slope=slope, spread=spread, backbones=backbones, moved=moved):
+            values, censored = [], 0
+            for _ in range(backbones):
+                start = AT_200["model1"] + moved + BACKBONES * rng.standard_normal()
+                own = slope + spread * rng.standard_normal()
+                by_step = thresholds_of("model1", start, own, rng)
+                fitted = {step: by_step[step] for step in FITTED}
+                censored += sum(bool(threshold.censored) for threshold in fitted.values())
+                values.append(slope_over_time(fitted, ROUNDING))
+            known = [-value for value in values if value is not None]  # how far it falls
+            complete = len(known) == backbones
+            return known, complete, False, censored / backbones / len(FITTED)
+
+        found[name] = rates_of(draw)
+    return found
+
+
+def p7(rng: np.random.Generator) -> dict[str, Any]:
+    """Model 1 drifts by -0.87 decades a decade; by Model 2's slope and the number of backbones."""
+    found = {}
+    for slope, backbones in itertools.product((-0.87, -0.62, -0.4, 0.0), (5, 8)):
+
+        def draw(slope=slope, backbones=backbones):
+            values, missing = [], 0
+            for _ in range(backbones):
+                own = BACKBONES * rng.standard_normal(2)
+                slopes = np.array([-0.87, slope]) + 0.15 * rng.standard_normal(2)
+                first = thresholds_of("model1", AT_200["model1"] + own[0], slopes[0], rng)
+                second = thresholds_of("model2", AT_200["model2"] + own.sum(), slopes[1], rng)
+                of_1 = slope_over_time({step: first[step] for step in FITTED}, ROUNDING)
+                of_2, _ = slope_bounds(second[200], second[6400], 200, 6400)
+                if of_1 is None or not math.isfinite(of_2):
+                    missing += 1
+                else:
+                    values.append(of_2 - of_1)
+            return values, not missing, True, missing / backbones
+
+        found[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
+    return found
+
+
+def p8(rng: np.random.Generator) -> dict[str, Any]:
+    """Five seeds, six rates that double; by Model 1's threshold and Model 2's shift from it."""
+    rates = [math.log10(2e-4) + k * DOUBLING for k in range(6)]
+    found = {}
+    for base, shift, spread in itertools.product((-3.25, -2.75), (0.0, 0.25, 0.5, 0.9), (0.1, 0.2)):
+
+        def draw(base=base, shift=shift, spread=spread):
+            sides: list[dict[int, Threshold]] = [{}, {}]
+            for seed in range(5):
+                for side, at in zip(sides, (base, base + shift), strict=True):
+                    own = at + spread * rng.standard_normal()
+                    side[seed] = Threshold.of({rate: rate < own for rate in rates})
+            told = threshold_shift(*sides, DOUBLING)
+            unusable = float(not told["bounded"])
+            return told, bool(told["bounded"]), told["lower_bound"], unusable
+
+        found[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
+    return found
+
+
+def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
+    """How often each verdict falls, per cent; mean estimate; mean share censored or missing.
+
+    draw() gives values of backbones (or an interval of their mean), whether all have one, whether
+    they are lower bounds, and that share.
+    """
+    verdicts, means, shares, excluded = Counter(), [], [], 0
+    for _ in range(DRAWS):
+        values, complete, lower_bound, share = draw()
+        shares.append(share)
+        if isinstance(values, list):
+            n = len(values)
+            mean = float(np.mean(values)) if n else 0.0
+            se = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+            values = t_interval(mean, se, n - 1, 0.95)
+        mean, se, df = (values[name] for name in ("mean", "se", "df"))
+        if not complete or not df:
+            verdicts["not complete"] += 1
+            continue
+        holm, inner = (t_interval(mean, se, df, level) for level in (HOLM, 0.90))
+        said = verdict(mean, holm, inner, MARGIN, True, lower_bound)
+        verdicts[said["verdict"]] += 1
+        means.append(mean)
+        excluded += holm["low"] > 0 or holm["high"] < 0
+    told = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
+    told["interval excludes zero"] = round(100 * excluded / DRAWS, 1)
+    told["mean estimate"] = round(float(np.mean(means)), 3) if means else None
+    told["censored or missing"] = round(100 * float(np.mean(shares)), 1)
+    return told
+
+
+if __name__ == "__main__":
+    main()

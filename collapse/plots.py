@@ -88,6 +88,46 @@ def plot_learning_curves(
     save_figure(figure, path)
 
 
+MEASURED = (
+    ("dims_95pct", "components, 95% of the variance", 1),
+    ("effective_rank", "effective rank", 1),
+    ("effective_rank_within", "effective rank within classes", 1),
+    ("accuracy", "accuracy on training rows (%)", 100),
+)
+
+
+def plot_measured(
+    path: Path, title: str, models: dict[str, dict], find_arm: Callable[[str], Any]
+) -> None:
+    """Ranks and training accuracy over optimizer steps, a line for each training.
+
+    models: key -> seed -> metrics. Trainings that were not measured on the way are left out;
+    without any there is no figure.
+    """
+    runs = [
+        (find_arm(key), run["measured"])
+        for key, seeds in models.items()
+        for run in seeds.values()
+        if run.get("measured")
+    ]
+    if not runs:
+        path.unlink(missing_ok=True)
+        return
+    figure, axes = plt.subplots(1, len(MEASURED), figsize=(15, 4), layout="constrained")
+    for axis, (key, label, scale) in zip(axes, MEASURED, strict=True):
+        for arm, measured in runs:
+            steps = [record["step"] for record in measured]
+            values = [np.nan if record[key] is None else scale * record[key] for record in measured]
+            axis.plot(steps, values, color=arm.color, label=arm.title, linewidth=1.2)
+        axis.set(xlabel="optimizer step", ylabel=label)
+        if key != "accuracy":
+            axis.set_ylim(bottom=0)  # a collapse is a share of the start
+        axis.grid(alpha=0.3)
+    legend_below(figure)
+    figure.suptitle(f"{title}; {runs[0][1][0]['rows']:,} validation rows measured")
+    save_figure(figure, path)
+
+
 def plot_engram_clusters(
     path: Path,
     title: str,

@@ -39,6 +39,8 @@ def publish(
         write_file(folder.path / "results.csv", reports.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
         plots.plot_learning_curves(curves, title, models, find_arm)
+        measured = folder.path / "rank_over_steps.png"
+        plots.plot_measured(measured, title, models, find_arm)
         if "model3" in models and "model3" not in here:
             return results  # its engrams are elsewhere, and their figure is here
         plot_engrams(folder, title, class_names, here.get("model3", {}))

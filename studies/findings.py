@@ -104,6 +104,10 @@ def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
     return [study for study in studies if (ROOT / study.folder / "results.json").exists()]
 
 
+def short_titles() -> dict[str, str]:
+    return {study.folder: study.short for study in STUDIES}
+
+
 def results_of(study: Study) -> dict:
     return read_json(ROOT / study.folder / "results.json")
 
@@ -120,7 +124,7 @@ def read_ranks() -> dict[str, dict]:
 
 def short_names(ranks: dict[str, dict]) -> dict[str, tuple[str, dict]]:
     """Results folder -> short name, and the result of Experiment 4."""
-    names = {study.folder: study.short for study in STUDIES}
+    names = short_titles()
     return {result["folder"]: (names[result["folder"]], result) for result in ranks.values()}
 
 
@@ -153,6 +157,7 @@ TABLES: dict[str, tuple[str, Callable[[Path, dict], str]]] = {
     "training": ("Losses, gradients, effective rank.", tables.table_training),
     "seeds": ("Each training.", tables.table_seeds),
     "engrams": ("Engrams.", tables.table_engrams),
+    "measured": ("Ranks and training accuracy on the way.", tables.table_measured),
 }
 
 
@@ -161,13 +166,14 @@ def add_study(page: Page, study: Study) -> None:
     page.text(f"## {study.title}\n\nCommand: `{study.command}`")
     page.text(tables.provenance(Path(study.folder), results))
     for name, (caption, table) in TABLES.items():
-        if name != "engrams" or "model3" in results["models"]:
-            page.table(f"{study.folder} {name}", caption, table(Path(study.folder), results))
+        if shown := table(Path(study.folder), results):
+            page.table(f"{study.folder} {name}", caption, shown)
     if study.other and (ROOT / study.other / "results.json").exists():
         other = read_json(ROOT / study.other / "results.json")
         caption = "Beside the other data set."
         page.table(f"{study.folder} cross", caption, tables.table_cross(results, other))
     page.figure(f"{study.folder}/learning_curves.png", f"Learning curves: {study.short}")
+    page.figure(f"{study.folder}/rank_over_steps.png", f"Rank over steps: {study.short}")
     page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
 
 
@@ -205,6 +211,13 @@ def add_other_studies(page: Page) -> None:
     )
     page.table("sink", "By layer; layer 0 are the embeddings.", tables.table_sink(found))
     page.figure(SINK.replace(".json", ".png"), "Rank, length and norms by layer")
+    found = read_json(own_models.BAG_OF_WORDS)
+    page.text("## What a bag of words reaches")
+    page.text("Command: `python studies/bag_of_words.py --data-dir DIR`")
+    file = own_models.BAG_OF_WORDS.relative_to(ROOT)
+    page.text(f"*Source: `{file}`, made {tables.origin([found])}.*")
+    caption = "Accuracy, %, of TF-IDF and a logistic regression, and of models on the same rows."
+    page.table("bag of words", caption, own_models.table_bag_of_words(short_titles()))
     page.text("## What the statistics resolve")
     page.text(f"Command: `python studies/statistics_simulation.py`. Source: `{SIMULATION}`.")
     caption = "Half-widths that ten seeds would have, by the variances of our runs."
@@ -418,10 +431,12 @@ def block_experiments(page: Page) -> str:
                 cells[-1] += f" ({their_ranks[key]}, {100 * share:.0f}%)"
             cells.append(engram_cell(runs, theirs) if key == "model3" else "")
             rows.append([short, key.removeprefix("model"), *cells])
+        for accuracy in own_models.bag_of_words(folder).values():
+            rows.append([short, "bag of words", f"{100 * accuracy:.2f}", "", ""])
     header = ["data, backbone", "model", "accuracy, % (reference)"]
     header += ["effective rank, of the start (reference)", "engram ARI, untrained (reference)"]
     keys = [f"{study.folder} {kind}" for study in repeated() for kind in ("accuracy", "engrams")]
-    return with_full(tables.markdown(header, rows), page, *keys, "ranks levels")
+    return with_full(tables.markdown(header, rows), page, *keys, "ranks levels", "bag of words")
 
 
 def engram_cell(runs: dict, theirs: dict) -> str:

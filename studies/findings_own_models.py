@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import benefit
 import by_backbone
@@ -57,6 +59,56 @@ def results_of(config: by_backbone.Config) -> dict[str, Any] | None:
     """Its results.json; None before it is there."""
     path = config.folder / "results.json"
     return read_json(path) if path.exists() else None
+
+
+# --------------------------------------------------------------------------------------------------
+# A bag of words on the same rows
+# --------------------------------------------------------------------------------------------------
+
+BAG_OF_WORDS = ROOT / "studies" / "results" / "bag_of_words" / "results.json"
+SWEEPS = {
+    "collapse_threshold": "own models, 200 steps, the best rate",
+    "benefit": "own models, best epoch",
+    "class_count": "own models, best epoch",
+}
+
+
+def bag_of_words(folder: str) -> dict[str, float]:
+    """Data set -> accuracy of a bag of words on the rows of a results folder."""
+    rows = read_json(BAG_OF_WORDS)["rows"] if BAG_OF_WORDS.exists() else []
+    return {row["data"]: row["accuracy"] for row in rows if row["folder"] == folder}
+
+
+def table_bag_of_words(titles: dict[str, str]) -> str:
+    """A bag of words beside Models 1 and 2 on the same rows; titles: of experiments' folders."""
+    titles = titles | {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
+    rows = []
+    for row in read_json(BAG_OF_WORDS)["rows"]:
+        models = accuracies(row["folder"], row["data"])
+        cells = [titles[row["folder"]], row["data"], f"{row['train_rows']:,}", f"{row['classes']}"]
+        numbers = [row["accuracy"], *(models[model] for model in ("model1", "model2"))]
+        rows.append([*cells, *(f"{100 * number:.1f}" for number in numbers)])
+    header = ["models", "data", "training rows", "classes", "bag of words", "Model 1", "Model 2"]
+    return tables.markdown(header, rows)
+
+
+def accuracies(folder: str, data: str) -> dict[str, float]:
+    """Mean validation accuracy of Models 1 and 2 on a data set, as a results folder tells it."""
+    found = read_json(ROOT / folder / "results.json")
+    if "models" in found:  # an experiment
+        return {
+            model: float(np.mean([run["final"]["accuracy"] for run in runs.values()]))
+            for model, runs in found["models"].items()
+        }
+    if "table" in found:  # class_count: a row for each number of classes
+        counts = {f"{r['classes']} classes": r for r in found["table"] if r["merge"] == "nested"}
+        arms = counts[data]
+    elif "P1" in found:
+        arms = found["arms"][data]
+    else:  # a sweep over rates
+        ends = {row["arm"]: row["ends"][data].values() for row in found["arms"]}
+        return {arm: max(end["validation_accuracy"] for end in at) for arm, at in ends.items()}
+    return {model: arms[model]["best_accuracy"]["mean"] for model in ("model1", "model2")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,8 +419,9 @@ def block_threshold(page: Page) -> str:
 
 
 def block_gains(page: Page) -> str:
-    table = gain_tables.table_gains(results_of(CONFIGS["benefit"]))
-    return with_full(table, page, "benefit differences", "benefit ranks")
+    folder = CONFIGS["benefit"].folder.relative_to(ROOT)
+    table = gain_tables.table_gains(results_of(CONFIGS["benefit"]), bag_of_words(str(folder)))
+    return with_full(table, page, "benefit differences", "benefit ranks", "bag of words")
 
 
 def block_salience(page: Page) -> str:

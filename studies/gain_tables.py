@@ -131,11 +131,18 @@ def table_classes(results: dict) -> str:
     return markdown([*header, "backbones"], rows)
 
 
-def table_gains(results: dict) -> str:
-    """For FINDINGS.md: Model 2 less Model 1 on each data set; the means are P1 and P5."""
+def table_gains(results: dict, bag_of_words: dict[str, float]) -> str:
+    """For FINDINGS.md: Model 2 less Model 1 on each data set; the means are P1 and P5.
+
+    Beside them the accuracy of Model 1, and that of a bag of words on the same rows.
+    """
     differences = results["accuracy_differences"].get("model2", {})
     rows = []
     for dataset, rank in results["rank_at_equal_loss"].items():
         gain = differences.get(dataset)
-        rows.append([dataset, interval_cell(gain, 2, 100), interval_cell(rank)])
-    return markdown(["data", "accuracy, points [95%]", "log rank at equal loss"], rows)
+        cells = [interval_cell(gain, 2, 100), interval_cell(rank)]
+        cells.append(mean_cell(results["arms"][dataset]["model1"]["best_accuracy"], 1, 100))
+        cells.append(f"{100 * bag_of_words[dataset]:.1f}" if dataset in bag_of_words else "n/a")
+        rows.append([dataset, *cells])
+    header = ["data", "accuracy, points [95%]", "log rank at equal loss"]
+    return markdown([*header, "Model 1, %", "bag of words, %"], rows)

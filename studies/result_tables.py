@@ -191,7 +191,37 @@ ENGRAM_CASES = {
 }
 
 
+def table_measured(folder: Path, results: dict) -> str:
+    """Each training that was measured on the way: its start, its least components, its end."""
+    rows = []
+    for key, runs in results["models"].items():
+        for seed, run in runs.items():
+            path = [found for found in run.get("measured", ()) if found["dims_95pct"] is not None]
+            if not path:
+                continue
+            least = min(path, key=lambda found: found["dims_95pct"])
+            for place, found in (("start", path[0]), ("fewest", least), ("end", path[-1])):
+                share = f"{100 * found['dims_95pct'] / path[0]['dims_95pct']:.0f}%"
+                ranks = (found[name] for name in RANKS_ON_THE_WAY)
+                cells = [f"{found['dims_95pct']}, {share}", *(f"{rank:.1f}" for rank in ranks)]
+                cells += ["n/a" if found["loss"] is None else f"{found['loss']:.3f}"]
+                cells += ["n/a" if found["loss"] is None else f"{100 * found['accuracy']:.1f}"]
+                rows.append(
+                    [f"{model_name(key)}, seed {seed}", place, f"{found['step']:,}", *cells]
+                )
+    if not rows:
+        return ""
+    header = ["training", "at", "step", "components, of the start", "effective rank"]
+    header += ["without first token", "within classes", "training loss", "training accuracy, %"]
+    return markdown(header, rows)
+
+
+RANKS_ON_THE_WAY = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
+
+
 def table_engrams(folder: Path, results: dict) -> str:
+    if "model3" not in results["models"]:
+        return ""
     theirs, runs = reference_for(folder), list(results["models"]["model3"].values())
     rows = []
     for case, name in ENGRAM_CASES.items():

@@ -151,12 +151,15 @@ def fails(run, capsys, *arguments, **keywords) -> str:
     return error
 
 
+PLOTS = ("plot_learning_curves", "plot_measured", "plot_engram_clusters")
+
+
 def start_script(script, line: str, with_plots: bool = False) -> None:
     """Run a script with this command line as a shell would, in this process; a training's plots
     take seconds each.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for plot in () if with_plots else ("plot_learning_curves", "plot_engram_clusters"):
+        for plot in () if with_plots else PLOTS:
             patch.setattr(plots, plot, lambda *_: None)
         patch.setattr(sys, "argv", [script.__name__, *line.split()])
         run_script(script.main)

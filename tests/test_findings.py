@@ -12,7 +12,7 @@ import result_tables as tables
 from conftest import cells_of_row
 
 import common
-from collapse import rank_plots, records
+from collapse import plots, rank_plots, records
 from collapse.files import read_json
 from collapse.reports import comparisons_of, cross_dataset_table, summary_table, tidy_table
 from collapse.settings import ROOT
@@ -100,7 +100,8 @@ def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):
 def test_the_documents_are_read_in_ten_minutes():
     text, readme = ((ROOT / name).read_text() for name in ("FINDINGS.md", "README.md"))
     assert text.count("\n") <= 300 and readme.count("\n") <= 150
-    assert len(text.split()) <= 2800
+    prose = [line for line in text.splitlines() if not line.startswith("|")]
+    assert len(" ".join(prose).split()) <= 1950
     found = {kind: re.findall(rf"\*\*{kind} (\d+)\.\*\*", text) for kind in ("Table", "Figure")}
     for kind, most in (("Table", 8), ("Figure", 6)):  # numbered as they come
         assert found[kind] == [str(1 + place) for place in range(len(found[kind]))]
@@ -380,6 +381,35 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
 
 
 PUBLISHED = sorted(p for p in ROOT.glob("results*/**/results.json") if "limit-" not in str(p))
+
+
+def measured(step: int, components: int | None, loss: float | None = 0.5) -> dict:
+    ranks = {"effective_rank": 9.0, "effective_rank_without_first": 8.0}
+    ranks |= {"effective_rank_within": 7.0, "accuracy": 0.75, "rows": 24}
+    return {"step": step, "dims_95pct": components, "loss": loss} | ranks
+
+
+def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
+    path = [measured(0, 40), measured(5, 4), measured(10, 20, None), measured(15, None, None)]
+    models = {"model1": {"7": {"measured": path}}, "model2": {"7": {"measured": []}}}
+    lines = tables.table_measured(Path(), {"models": models}).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert [row[1:4] for row in cells] == [
+        ["start", "0", "40, 100%"],
+        ["fewest", "5", "4, 10%"],
+        ["end", "10", "20, 50%"],  # the last one that is finite
+    ]
+    assert cells[0][4:] == ["9.0", "8.0", "7.0", "0.500", "75.0"] and cells[2][7:] == ["n/a"] * 2
+    assert tables.table_measured(Path(), {"models": {"model2": models["model2"]}}) == ""
+
+
+def test_a_path_is_drawn_where_there_is_one(tmp_path):
+    path = [measured(0, 40), measured(5, None, None)]
+    figure = tmp_path / "rank_over_steps.png"
+    plots.plot_measured(figure, "title", {"model1": {"7": {"measured": path}}}, common.find_arm)
+    assert figure.exists()
+    plots.plot_measured(figure, "title", {"model1": {"7": {}}}, common.find_arm)
+    assert not figure.exists()
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))

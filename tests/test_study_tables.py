@@ -165,14 +165,12 @@ def test_a_row_for_each_number_of_classes_and_merge(class_count):
 
 
 def test_the_gains_on_each_data_set(benefit):
-    table = gain_tables.table_gains(benefit)
+    table = gain_tables.table_gains(benefit, {"AG News": 0.8, "SST-2": 0.75})
     row = cells_of_row(table, "AG News")
-    assert list(row.values())[1:] == [
-        "+1.23 [+0.23, +2.23]",
-        "+0.50 [+0.49, +0.51]",
-    ]
+    shown = ["+1.23 [+0.23, +2.23]", "+0.50 [+0.49, +0.51]", "71.0", "80.0"]
+    assert list(row.values())[1:] == shown
     row = cells_of_row(table, "Banking77")
-    assert list(row.values())[1:] == ["n/a", "n/a"]
+    assert list(row.values())[1:] == ["n/a", "n/a", "81.0", "n/a"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,7 +417,7 @@ def test_blocks_of_the_findings(published, tmp_path):
     page = findings.Page()
     for add in ADDED:
         add(page)
-    page.numbers["linguistic"] = "A99"
+    page.numbers |= {"linguistic": "A99", "bag of words": "A98"}
     titles = linguistic_collapse.TITLES
     found = {"r": 0.4, "low": 0.1, "high": 0.6, "p": 0.01, "n": 30, "p_holm": 0.04}
     unknown = {"r": None, "low": None, "high": None, "p": None, "n": 2}

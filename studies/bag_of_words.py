@@ -1,0 +1,101 @@
+"""How well does a bag of words classify the rows that the models are trained on?
+
+TF-IDF of single words and a logistic regression, on the training and validation rows of each
+experiment and study, whole texts. The strength of its L2 penalty is chosen on training rows that
+are held out, as a model's learning rate is; then it is fitted on all of them. An accuracy of a
+model means little where this one, which knows no language, reaches the same. Writes
+studies/results/bag_of_words/results.json.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import benefit
+import class_count
+import collapse_threshold
+import findings
+import fitting
+import tuning
+from findings_own_models import BAG_OF_WORDS
+
+from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split
+from collapse.files import environment, read_json, write_json
+from collapse.loaders import load_again
+from collapse.settings import ROOT, pick_device, run_script
+
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C: of a weaker penalty
+
+
+@dataclass
+class Config:
+    """Settings; the comment above a field is its --help text."""
+
+    # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
+    data_dir: Path | None = None
+
+
+def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
+    """Results folder, data set, and the rows that its models are trained and validated on."""
+    for study in findings.present():
+        data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
+        yield study.folder, data["name"], load_again(data, data_dir)
+    for name, (rows, _) in collapse_threshold.SIZES.items():
+        if name != tuning.MADE_UP:
+            task = limit_task(tuning.load_task(name, data_dir), rows, tuning.MEASURED_ROWS)
+            yield "studies/results/collapse_threshold/newsgroups", name, in_corpus_text(task)
+    for name, size in benefit.SIZES.items():
+        if name != tuning.MADE_UP:
+            task, _ = fitting.load_split(name, data_dir)
+            task = limit_task(task, size.train_rows, None)
+            yield "studies/results/benefit/newsgroups", name, task
+    for classes in class_count.COUNTS:
+        task, _ = class_count.load_merged(classes, "nested", 0, data_dir)
+        yield "studies/results/class_count/newsgroups", f"{classes} classes", task
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Accuracy on the validation rows, and the chosen C with its accuracy on the rows held out."""
+    left, held_out = tuning_split(task, min(fitting.TUNING_ROWS, len(task.train) // 5))
+    tried = {strength: accuracy(left.train, held_out, strength) for strength in STRENGTHS}
+    best = max(tried, key=tried.get)
+    return {
+        "train_rows": len(task.train),
+        "validation_rows": len(task.validation),
+        "classes": len(task.class_names),
+        "accuracy": accuracy(task.train, task.validation, best),
+        "C": best,
+        "held_out_accuracy": tried[best],
+    }
+
+
+def accuracy(train: Rows, test: Rows, strength: float) -> float:
+    """Share of the test rows that a bag of words fitted on the training rows gets right."""
+    words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
+    model = make_pipeline(words, LogisticRegression(C=strength, max_iter=1000))
+    predicted = model.fit(train.texts, train.labels).predict(test.texts)
+    return float(np.mean(predicted == np.array(test.labels)))
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    rows = []
+    for folder, name, task in tasks(config.data_dir):
+        rows.append({"folder": folder, "data": name, **measure(task)})
+        found = rows[-1]
+        print(f"{folder}, {name}: {found['accuracy']:.2%} (C {found['C']:g})", flush=True)
+    made = environment(pick_device("cpu"))
+    write_json(BAG_OF_WORDS, {"rows": rows, **made})
+
+
+if __name__ == "__main__":
+    run_script(main)

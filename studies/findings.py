@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import findings_own_models as own_models
+import findings_time
 import result_tables as tables
 import sink
 from page import Page, with_full
@@ -260,6 +261,7 @@ def results_page() -> Page:
     page.text("## The protocol's endpoints")
     page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
     page.table("endpoints", "P1 to P5, adjusted together by Holm.", own_models.table_endpoints())
+    findings_time.add_time(page)
     own_models.add_studies(page)
     for study in present():
         add_study(page, study)
@@ -464,6 +466,7 @@ def summarize_and_draw() -> None:
     """
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
     own_models.summarize()
+    findings_time.summarize()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)

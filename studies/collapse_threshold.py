@@ -563,7 +563,8 @@ def draw(folder: Path) -> None:
             for measure, axis in zip(PANELS, column, strict=True):
                 draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
-        column[0].set(xscale="log", title=dataset)
+        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in here}))
+        column[0].set(xscale="log", title=f"{dataset}, after {after} steps")
         column[-1].set_xlabel("learning rate")
     highest = max(axis.get_ylim()[1] for axis in axes[0])
     for axis in axes[0]:

@@ -357,9 +357,15 @@ def p7(
     found = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
     done = len(shared) >= config.planned["model2"].backbones
     family = by_backbone.LATER_ENDPOINTS
-    said = by_backbone.endpoint(found, MARGIN, done, family)
-    if said is None:
+    if len(shared) < 2:
         return None
+    said = by_backbone.endpoint(found, MARGIN, done, family)
+    if said is None:  # fewer than two have a slope
+        text = f"not decided: Model 2 has no slope on {len(missing)} of {len(shared)} backbones"
+        nothing = dict.fromkeys(("mean", "low", "high", "se", "df"))
+        open_ended = {"holm_at_most": nothing, "interval_90": nothing}
+        verdict = {"verdict": "not decided", "half_width": None, "margin": MARGIN, "text": text}
+        said = found | nothing | open_ended | verdict | {"p": 1.0, "done": done}
     finite = {seed: ends[seed][1] - slopes[seed] for seed in shared if ends[seed][1] < math.inf}
     largest = None
     if len(finite) == len(shared):

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import findings_own_models as own_models
 import findings_time
 import result_tables as tables
+import sensitivity
 import sink
 from page import Page, with_full
 
@@ -268,6 +269,7 @@ def results_page() -> Page:
     add_ranks(page)
     add_other_studies(page)
     add_speed_and_reference(page)
+    sensitivity.add_tables(page)
     page.text(REFERENCES)
     return page
 
@@ -467,6 +469,7 @@ def summarize_and_draw() -> None:
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks(), common.find_arm)
     own_models.summarize()
     findings_time.summarize()
+    sensitivity.write_summary()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)

@@ -62,7 +62,7 @@ def endpoints() -> dict[str, dict[str, Any]]:
             df = 0
         interval = t_interval(mean, se or 0.0, df, levels[name])
         result |= {"interval": interval, "p_holm": adjusted[name]}
-        if not refuted_from_above(result):
+        if mean is not None and not refuted_from_above(result):
             rules = result["margin"], result["done"], result.get("lower_bound", False)
             result |= verdict(mean, interval, result["interval_90"], *rules)
     return found
@@ -71,7 +71,7 @@ def endpoints() -> dict[str, dict[str, Any]]:
 def p_of(result: dict[str, Any]) -> float:
     """As Holm counts it: a lower bound below zero, or one of nothing, rejects nothing."""
     bounds_nothing = not result.get("bounded", True)
-    below = result.get("lower_bound", False) and result["mean"] <= 0
+    below = result.get("lower_bound", False) and (result["mean"] or 0) <= 0
     if (bounds_nothing or below) and not refuted_from_above(result):
         return 1.0
     return result["p"]
@@ -89,7 +89,8 @@ def table_endpoints() -> str:
         bound = "≥ " if found.get("lower_bound") else ""
         said = found["verdict"] + ("" if found["done"] else " so far")
         inner = format_bounds(found["interval_90"], 2, 1, "+") or "n/a"
-        estimate = bound + format_interval(interval, 2, 1, "+")
+        told = found["mean"] is not None
+        estimate = bound + format_interval(interval, 2, 1, "+") if told else "n/a"
         numbers = [f"{found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
         rows.append([name, WHAT[name], estimate, inner, *numbers])
     header = ["", "what", "estimate [Holm-adjusted]", "90%", "margin", "n", "p, Holm", "verdict"]

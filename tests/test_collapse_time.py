@@ -173,6 +173,9 @@ def test_p7_needs_both_ends_and_is_refuted_by_the_largest_slope_alone():
     assert found["verdict"] == "supported" and found["done"] and found["at_most"] is None
     found = study.p7(CONFIG, slopes, ends | {204: (-math.inf, 0.0)})
     assert found["verdict"] == "not decided" and found["missing"] == [204]
+    found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-math.inf, math.inf)))
+    assert found["verdict"] == "not decided" and found["mean"] is None
+    assert "no slope on 5 of 5 backbones" in found["text"]
     found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-0.9, -0.7)))
     assert found["verdict"] == "not decided"  # alike, as far as half decades can tell
     found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-2.0, -1.4)))

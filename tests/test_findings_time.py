@@ -55,6 +55,16 @@ def test_an_estimate_that_bounds_nothing_rejects_nothing():
     assert findings_time.p_of(plain) == plain["p"] < 0.05
 
 
+def test_an_endpoint_without_any_slope_has_its_row(published, monkeypatch):
+    results = dict(findings_time.results_of(findings_time.TIME))
+    slopes = dict.fromkeys(range(200, 205), -0.8)
+    nowhere = dict.fromkeys(slopes, (-math.inf, math.inf))
+    results["P7"] = findings_time.collapse_time.p7(findings_time.TIME, slopes, nowhere)
+    write_json(findings_time.TIME.folder / "results.json", results)
+    row = next(line for line in findings_time.table_endpoints().splitlines() if "| P7" in line)
+    assert "| n/a | n/a |" in row and "| not decided |" in row
+
+
 def test_the_page_tells_thresholds_with_their_bounds(published):
     page = Page()
     findings_time.add_time(page)

@@ -12,9 +12,9 @@ import torch
 from collapse.architectures import longest_input
 from collapse.batches import Split, encode_rows
 from collapse.data import Rows
+from collapse.errors import UserError
 from collapse.files import read_json
 from collapse.language_models import token_ids
-from collapse.settings import UserError
 
 
 @dataclass

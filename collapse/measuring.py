@@ -7,6 +7,7 @@ of fixed validation rows, loss and accuracy of fixed training rows as an evaluat
 without dropout. Training is not touched: no random number is drawn and no weight changes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,19 +54,37 @@ def measures(model: nn.Module, train: Split, validation: Split) -> dict[str, flo
     `loss` (nats) and `accuracy` are of the classifier on training rows; `rows` counts validation
     rows, on which ranks depend. None where a state or a logit is not finite.
     """
+    return measures_on(model, train, validation, [None])[0]
+
+
+def measures_on(
+    model: nn.Module, train: Split, validation: Split, limits: Sequence[int | None]
+) -> list[dict[str, float | None]]:
+    """The same on so many of each split's rows, as draw_rows takes them, for every limit; one pass.
+
+    None stands for all rows.
+    """
     was_training = model.training
     model.eval()
     states, logits = outputs(model, validation)
     _, train_logits = outputs(model, train)
     model.train(was_training)
-    finite = train_logits.isfinite().all()
-    return {
-        **collapse_of(states.numpy(), validation.labels.numpy()),
-        "validation_accuracy": accuracy(logits, validation.labels),
-        "loss": F.cross_entropy(train_logits, train.labels).item() if finite else None,
-        "accuracy": accuracy(train_logits, train.labels) if finite else None,
-        "rows": len(validation.labels),
-    }
+    found = []
+    for limit in limits:
+        rows, train_rows = (fixed_draw(len(split.labels), limit) for split in (validation, train))
+        labels, train_labels = validation.labels[rows], train.labels[train_rows]
+        finite = train_logits[train_rows].isfinite().all()
+        loss = F.cross_entropy(train_logits[train_rows], train_labels).item() if finite else None
+        found.append(
+            {
+                **collapse_of(states[:, rows].numpy(), labels.numpy()),
+                "validation_accuracy": accuracy(logits[rows], labels),
+                "loss": loss,
+                "accuracy": accuracy(train_logits[train_rows], train_labels) if finite else None,
+                "rows": len(labels),
+            }
+        )
+    return found
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from collapse.files import ROOT, write_json
 from collapse.language_models import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.plots import save_figure
 from collapse.progress import Progress, Training
+from collapse.provenance import hardware_name
 from collapse.settings import LanguageModelConfig, check_bounds
 from collapse.statistics import (
     format_interval,
@@ -39,6 +40,7 @@ from collapse.statistics import (
     paired_difference,
     sign_flip_p,
 )
+from collapse.tables import read_rows
 from collapse.thresholds import Threshold, threshold_shift
 from collapse.weights import check_weights
 
@@ -192,9 +194,40 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     data = tuning.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     measure_at = config.measure_at or range(0, config.steps, every)
-    records = tuning.tune(recipe, data, measure_at, progress.step, bool(config.measure_at))
+    both_ends = bool(config.measure_at)
+    start = start_of(config, cell) if both_ends else []
+    records = tuning.tune(recipe, data, measure_at, progress.step, both_ends, start)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     return [record | {"chance": chance, "classes": data.classes} for record in records]
+
+
+def start_of(config: Config, cell: Cell) -> list[dict[str, Any]]:
+    """What a given model's training of the same seed and machine measured before its first step.
+
+    All arms of a seed but those with a prefix begin as one model, and on a CPU its measurement
+    takes as long as dozens of steps. Nothing before a training of the seed has ended.
+    """
+    hardware = hardware_name(pick_device(config.device))
+    rows = [
+        row
+        for row in read_rows(by_backbone.table_of(config.folder, cell.seed))
+        if (row["dataset"], row["hardware"], row["step"]) == (cell.dataset, hardware, "0")
+        and common.find_arm(row["arm"]).prefix == "none"
+    ]
+    if not rows or common.find_arm(cell.arm).prefix != "none":
+        return []
+    names = list(rows[0])
+    measured = names[names.index("step") : names.index("lm_loss") + 1]
+    return [
+        {name: as_number(row[name]) for name in measured}
+        for row in rows
+        if row["training"] == rows[0]["training"]
+    ]
+
+
+def as_number(text: str) -> float | None:
+    """A cell of a table; whole numbers stay whole, so that it is written again as it was."""
+    return (int(text) if text.isdigit() else float(text)) if text else None
 
 
 def line_of(name: str, rows: list[dict[str, Any]]) -> str:
@@ -527,7 +560,8 @@ def draw(folder: Path) -> None:
             for measure, axis in zip(PANELS, column, strict=True):
                 draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
-        column[0].set(xscale="log", title=dataset)
+        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in here}))
+        column[0].set(xscale="log", title=f"{dataset}, after {after} steps")
         column[-1].set_xlabel("learning rate")
     highest = max(axis.get_ylim()[1] for axis in axes[0])
     for axis in axes[0]:

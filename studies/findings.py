@@ -16,7 +16,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import findings_own_models as own_models
+import findings_time
 import result_tables as tables
+import sensitivity
 import sink
 from page import Page, with_full
 
@@ -259,12 +261,14 @@ def results_page() -> Page:
     page.text("## The protocol's endpoints")
     page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
     page.table("endpoints", "P1 to P5, adjusted together by Holm.", own_models.table_endpoints())
+    findings_time.add_time(page)
     own_models.add_studies(page)
     for study in present():
         add_study(page, study)
     add_ranks(page)
     add_other_studies(page)
     add_speed_and_reference(page)
+    sensitivity.add_tables(page)
     page.text(REFERENCES)
     return page
 
@@ -463,6 +467,8 @@ def summarize_and_draw() -> None:
     """
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks())
     own_models.summarize()
+    findings_time.summarize()
+    sensitivity.write_summary()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():
         results = results_of(study)

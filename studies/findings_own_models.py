@@ -198,6 +198,12 @@ def table_endpoints(short: bool = False) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
+def steps_of(config: collapse_threshold.Config) -> str:
+    """Optimizer steps of a study's trainings, as its rows have them; without rows nothing."""
+    steps = {row["steps"] for row in by_backbone.published_rows(config.folder)}
+    return " or ".join(sorted(steps, key=int))
+
+
 def add_threshold(page: Page) -> None:
     config = CONFIGS["collapse_threshold"]
     found, folder = results_of(config), folder_of(config)
@@ -212,7 +218,8 @@ def add_threshold(page: Page) -> None:
     others = found["other_bounds"].items()
     told = [f"{format_interval(d, sign='+')} ({float(bound):.0%})" for bound, d in others]
     caption += "; ".join(told) + "."
-    page.table("threshold", caption, study_tables.table_threshold(found))
+    steps = steps_of(config)
+    page.table("threshold", caption, study_tables.table_threshold(found, steps=steps))
     caption = "Shifts on each data set, decades, paired by backbone."
     page.table("shifts", caption, study_tables.table_shifts(found))
     for dataset in found["arms"][0]["edge"]:
@@ -280,7 +287,7 @@ def add_standin_threshold(page: Page) -> None:
     if found is None:
         return
     caption = "Edges over the rates that ran; shifts: mean of the sets, of seeds that have each."
-    table = study_tables.table_threshold(found, unit="seeds")
+    table = study_tables.table_threshold(found, unit="seeds", steps=steps_of(STANDIN))
     page.table("standin threshold", caption, table)
     caption = "Shifts on each data set, decades, paired by seed."
     page.table("standin shifts", caption, study_tables.table_shifts(found))
@@ -414,7 +421,8 @@ def block_endpoints(page: Page) -> str:
 
 def block_threshold(page: Page) -> str:
     found = results_of(CONFIGS["collapse_threshold"])
-    table = study_tables.table_threshold(found, ("healthy", "not collapsed"), unit=None)
+    kinds, steps = ("healthy", "not collapsed"), steps_of(CONFIGS["collapse_threshold"])
+    table = study_tables.table_threshold(found, kinds, unit=None, steps=steps)
     return with_full(table, page, "threshold", "shifts")
 
 

@@ -19,21 +19,26 @@ SHIFTS = {
 
 
 def table_threshold(
-    results: dict, kinds: Sequence[str] = tuple(SHIFTS), unit: str | None = "backbones"
+    results: dict,
+    kinds: Sequence[str] = tuple(SHIFTS),
+    unit: str | None = "backbones",
+    steps: str = "",
 ) -> str:
     """Where runs of each arm stop being healthy, against Model 1; unit: what repeats.
 
     Its number is that on each data set, told once where they agree; without a unit it is left out.
+    `steps`: after how many of them, which an edge depends on.
     """
     datasets = list(results["arms"][0]["edge"])
-    header = ["arm", *(f"edge, {name}" for name in datasets)]
+    edge = f"edge after {steps} steps" if steps else "edge"
+    header = ["arm", *(f"{edge}, {name}" for name in datasets)]
     header += [*(SHIFTS[kind] for kind in kinds), *([unit] if unit else [])]
     rows = []
     for row in results["arms"]:
         edges = [edge_cell(row, data) for data in datasets]
         cells = ["0"] * len(kinds)
         if row["arm"] != "model1":
-            cells = [interval_cell(row["shift"][kind]["mean"]) for kind in kinds]
+            cells = [shift_cell(row, kind, "mean", datasets) for kind in kinds]
         counts = [str(e["n"] if e else 0) for e in row["edge"].values()]
         cells += [told_once(counts)] if unit else []
         rows.append([find_arm(row["arm"]).title, *edges, *cells])
@@ -44,8 +49,20 @@ def edge_cell(row: dict, dataset: str) -> str:
     """Mean edge of an arm as a rate; a bound where some are healthy at every rate, or at none."""
     if not row["edge"][dataset]:
         return "n/a"
-    bound = "≥ " * bool(row["at_the_top"][dataset]) + "≤ " * bool(row["at_the_bottom"][dataset])
-    return f"{bound}{10 ** row['edge'][dataset]['mean']:.1e}"
+    return f"{bound_of(row, [dataset])}{10 ** row['edge'][dataset]['mean']:.1e}"
+
+
+def bound_of(row: dict, datasets: Sequence[str]) -> str:
+    """`≥ ` or `≤ ` where some edges of an arm are beyond the rates, on one of these sets."""
+    ends = (("≥ ", "at_the_top"), ("≤ ", "at_the_bottom"))
+    return "".join(sign for sign, end in ends if any(row[end][data] for data in datasets))
+
+
+def shift_cell(row: dict, kind: str, place: str, datasets: Sequence[str]) -> str:
+    """A shift from Model 1's edge; that of healthy runs as a bound where the arm's edge is one."""
+    found = row["shift"][kind][place]
+    bound = bound_of(row, datasets) if kind == "healthy" and found["n"] else ""
+    return bound + interval_cell(found)
 
 
 def table_shifts(results: dict, kinds: Sequence[str] = tuple(SHIFTS)) -> str:
@@ -53,8 +70,8 @@ def table_shifts(results: dict, kinds: Sequence[str] = tuple(SHIFTS)) -> str:
     rows = []
     for row in [row for row in results["arms"] if row["arm"] != "model1"]:
         for dataset in row["edge"]:
-            shifts = [row["shift"][kind][dataset] for kind in kinds]
-            cells = [*map(interval_cell, shifts), str(shifts[0]["n"])]
+            cells = [shift_cell(row, kind, dataset, [dataset]) for kind in kinds]
+            cells.append(str(row["shift"][kinds[0]][dataset]["n"]))
             rows.append([find_arm(row["arm"]).title, dataset, *cells])
     return markdown(["arm", "data", *(SHIFTS[kind] for kind in kinds), "pairs"], rows)
 

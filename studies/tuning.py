@@ -5,7 +5,7 @@ import functools
 import gc
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from collapse.files import digest_weights
 from collapse.language_models import find_model, load_causal_lm, load_tokenizer
 from collapse.loaders import LOADERS
 from collapse.losses import lm_loss_sum
-from collapse.measuring import Measuring, draw_rows, measures
+from collapse.measuring import MEASURED_ROWS as MEASURED_ROWS_ON_THE_WAY
+from collapse.measuring import Measuring, draw_rows, measures_on
 from collapse.optimizer import learning_rate_at
 from collapse.settings import LanguageModelConfig
 
@@ -171,33 +172,32 @@ def tune(
     measure_at: Collection[int],
     after_step: Callable[[], None] = lambda: None,
     few_rows_too: bool = False,
+    start: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
     Along the way on fewer rows, see Measuring; with few_rows_too at both ends on these, too, so
     that any two steps can be compared at as many rows: ranks grow with them. The first record and
-    the last are of all measured rows. A training that meets a number that is not finite ends
-    there: its last record has None for every measure.
+    the last are of all measured rows. `start` spares the measurement before the first step where
+    another training has made it from the same model and seed. A training that meets a number that
+    is not finite ends there: its last record has None for every measure.
     """
     model, start_head = build(recipe, data.classes)
     along_the_way = Measuring(model, data.measured_train, data.validation)
 
-    def few_rows(step: int) -> dict[str, Any]:
-        return {"step": step, **along_the_way(), "lm_loss": None}
+    def both_ends(step: int) -> list[dict[str, Any]]:
+        limits = [None, MEASURED_ROWS_ON_THE_WAY] if few_rows_too else [None]
+        return [{"step": step, **r} for r in full_records(model, data, start_head, limits)]
 
-    records = [{"step": 0, **full_record(model, data, start_head)}]
-    if few_rows_too:
-        records.append(few_rows(0))
+    records = list(start or both_ends(0))
     try:
         for step in steps_of(recipe, trainer_of(recipe, model, data.train)):
             after_step()
-            if (step in measure_at and step < recipe.steps) or (
-                few_rows_too and step == recipe.steps
-            ):
-                records.append(few_rows(step))
+            if step in measure_at and step < recipe.steps:
+                records.append({"step": step, **along_the_way(), "lm_loss": None})
     except Diverged as error:
         return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
-    return [*records, {"step": recipe.steps, **full_record(model, data, start_head)}]
+    return [*records, *reversed(both_ends(recipe.steps))]
 
 
 @dataclass
@@ -232,10 +232,18 @@ def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> com
 
 def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:
     """`measures` on all measured rows, and the LM loss under the LM head of the start."""
+    return full_records(model, data, start_head, [None])[0]
+
+
+def full_records(
+    model: nn.Module, data: Data, start_head: nn.Linear, limits: Sequence[int | None]
+) -> list[dict[str, float | None]]:
+    """full_record on so many rows for every limit, the first of them all; one has the LM loss."""
     model.eval()
-    record = measures(model, data.measured_train, data.validation)
+    first, *others = measures_on(model, data.measured_train, data.validation, limits)
     loss = lm_loss(model, data.language, start_head)
-    return record | {"lm_loss": loss if math.isfinite(loss) else None}
+    first |= {"lm_loss": loss if math.isfinite(loss) else None}
+    return [first, *(record | {"lm_loss": None} for record in others)]
 
 
 @torch.inference_mode()

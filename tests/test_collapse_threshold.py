@@ -18,6 +18,7 @@ import tuning
 from conftest import fails, start_script
 
 import common
+from collapse import measuring
 from collapse.errors import UserError
 from collapse.files import ROOT
 from collapse.statistics import sign_flip_p
@@ -289,6 +290,56 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
         (10, True),
         (10, False),
     ]
+    again = tuning.tune(recipe, tuning.load_data(recipe, None), (5,), few_rows_too=True)
+    taken = tuning.tune(
+        recipe, tuning.load_data(recipe, None), (5,), few_rows_too=True, start=records[:2]
+    )
+    assert again == records == taken  # what is spared draws no random number
+
+
+def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
+    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
+    data = tuning.load_data(recipe, None)
+    model, _ = tuning.build(recipe, 2)
+    some, all_rows = (
+        measuring.measures_on(model, data.measured_train, data.validation, [limit])[0]
+        for limit in (20, None)
+    )
+    both = measuring.measures_on(model, data.measured_train, data.validation, [None, 20])
+    assert both == [all_rows, some] and (some["rows"], all_rows["rows"]) == (20, 80)
+    fewer = [measuring.draw_rows(split, 20) for split in (data.measured_train, data.validation)]
+    alone = measuring.measures(model, *fewer)
+    assert alone == pytest.approx(some, rel=1e-4)
+
+
+def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
+    """A folder as --model: the second training takes over what the first one measured."""
+    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    config = study.Config(
+        model=str(folder),
+        datasets=(tuning.MADE_UP,),
+        arms=("1", "2"),
+        rates=(-3.0,),
+        seeds=(0,),
+        steps=20,
+        measure_at=(10,),
+        output_dir=tmp_path,
+    )
+    config.folder.mkdir()
+    study.run_missing(config)
+    rows = read_rows(by_backbone.table_of(config.folder, 0))
+    assert [int(row["step"]) for row in rows] == [0, 0, 10, 20, 20] * 2
+    start = {(row["arm"], row["rows"], row["lm_loss"], row["dims_95pct"]) for row in rows[:2]}
+    again = {("model1", *(row[k] for k in ("rows", "lm_loss", "dims_95pct"))) for row in rows[5:7]}
+    assert start == again and {row["model"] for row in rows} == {folder.name}
+    cell = study.Cell(0, tuning.MADE_UP, "model2", -2.0)
+    assert len(study.start_of(config, cell)) == 2
+    assert study.start_of(config, study.Cell(1, tuning.MADE_UP, "model2", -2.0)) == []
+    assert study.start_of(config, study.Cell(0, tuning.MADE_UP, "model3", -2.0)) == []
+    results = study.summary(config)
+    found = results["by_components"][tuning.MADE_UP]
+    assert found["runs"]["model1"]["-3"]["runs"] == 1 and found["shift"] is None
 
 
 @pytest.mark.parametrize("arm", study.Config().arms)

@@ -303,7 +303,7 @@ def test_tables_of_a_given_model(standin):
     row = cells_of_row(table, "Classification Only")
     assert row["edge, AG News"] == "≤ 3.2e-03" and row["shift of the edge"] == "0"
     row = cells_of_row(study_tables.table_shifts(found), "AG News")
-    assert row["shift of the edge"] == "+2.00 [+2.00, +2.00]" and row["pairs"] == "2"
+    assert row["shift of the edge"] == "≥ +2.00 [+2.00, +2.00]" and row["pairs"] == "2"
 
 
 def test_a_shift_without_pairs_is_no_shift_of_zero(standin):

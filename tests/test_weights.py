@@ -14,8 +14,8 @@ from test_language_model import CPU, tiny_settings
 import common
 import experiment_7b
 from collapse import language_models
+from collapse.errors import UserError
 from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
-from collapse.settings import UserError
 
 
 def copy_of(folder, target):

@@ -1,0 +1,589 @@
+"""Does the learning rate at which a representation collapses fall as fine-tuning goes on?
+
+Fine-tunes own small language models (studies/pretrain.py), all weights, at many constant learning
+rates, and measures each training after 50, 100, 200 ... 6,400 steps: with a constant rate one
+training gives the state after every number of steps. So every number of steps has a threshold, the
+rate above which runs have lost three quarters of their components, and the study asks for its slope
+over time, without the LM loss (P6 of PROTOCOL.md) and with it (P7). Writes a CSV file for each
+backbone, a row for every measurement, as trainings end; then results.json and a figure. The same
+command goes on where it was stopped.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import by_backbone
+import tuning
+from collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, edge
+
+import common
+from collapse.errors import UserError, run_script
+from collapse.files import ROOT, write_json
+from collapse.measuring import outputs
+from collapse.plots import save_figure
+from collapse.progress import Progress, Training
+from collapse.reference import REFERENCE
+from collapse.spread import length_share
+from collapse.statistics import differences_interval, mean_interval
+from collapse.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
+
+BACKBONES = tuple(range(200, 208))  # of P6; a pilot takes another
+FIRST, DOUBLINGS = 50, 7  # measured after 50 x 2^k steps
+SHORT = 3  # doublings of the highest rates' trainings: 400 steps
+FITTED_FROM = 2  # doublings after which thresholds count for a slope: 200 steps
+ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of what a grid of quarter decades rounds off
+
+
+@dataclass(frozen=True)
+class Part:
+    """Trainings that differ in their backbone and learning rate alone."""
+
+    dataset: str
+    train_rows: int
+    max_length: int
+    arm: str  # as --models takes it
+    backbones: int  # the first so many
+    rates: tuple[float, ...]  # base-10 logarithms, for all steps
+    short_rates: tuple[float, ...] = ()  # for the first 400 alone
+    schedule: str = "constant"
+
+
+def evenly(lowest: float, highest: float, step: float = 0.25) -> tuple[float, ...]:
+    return tuple(lowest + step * k for k in range(round((highest - lowest) / step) + 1))
+
+
+NEWS = ("AG News", 9_983, 32)  # the rows at hand; of the whole set a fixed draw of as many
+WITH_LM = (evenly(-3.5, -2, 0.5), (-1.5, *evenly(-1.25, -0.75)))
+# In the order of the protocol: P6, P7, then what is exploratory.
+PARTS = {
+    "model1": Part(*NEWS, "1", 8, evenly(-4.25, -2.25), (-2.0, -1.75)),
+    "model2": Part(*NEWS, "2", 5, *WITH_LM),
+    "kl": Part(*NEWS, "kl", 3, *WITH_LM),
+    "2,000 rows": Part("AG News", 2_000, 32, "1", 3, evenly(-3.5, -2.5)),
+    "SST-2": Part("SST-2 by sentence", 35_074, 64, "1", 5, evenly(-3.75, -2.5)),
+    "cosine": Part(*NEWS, "1", 1, (-3.0, -2.5), schedule="cosine"),
+}
+TOY = (tuning.MADE_UP, 64, 32)
+MINIATURE = {
+    "model1": Part(*TOY, "1", 2, (-3.0, -1.0), (3.0,)),
+    "model2": Part(*TOY, "2", 2, (-3.0, -1.0), (3.0,)),
+    "cosine": Part(*TOY, "1", 1, (-1.0,), schedule="cosine"),
+}
+
+
+@dataclass
+class Config(by_backbone.Config):
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Own language models, by their seeds; a part takes the first of 200 to 207 that it needs, and
+    # any other seed is a pilot, which counts for nothing.
+    seeds: tuple[int, ...] = BACKBONES
+    # Parts of the study: model1, model2, kl, "2,000 rows", SST-2, cosine.
+    parts: tuple[str, ...] = tuple(PARTS)
+    # Of each part's learning rates these base-10 logarithms alone. Default: all.
+    rates: tuple[float, ...] = ()
+    # First measurement, in steps, and how often they double from there to the end.
+    first: int = FIRST
+    doublings: int = DOUBLINGS
+    # Folder for results, in it one for each corpus.
+    output_dir: Path = ROOT / "studies" / "results" / "collapse_time"
+
+    @property
+    def measured(self) -> list[int]:
+        """Steps after which trainings are measured."""
+        return [self.first * 2**k for k in range(self.doublings + 1)]
+
+    @property
+    def planned(self) -> dict[str, Part]:
+        return MINIATURE if self.miniature else PARTS
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of the study."""
+
+    seed: int  # of its backbone, head, and order of rows
+    part: str
+    arm: str  # its name in results
+    rate: float  # base-10 logarithm; of a cosine schedule its peak
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}, 1e{self.rate:g}"
+
+
+def trials_of(config: Config, seed: int) -> list[Trial]:
+    trials = []
+    for name in config.parts:
+        part, arm = config.planned[name], common.find_arm(config.planned[name].arm).name
+        if seed in BACKBONES and BACKBONES.index(seed) >= part.backbones:
+            continue
+        rates = [rate for rate in part.rates + part.short_rates if rate in (config.rates or [rate])]
+        trials += [Trial(seed, name, arm, rate) for rate in rates]
+    return trials
+
+
+def settings_of(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's number of steps and of rows, and longest text in tokens."""
+    part = config.planned[trial["part"]]
+    short = float(trial["rate"]) in part.short_rates
+    steps = config.measured[min(SHORT, config.doublings) if short else -1]
+    return {"steps": steps, "train_rows": part.train_rows, "max_length": part.max_length}
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def run_missing(config: Config) -> None:
+    """Backbone by backbone: pretrain it, run its trials."""
+    by_backbone.run_missing(
+        config,
+        [trial for seed in config.seeds for trial in trials_of(config, seed)],
+        lambda trial: training_of(config, trial),
+        lambda trial, progress: run_trial(config, trial, progress),
+        line_of,
+        lambda trial: settings_of(config, trial),
+    )
+
+
+def miniature_of(config: Config) -> Config:
+    short = {"first": 5, "doublings": 4, "parts": tuple(MINIATURE)}
+    return by_backbone.in_small(config, seeds=BACKBONES[:2], **short)
+
+
+def training_of(config: Config, trial: Trial) -> Training:
+    steps = settings_of(config, dataclasses.asdict(trial))["steps"]
+    return by_backbone.training_of(config, trial, f"{trial.part}, {steps}", steps)
+
+
+def recipe_of(config: Config, trial: Trial) -> tuning.Recipe:
+    part = config.planned[trial.part]
+    return by_backbone.recipe_of(
+        config,
+        trial,
+        dataset=part.dataset,
+        learning_rate=10**trial.rate,
+        schedule=part.schedule,
+        **settings_of(config, dataclasses.asdict(trial)),
+    )
+
+
+def run_trial(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]]:
+    """Measures before one training and after each of config.measured, always on the same rows."""
+    recipe = recipe_of(config, trial)
+    return finetune(recipe, tuning.load_data(recipe, config.data_dir), config.measured, progress)
+
+
+def finetune(
+    recipe: tuning.Recipe, data: tuning.Data, measured: Sequence[int], progress: Progress
+) -> list[dict[str, Any]]:
+    """Train; what was measured before the first step and after those of `measured`, on all rows.
+
+    Beside what tuning.full_record tells: `length_share` of pooled states, `step_size`, the length
+    of the last step in the space of all weights, and `distance` from the start's. A training that
+    meets a number that is not finite ends there, with None for every measure.
+    """
+    model, start_head = tuning.build(recipe, data.classes)
+    start = before = weights_of(model)
+    lengths = data.validation.lengths
+
+    def record(step: int) -> dict[str, Any]:
+        found = {"step": step, **tuning.full_record(model, data, start_head)}
+        states = outputs(model, data.validation)[0][0].numpy()  # (N, D)
+        finite = bool(np.isfinite(states).all())
+        now = weights_of(model)
+        return found | {
+            "length_share": length_share(states, lengths) if finite else None,
+            "step_size": float((now - before).norm()) if finite and step else None,
+            "distance": float((now - start).norm()) if finite else None,
+        }
+
+    records = [record(0)]
+    try:
+        for step in tuning.steps_of(recipe, tuning.trainer_of(recipe, model, data.train)):
+            progress.step()
+            if step in measured:
+                records.append(record(step))
+            if step + 1 in measured:
+                before = weights_of(model)
+    except tuning.Diverged as error:
+        return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
+    return records
+
+
+@torch.no_grad()
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    """A copy of all that trains, in one row."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.nn.utils.parameters_to_vector(trained).clone()
+
+
+def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+    kept = " ".join("-" if row["dims_95pct"] is None else str(row["dims_95pct"]) for row in rows)
+    return f"{name}: components {kept} after step {rows[-1]['step']}"
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows say
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended."""
+
+    trial: Trial
+    path: list[dict[str, float | None]]  # its measurements, from before the first step on
+
+    def shares(self, measured: Sequence[int]) -> dict[int, float | None]:
+        """Step -> share of the start's components; None from where a number was not finite."""
+        by_step = {int(record["step"]): record for record in self.path}
+        found: dict[int, float | None] = {}
+        for step in measured:
+            if step > self.path[-1]["steps"]:
+                break
+            record = by_step.get(step)
+            finite = record is not None and None not in (record["dims_95pct"], record["loss"])
+            found[step] = record["dims_95pct"] / self.path[0]["dims_95pct"] if finite else None
+        return found
+
+    def collapsed(self, measured: Sequence[int], bound: float = KEPT) -> dict[int, bool]:
+        """Step -> whether it counts as collapsed then, see collapsed_by."""
+        shares = list(self.shares(measured).values())
+        return {
+            step: collapsed_by(shares[: count + 1], bound)
+            for count, step in enumerate(measured[: len(shares)])
+        }
+
+
+def read_runs(config: Config) -> dict[str, list[Run]]:
+    """Part -> its trainings in the tables, of the backbones that the protocol plans for it."""
+    found: dict[str, list[Run]] = {}
+    for table in sorted(config.folder.glob("seed-*.csv")):
+        for trial, path in by_backbone.read_paths(table, Trial):
+            if trial.seed in BACKBONES and trial.part in config.planned:
+                found.setdefault(trial.part, []).append(Run(trial, path))
+    return {part: found[part] for part in config.planned if part in found}
+
+
+def thresholds_of(
+    config: Config, part: str, runs: Sequence[Run], bound: float = KEPT
+) -> dict[int, dict[int, Threshold]]:
+    """Backbone -> steps -> threshold, of backbones whose every planned rate ran that long."""
+    kept = kept_of(config, part, runs, bound)
+    return {
+        seed: {step: Threshold.of(by_rate) for step, by_rate in by_step.items()}
+        for seed, by_step in kept.items()
+    }
+
+
+def kept_of(
+    config: Config, part: str, runs: Sequence[Run], bound: float = KEPT
+) -> dict[int, dict[int, dict[float, bool]]]:
+    """Backbone -> steps -> rate -> whether the run was kept, where every planned rate ran."""
+    plan, found = config.planned[part], {}
+    for run in runs:
+        for step, fell in run.collapsed(config.measured, bound).items():
+            by_step = found.setdefault(run.trial.seed, {}).setdefault(step, {})
+            by_step[run.trial.rate] = not fell
+    short = config.measured[min(SHORT, config.doublings)]
+    return {
+        seed: {
+            step: by_rate
+            for step, by_rate in sorted(by_step.items())
+            if set(by_rate) >= {*plan.rates, *(plan.short_rates if step <= short else ())}
+        }
+        for seed, by_step in sorted(found.items())
+    }
+
+
+def slopes_of(
+    config: Config, by_seed: Mapping[int, Mapping[int, Threshold]], fitted_from: int = FITTED_FROM
+) -> dict[int, float]:
+    """Backbone -> slope of log10 threshold on log10 steps, where all ran and there is one."""
+    wanted, found = config.measured[fitted_from:], {}
+    for seed, by_step in by_seed.items():
+        if set(wanted) <= set(by_step):
+            slope = slope_over_time({step: by_step[step] for step in wanted}, ROUNDING)
+            if slope is not None:
+                found[seed] = slope
+    return found
+
+
+def ends_of_slopes(
+    config: Config, by_seed: Mapping[int, Mapping[int, Threshold]]
+) -> dict[int, tuple[float, float]]:
+    """Backbone -> least and largest slope that thresholds after 200 and all steps leave open."""
+    first, last = config.measured[FITTED_FROM], config.measured[-1]
+    return {
+        seed: slope_bounds(by_step[first], by_step[last], first, last)
+        for seed, by_step in by_seed.items()
+        if first in by_step and last in by_step
+    }
+
+
+def p6(config: Config, slopes: Mapping[int, float]) -> dict[str, Any] | None:
+    """How far the threshold of Model 1 falls in a decade of steps: minus its slope."""
+    done = len(slopes) >= config.planned["model1"].backbones
+    falls = {seed: -slope for seed, slope in slopes.items()}
+    family = by_backbone.LATER_ENDPOINTS
+    return by_backbone.endpoint(differences_interval(falls), MARGIN, done, family)
+
+
+def p7(
+    config: Config, slopes: Mapping[int, float], ends: Mapping[int, tuple[float, float]]
+) -> dict[str, Any] | None:
+    """Model 2's slope at its least less Model 1's, a lower bound, paired over backbones.
+
+    `missing`: backbones whose Model 2 has no such slope; then nothing is decided. Where the largest
+    slope (`at_most`) is surely below Model 1's, it is refuted.
+    """
+    shared = sorted(slopes.keys() & ends.keys())
+    missing = [seed for seed in shared if not math.isfinite(ends[seed][0])]
+    least = {seed: ends[seed][0] - slopes[seed] for seed in shared if seed not in missing}
+    found = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
+    done = len(shared) >= config.planned["model2"].backbones
+    family = by_backbone.LATER_ENDPOINTS
+    if len(shared) < 2:
+        return None
+    said = by_backbone.endpoint(found, MARGIN, done, family)
+    if said is None:  # fewer than two have a slope
+        text = f"not decided: Model 2 has no slope on {len(missing)} of {len(shared)} backbones"
+        nothing = dict.fromkeys(("mean", "low", "high", "se", "df"))
+        open_ended = {"holm_at_most": nothing, "interval_90": nothing}
+        verdict = {"verdict": "not decided", "half_width": None, "margin": MARGIN, "text": text}
+        said = found | nothing | open_ended | verdict | {"p": 1.0, "done": done}
+    finite = {seed: ends[seed][1] - slopes[seed] for seed in shared if ends[seed][1] < math.inf}
+    largest = None
+    if len(finite) == len(shared):
+        largest = by_backbone.endpoint(differences_interval(finite), MARGIN, done, family)
+        if largest["holm_at_most"]["high"] < 0:
+            said |= {"verdict": "refuted", "p": largest["p"]}
+            said["text"] = said["text"].replace("not decided", "refuted", 1)
+    return said | {"missing": missing, "at_most": largest}
+
+
+def summary(config: Config) -> dict[str, Any]:
+    """What results.json holds: of each part thresholds by steps and their slopes; P6 and P7.
+
+    `other_bounds`: P6 and P7 were this share of components the bound of a collapse; `from_first`:
+    P6 with every number of steps.
+    """
+    runs = read_runs(config)
+    at = {part: thresholds_of(config, part, here) for part, here in runs.items()}
+    slopes = {part: slopes_of(config, by_seed) for part, by_seed in at.items()}
+    ends = ends_of_slopes(config, at.get("model2", {}))
+    others = {}
+    for bound in OTHER_BOUNDS:
+        moved = {p: thresholds_of(config, p, runs.get(p, []), bound) for p in ("model1", "model2")}
+        slopes_there = slopes_of(config, moved["model1"])
+        others[f"{bound:g}"] = {
+            "P6": p6(config, slopes_there),
+            "P7": p7(config, slopes_there, ends_of_slopes(config, moved["model2"])),
+        }
+    of_1 = slopes.get("model1", {})
+    return {
+        "runs": sum(map(len, runs.values())),
+        "measured": config.measured,
+        "parts": {part: part_summary(config, part, runs[part], slopes[part]) for part in runs},
+        "P6": p6(config, of_1),
+        "P7": p7(config, of_1, ends),
+        "other_bounds": others,
+        "from_first": p6(config, slopes_of(config, at.get("model1", {}), fitted_from=0)),
+    }
+
+
+def part_summary(
+    config: Config, part: str, runs: Sequence[Run], slopes: Mapping[int, float]
+) -> dict[str, Any]:
+    """Thresholds by steps, slopes of backbones, and means of what rows hold.
+
+    Of a number of steps: mean of the thresholds and its interval over backbones (a censored one
+    with its bound), how many are bounds from below and above, are not monotone, and how many runs
+    had recovered by then; `spearman_karber`: mean of that estimate of the threshold.
+    """
+    kept, by_steps = kept_of(config, part, runs), {}
+    for step in config.measured:
+        outcomes = [by_step[step] for by_step in kept.values() if step in by_step]
+        if not outcomes:
+            continue
+        at = [Threshold.of(by_rate) for by_rate in outcomes]
+        by_steps[str(step)] = {
+            "threshold": mean_interval(threshold.value for threshold in at),
+            "lowest": min(threshold.value for threshold in at),
+            "highest": max(threshold.value for threshold in at),
+            "at_least": sum(threshold.censored == ">=" for threshold in at),
+            "at_most": sum(threshold.censored == "<=" for threshold in at),
+            "not_monotone": sum(not threshold.monotone for threshold in at),
+            "recovered": sum(recovered(run, config.measured, step) for run in runs),
+            "spearman_karber": mean_interval(map(edge, outcomes)),
+        }
+    return {
+        "data": config.planned[part].dataset,
+        "schedule": config.planned[part].schedule,
+        "arm": common.find_arm(config.planned[part].arm).name,
+        "thresholds": by_steps,
+        "slopes": {str(seed): slope for seed, slope in slopes.items()},
+        "slope": mean_interval(slopes.values()) if slopes else None,
+        "means": means_of(config, runs),
+    }
+
+
+def recovered(run: Run, measured: Sequence[int], step: int) -> bool:
+    """Whether its components had been below the bound before that step and are not then."""
+    shares = run.shares(measured)
+    if shares.get(step) is None or shares[step] < KEPT:
+        return False
+    return any(share is not None and share < KEPT for s, share in shares.items() if s < step)
+
+
+MEANS = ("dims_95pct", "effective_rank", "effective_rank_without_first", "length_share")
+MEANS += ("step_size", "distance", "accuracy", "validation_accuracy", "loss")
+
+
+def means_of(config: Config, runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rate -> step -> means over backbones, `share` of the start's components among them.
+
+    Of measurements that are finite, `n`; `share` counts others as 0, of `runs` in all.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for rate in sorted({run.trial.rate for run in runs}):
+        here = [run for run in runs if run.trial.rate == rate]
+        for step in config.measured:
+            shares = [run.shares(config.measured).get(step, math.nan) for run in here]
+            shares = [0.0 if share is None else share for share in shares]
+            shares = [share for share in shares if not math.isnan(share)]
+            if not shares:
+                continue
+            rows = [row for run in here for row in run.path if row["step"] == step]
+            rows = [row for row in rows if row["dims_95pct"] is not None]
+            means = {
+                name: float(np.mean([row[name] for row in rows if row[name] is not None]))
+                for name in MEANS
+                if any(row[name] is not None for row in rows)
+            }
+            told = {"share": float(np.mean(shares)), "runs": len(shares), "n": len(rows)}
+            found.setdefault(f"{rate:g}", {})[str(step)] = told | means
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Figure and text
+# --------------------------------------------------------------------------------------------------
+
+BATCH = 16  # rows a step, here and in the reference
+
+
+def draw(config: Config, results: Mapping[str, Any]) -> None:
+    """Share of components kept over steps and learning rate: a panel for Model 1 and one for 2.
+
+    Points are means over backbones; the line is the mean threshold, the band lowest to highest. The
+    reference's two runs of Model 1 stand where they ended.
+    """
+    parts = [part for part in ("model1", "model2") if part in results["parts"]]
+    if not parts:
+        return
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(5 * len(parts) + 1, 4.5), layout="constrained", squeeze=False
+    )
+    for part, axis in zip(parts, axes[0], strict=True):
+        found = results["parts"][part]
+        points = [
+            (int(step), 10 ** float(rate), told["share"])
+            for rate, by_step in found["means"].items()
+            for step, told in by_step.items()
+        ]
+        steps, rates, shares = zip(*points, strict=True)
+        colours = axis.scatter(
+            steps, rates, c=shares, cmap="cividis", vmin=0, vmax=1, marker="s", s=90
+        )
+        at = [int(step) for step in found["thresholds"]]
+        told = found["thresholds"].values()
+        axis.plot(
+            at,
+            [10 ** t["threshold"]["mean"] for t in told],
+            color="#D55E00",
+            linewidth=2,
+            label="threshold: a quarter of the components",
+        )
+        low, high = ([10 ** t[end] for t in told] for end in ("lowest", "highest"))
+        axis.fill_between(at, low, high, color="#D55E00", alpha=0.25, linewidth=0)
+        axis.set(xscale="log", yscale="log", title=common.find_arm(found["arm"]).title)
+        axis.set_xlabel("steps of 16 rows")
+    if not config.miniature:
+        mark_reference(axes[0][0])
+    axes[0][0].set_ylabel("learning rate, held constant")
+    figure.colorbar(colours, ax=axes, label="components kept (share of the start's)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    save_figure(figure, config.folder / "collapse_time.png")
+
+
+def mark_reference(axis: plt.Axes) -> None:
+    """The reference's Model 1 of 7B: its cosine schedule's peak, and steps from its rows."""
+    outcomes = {"results_agnews": ("X", "collapsed"), "results_7b": ("o", "not collapsed")}
+    for folder, (marker, outcome) in outcomes.items():
+        theirs = REFERENCE[folder]
+        steps = 3 * theirs["train_rows"] / BATCH
+        axis.plot(
+            steps,
+            2e-4,
+            marker=marker,
+            markersize=10,
+            color="black",
+            linestyle="",
+            label=f"reference, 7B, {theirs['data']}: {outcome}",
+        )
+
+
+def text_of(results: Mapping[str, Any]) -> str:
+    """Thresholds by steps, a line a part; P6 and P7."""
+    lines = []
+    for part, found in results["parts"].items():
+        shown = [
+            f"{step}: {'>=' * bool(t['at_least'])}{'<=' * bool(t['at_most'])}"
+            f"{t['threshold']['mean']:+.2f}"
+            for step, t in found["thresholds"].items()
+        ]
+        lines.append(f"{part:12} threshold at 10^, after steps {', '.join(shown) or 'n/a'}")
+        if found["slope"]:
+            lines[-1] += f"; slope {found['slope']['mean']:+.2f}"
+    for name in ("P6", "P7"):
+        lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
+    return "\n".join(lines)
+
+
+def report(config: Config) -> dict[str, Any]:
+    """Write results.json and the figure from the rows that are there."""
+    results = summary(config)
+    write_json(config.folder / "results.json", results)
+    draw(config, results)
+    return results
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    by_backbone.check_config(config)
+    unknown = [part for part in config.parts if part not in PARTS]
+    if unknown:
+        raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
+    if config.miniature:
+        config = miniature_of(config)
+    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+
+
+if __name__ == "__main__":
+    run_script(main)

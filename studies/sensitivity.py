@@ -1,0 +1,325 @@
+"""What P2 and P5 rest on: the same rows read by other rules. Exploratory, written after the runs.
+
+Recomputes from the committed tables of collapse_threshold.py and benefit.py, in seconds: P2 by the
+line that says that a run has learned, and by the highest healthy rate instead of the number of
+healthy ones; how much of Model 2's shift an LM loss explains that scales Adam's steps alone;
+components at equal training loss and rate; rank at fixed training losses; the gain in accuracy at
+other learning rates. Writes studies/results/sensitivity/results.json.
+"""
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import benefit
+import by_backbone
+import class_count
+import collapse_threshold as threshold
+import fitting
+from page import Page
+from result_tables import markdown
+
+from collapse.errors import run_script
+from collapse.files import ROOT, read_json, write_json
+from collapse.statistics import differences_interval, format_interval, paired_difference
+
+OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
+LINES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the way from chance to a backbone's best accuracy
+LOSSES = (0.5, 0.4, 0.3, 0.2)  # nats, of 512 training rows
+FEWEST_PAIRS = 5  # at a rate, for components at equal loss to be told
+
+
+def healthy_by_line(
+    runs: Sequence[threshold.Run], line: float
+) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
+    """(data set, arm) -> backbone -> rate -> whether components are kept and accuracy above a line.
+
+    The line is so far from chance to the backbone's best accuracy, .5 of P2.
+    """
+    best: dict[tuple[int, str], float] = {}
+    for run in runs:
+        if run.cell.arm in ("model1", "model2"):
+            place = run.cell.seed, run.cell.dataset
+            best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
+    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    for run in runs:
+        end, cell = run.path[-1], run.cell
+        kept = run.kept is not None and run.kept >= threshold.KEPT
+        if kept:
+            chance = end["chance"]
+            needed = chance + line * (best[cell.seed, cell.dataset] - chance)
+            kept = end["accuracy"] >= needed
+        by_seed = found.setdefault((cell.dataset, cell.arm), {})
+        by_seed.setdefault(cell.seed, {})[cell.rate] = bool(kept)
+    return found
+
+
+def highest_healthy(good: Mapping[float, bool]) -> float | None:
+    """The highest rate whose run was healthy, whatever the lower ones were; None without one."""
+    return max((rate for rate, healthy in good.items() if healthy), default=None)
+
+
+def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> dict[str, Any]:
+    """Line -> how the shift is read -> data set or `mean` -> Model 2 less Model 1, decades."""
+    found: dict[str, Any] = {}
+    for line in LINES:
+        healthy = healthy_by_line(runs, line)
+        readings = {"by the number of healthy runs": threshold.edge}
+        readings["by the highest healthy rate"] = highest_healthy
+        found[f"{line:g}"] = {
+            name: shifts(healthy, read, rates, "model2", "model1")
+            for name, read in readings.items()
+        }
+    return found
+
+
+def shifts(
+    outcomes: Mapping[tuple[str, str], Mapping[int, Mapping[float, bool]]],
+    read: Any,
+    rates: Collection[float],
+    arm: str,
+    base: str,
+) -> dict[str, Any]:
+    """Data set, and the `mean` of them -> an arm's threshold less a base's, paired, t interval.
+
+    `at_the_top`: backbones whose arm is well at every rate, which makes the shift a lower bound.
+    """
+    found, per_set = {}, []
+    for dataset in dict.fromkeys(dataset for dataset, _ in outcomes):
+        sides, at_the_top = [], 0
+        for name in (base, arm):
+            values, at_the_top = {}, 0
+            for seed, by_rate in outcomes.get((dataset, name), {}).items():
+                planned = {rate: by_rate[rate] for rate in rates if rate in by_rate}
+                value = read(planned) if len(planned) == len(set(rates)) else None
+                if value is not None:
+                    values[seed] = value
+                    at_the_top += all(planned.values())
+            sides.append(values)
+        shared = sides[0].keys() & sides[1].keys()
+        difference = {seed: sides[1][seed] - sides[0][seed] for seed in sorted(shared)}
+        per_set.append(difference)
+        found[dataset] = differences_interval(difference) | {"at_the_top": at_the_top}
+    at_the_top = max(part["at_the_top"] for part in found.values())
+    mean = differences_interval(by_backbone.mean_over_sets(per_set))
+    return found | {"mean": mean | {"at_the_top": at_the_top}}
+
+
+def kept_by_rate(
+    runs: Sequence[threshold.Run],
+) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
+    """(data set, arm) -> backbone -> rate -> whether components were kept, accuracy aside."""
+    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    for run in runs:
+        kept = run.kept is not None and run.kept >= threshold.KEPT
+        by_seed = found.setdefault((run.cell.dataset, run.cell.arm), {})
+        by_seed.setdefault(run.cell.seed, {})[run.cell.rate] = kept
+    return found
+
+
+def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
+    """Components kept at the end by Models 1 and 2, of pairs whose training loss is alike there.
+
+    Pairs are of one backbone, data set and rate, with losses within a tenth of each other; told are
+    rates with five or more where Model 1 has collapsed on average.
+    """
+    by_place = {
+        (r.cell.dataset, r.cell.rate, r.cell.seed, r.cell.arm): r
+        for r in runs
+        if r.kept is not None
+    }
+    found = []
+    for dataset, rate in sorted({place[:2] for place in by_place}):
+        pairs = []
+        for seed in sorted({place[2] for place in by_place if place[:2] == (dataset, rate)}):
+            one, two = (by_place.get((dataset, rate, seed, arm)) for arm in ("model1", "model2"))
+            if one and two:
+                losses = [run.path[-1]["loss"] for run in (one, two)]
+                if max(losses) <= 1.1 * min(losses):
+                    pairs.append((one.kept, two.kept, *losses))
+        if len(pairs) >= FEWEST_PAIRS:
+            means = np.mean(pairs, axis=0)
+            names = ("model1", "model2", "loss_model1", "loss_model2")
+            numbers = dict(zip(names, map(float, means), strict=True))
+            if numbers["model1"] < threshold.KEPT:
+                place = {"data": dataset, "rate": rate, "pairs": len(pairs)}
+                found.append(place | numbers)
+    return found
+
+
+def ranks_at_losses(study: benefit.Study, datasets: Sequence[str]) -> dict[str, Any]:
+    """Loss -> data set or `mean` -> log rank within classes, Model 2 less 1, at Model 1's rate.
+
+    Of backbones whose both models reach the loss; the mean, of those that do on every set.
+    """
+    found: dict[str, Any] = {}
+    for level in LOSSES:
+        per_set = {}
+        for dataset in datasets:
+            rate = study.rates[dataset, "model1"]
+            ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
+            values = {}
+            for seed in sorted(ones.keys() & twos.keys()):
+                ranks = [benefit.log_rank_at(side[seed].path, level) for side in (ones, twos)]
+                if None not in ranks:
+                    values[seed] = ranks[1] - ranks[0]
+            per_set[dataset] = values
+        shown = {dataset: differences_interval(values) for dataset, values in per_set.items()}
+        mean = differences_interval(by_backbone.mean_over_sets(list(per_set.values())))
+        found[f"{level:g}"] = shown | {"mean": mean}
+    return found
+
+
+def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) -> dict[str, Any]:
+    """Data set -> rate -> Model 2's gain on tuning rows, mean of the pilots, both models at it.
+
+    The pilots chose each study's rates: P3's is where CLINC150 of ten classes is learned best, the
+    lowest of the four.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for study, config in ((benefit, of_benefit), (class_count, of_classes)):
+        accuracy: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
+        for seed in by_backbone.PILOTS:
+            for run in fitting.read_runs(config.folder, seed, study.Cell):
+                cell = run.cell
+                data = cell.dataset if study is benefit else f"CLINC150, {cell.classes} classes"
+                if cell.arm in ("model1", "model2"):
+                    sides = accuracy.setdefault((data, cell.rate), {})
+                    sides.setdefault(cell.arm, {})[seed] = run.tuning_accuracy
+        for (data, rate), sides in sorted(accuracy.items()):
+            difference = paired_difference(sides.get("model1", {}), sides.get("model2", {}))
+            found.setdefault(data, {})[f"{rate:g}"] = difference
+    return found
+
+
+def summary(
+    of_threshold: threshold.Config, of_benefit: benefit.Config, of_classes: class_count.Config
+) -> dict[str, Any]:
+    runs, rates = threshold.read_runs(of_threshold.folder), of_threshold.rates
+    healthy, kept = healthy_by_line(runs, LINES[0]), kept_by_rate(runs)
+    study = benefit.read_study(of_benefit)
+    return {
+        "P2_by_line": shifts_by_line(runs, rates),
+        "collapse_alone": shifts(kept, threshold.edge, rates, "model2", "model1"),
+        "shared_scale": {
+            f"{arm} - {base}": shifts(healthy, threshold.edge, rates, arm, base)
+            for arm, base in (("shared-scale", "model1"), ("model2", "shared-scale"))
+        },
+        "components_at_equal_loss": at_equal_loss(runs),
+        "P5_at_losses": ranks_at_losses(study, of_benefit.datasets),
+        "gains_by_rate": gains_by_rate(of_benefit, of_classes),
+    }
+
+
+def write_summary() -> None:
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    studies = threshold, benefit, class_count
+    write_json(OUTPUT, summary(*(study.Config(corpus="newsgroups") for study in studies)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables of RESULTS.md
+# --------------------------------------------------------------------------------------------------
+
+
+def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
+    """An interval, as a bound where it is one; n where fewer backbones than planned have it."""
+    if not interval["n"]:
+        return "n/a"
+    told = "≥ " * bool(interval.get("at_the_top")) + format_interval(interval, digits, 1, "+")
+    return told if interval["n"] >= by_backbone.PLANNED else f"{told} (n = {interval['n']})"
+
+
+def table_lines(found: Mapping[str, Any]) -> str:
+    """P2 by the line that says that a run has learned; collapse alone needs none."""
+    datasets = list(found["collapse_alone"])
+    rows = [["collapse alone", "", *(cell(found["collapse_alone"][data]) for data in datasets)]]
+    for line, readings in found["P2_by_line"].items():
+        for reading, by_data in readings.items():
+            rows.append([f"{float(line):.0%}", reading, *(cell(by_data[d]) for d in datasets)])
+    return markdown(["learned from", "read", *datasets], rows)
+
+
+def table_shared_scale(found: Mapping[str, Any]) -> str:
+    datasets = list(found["collapse_alone"])
+    rows = [
+        [name, *(cell(by_data[data]) for data in datasets)]
+        for name, by_data in found["shared_scale"].items()
+    ]
+    return markdown(["difference", *datasets], rows)
+
+
+def table_equal_loss(found: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            place["data"],
+            f"{10 ** place['rate']:.1e}",
+            str(place["pairs"]),
+            *(f"{place[name]:.2f}" for name in ("loss_model1", "loss_model2", "model1", "model2")),
+        ]
+        for place in found["components_at_equal_loss"]
+    ]
+    header = ["data", "rate", "pairs", "loss, Model 1", "Model 2", "kept, Model 1", "Model 2"]
+    return markdown(header, rows)
+
+
+def table_losses(found: Mapping[str, Any]) -> str:
+    at = found["P5_at_losses"]
+    datasets = list(next(iter(at.values())))
+    rows = [
+        [f"{float(loss):.1f}", *(cell(by_data[data], 3) for data in datasets)]
+        for loss, by_data in at.items()
+    ]
+    return markdown(["training loss, nats", *datasets], rows)
+
+
+def table_gains_by_rate(found: Mapping[str, Any]) -> str:
+    at = found["gains_by_rate"]
+    rates = sorted({rate for by_rate in at.values() for rate in by_rate}, key=float)
+    rows = []
+    for data, by_rate in at.items():
+        gains = [by_rate.get(rate) for rate in rates]
+        shown = [f"{100 * gain['mean']:+.2f}" if gain and gain["n"] else "n/a" for gain in gains]
+        rows.append([data, *shown])
+    return markdown(["data", *(f"{10 ** float(rate):.1e}" for rate in rates)], rows)
+
+
+def add_tables(page: Page) -> None:
+    if not OUTPUT.exists():
+        return
+    found = read_json(OUTPUT)
+    page.text("## What P2, P3 and P5 rest on (exploratory)")
+    page.text(
+        "Command: `python studies/sensitivity.py`. Source: "
+        f"`{OUTPUT.relative_to(ROOT)}`, from the tables of the studies above."
+    )
+    steps = threshold.Config().steps
+    caption = f"Model 2's shift after {steps} steps, decades, by the line that says *has learned* "
+    caption += (
+        "(way from chance to a backbone's best); ≥: some backbone's is healthy at every rate."
+    )
+    page.table("lines", caption, table_lines(found))
+    caption = "How much of the shift an LM loss explains that scales Adam's steps alone, decades."
+    page.table("shared scale", caption, table_shared_scale(found))
+    caption = "Share of components kept by pairs of one backbone and rate whose training losses "
+    caption += "differ by a tenth at most, where Model 1's collapsed."
+    page.table("equal loss", caption, table_equal_loss(found))
+    caption = "Log rank within classes at fixed training losses, Model 2 - Model 1, at Model 1's "
+    caption += "rate; of backbones whose both models reach them."
+    page.table("fixed losses", caption, table_losses(found))
+    caption = "Model 2's gain in points on tuning rows by learning rate, both models at the same: "
+    caption += "three pilots, no validation row."
+    page.table("gains by rate", caption, table_gains_by_rate(found))
+
+
+def main() -> None:
+    write_summary()
+    print(OUTPUT.read_text(), end="")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,233 @@
+"""collapse_time.py: thresholds planted in rows are found, and the study in small."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import by_backbone
+import collapse_time as study
+import numpy as np
+import pytest
+import tuning
+from conftest import fails, start_script
+
+from collapse.errors import UserError
+from collapse.optimizer import learning_rate_at
+from collapse.tables import put_rows, read_rows
+
+CONFIG = study.Config(corpus="newsgroups")
+STEPS = CONFIG.measured
+
+
+def test_the_plan_is_that_of_the_protocol():
+    assert STEPS == [50, 100, 200, 400, 800, 1600, 3200, 6400]
+    trials = [t for seed in study.BACKBONES for t in study.trials_of(CONFIG, seed)]
+    counts = {part: sum(t.part == part for t in trials) for part in study.PARTS}
+    assert counts == {
+        "model1": 8 * 11,
+        "model2": 5 * 8,
+        "kl": 3 * 8,
+        "2,000 rows": 3 * 5,
+        "SST-2": 5 * 6,
+        "cosine": 2,
+    }
+    rates = {
+        steps: sorted(
+            t.rate
+            for t in study.trials_of(CONFIG, 200)
+            if t.part == "model2" and settings(t)["steps"] == steps
+        )
+        for steps in (6400, 400)
+    }
+    assert rates == {6400: [-3.5, -3.0, -2.5, -2.0], 400: [-1.5, -1.25, -1.0, -0.75]}
+    assert len({(t.seed, t.name) for t in trials}) == len(trials)
+    assert study.trials_of(dataclasses.replace(CONFIG, rates=(-3.0,), parts=("model1",)), 299) == [
+        study.Trial(299, "model1", "model1", -3.0)  # a pilot's backbone takes every part
+    ]
+
+
+def settings(trial):
+    return study.settings_of(CONFIG, dataclasses.asdict(trial))
+
+
+@pytest.mark.parametrize("steps", [400, 6400])
+def test_ten_steps_of_warm_up_whatever_the_number_of_steps(steps):
+    recipe = tuning.Recipe("m", "AG News", "1", 1e-3, 0, steps, 64, True, True)
+    rates = [learning_rate_at(step, steps, recipe.config()) for step in range(12)]
+    assert rates[8] < 1e-3 and rates[9:] == [1e-3] * 3
+
+
+def path_of(trial, fell_at, back_at=None, diverged_at=None):
+    """Rows of a training whose components fall from 64 to 8 after so many steps."""
+    steps = settings(trial)["steps"]
+    rows = []
+    for step in [0, *(step for step in STEPS if step <= steps)]:
+        if diverged_at is not None and step >= diverged_at:
+            rows.append({"step": step, "steps": steps, "dims_95pct": None, "loss": None})
+            break
+        low = step and step >= fell_at and (back_at is None or step < back_at)
+        rows.append({"step": step, "steps": steps, "dims_95pct": 8 if low else 64, "loss": 1.0})
+    numbers = dict.fromkeys([*study.MEANS, "length_share"], 0.5)
+    return [numbers | row for row in rows]
+
+
+def planted(part, at_200, slope, seed=200, **other):
+    """Runs of a backbone whose threshold lies on a line in log10 steps."""
+    runs = []
+    for trial in study.trials_of(CONFIG, seed):
+        if trial.part == part:
+            # It falls when the threshold has come down to its rate.
+            decades = (trial.rate - at_200) / slope if slope else math.inf * (at_200 - trial.rate)
+            fell_at = 200 * 10 ** min(decades, 9)
+            runs.append(study.Run(trial, path_of(trial, fell_at, **other)))
+    return runs
+
+
+def test_a_planted_line_of_thresholds_is_found_to_the_grid():
+    runs = planted("model1", -2.4, -0.8)
+    by_seed = study.thresholds_of(CONFIG, "model1", runs)
+    values = {step: threshold.value for step, threshold in by_seed[200].items()}
+    for step, value in values.items():
+        assert abs(value - (-2.4 - 0.8 * math.log10(step / 200))) <= 0.126, step
+    assert study.slopes_of(CONFIG, by_seed)[200] == pytest.approx(-0.8, abs=0.1)
+
+
+def test_thresholds_beyond_the_grid_are_bounds_and_none_known_is_no_slope():
+    runs = planted("model1", -1.0, -1e-9)  # above every rate at every time
+    by_seed = study.thresholds_of(CONFIG, "model1", runs)
+    assert by_seed[200][400].censored == ">=" and by_seed[200][400].value == -1.75
+    assert by_seed[200][800].value == -2.25
+    assert study.slopes_of(CONFIG, by_seed) == {}
+    assert study.p6(CONFIG, {}) is None
+    runs = planted("model1", -3.4, -1.2)  # below the lowest at the end
+    by_seed = study.thresholds_of(CONFIG, "model1", runs)
+    assert by_seed[200][6400].censored == "<=" and by_seed[200][6400].value == -4.25
+    assert study.slopes_of(CONFIG, by_seed)[200] == pytest.approx(-1.2, abs=0.15)
+
+
+def test_a_backbone_without_a_planned_rate_has_no_threshold():
+    runs = planted("model1", -2.4, -0.8)
+    assert study.thresholds_of(CONFIG, "model1", runs[1:]) == {200: {}}
+    without_short = [run for run in runs if run.trial.rate != -1.75]
+    steps = list(study.thresholds_of(CONFIG, "model1", without_short)[200])
+    assert steps == [800, 1600, 3200, 6400]
+
+
+def test_one_that_comes_back_from_one_measurement_is_kept_and_counted():
+    trial = study.trials_of(CONFIG, 200)[0]
+    run = study.Run(trial, path_of(trial, 800, back_at=1600))
+    assert [step for step, fell in run.collapsed(STEPS).items() if fell] == [800]
+    assert study.recovered(run, STEPS, 1600) and not study.recovered(run, STEPS, 800)
+    run = study.Run(trial, path_of(trial, 400, back_at=1600))  # two measurements: for good
+    assert [step for step, fell in run.collapsed(STEPS).items() if fell] == STEPS[3:]
+    run = study.Run(trial, path_of(trial, math.inf, diverged_at=333))
+    assert [step for step, fell in run.collapsed(STEPS).items() if fell] == STEPS[3:]
+
+
+def write(folder, runs):
+    tail = dict.fromkeys(by_backbone.MADE_WITH, "x")
+    for run in runs:
+        head = {"training": run.trial.name, **dataclasses.asdict(run.trial)}
+        rows = [head | {"steps": row["steps"]} | row | tail for row in run.path]
+        put_rows(by_backbone.table_of(folder, run.trial.seed), rows, "training")
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Model 1 drifts by -0.8 decades a decade, Model 2 not at all."""
+    config = dataclasses.replace(CONFIG, output_dir=tmp_path)
+    config.folder.mkdir()
+    rng = np.random.default_rng(0)
+    for seed in study.BACKBONES:
+        write(config.folder, planted("model1", -2.4 + 0.1 * rng.standard_normal(), -0.8, seed))
+    for seed in study.BACKBONES[:5]:
+        at_200 = -1.3 + 0.05 * rng.standard_normal()
+        runs = planted("model2", at_200, -1e-9, seed)
+        high = [run for run in runs if run.trial.rate > at_200]
+        fell = [study.Run(run.trial, path_of(run.trial, 0)) for run in high]
+        write(config.folder, [*[run for run in runs if run not in high], *fell])
+    return config
+
+
+def test_a_drift_that_the_lm_loss_stops_is_supported(tables):
+    results = study.report(tables)
+    assert results["P6"]["verdict"] == "supported" and results["P6"]["n"] == 8
+    assert results["P6"]["mean"] == pytest.approx(0.8, abs=0.1)
+    # Between -1.25 and -1.5 after 200 steps, at least -2 after 6,400: (-2 + 1.25) / 1.505.
+    assert results["P7"]["mean"] == pytest.approx(0.8 - 0.75 / math.log10(32), abs=0.12)
+    assert results["P7"]["lower_bound"] and results["P7"]["missing"] == []
+    told = results["parts"]["model2"]["thresholds"]["6400"]
+    assert told["at_least"] == 5 and told["threshold"]["mean"] == -2.0
+    assert results["parts"]["model1"]["thresholds"]["200"]["not_monotone"] == 0
+    assert (tables.folder / "collapse_time.png").exists()
+    assert "P6: supported" in study.text_of(results)
+    json.dumps(results, allow_nan=False)
+
+
+def test_p7_needs_both_ends_and_is_refuted_by_the_largest_slope_alone():
+    slopes = dict.fromkeys(range(200, 205), -0.8)
+    slopes = {seed: slope + 0.01 * (seed - 202) for seed, slope in slopes.items()}
+    ends = dict.fromkeys(slopes, (-0.5, math.inf))
+    found = study.p7(CONFIG, slopes, ends)
+    assert found["verdict"] == "supported" and found["done"] and found["at_most"] is None
+    found = study.p7(CONFIG, slopes, ends | {204: (-math.inf, 0.0)})
+    assert found["verdict"] == "not decided" and found["missing"] == [204]
+    found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-math.inf, math.inf)))
+    assert found["verdict"] == "not decided" and found["mean"] is None
+    assert "no slope on 5 of 5 backbones" in found["text"]
+    found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-0.9, -0.7)))
+    assert found["verdict"] == "not decided"  # alike, as far as half decades can tell
+    found = study.p7(CONFIG, slopes, dict.fromkeys(slopes, (-2.0, -1.4)))
+    assert found["verdict"] == "refuted" and found["text"].startswith("refuted")
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    start_script(study, f"--miniature --output-dir {folder}")
+    return folder / "limit-miniature" / "miniature"
+
+
+def test_the_miniature_measures_every_training_on_the_same_rows(miniature):
+    rows = read_rows(miniature / "seed-200.csv")
+    kept = [row for row in rows if row["part"] == "model1" and row["rate"] == "-3.0"]
+    assert [int(row["step"]) for row in kept] == [0, 5, 10, 20, 40, 80]
+    assert len({row["rows"] for row in kept}) == 1
+    assert kept[0]["step_size"] == "" and all(float(row["step_size"]) > 0 for row in kept[1:])
+    assert all(0 <= float(row["length_share"]) <= 1 for row in kept)
+    far = [float(row["distance"]) for row in kept]
+    assert far[0] == 0 and far == sorted(far)
+    diverged = [row for row in rows if row["rate"] == "3.0"][-1]
+    assert diverged["dims_95pct"] == "" and int(diverged["step"]) < 40
+    results = json.loads((miniature / "results.json").read_text())
+    assert results["runs"] == 2 * 3 + 2 * 3 + 1 and set(results["parts"]) == set(study.MINIATURE)
+    assert results["P6"]["n"] == 2
+
+
+def test_a_step_is_as_long_as_its_rate_makes_it(miniature):
+    """Adam's first steps move each weight by about the rate: a tenth of it moves a tenth as far."""
+    folder = miniature.parent / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s200"
+    data = None
+    sizes = []
+    for rate in (1e-3, 1e-4):
+        recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "1", rate, 0, 20, 64, True, True)
+        data = data or tuning.load_data(recipe, None)
+        progress = SimpleNamespace(step=lambda: None)
+        records = study.finetune(recipe, data, (1, 2), progress)
+        assert [record["step"] for record in records] == [0, 1, 2]
+        assert records[1]["step_size"] == pytest.approx(records[1]["distance"])
+        sizes.append(records[1]["step_size"])
+    assert sizes[0] / sizes[1] == pytest.approx(10, rel=0.05)
+
+
+def test_an_unknown_part_is_one_sentence(capsys):
+    assert "--parts model9 is none of" in fails(start_script, capsys, study, "--parts model9")
+
+
+def test_a_table_of_other_steps_is_not_gone_on_with(miniature):
+    config = dataclasses.replace(CONFIG, output_dir=miniature.parent, corpus="miniature")
+    with pytest.raises(UserError, match="made with steps"):
+        by_backbone.check_settings(
+            miniature / "seed-200.csv", lambda row: study.settings_of(config, row)
+        )

@@ -1,0 +1,88 @@
+"""sensitivity.py: the same rows read by other rules, on rows with a known answer."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import sensitivity
+from page import Page
+from test_collapse_threshold import run_of
+
+from collapse.files import write_json
+
+RATES = (-4.0, -3.5, -3.0, -2.5)
+
+
+def runs_of(accuracies, seed=0, arm="model1", ends=(40,) * 4):
+    """One run a rate, chance .3."""
+    pairs = zip(RATES, accuracies, ends, strict=True)
+    return [run_of(arm, rate, seed, accuracy=a, end=end) for rate, a, end in pairs]
+
+
+def test_a_stricter_line_takes_low_rates_from_an_arm_that_learns_slowly():
+    """Model 2 learns little at low rates: half-way it is healthy at all four, at .9 at two."""
+    runs = runs_of((0.9, 0.9, 0.9, 0.9), ends=(40, 40, 5, 5))
+    runs += runs_of((0.65, 0.7, 0.9, 0.9), arm="model2")
+    found = sensitivity.shifts_by_line(runs, RATES)
+    number, highest = "by the number of healthy runs", "by the highest healthy rate"
+    assert found["0.5"][number]["AG News"]["mean"] == pytest.approx(1.0)
+    assert found["0.5"][number]["mean"]["at_the_top"] == 1
+    assert found["0.9"][number]["AG News"]["mean"] == pytest.approx(0.0)
+    assert found["0.9"][highest]["AG News"]["mean"] == pytest.approx(1.0)
+    assert found["0.9"][number]["AG News"]["at_the_top"] == 0
+    kept = sensitivity.kept_by_rate(runs)
+    shifts = sensitivity.shifts(kept, sensitivity.threshold.edge, RATES, "model2", "model1")
+    assert shifts["mean"]["mean"] == pytest.approx(1.0) and shifts["mean"]["n"] == 1
+    # A backbone that lacks a rate has no threshold.
+    assert sensitivity.shifts(kept, min, (*RATES, -2.0), "model2", "model1")["mean"]["n"] == 0
+
+
+def test_components_are_compared_where_losses_are_alike():
+    """In run_of the loss is the accuracy: .9 and .85 are alike, .9 and .5 are not."""
+    runs = []
+    for seed in range(6):
+        accuracy = 0.85 if seed < 5 else 0.5
+        runs.append(run_of("model1", -3.0, seed, end=4, accuracy=0.9))
+        runs.append(run_of("model2", -3.0, seed, end=36, accuracy=accuracy))
+        runs.append(run_of("model1", -4.0, seed, end=30))  # nothing has collapsed
+        runs.append(run_of("model2", -4.0, seed, end=36))
+    (found,) = sensitivity.at_equal_loss(runs)
+    assert (found["rate"], found["pairs"]) == (-3.0, 5)
+    assert (found["model1"], found["model2"]) == pytest.approx((0.1, 0.9))
+
+
+def test_ranks_are_read_where_the_loss_is_reached():
+    def run(scale):
+        path = [{"loss": loss, "effective_rank_within": scale * loss * 100} for loss in (1, 0.1)]
+        return SimpleNamespace(path=path)
+
+    runs = {("A", "model1", -3.0): {0: run(1), 1: run(1)}, ("A", "model2", -3.0): {0: run(2)}}
+    study = SimpleNamespace(runs=runs, rates={("A", "model1"): -3.0})
+    found = sensitivity.ranks_at_losses(study, ["A"])
+    assert found["0.5"]["A"]["mean"] == pytest.approx(math.log(2)) and found["0.5"]["A"]["n"] == 1
+    assert list(found) == ["0.5", "0.4", "0.3", "0.2"]
+
+
+def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
+    runs = runs_of((0.9,) * 4, ends=(40, 40, 5, 5)) + runs_of((0.9,) * 4, arm="model2")
+    kept = sensitivity.kept_by_rate(runs)
+    both = sensitivity.shifts(kept, sensitivity.threshold.edge, RATES, "model2", "model1")
+    none = {"mean": None, "n": 0}
+    results = {
+        "P2_by_line": sensitivity.shifts_by_line(runs, RATES),
+        "collapse_alone": both,
+        "shared_scale": {"model2 - shared-scale": both | {"mean": none}},
+        "components_at_equal_loss": [],
+        "P5_at_losses": {"0.5": {"A": both["AG News"], "mean": none}},
+        "gains_by_rate": {"A": {"-3": {"mean": 0.004, "n": 3}}},
+    }
+    monkeypatch.setattr(sensitivity, "OUTPUT", tmp_path / "results.json")
+    monkeypatch.setattr(sensitivity, "ROOT", tmp_path)
+    page = Page()
+    sensitivity.add_tables(page)
+    assert page.parts == []
+    write_json(tmp_path / "results.json", results)
+    sensitivity.add_tables(page)
+    text = page.document()
+    assert "| collapse alone |  | ≥ +1.00 (n = 1) |" in text and "after 200 steps" in text
+    assert "| n/a |" in text and "| A | +0.40 |" in text

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from collapse.errors import UserError
+from collapse.utils.errors import UserError
 
 
 @dataclass
@@ -18,7 +18,7 @@ class RunConfig:
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
-    # Data set: a name of LOADERS in collapse/loaders.py; a file of CSV, TSV, JSON (lines or one
+    # Data set: a name of LOADERS in collapse/data/registry.py; a file of CSV, TSV, JSON (lines or one
     # array) or Parquet, also compressed, or a folder with train.*, and val.*, dev.*, test.* or the
     # like of these, also in shards; or a set of the Hugging Face hub: owner/name,
     # owner/name:config. Any but the script's own has a results subfolder.

@@ -11,10 +11,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from collapse.errors import DISK_FULL, UserError, is_out_of_memory
-from collapse.files import read_json
-from collapse.hub import use_cache_if_hub_is_silent
-from collapse.settings import STANDIN_MODEL
+from collapse.config import STANDIN_MODEL
+from collapse.utils.errors import DISK_FULL, UserError, is_out_of_memory
+from collapse.utils.files import read_json
+from collapse.utils.hub import use_cache_if_hub_is_silent
 
 
 def quiet_transformers() -> None:

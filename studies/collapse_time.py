@@ -1,6 +1,6 @@
 """Does the learning rate at which a representation collapses fall as fine-tuning goes on?
 
-Fine-tunes own small language models (studies/pretrain.py), all weights, at many constant learning
+Fine-tunes own small language models (studies/shared/pretrain.py), all weights, at many constant learning
 rates, and measures each training after 50, 100, 200 ... 6,400 steps: with a constant rate one
 training gives the state after every number of steps. So every number of steps has a threshold, the
 rate above which runs have lost three quarters of their components, and the study asks for its slope
@@ -11,7 +11,6 @@ command goes on where it was stopped.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +21,19 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import tuning
-from collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, edge
-
 import common
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.measuring import outputs
-from collapse.plots import save_figure
-from collapse.progress import Progress, Training
-from collapse.reference import REFERENCE
-from collapse.spread import length_share
-from collapse.statistics import differences_interval, mean_interval
+from collapse.measures.spread import length_share
+from collapse.measures.statistics import differences_interval, mean_interval
+from collapse.report.plots import save_figure
+from collapse.report.reference import REFERENCE
+from collapse.runs.progress import Progress, Training
 from collapse.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
+from collapse.training.monitor import outputs
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from studies.collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, edge
+from studies.shared import finetune as tuning
+from studies.shared import sweep
 
 BACKBONES = tuple(range(200, 208))  # of P6; a pilot takes another
 FIRST, DOUBLINGS = 50, 7  # measured after 50 x 2^k steps
@@ -83,7 +80,7 @@ MINIATURE = {
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Own language models, by their seeds; a part takes the first of 200 to 207 that it needs, and
@@ -149,7 +146,7 @@ def settings_of(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
 
 def run_missing(config: Config) -> None:
     """Backbone by backbone: pretrain it, run its trials."""
-    by_backbone.run_missing(
+    sweep.run_missing(
         config,
         [trial for seed in config.seeds for trial in trials_of(config, seed)],
         lambda trial: training_of(config, trial),
@@ -161,17 +158,17 @@ def run_missing(config: Config) -> None:
 
 def miniature_of(config: Config) -> Config:
     short = {"first": 5, "doublings": 4, "parts": tuple(MINIATURE)}
-    return by_backbone.in_small(config, seeds=BACKBONES[:2], **short)
+    return sweep.in_small(config, seeds=BACKBONES[:2], **short)
 
 
 def training_of(config: Config, trial: Trial) -> Training:
     steps = settings_of(config, dataclasses.asdict(trial))["steps"]
-    return by_backbone.training_of(config, trial, f"{trial.part}, {steps}", steps)
+    return sweep.training_of(config, trial, f"{trial.part}, {steps}", steps)
 
 
 def recipe_of(config: Config, trial: Trial) -> tuning.Recipe:
     part = config.planned[trial.part]
-    return by_backbone.recipe_of(
+    return sweep.recipe_of(
         config,
         trial,
         dataset=part.dataset,
@@ -273,7 +270,7 @@ def read_runs(config: Config) -> dict[str, list[Run]]:
     """Part -> its trainings in the tables, of the backbones that the protocol plans for it."""
     found: dict[str, list[Run]] = {}
     for table in sorted(config.folder.glob("seed-*.csv")):
-        for trial, path in by_backbone.read_paths(table, Trial):
+        for trial, path in sweep.read_paths(table, Trial):
             if trial.seed in BACKBONES and trial.part in config.planned:
                 found.setdefault(trial.part, []).append(Run(trial, path))
     return {part: found[part] for part in config.planned if part in found}
@@ -339,8 +336,8 @@ def p6(config: Config, slopes: Mapping[int, float]) -> dict[str, Any] | None:
     """How far the threshold of Model 1 falls in a decade of steps: minus its slope."""
     done = len(slopes) >= config.planned["model1"].backbones
     falls = {seed: -slope for seed, slope in slopes.items()}
-    family = by_backbone.LATER_ENDPOINTS
-    return by_backbone.endpoint(differences_interval(falls), MARGIN, done, family)
+    family = sweep.LATER_ENDPOINTS
+    return sweep.endpoint(differences_interval(falls), MARGIN, done, family)
 
 
 def p7(
@@ -356,10 +353,10 @@ def p7(
     least = {seed: ends[seed][0] - slopes[seed] for seed in shared if seed not in missing}
     found = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
     done = len(shared) >= config.planned["model2"].backbones
-    family = by_backbone.LATER_ENDPOINTS
+    family = sweep.LATER_ENDPOINTS
     if len(shared) < 2:
         return None
-    said = by_backbone.endpoint(found, MARGIN, done, family)
+    said = sweep.endpoint(found, MARGIN, done, family)
     if said is None:  # fewer than two have a slope
         text = f"not decided: Model 2 has no slope on {len(missing)} of {len(shared)} backbones"
         nothing = dict.fromkeys(("mean", "low", "high", "se", "df"))
@@ -369,7 +366,7 @@ def p7(
     finite = {seed: ends[seed][1] - slopes[seed] for seed in shared if ends[seed][1] < math.inf}
     largest = None
     if len(finite) == len(shared):
-        largest = by_backbone.endpoint(differences_interval(finite), MARGIN, done, family)
+        largest = sweep.endpoint(differences_interval(finite), MARGIN, done, family)
         if largest["holm_at_most"]["high"] < 0:
             said |= {"verdict": "refuted", "p": largest["p"]}
             said["text"] = said["text"].replace("not decided", "refuted", 1)
@@ -576,13 +573,13 @@ def report(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    by_backbone.check_config(config)
+    sweep.check_config(config)
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
     if config.miniature:
         config = miniature_of(config)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -3,20 +3,17 @@
 Each function adds nothing before the results it tells of are there.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import collapse_threshold
 import collapse_time
-import result_tables as tables
-from findings_own_models import folder_of, results_of, source_of
-from page import Page
 
 from collapse.arms import find_arm
-from collapse.statistics import format_bounds, format_interval, t_interval
-from collapse.verdicts import holm, holm_levels, verdict
+from collapse.measures.statistics import format_bounds, format_interval, t_interval
+from collapse.measures.verdicts import holm, holm_levels, verdict
+from studies import collapse_threshold
+from studies.report import result_tables as tables
+from studies.report.own_models import folder_of, results_of, source_of
+from studies.report.page import Page
 
 TIME = collapse_time.Config(corpus="newsgroups")
 # Real models, in order of size; the first is P8's.

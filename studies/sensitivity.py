@@ -7,25 +7,19 @@ components at equal training loss and rate; rank at fixed training losses; the g
 other learning rates. Writes studies/results/sensitivity/results.json.
 """
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benefit
-import by_backbone
-import class_count
-import collapse_threshold as threshold
-import fitting
-from page import Page
-from result_tables import markdown
-
-from collapse.errors import run_script
-from collapse.files import ROOT, read_json, write_json
-from collapse.statistics import differences_interval, format_interval, paired_difference
+from collapse.measures.statistics import differences_interval, format_interval, paired_difference
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, read_json, write_json
+from studies import benefit, class_count
+from studies import collapse_threshold as threshold
+from studies.report.page import Page
+from studies.report.result_tables import markdown
+from studies.shared import fitting, sweep
 
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
 LINES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the way from chance to a backbone's best accuracy
@@ -105,7 +99,7 @@ def shifts(
         per_set.append(difference)
         found[dataset] = differences_interval(difference) | {"at_the_top": at_the_top}
     at_the_top = max(part["at_the_top"] for part in found.values())
-    mean = differences_interval(by_backbone.mean_over_sets(per_set))
+    mean = differences_interval(sweep.mean_over_sets(per_set))
     return found | {"mean": mean | {"at_the_top": at_the_top}}
 
 
@@ -169,7 +163,7 @@ def ranks_at_losses(study: benefit.Study, datasets: Sequence[str]) -> dict[str, 
                     values[seed] = ranks[1] - ranks[0]
             per_set[dataset] = values
         shown = {dataset: differences_interval(values) for dataset, values in per_set.items()}
-        mean = differences_interval(by_backbone.mean_over_sets(list(per_set.values())))
+        mean = differences_interval(sweep.mean_over_sets(list(per_set.values())))
         found[f"{level:g}"] = shown | {"mean": mean}
     return found
 
@@ -183,7 +177,7 @@ def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) ->
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for study, config in ((benefit, of_benefit), (class_count, of_classes)):
         accuracy: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
-        for seed in by_backbone.PILOTS:
+        for seed in sweep.PILOTS:
             for run in fitting.read_runs(config.folder, seed, study.Cell):
                 cell = run.cell
                 data = cell.dataset if study is benefit else f"CLINC150, {cell.classes} classes"
@@ -231,7 +225,7 @@ def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
     if not interval["n"]:
         return "n/a"
     told = "≥ " * bool(interval.get("at_the_top")) + format_interval(interval, digits, 1, "+")
-    return told if interval["n"] >= by_backbone.PLANNED else f"{told} (n = {interval['n']})"
+    return told if interval["n"] >= sweep.PLANNED else f"{told} (n = {interval['n']})"
 
 
 def table_lines(found: Mapping[str, Any]) -> str:

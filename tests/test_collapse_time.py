@@ -5,16 +5,15 @@ import json
 import math
 from types import SimpleNamespace
 
-import by_backbone
 import collapse_time as study
 import numpy as np
 import pytest
-import tuning
 from conftest import fails, start_script
 
-from collapse.errors import UserError
-from collapse.optimizer import learning_rate_at
-from collapse.tables import put_rows, read_rows
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils.errors import UserError
+from studies.shared import finetune, sweep
+from studies.shared.tables import put_rows, read_rows
 
 CONFIG = study.Config(corpus="newsgroups")
 STEPS = CONFIG.measured
@@ -53,7 +52,7 @@ def settings(trial):
 
 @pytest.mark.parametrize("steps", [400, 6400])
 def test_ten_steps_of_warm_up_whatever_the_number_of_steps(steps):
-    recipe = tuning.Recipe("m", "AG News", "1", 1e-3, 0, steps, 64, True, True)
+    recipe = finetune.Recipe("m", "AG News", "1", 1e-3, 0, steps, 64, True, True)
     rates = [learning_rate_at(step, steps, recipe.config()) for step in range(12)]
     assert rates[8] < 1e-3 and rates[9:] == [1e-3] * 3
 
@@ -126,11 +125,11 @@ def test_one_that_comes_back_from_one_measurement_is_kept_and_counted():
 
 
 def write(folder, runs):
-    tail = dict.fromkeys(by_backbone.MADE_WITH, "x")
+    tail = dict.fromkeys(sweep.MADE_WITH, "x")
     for run in runs:
         head = {"training": run.trial.name, **dataclasses.asdict(run.trial)}
         rows = [head | {"steps": row["steps"]} | row | tail for row in run.path]
-        put_rows(by_backbone.table_of(folder, run.trial.seed), rows, "training")
+        put_rows(sweep.table_of(folder, run.trial.seed), rows, "training")
 
 
 @pytest.fixture
@@ -211,8 +210,8 @@ def test_a_step_is_as_long_as_its_rate_makes_it(miniature):
     data = None
     sizes = []
     for rate in (1e-3, 1e-4):
-        recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "1", rate, 0, 20, 64, True, True)
-        data = data or tuning.load_data(recipe, None)
+        recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "1", rate, 0, 20, 64, True, True)
+        data = data or finetune.load_data(recipe, None)
         progress = SimpleNamespace(step=lambda: None)
         records = study.finetune(recipe, data, (1, 2), progress)
         assert [record["step"] for record in records] == [0, 1, 2]
@@ -228,6 +227,4 @@ def test_an_unknown_part_is_one_sentence(capsys):
 def test_a_table_of_other_steps_is_not_gone_on_with(miniature):
     config = dataclasses.replace(CONFIG, output_dir=miniature.parent, corpus="miniature")
     with pytest.raises(UserError, match="made with steps"):
-        by_backbone.check_settings(
-            miniature / "seed-200.csv", lambda row: study.settings_of(config, row)
-        )
+        sweep.check_settings(miniature / "seed-200.csv", lambda row: study.settings_of(config, row))

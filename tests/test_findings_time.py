@@ -3,17 +3,17 @@
 import dataclasses
 import math
 
-import by_backbone
-import collapse_threshold
 import findings_time
 import pytest
-from page import Page
 from test_collapse_threshold import planted
 from test_collapse_time import tables  # noqa: F401  # a fixture
 
-from collapse.files import write_json
-from collapse.statistics import differences_interval
-from collapse.verdicts import holm
+from collapse.measures.statistics import differences_interval
+from collapse.measures.verdicts import holm
+from collapse.utils.files import write_json
+from studies import collapse_threshold
+from studies.report.page import Page
+from studies.shared import sweep
 
 
 @pytest.fixture
@@ -46,12 +46,12 @@ def test_three_endpoints_are_adjusted_together(published):
 
 def test_an_estimate_that_bounds_nothing_rejects_nothing():
     interval = differences_interval({0: 0.5, 1: 0.6, 2: 0.7})
-    unbounded = by_backbone.endpoint(interval | {"bounded": False}, 0.25, True, 3)
+    unbounded = sweep.endpoint(interval | {"bounded": False}, 0.25, True, 3)
     assert unbounded["verdict"] == "not decided" and findings_time.p_of(unbounded) == 1.0
     below = differences_interval({0: -0.5, 1: -0.6, 2: -0.7}) | {"lower_bound": True}
-    said = by_backbone.endpoint(below, 0.25, True, 3)
+    said = sweep.endpoint(below, 0.25, True, 3)
     assert said["verdict"] == "not decided" and findings_time.p_of(said) == 1.0
-    plain = by_backbone.endpoint(interval, 0.25, True, 3)
+    plain = sweep.endpoint(interval, 0.25, True, 3)
     assert findings_time.p_of(plain) == plain["p"] < 0.05
 
 

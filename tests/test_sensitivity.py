@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import sensitivity
-from page import Page
 from test_collapse_threshold import run_of
 
-from collapse.files import write_json
+from collapse.utils.files import write_json
+from studies.report.page import Page
 
 RATES = (-4.0, -3.5, -3.0, -2.5)
 

@@ -13,9 +13,9 @@ from test_language_model import CPU, tiny_settings
 
 import common
 import experiment_7b
-from collapse import language_models
-from collapse.errors import UserError
-from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
+from collapse.models import pretrained
+from collapse.models.pretrained import load_causal_lm, load_tokenizer, pin_model
+from collapse.utils.errors import UserError
 
 
 def copy_of(folder, target):
@@ -288,7 +288,7 @@ def tiny_gguf(file, seed=0):
 
 
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch, data_dir):
-    monkeypatch.setattr(language_models, "ROOT", tmp_path)
+    monkeypatch.setattr(pretrained, "ROOT", tmp_path)
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine/tiny.gguf"
     model = tiny_gguf(file)
@@ -305,7 +305,7 @@ def test_a_gguf_file_is_a_model(tmp_path, monkeypatch, data_dir):
 
 
 def test_gguf_files_of_one_name_and_size_are_not_mixed_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_models, "ROOT", tmp_path)
+    monkeypatch.setattr(pretrained, "ROOT", tmp_path)
     for number in (0, 1):
         (tmp_path / f"mine{number}").mkdir()
         tiny_gguf(tmp_path / f"mine{number}/tiny.gguf", seed=number)

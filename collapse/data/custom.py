@@ -5,11 +5,19 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.data import Rows, Task, check_task, hold_out_tenth
-from collapse.errors import UserError, check_name
-from collapse.files import ROOT
-from collapse.hub import load_all_splits
-from collapse.text_tables import SUFFIXES, NoLabels, Table, kind_of, read_file, read_table, shown
+from collapse.data.task import Rows, Task, check_task, hold_out_tenth
+from collapse.data.text_tables import (
+    SUFFIXES,
+    NoLabels,
+    Table,
+    kind_of,
+    read_file,
+    read_table,
+    shown,
+)
+from collapse.utils.errors import UserError, check_name
+from collapse.utils.files import ROOT
+from collapse.utils.hub import load_all_splits
 
 # GLUE's test files have no labels: they come last.
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev", "eval", "evaluation", "test", "testing")

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from collapse.data import decode_lines
-from collapse.errors import DISK_FULL, UserError
+from collapse.data.task import decode_lines
+from collapse.utils.errors import DISK_FULL, UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # behind one of those

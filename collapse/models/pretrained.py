@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse.architectures import check_causal_lm, check_kind
-from collapse.batches import Split, collate
-from collapse.errors import UserError, check_name
-from collapse.files import ROOT, digest_files, digest_weights, read_json, write_json
-from collapse.lora import use_fused_lora
-from collapse.losses import lm_loss_sum
-from collapse.settings import STANDIN_MODEL, LanguageModelConfig
+from collapse.config import STANDIN_MODEL, LanguageModelConfig
+from collapse.data.batches import Split, collate
+from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.lora import use_fused_lora
+from collapse.models.losses import lm_loss_sum
+from collapse.utils.errors import UserError, check_name
+from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
 from collapse.weights import (
     check_finite,
     check_weights,

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from collapse.architectures import longest_input
-from collapse.batches import Split, encode_rows
-from collapse.data import Rows
-from collapse.errors import UserError
-from collapse.files import read_json
-from collapse.language_models import token_ids
+from collapse.data.batches import Split, encode_rows
+from collapse.data.task import Rows
+from collapse.models.architectures import longest_input
+from collapse.models.pretrained import token_ids
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_json
 
 
 @dataclass

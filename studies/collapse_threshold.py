@@ -31,12 +31,12 @@ from collapse.measures.statistics import (
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.report.plots import save_figure
 from collapse.runs.progress import Progress, Training
-from collapse.thresholds import Threshold, threshold_shift
+from collapse.measures.thresholds import Threshold, threshold_shift
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import hardware_name
-from collapse.weights import check_weights
+from collapse.models.weights import check_weights
 from studies.shared import finetune, sweep
 from studies.shared.tables import read_rows
 

@@ -27,7 +27,7 @@ from collapse.measures.statistics import differences_interval, mean_interval
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
 from collapse.runs.progress import Progress, Training
-from collapse.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
+from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
 from collapse.training.monitor import outputs
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json

@@ -21,7 +21,7 @@ from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
 from collapse.utils.errors import UserError, check_name
 from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
-from collapse.weights import (
+from collapse.models.weights import (
     check_finite,
     check_weights,
     loading,

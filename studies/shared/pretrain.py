@@ -28,7 +28,7 @@ from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit
-from collapse.weights import read_causal_lm
+from collapse.models.weights import read_causal_lm
 from studies.shared.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"

@@ -18,9 +18,9 @@ class RunConfig:
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
-    # Data set: a name of LOADERS in collapse/data/registry.py; a file of CSV, TSV, JSON (lines or one
-    # array) or Parquet, also compressed, or a folder with train.*, and val.*, dev.*, test.* or the
-    # like of these, also in shards; or a set of the Hugging Face hub: owner/name,
+    # Data set: a name of LOADERS in collapse/data/registry.py; a file of CSV, TSV, JSON (lines or
+    # one array) or Parquet, also compressed, or a folder with train.*, and val.*, dev.*, test.* or
+    # the like of these, also in shards; or a set of the Hugging Face hub: owner/name,
     # owner/name:config. Any but the script's own has a results subfolder.
     dataset: str = "SST-2"
     # Column of the texts in a file or hub set; the texts of several are joined by a space.

@@ -1,12 +1,12 @@
 """Does the learning rate at which a representation collapses fall as fine-tuning goes on?
 
-Fine-tunes own small language models (studies/shared/pretrain.py), all weights, at many constant learning
-rates, and measures each training after 50, 100, 200 ... 6,400 steps: with a constant rate one
-training gives the state after every number of steps. So every number of steps has a threshold, the
-rate above which runs have lost three quarters of their components, and the study asks for its slope
-over time, without the LM loss (P6 of PROTOCOL.md) and with it (P7). Writes a CSV file for each
-backbone, a row for every measurement, as trainings end; then results.json and a figure. The same
-command goes on where it was stopped.
+Fine-tunes own small language models (studies/shared/pretrain.py), all weights, at many constant
+learning rates, and measures each training after 50, 100, 200 ... 6,400 steps: with a constant rate
+one training gives the state after every number of steps. So every number of steps has a threshold,
+the rate above which runs have lost three quarters of their components, and the study asks for its
+slope over time, without the LM loss (P6 of PROTOCOL.md) and with it (P7). Writes a CSV file for
+each backbone, a row for every measurement, as trainings end; then results.json and a figure. The
+same command goes on where it was stopped.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ import torch
 import tyro
 
 import common
-from collapse.measures.spread import length_share
+from collapse.measures.neural_collapse import length_share
 from collapse.measures.statistics import differences_interval, mean_interval
+from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
 from collapse.runs.progress import Progress, Training
-from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
 from collapse.training.monitor import outputs
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json

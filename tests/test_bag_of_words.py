@@ -1,9 +1,9 @@
 """A bag of words learns what words tell, and chooses its penalty without the validation rows."""
 
-import bag_of_words
 import numpy as np
 
 from collapse.data.task import Rows, Task
+from studies import bag_of_words
 
 RNG = np.random.default_rng(0)
 

@@ -5,13 +5,13 @@ import json
 import math
 from types import SimpleNamespace
 
-import collapse_time as study
 import numpy as np
 import pytest
 from conftest import fails, start_script
 
 from collapse.training.optimizer import learning_rate_at
 from collapse.utils.errors import UserError
+from studies import collapse_time as study
 from studies.shared import finetune, sweep
 from studies.shared.tables import put_rows, read_rows
 

@@ -4,10 +4,10 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import sensitivity
 from test_collapse_threshold import run_of
 
 from collapse.utils.files import write_json
+from studies import sensitivity
 from studies.report.page import Page
 
 RATES = (-4.0, -3.5, -3.0, -2.5)

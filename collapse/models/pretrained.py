@@ -19,8 +19,6 @@ from collapse.data.batches import Split, collate
 from collapse.models.architectures import check_causal_lm, check_kind
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
-from collapse.utils.errors import UserError, check_name
-from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
 from collapse.models.weights import (
     check_finite,
     check_weights,
@@ -29,6 +27,8 @@ from collapse.models.weights import (
     read_causal_lm,
     read_config,
 )
+from collapse.utils.errors import UserError, check_name
+from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
 
 # On a CPU it misses a kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

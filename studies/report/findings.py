@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import findings_time
 import numpy as np
-import sensitivity
 
 from collapse.measures.statistics import format_interval, mean_interval
 from collapse.report import plots, rank_plots, records
@@ -22,8 +20,8 @@ from collapse.report.records import values_of
 from collapse.report.reference import REFERENCE, reference_for
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_file
-from studies import sink
-from studies.report import own_models
+from studies import sensitivity, sink
+from studies.report import own_models, time_tables
 from studies.report import result_tables as tables
 from studies.report.page import Page, with_full
 
@@ -258,7 +256,7 @@ def results_page() -> Page:
     page.text("## The protocol's endpoints")
     page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
     page.table("endpoints", "P1 to P5, adjusted together by Holm.", own_models.table_endpoints())
-    findings_time.add_time(page)
+    time_tables.add_time(page)
     own_models.add_studies(page)
     for study in present():
         add_study(page, study)
@@ -464,7 +462,7 @@ def summarize_and_draw() -> None:
     """
     rank_plots.plot_all((ROOT / RANKS).parent, read_ranks())
     own_models.summarize()
-    findings_time.summarize()
+    time_tables.summarize()
     sensitivity.write_summary()
     sink.plot((ROOT / SINK).with_suffix(".png"), read_json(ROOT / SINK))
     for study in present():

@@ -5,12 +5,10 @@ Each function adds nothing before the results it tells of are there.
 
 from typing import Any
 
-import collapse_time
-
 from collapse.arms import find_arm
 from collapse.measures.statistics import format_bounds, format_interval, t_interval
 from collapse.measures.verdicts import holm, holm_levels, verdict
-from studies import collapse_threshold
+from studies import collapse_threshold, collapse_time
 from studies.report import result_tables as tables
 from studies.report.own_models import folder_of, results_of, source_of
 from studies.report.page import Page

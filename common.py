@@ -21,9 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from collapse import jobs, publishing, reports, sharing
 from collapse.arms import Arm, chosen_arms, find_arm
-from collapse.batches import (
+from collapse.config import (
+    DEFAULT_MODEL,
+    NOT_IN_FINGERPRINT,
+    STANDIN_MODEL,
+    LanguageModelConfig,
+    RunConfig,
+    check_config,
+)
+from collapse.data.batches import (
     EVALUATION_TOKENS,
     Batch,
     Split,
@@ -31,16 +38,15 @@ from collapse.batches import (
     count_targets,
     encode_rows,
 )
-from collapse.checkpoints import load_weights
-from collapse.classifier import TextClassifier
-from collapse.cluster import cluster_of
-from collapse.data import Task, fixed_draw
-from collapse.device import pick_device, set_threads
-from collapse.engrams import analyse_engrams
-from collapse.errors import UserError, is_out_of_memory
-from collapse.files import digest_weights, read_json, write_json, write_tensors
-from collapse.folder import RunFolder
-from collapse.language_models import (
+from collapse.data.registry import load_task
+from collapse.data.task import Task, fixed_draw
+from collapse.measures.engrams import analyse_engrams
+from collapse.measures.layers import LayerStates, pool, summaries_of_layers, summarize_states
+from collapse.measures.predictions import measure_rows
+from collapse.measures.rank import rank_metrics
+from collapse.models.losses import combined_loss, kl_from_start_sum, lm_loss_sum
+from collapse.models.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, in_batches_that_fit
+from collapse.models.pretrained import (
     add_lora,
     check_lm_loss,
     fill_in_for,
@@ -50,26 +56,21 @@ from collapse.language_models import (
     whole_tokenizer,
     without_mask,
 )
-from collapse.layer_states import LayerStates, pool, summaries_of_layers, summarize_states
-from collapse.loaders import load_task
-from collapse.loop import History, StepSums, TrainingLoop, Validation
-from collapse.losses import combined_loss, kl_from_start_sum, lm_loss_sum
-from collapse.measuring import Measuring
-from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, in_batches_that_fit
-from collapse.metrics import rank_metrics
-from collapse.optimizer import SharedScaleAdamW
-from collapse.progress import Progress, Training
-from collapse.provenance import environment, git_commit
-from collapse.rows import measure_rows
-from collapse.settings import (
-    DEFAULT_MODEL,
-    NOT_IN_FINGERPRINT,
-    STANDIN_MODEL,
-    LanguageModelConfig,
-    RunConfig,
-    check_config,
-)
-from collapse.tracking import load_tracker, tracked
+from collapse.report import comparisons
+from collapse.runs import jobs, publishing, sharing
+from collapse.runs.classifier import TextClassifier
+from collapse.runs.cluster import cluster_of
+from collapse.runs.folder import RunFolder
+from collapse.runs.progress import Progress, Training
+from collapse.runs.tracking import load_tracker, tracked
+from collapse.training.checkpoints import load_weights
+from collapse.training.loop import History, StepSums, TrainingLoop, Validation
+from collapse.training.monitor import Measuring
+from collapse.training.optimizer import SharedScaleAdamW
+from collapse.utils.device import pick_device, set_threads
+from collapse.utils.errors import UserError, is_out_of_memory
+from collapse.utils.files import digest_weights, read_json, write_json, write_tensors
+from collapse.utils.provenance import environment, git_commit
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -708,15 +709,15 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     run.config.workers = jobs.how_many(config, device, len(left))
     jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
     results = run.publish()  # a command that shares the folder may have ended before it could
-    print(reports.summary_table(results), flush=True)
+    print(comparisons.summary_table(results), flush=True)
     if elsewhere := folder.trained_elsewhere():
         names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
         print(f"published before and not trained here: {', '.join(names)}", flush=True)
     if "cross_dataset" in results:
-        print(reports.cross_dataset_table(results), flush=True)
+        print(comparisons.cross_dataset_table(results), flush=True)
     if folder.published:
         here = {"models": folder.finished()}
-        print(reports.reproduction_table(folder.published, here), flush=True)
+        print(comparisons.reproduction_table(folder.published, here), flush=True)
     return results
 
 

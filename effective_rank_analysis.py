@@ -23,16 +23,14 @@ import tyro
 
 import common
 import experiment
-from collapse import rank_plots, records
-from collapse.batches import Split, encode_rows
-from collapse.checkpoints import load_weights
-from collapse.data import Rows, Task
-from collapse.device import pick_device, set_allocator
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, digest_files, finished_trainings, read_json, write_json
-from collapse.loaders import load_again
-from collapse.measuring import outputs
-from collapse.model_records import (
+from collapse.config import check_bounds
+from collapse.data.batches import Split, encode_rows
+from collapse.data.registry import load_again
+from collapse.data.task import Rows, Task
+from collapse.measures.spread import transfer_accuracy
+from collapse.report import rank_plots, records
+from collapse.report.comparisons import study_name
+from collapse.report.model_records import (
     LEAST_ROWS,
     Splits,
     draw_splits,
@@ -40,11 +38,13 @@ from collapse.model_records import (
     pooled_record,
     train_record,
 )
-from collapse.provenance import environment
-from collapse.reports import study_name
-from collapse.settings import check_bounds
-from collapse.source import digest_of_code
-from collapse.spread import transfer_accuracy
+from collapse.training.checkpoints import load_weights
+from collapse.training.monitor import outputs
+from collapse.utils.device import pick_device, set_allocator
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, digest_files, finished_trainings, read_json, write_json
+from collapse.utils.provenance import environment
+from collapse.utils.source import digest_of_code
 
 
 @dataclass

@@ -17,13 +17,13 @@ import tyro
 from torch import Tensor, nn
 
 import common
-from collapse import loaders
-from collapse.data import Task, limit_task
-from collapse.device import set_allocator
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT
-from collapse.settings import RunConfig, check_bounds
-from collapse.settings import check_config as check_run_config
+from collapse.config import RunConfig, check_bounds
+from collapse.config import check_config as check_run_config
+from collapse.data import registry
+from collapse.data.task import Task, limit_task
+from collapse.utils.device import set_allocator
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT
 
 
 @dataclass
@@ -183,7 +183,7 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
-    task = loaders.load_task(config)
+    task = registry.load_task(config)
     if task is None and config.dataset != "SST-2":
         raise UserError(f"{config.dataset} is not to be had: give --data-dir.")
     if task is None:
@@ -191,7 +191,7 @@ def load_task(config: Config) -> Task:
             "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "
             "These are NOT SST-2 results; for those use --data-dir."
         )
-        snippets = loaders.load_movie_snippets()
+        snippets = registry.load_movie_snippets()
         task = limit_task(snippets, config.train_limit, config.eval_limit)
     return task
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.device import set_allocator
-from collapse.errors import run_script
-from collapse.files import ROOT
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.utils.device import set_allocator
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT
 
 
 @dataclass

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import tyro
 
 import common
-from collapse.device import set_allocator
-from collapse.errors import run_script
-from collapse.files import ROOT
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.utils.device import set_allocator
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT
 
 
 @dataclass
 class Config(LanguageModelConfig):
     """Settings of Experiment 3; the comment above a field is its --help text."""
 
-    # Data set: a name of LOADERS in collapse/loaders.py, a file, a folder or a hub set, as in
+    # Data set: a name of LOADERS in collapse/data/registry.py, a file, a folder or a hub set, as in
     # experiment_7b.py. Any but AG News has results in a subfolder.
     dataset: str = "AG News"
     max_length: int = 256  # Longest input in tokens; the rest of a row is cut off.

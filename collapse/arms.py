@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from collapse.errors import UserError
-from collapse.losses import combined_loss
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
+from collapse.models.losses import combined_loss
+from collapse.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from collapse.errors import UserError
+from collapse.utils.errors import UserError
 
 
 @dataclass
@@ -18,9 +18,10 @@ class RunConfig:
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
     # cache, then the hub, and for Experiment 1 then the movie-review snippets.
     data_dir: Path | None = None
-    # Data set: a name of LOADERS in collapse/loaders.py; a file of CSV, TSV, JSON lines or Parquet,
-    # or a folder with train.*, and validation.*, dev.* or test.* of these; or a set of the Hugging
-    # Face hub: owner/name, owner/name:config. Any but the script's own has a results subfolder.
+    # Data set: a name of LOADERS in collapse/data/registry.py; a file of CSV, TSV, JSON lines or
+    # Parquet, or a folder with train.*, and validation.*, dev.* or test.* of these; or a set of the
+    # Hugging Face hub: owner/name, owner/name:config. Any but the script's own has a results
+    # subfolder.
     dataset: str = "SST-2"
     # Column of the texts in a file or hub set; the texts of several are joined by a space.
     text_column: tuple[str, ...] = ("text",)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
-from collapse.statistics import t_interval
+from collapse.measures.statistics import t_interval
 
 
 @dataclass(frozen=True)

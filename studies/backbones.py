@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,21 @@ from typing import Any
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pretrain
-import tuning
-
-from collapse import pretraining
-from collapse.corpus import VOCABULARY
-from collapse.device import set_threads
-from collapse.errors import run_script
-from collapse.files import ROOT, write_json
-from collapse.jobs import run_all
-from collapse.progress import Progress, Training
-from collapse.provenance import git_commit
-from collapse.settings import check_bounds
-from collapse.statistics import format_interval, paired_difference
-from collapse.tables import into_table, read_rows, without_rows
+from collapse.config import check_bounds
+from collapse.data.corpus import VOCABULARY
+from collapse.measures.statistics import format_interval, paired_difference
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import Progress, Training
+from collapse.training import pretraining
+from collapse.utils.device import set_threads
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, write_json
+from collapse.utils.provenance import git_commit
+from studies.shared import finetune, pretrain
+from studies.shared.tables import into_table, read_rows, without_rows
 
 # Data set -> training rows, steps of 16 rows.
-DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), tuning.MADE_UP: (64, 10)}
+DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), finetune.MADE_UP: (64, 10)}
 STARTS = ("pretrained", "random")
 
 
@@ -117,7 +113,7 @@ def training_of(config: Config, cell: Cell) -> Training:
 def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> dict[str, Any]:
     rows, steps = DATASETS[cell.dataset]
     model = backbone if cell.start == "pretrained" else random_weights(cell, backbone)
-    recipe = tuning.Recipe(
+    recipe = finetune.Recipe(
         model=str(model),
         dataset=cell.dataset,
         arm="1",
@@ -129,7 +125,7 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
         all_weights=True,
         max_length=32,
     )
-    last = tuning.tune(recipe, tuning.load_data(recipe, config.data_dir), (), progress.step)[-1]
+    last = finetune.tune(recipe, finetune.load_data(recipe, config.data_dir), (), progress.step)[-1]
     return {
         "name": cell.name,
         **dataclasses.asdict(cell),

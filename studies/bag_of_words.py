@@ -7,7 +7,6 @@ model means little where this one, which knows no language, reaches the same. Wr
 studies/results/bag_of_words/results.json.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +18,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benefit
-import class_count
-import collapse_threshold
-import findings
-import fitting
-import tuning
-from findings_own_models import BAG_OF_WORDS
-
-from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split
-from collapse.device import pick_device
-from collapse.errors import run_script
-from collapse.files import ROOT, read_json, write_json
-from collapse.loaders import load_again
-from collapse.provenance import environment
+from collapse.data.registry import load_again
+from collapse.data.task import Rows, Task, in_corpus_text, limit_task, tuning_split
+from collapse.utils.device import pick_device
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, read_json, write_json
+from collapse.utils.provenance import environment
+from studies import benefit, class_count, collapse_threshold
+from studies.report import findings
+from studies.report.own_models import BAG_OF_WORDS
+from studies.shared import finetune, fitting
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C: of a weaker penalty
 
@@ -52,11 +46,11 @@ def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
         data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
         yield study.folder, data["name"], load_again(data, data_dir)
     for name, (rows, _) in collapse_threshold.SIZES.items():
-        if name != tuning.MADE_UP:
-            task = limit_task(tuning.load_task(name, data_dir), rows, tuning.MEASURED_ROWS)
+        if name != finetune.MADE_UP:
+            task = limit_task(finetune.load_task(name, data_dir), rows, finetune.MEASURED_ROWS)
             yield "studies/results/collapse_threshold/newsgroups", name, in_corpus_text(task)
     for name, size in benefit.SIZES.items():
-        if name != tuning.MADE_UP:
+        if name != finetune.MADE_UP:
             task, _ = fitting.load_split(name, data_dir)
             task = limit_task(task, size.train_rows, None)
             yield "studies/results/benefit/newsgroups", name, task

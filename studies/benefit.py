@@ -8,7 +8,6 @@ figure. The same command goes on where it was stopped.
 
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,8 @@ import numpy as np
 import tyro
 from matplotlib.ticker import NullFormatter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import fitting
-import tuning
-
 import common
-from collapse import rank_plots
-from collapse.errors import run_script
-from collapse.files import ROOT, write_json
-from collapse.plots import save_figure
-from collapse.progress import Progress, Training
-from collapse.statistics import (
+from collapse.measures.statistics import (
     crossed_interval,
     differences_interval,
     format_interval,
@@ -38,7 +27,13 @@ from collapse.statistics import (
     pigeonhole_sets_interval,
     sets_interval,
 )
-from collapse.verdicts import equivalence
+from collapse.measures.verdicts import equivalence
+from collapse.report import rank_plots
+from collapse.report.plots import save_figure
+from collapse.runs.progress import Progress, Training
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, write_json
+from studies.shared import finetune, fitting, sweep
 
 MARGIN_P1 = 0.005  # half a point of accuracy
 FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
@@ -60,7 +55,7 @@ SIZES = {
     "SST-2 by sentence": Size(8000, 3, 64, "AG News"),
     "CLINC150": Size(15_000, 4, 32, "AG News"),
     "Banking77": Size(9000, 6, 32, "AG News"),
-    tuning.MADE_UP: Size(64, 2, 32, None),
+    finetune.MADE_UP: Size(64, 2, 32, None),
 }
 
 
@@ -96,11 +91,11 @@ class Cell:
 
 
 def miniature_of(config: Config) -> Config:
-    return by_backbone.in_small(
+    return sweep.in_small(
         config,
         seeds=(0, 1, 2),
-        datasets=(tuning.MADE_UP,),
-        control_datasets=(tuning.MADE_UP,),
+        datasets=(finetune.MADE_UP,),
+        control_datasets=(finetune.MADE_UP,),
         controls=("longer", "2@0.1"),
         rates=(-3.0, -2.0),
     )
@@ -114,7 +109,7 @@ def miniature_of(config: Config) -> Config:
 def run_missing(config: Config) -> None:
     """The pilot, then what rests on the rates that it chose."""
     models = ("model1", "model2")
-    product = itertools.product(by_backbone.PILOTS, config.datasets, models, config.rates)
+    product = itertools.product(sweep.PILOTS, config.datasets, models, config.rates)
     pilots = list(itertools.starmap(Cell, product))
     fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
 
@@ -147,7 +142,7 @@ def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
                 ones, twos = rates[dataset, "model1"], rates[dataset, "model2"]
                 cells.append(Cell(seed, dataset, "model1", ones))
                 cells += [Cell(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
-        if "controls" in config.parts and seed < by_backbone.PLANNED // 2:
+        if "controls" in config.parts and seed < sweep.PLANNED // 2:
             for dataset, name in itertools.product(config.control_datasets, config.controls):
                 arm = common.find_arm(name).name
                 cells.append(Cell(seed, dataset, arm, rate_of(rates, dataset, arm)))
@@ -169,13 +164,13 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
 def training_of(config: Config, cell: Cell) -> Training:
     size = SIZES[cell.dataset]
     epochs = common.find_arm(cell.arm).epochs_of(size.epochs)
-    steps = epochs * math.ceil(size.train_rows / tuning.Recipe.batch_size)
-    return by_backbone.training_of(config, cell, f"{cell.dataset}, {cell.arm}", steps)
+    steps = epochs * math.ceil(size.train_rows / finetune.Recipe.batch_size)
+    return sweep.training_of(config, cell, f"{cell.dataset}, {cell.arm}", steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
     size = SIZES[cell.dataset]
-    recipe = by_backbone.recipe_of(
+    recipe = sweep.recipe_of(
         config,
         cell,
         dataset=cell.dataset,
@@ -218,7 +213,7 @@ class Study:
 def read_study(config: Config) -> Study:
     runs: dict[tuple[str, str, float], dict[int, fitting.Run]] = {}
     correct: dict[tuple[str, str, float], dict[int, np.ndarray]] = {}
-    for seed in range(by_backbone.PLANNED):
+    for seed in range(sweep.PLANNED):
         rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
         for run in fitting.read_runs(config.folder, seed, Cell):
             place = run.cell.dataset, run.cell.arm, run.cell.rate
@@ -299,14 +294,12 @@ def summary(config: Config) -> dict[str, Any]:
     p1 = sets_difference(study, datasets, "model2")["mean"]
     all_sets = datasets == list(Config().datasets)  # the endpoints' four
     ranks = rank_differences(study, datasets)
-    by_seed = by_backbone.mean_over_sets(list(ranks.values()))
+    by_seed = sweep.mean_over_sets(list(ranks.values()))
     p5 = differences_interval(by_seed)
     arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
-        "P1": by_backbone.endpoint(
-            p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= by_backbone.PLANNED
-        ),
+        "P1": sweep.endpoint(p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= sweep.PLANNED),
         "P1_equivalence": equivalence_of(p1, MARGIN_P1),
         "accuracy_differences": {
             arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
@@ -316,7 +309,7 @@ def summary(config: Config) -> dict[str, Any]:
             for arm in arms
             if arm not in ("model1", "model2")
         },
-        "P5": by_backbone.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= by_backbone.PLANNED),
+        "P5": sweep.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= sweep.PLANNED),
         "rank_at_equal_loss": {
             dataset: differences_interval(found) for dataset, found in ranks.items()
         },
@@ -376,7 +369,7 @@ def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[st
     found: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
     for name in (*KEPT, "best_scaled_loss"):
         per_set = {data: differences_of(study, data, name) for data in datasets}
-        per_set["mean"] = by_backbone.mean_over_sets(list(per_set.values()))
+        per_set["mean"] = sweep.mean_over_sets(list(per_set.values()))
         for place, by_seed in per_set.items():
             found[place][name] = differences_interval(by_seed)
     return found
@@ -403,7 +396,7 @@ def times(config: Config, study: Study) -> dict[str, dict[str, Any]]:
     their times tell nothing. The backbones need not be among those that count.
     """
     seconds: dict[tuple, dict[str, float]] = {}
-    for row in by_backbone.published_rows(config.folder):
+    for row in sweep.published_rows(config.folder):
         dataset, arm = row["dataset"], row["arm"]
         if dataset not in config.datasets or not row["seconds"] or not row["lm_loss"]:
             continue  # another set, on the way, or diverged
@@ -508,7 +501,7 @@ def main() -> None:
     fitting.check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ backbone, then results.json and a figure. The same command goes on where it was 
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +18,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import fitting
-import tuning
-
 import common
-from collapse.clinc_domains import CLINC_DOMAINS
-from collapse.data import Rows, Task, check_task, fixed_draw, in_corpus_text, without_texts
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.plots import save_figure
-from collapse.progress import Progress, Training
-from collapse.statistics import (
+from collapse.data.clinc_domains import CLINC_DOMAINS
+from collapse.data.task import Rows, Task, check_task, fixed_draw, in_corpus_text, without_texts
+from collapse.measures.statistics import (
     crossed_interval,
     differences_interval,
     format_interval,
     mean_interval,
 )
+from collapse.report.plots import save_figure
+from collapse.runs.progress import Progress, Training
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from studies.shared import finetune, fitting, sweep
 
 MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
 PLANNED = 10  # backbones
@@ -76,7 +71,7 @@ class Cell:
 
 
 def miniature_of(config: Config) -> Config:
-    return by_backbone.in_small(config, seeds=(0, 1, 2), rates=(-3.0, -2.0))
+    return sweep.in_small(config, seeds=(0, 1, 2), rates=(-3.0, -2.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +118,7 @@ def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> t
     Both are fixed draws, the same for every number of classes. Tuning rows are others of the
     training split, and none has the text of one that is trained on.
     """
-    task = fitting.apart_from_validation(in_corpus_text(tuning.load_task("CLINC150", data_dir)))
+    task = fitting.apart_from_validation(in_corpus_text(finetune.load_task("CLINC150", data_dir)))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
     train = task.train.take(trained)
     others = without_texts(task.train, train.texts)
@@ -155,7 +150,7 @@ def balanced_draw(labels: list[int], each: int) -> np.ndarray:
 
 def made_up(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
     """Texts for rehearsals, with as many labels as asked for."""
-    split = fitting.load_split(tuning.MADE_UP, data_dir)
+    split = fitting.load_split(finetune.MADE_UP, data_dir)
     return relabelled(*split, classes, lambda rows: [n % classes for n in range(len(rows))])
 
 
@@ -170,7 +165,7 @@ def counts_of(config: Config) -> tuple[int, ...]:
 
 def run_missing(config: Config) -> None:
     """The pilot, then what rests on the rates that it chose."""
-    product = itertools.product(by_backbone.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates)
+    product = itertools.product(sweep.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates)
     pilots = list(itertools.starmap(Cell, product))
     fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
 
@@ -207,12 +202,12 @@ def chosen_rates(config: Config) -> dict[str, float]:
 
 
 def training_of(config: Config, cell: Cell) -> Training:
-    steps = EPOCHS * math.ceil(TRAIN_ROWS / tuning.Recipe.batch_size)
-    return by_backbone.training_of(config, cell, cell.arm, steps)
+    steps = EPOCHS * math.ceil(TRAIN_ROWS / finetune.Recipe.batch_size)
+    return sweep.training_of(config, cell, cell.arm, steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
-    recipe = by_backbone.recipe_of(
+    recipe = sweep.recipe_of(
         config,
         cell,
         dataset="CLINC150",
@@ -306,7 +301,7 @@ def summary(config: Config) -> dict[str, Any]:
     found = differences_interval(slopes)
     return {
         "rates": chosen_rates(config),
-        "P3": by_backbone.endpoint(found, MARGIN, found["n"] >= PLANNED),
+        "P3": sweep.endpoint(found, MARGIN, found["n"] >= PLANNED),
         "P3_rows_too": pigeonhole_slope(study, counts),
         "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
     }
@@ -398,7 +393,7 @@ def main() -> None:
     fitting.check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 Fine-tunes a backbone for a few hundred steps at many rates, without and with the LM loss and with
 controls, and finds for each of them the rate at which runs stop being healthy after so many steps;
 after more it lies lower, see collapse_time.py. By default on own small language models
-(studies/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a CSV
+(studies/shared/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a CSV
 file for each seed, a row for every measurement, as trainings end; then results.json and a figure.
 The same command goes on where it was stopped.
 """
 
 import itertools
 import math
-import sys
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,25 +20,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import tuning
-
 import common
-from collapse.device import pick_device
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.language_models import fill_in_for, load_tokenizer, weights_of
-from collapse.plots import save_figure
-from collapse.progress import Progress, Training
-from collapse.settings import LanguageModelConfig, check_bounds
-from collapse.statistics import (
+from collapse.config import LanguageModelConfig, check_bounds
+from collapse.measures.statistics import (
     format_interval,
     mean_interval,
     paired_difference,
     sign_flip_p,
 )
+from collapse.models.pretrained import fill_in_for, load_tokenizer, weights_of
+from collapse.report.plots import save_figure
+from collapse.runs.progress import Progress, Training
 from collapse.thresholds import Threshold, threshold_shift
+from collapse.utils.device import pick_device
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from studies.shared import finetune, sweep
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
@@ -50,7 +46,7 @@ MEASUREMENTS = 4  # along the way
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # A causal LM instead of own language models: hub name, folder or GGUF file. --seeds are then of
@@ -89,7 +85,7 @@ def name_of(model: str) -> str:
 
 
 # Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
-SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), tuning.MADE_UP: (64, 32)}
+SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), finetune.MADE_UP: (64, 32)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 
 def run_missing(config: Config) -> None:
     """Backbone by backbone: pretrain it, run its cells."""
-    by_backbone.run_missing(
+    sweep.run_missing(
         config,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
         lambda cell: training_of(config, cell),
@@ -148,14 +144,14 @@ def settings_of_model(config: Config) -> dict[str, str]:
         kind.quantization,
         kind.compute_dtype,
     )
-    return dict(zip(by_backbone.OF_A_MODEL, values, strict=True))
+    return dict(zip(sweep.OF_A_MODEL, values, strict=True))
 
 
 def miniature_of(config: Config) -> Config:
-    return by_backbone.in_small(
+    return sweep.in_small(
         config,
         seeds=(0, 1),
-        datasets=(tuning.MADE_UP,),
+        datasets=(finetune.MADE_UP,),
         arms=("1", "2", "l2-start"),
         rates=(-3.0, 0.0, 3.0),
         steps=20,
@@ -164,14 +160,14 @@ def miniature_of(config: Config) -> Config:
 
 def training_of(config: Config, cell: Cell) -> Training:
     kind = f"{cell.dataset}, {cell.arm}"
-    return by_backbone.training_of(config, cell, kind, config.steps, evaluation_cost=20.0)
+    return sweep.training_of(config, cell, kind, config.steps, evaluation_cost=20.0)
 
 
-def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
-    return by_backbone.recipe_of(
+def recipe_of(config: Config, cell: Cell) -> finetune.Recipe:
+    return sweep.recipe_of(
         config,
         cell,
-        model=config.model or by_backbone.backbone(config, cell.seed),
+        model=config.model or sweep.backbone(config, cell.seed),
         dataset=cell.dataset,
         learning_rate=10**cell.rate,
         steps=config.steps,
@@ -188,10 +184,10 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
 def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
     """Measures before one training, on the way and at its end, beside its data's chance."""
     recipe = recipe_of(config, cell)
-    data = tuning.load_data(recipe, config.data_dir)
+    data = finetune.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     measure_at = config.measure_at or range(0, config.steps, every)
-    records = tuning.tune(recipe, data, measure_at, progress.step, bool(config.measure_at))
+    records = finetune.tune(recipe, data, measure_at, progress.step, bool(config.measure_at))
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     return [record | {"chance": chance, "classes": data.classes} for record in records]
 
@@ -274,8 +270,8 @@ def below(share: float | None, bound: float) -> bool:
 def read_runs(folder: Path) -> list[Run]:
     """Every training in the tables of a folder, but of the seeds that the protocol plans alone."""
     tables = sorted(folder.glob("seed-*.csv"))
-    found = itertools.chain.from_iterable(by_backbone.read_paths(t, Cell) for t in tables)
-    return [Run(cell, path) for cell, path in found if cell.seed < by_backbone.PLANNED]
+    found = itertools.chain.from_iterable(sweep.read_paths(t, Cell) for t in tables)
+    return [Run(cell, path) for cell, path in found if cell.seed < sweep.PLANNED]
 
 
 def outcomes_of(runs: list[Run], bound: float = KEPT) -> dict[Cell, str]:
@@ -336,7 +332,7 @@ def mean_edges(
 ) -> dict[int, float]:
     """Seed -> mean of an arm's edges over the data sets, of seeds that have one on each."""
     sides = [found.get((dataset, arm), {}) for dataset in datasets]
-    return by_backbone.mean_over_sets(sides)
+    return sweep.mean_over_sets(sides)
 
 
 # Beside "healthy": an arm that blocks learning must not look like one that protects.
@@ -390,8 +386,8 @@ def summary(config: Config) -> dict[str, Any]:
     counts_for_p2 = applies and shifts and not (config.model or config.lora)
     endpoint = None
     if counts_for_p2:
-        done = shifts[0]["n"] >= by_backbone.PLANNED
-        endpoint = by_backbone.endpoint(shifts[0], MARGIN, done)
+        done = shifts[0]["n"] >= sweep.PLANNED
+        endpoint = sweep.endpoint(shifts[0], MARGIN, done)
     others = {}
     for bound in OTHER_BOUNDS if shifts else ():
         found_there = edges(outcomes_of(runs, bound), GOOD["healthy"], rates)
@@ -455,11 +451,11 @@ def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
     step = max(np.diff(rates), default=0.0)
     shift = threshold_shift(*sides, float(step))
     done = shift["n"] >= SEEDS_OF_A_MODEL
-    family = by_backbone.LATER_ENDPOINTS
+    family = sweep.LATER_ENDPOINTS
     return {
         "arms": told,
         "runs": counts,
-        "shift": by_backbone.endpoint(shift, MARGIN, done, family),
+        "shift": sweep.endpoint(shift, MARGIN, done, family),
     }
 
 
@@ -602,19 +598,19 @@ def report(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    by_backbone.check_config(config)
+    sweep.check_config(config)
     if config.model:
         if list(config.rates) != sorted(set(config.rates)):
             raise UserError("--rates are base-10 logarithms in order.")
     elif not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
-    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
+    check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, math.inf)
     if config.miniature:
         config = miniature_of(config)
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
         common.check_device_for(config.model, pick_device(config.device))
         load_tokenizer(config.model)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ tokens; the first piece of a post comes without an engram, its engram stands bef
 Then second pieces of other posts are read with their own post's engram, with those of other posts,
 of the same newsgroup and of another one, and with the zero engram: what these lose to the first is
 what an engram carries, of the post and of its newsgroup. On own language models
-(studies/pretrain.py), with the test part of 20 Newsgroups, which their text leaves out.
+(studies/shared/pretrain.py), with the test part of 20 Newsgroups, which their text leaves out.
 Exploratory. Writes a CSV file for each seed, a row a training, as they end; then results.json. The
 same command goes on where it was stopped.
 """
 
 import functools
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +21,18 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import tuning
-
 import common
-from collapse.batches import Split
-from collapse.corpus import miniature_documents, read_wheel_table
-from collapse.data import fixed_draw
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.language_models import load_tokenizer
-from collapse.progress import Progress
-from collapse.settings import check_bounds
-from collapse.statistics import format_interval, paired_difference
-from collapse.text import corpus_text
+from collapse.config import check_bounds
+from collapse.data.batches import Split
+from collapse.data.corpus import miniature_documents, read_wheel_table
+from collapse.data.task import fixed_draw
+from collapse.data.text import corpus_text
+from collapse.measures.statistics import format_interval, paired_difference
+from collapse.models.pretrained import load_tokenizer
+from collapse.runs.progress import Progress
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from studies.shared import finetune, sweep
 
 VALIDATION_SHARE = 10  # one post in so many
 COPIED = 6  # tokens in a row that no training post shares with a validation post
@@ -45,7 +41,7 @@ SETTINGS = ("steps", "learning_rate", "piece_tokens")  # that all rows of a tabl
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Tokens of a piece: a post's first and second so many are its two pieces.
@@ -154,10 +150,10 @@ def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]
 
 
 def run_missing(config: Config) -> None:
-    by_backbone.run_missing(
+    sweep.run_missing(
         config,
         [Cell(seed, arm) for seed in config.seeds for arm in ARMS],
-        lambda cell: by_backbone.training_of(config, cell, cell.arm, config.steps),
+        lambda cell: sweep.training_of(config, cell, cell.arm, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
         lambda cell: {name: getattr(config, name) for name in SETTINGS},
@@ -165,12 +161,12 @@ def run_missing(config: Config) -> None:
 
 
 def miniature_of(config: Config) -> Config:
-    return by_backbone.in_small(config, seeds=(0, 1), piece_tokens=16, steps=20)
+    return sweep.in_small(config, seeds=(0, 1), piece_tokens=16, steps=20)
 
 
 def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
     """The row of one training: what was measured at its end."""
-    recipe = by_backbone.recipe_of(
+    recipe = sweep.recipe_of(
         config,
         cell,
         dataset="pieces of 20 Newsgroups",
@@ -180,14 +176,14 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
         max_length=config.piece_tokens,
     )
     train, validation, classes = load_pieces(config, load_tokenizer(recipe.model))
-    model, _ = tuning.build(recipe, classes)
-    trainer = tuning.trainer_of(recipe, model, train.joined)
+    model, _ = finetune.build(recipe, classes)
+    trainer = finetune.trainer_of(recipe, model, train.joined)
     batches = post_batches(len(train.first.labels), recipe.batch_size, cell.seed)
     try:
-        for _ in tuning.steps_of(recipe, trainer, batches):
+        for _ in finetune.steps_of(recipe, trainer, batches):
             progress.step()
         found = measures(model, validation)
-    except tuning.Diverged:
+    except finetune.Diverged:
         found = dict.fromkeys(MEASURES)
     return [found | {"posts": len(validation.first.labels)}]
 
@@ -251,9 +247,9 @@ COMPARISONS = {
 def summary(config: Config) -> dict[str, Any]:
     """Differences in LM loss and accuracy, paired over the backbones that the protocol plans."""
     values: dict[tuple[str, str], dict[int, float]] = {}
-    for seed in range(by_backbone.PLANNED):
-        table = by_backbone.table_of(config.folder, seed)
-        for cell, (row,) in by_backbone.read_paths(table, Cell):
+    for seed in range(sweep.PLANNED):
+        table = sweep.table_of(config.folder, seed)
+        for cell, (row,) in sweep.read_paths(table, Cell):
             for name in MEASURES:
                 if row[name] is not None:
                     values.setdefault((cell.arm, name), {})[seed] = row[name]
@@ -286,12 +282,12 @@ def report(config: Config) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    by_backbone.check_config(config)
-    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, 10**9)
+    sweep.check_config(config)
+    check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, 10**9)
     check_bounds("piece_tokens", config.piece_tokens, 2, 127)  # positions that were pretrained
     if config.miniature:
         config = miniature_of(config)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

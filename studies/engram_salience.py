@@ -1,17 +1,16 @@
 """What does an engram organize by: by the label that is trained, or by what else a text is about?
 
 One input holds a sentence of SST-2 and the beginning of an AG News row, in an order drawn for each,
-and the label of one of the two is trained, on own language models (studies/pretrain.py), each its
-own seed. Then k-means finds two clusters of the engrams and says which label they follow. Writes a
-CSV file for each seed, a row for every measurement, as trainings end; then results.json and a
-figure. The same command goes on where it was stopped.
+and the label of one of the two is trained, on own language models (studies/shared/pretrain.py),
+each its own seed. Then k-means finds two clusters of the engrams and says which label they follow.
+Writes a CSV file for each seed, a row for every measurement, as trainings end; then results.json
+and a figure. The same command goes on where it was stopped.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,22 @@ import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import by_backbone
-import tuning
-
 import common
-from collapse.batches import Split, encode_rows
-from collapse.data import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
-from collapse.engrams import k_means, match_clusters
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.language_models import load_tokenizer
-from collapse.loaders import load_ag_news
-from collapse.plots import CLASS_COLORS, save_figure
-from collapse.progress import Progress
-from collapse.settings import check_bounds
-from collapse.spread import transfer_accuracy
-from collapse.sst2 import load_sst2_by_sentence
-from collapse.statistics import format_interval, mean_interval, paired_difference
+from collapse.config import check_bounds
+from collapse.data.batches import Split, encode_rows
+from collapse.data.registry import load_ag_news
+from collapse.data.sst2 import load_sst2_by_sentence
+from collapse.data.task import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
+from collapse.measures.engrams import k_means, match_clusters
+from collapse.measures.spread import transfer_accuracy
+from collapse.measures.statistics import format_interval, mean_interval, paired_difference
+from collapse.models.pretrained import load_tokenizer
+from collapse.report.plots import CLASS_COLORS, save_figure
+from collapse.runs.progress import Progress
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from studies.shared import finetune as tuning
+from studies.shared import sweep
 
 MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
@@ -52,7 +49,7 @@ RANDOM_COMPRESSORS = 5  # whose mean is the control
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Model 3 and its controls that have an engram, as experiment.py --models takes them.
@@ -192,10 +189,10 @@ def headlines_of(task: Task) -> Task:
 
 
 def run_missing(config: Config) -> None:
-    by_backbone.run_missing(
+    sweep.run_missing(
         config,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: by_backbone.training_of(config, cell, cell.arm, config.steps),
+        lambda cell: sweep.training_of(config, cell, cell.arm, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
         lambda cell: {"steps": config.steps, "learning_rate": config.learning_rate},
@@ -203,11 +200,11 @@ def run_missing(config: Config) -> None:
 
 
 def miniature_of(config: Config) -> Config:
-    return by_backbone.in_small(config, seeds=(0, 1), arms=("3", "lm-only-engram"), steps=20)
+    return sweep.in_small(config, seeds=(0, 1), arms=("3", "lm-only-engram"), steps=20)
 
 
 def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
-    return by_backbone.recipe_of(
+    return sweep.recipe_of(
         config,
         cell,
         dataset="SST-2 by sentence with AG News",
@@ -317,8 +314,8 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
     None for all of it.
     """
     ends, starts = {}, {}
-    for seed in range(by_backbone.PLANNED):
-        for cell, path in by_backbone.read_paths(by_backbone.table_of(folder, seed), Cell):
+    for seed in range(sweep.PLANNED):
+        for cell, path in sweep.read_paths(sweep.table_of(folder, seed), Cell):
             ends[cell] = path[-1]
             if path[0]["step"] == 0:
                 starts[cell] = path[0]
@@ -392,10 +389,8 @@ def summary(config: Config) -> dict[str, Any]:
         row["less_random_compressor"] = paired_difference(*map(differences, (random, learned)))
         results["arms"].append(row | {"all_backbones": paired_difference(*all_of)})
     model3 = [row for row in results["arms"] if row["arm"] == "model3"]
-    done = all(
-        Cell(s, label, "model3") in ends for s in range(by_backbone.PLANNED) for label in LABELS
-    )
-    results["P4"] = by_backbone.endpoint(model3[0]["learned"], MARGIN, done) if model3 else None
+    done = all(Cell(s, label, "model3") in ends for s in range(sweep.PLANNED) for label in LABELS)
+    results["P4"] = sweep.endpoint(model3[0]["learned"], MARGIN, done) if model3 else None
     return results
 
 
@@ -471,7 +466,7 @@ def draw(folder: Path) -> None:
 
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run."""
-    by_backbone.check_config(config)
+    sweep.check_config(config)
     if not config.arms or not config.trained:
         raise UserError("--arms or --trained is empty: name at least one of each.")
     check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
@@ -494,7 +489,7 @@ def main() -> None:
     check_config(config)
     if config.miniature:
         config = miniature_of(config)
-    print(text_of(by_backbone.carry_out(config, run_missing, report)))
+    print(text_of(sweep.carry_out(config, run_missing, report)))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,20 @@ are kept after each step in gpu_check.json, and steps that are done are skipped 
 """
 
 import gc
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import gpu_steps
-import throughput
 import torch
 import tyro
-from gpu_steps import Card, Checks, constant
 
-from collapse.device import set_allocator
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, read_json, write_json
-from collapse.provenance import environment
-from collapse.settings import DEFAULT_MODEL, check_bounds
+from collapse.config import DEFAULT_MODEL, check_bounds
+from collapse.utils.device import set_allocator
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, read_json, write_json
+from collapse.utils.provenance import environment
+from studies import gpu_steps, throughput
+from studies.gpu_steps import Card, Checks, constant
 
 
 @dataclass

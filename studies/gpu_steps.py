@@ -2,15 +2,12 @@
 
 import gc
 import importlib.metadata
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
-import throughput
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
@@ -18,13 +15,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
-from collapse.batches import Split
-from collapse.device import nvidia_driver, pick_device
-from collapse.errors import is_out_of_memory
-from collapse.language_models import add_lora
-from collapse.lora import use_fused_lora
-from collapse.memory import MemoryPlan
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import Split
+from collapse.models.lora import use_fused_lora
+from collapse.models.memory import MemoryPlan
+from collapse.models.pretrained import add_lora
+from collapse.utils.device import nvidia_driver, pick_device
+from collapse.utils.errors import is_out_of_memory
+from studies import throughput
 
 MIB, GIB = 2**20, 2**30
 Checks = Iterator[tuple[str, str, object, bool | None]]  # what, expected, found, right (None: seen)

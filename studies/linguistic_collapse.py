@@ -9,33 +9,30 @@ Models whose row is there are not trained again; the same command goes on where 
 import dataclasses
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pretrain
-import scipy.stats
-
-from collapse.corpus import VOCABULARY, tokens_of
-from collapse.correlations import correlation_interval, partial_spearman
-from collapse.device import set_threads
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, locked, read_json, write_json
-from collapse.jobs import run_all
-from collapse.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
-from collapse.pretraining import Recipe, states_and_targets
-from collapse.progress import Progress, Training
-from collapse.settings import check_bounds
-from collapse.statistics import paired_difference
-from collapse.streaming import token_collapse_metrics
-from collapse.tables import into_table, read_rows, without_rows
-from collapse.verdicts import holm
+from collapse.config import check_bounds
+from collapse.data.corpus import VOCABULARY, tokens_of
+from collapse.measures.correlations import correlation_interval, partial_spearman
+from collapse.measures.statistics import paired_difference
+from collapse.measures.tokens_as_classes import token_collapse_metrics
+from collapse.measures.verdicts import holm
+from collapse.report.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import Progress, Training
+from collapse.training.pretraining import Recipe, states_and_targets
+from collapse.utils.device import set_threads
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, locked, read_json, write_json
+from studies.shared import pretrain
+from studies.shared.tables import into_table, read_rows, without_rows
 
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
 TITLES = {

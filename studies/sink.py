@@ -16,19 +16,18 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from collapse.batches import encode_rows
-from collapse.data import limit_task
-from collapse.device import pick_device, set_allocator, set_threads
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_file, write_json
-from collapse.language_models import fill_in_for, find_model, load_causal_lm, load_tokenizer
-from collapse.layer_states import records_by_depth
-from collapse.plots import legend_below, save_figure
-from collapse.provenance import environment
-from collapse.settings import STANDIN_MODEL, LanguageModelConfig
-from collapse.sst2 import load_sst2
+from collapse.config import STANDIN_MODEL, LanguageModelConfig
+from collapse.data.batches import encode_rows
+from collapse.data.sst2 import load_sst2
+from collapse.data.task import limit_task
+from collapse.measures.layers import records_by_depth
+from collapse.models.pretrained import fill_in_for, find_model, load_causal_lm, load_tokenizer
+from collapse.report.plots import legend_below, save_figure
+from collapse.utils.device import pick_device, set_allocator, set_threads
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_file, write_json
+from collapse.utils.provenance import environment
 
 COLUMNS = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
 COLUMNS += ("effective_rank_within_without_first", "length_share", "length_share_without_first")

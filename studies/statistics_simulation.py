@@ -1,4 +1,4 @@
-"""Do the intervals of collapse/statistics.py hold what they promise? Simulations.
+"""Do the intervals of collapse/measures/statistics.py hold what they promise? Simulations.
 
 How often an interval excludes zero where there is no difference, which differences the data sets
 can resolve, and how often an interval over rows of a rank or of CDNV contains what it estimates.
@@ -7,16 +7,12 @@ Two minutes on one core; writes studies/results/statistics/simulation.json.
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 from scipy.special import expit, stdtr, stdtrit
 from scipy.stats import chi2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse.files import ROOT
-from collapse.statistics import (
+from collapse.measures.statistics import (
     crossed_error,
     crossed_interval,
     crossed_mean_squares,
@@ -24,6 +20,7 @@ from collapse.statistics import (
     pigeonhole_interval,
     seeds_and_rows_interval,
 )
+from collapse.utils.files import ROOT
 
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "simulation.json"
 SEEDS, ROWS = (3, 5, 10, 20), (872, 4000)

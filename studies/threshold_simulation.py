@@ -8,7 +8,6 @@ core; writes studies/results/statistics/threshold_simulation.json, in per cent o
 import itertools
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse.statistics import t_interval
+from collapse.measures.statistics import t_interval
+from collapse.measures.verdicts import verdict
 from collapse.thresholds import (
     Threshold,
     collapsed_by,
@@ -25,7 +24,6 @@ from collapse.thresholds import (
     slope_over_time,
     threshold_shift,
 )
-from collapse.verdicts import verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"

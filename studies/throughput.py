@@ -21,14 +21,12 @@ and its plot.
 import dataclasses
 import gc
 import math
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,7 +41,8 @@ import common
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-from collapse.batches import (
+from collapse.config import DEFAULT_MODEL, LanguageModelConfig, check_bounds
+from collapse.data.batches import (
     EVALUATION_TOKENS,
     Batch,
     Split,
@@ -53,18 +52,17 @@ from collapse.batches import (
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.data import Task
-from collapse.device import pick_device, set_allocator
-from collapse.errors import UserError, is_out_of_memory, run_script
-from collapse.files import ROOT, write_json
-from collapse.language_models import add_lora, fill_in_for, load_tokenizer
-from collapse.loaders import load_ag_news
-from collapse.losses import LOGIT_CHUNK_TOKENS, combined_loss
-from collapse.memory import DOES_NOT_FIT, MemoryPlan, count_parameters
-from collapse.plots import save_figure
-from collapse.provenance import environment
-from collapse.settings import DEFAULT_MODEL, LanguageModelConfig, check_bounds
-from collapse.sst2 import load_sst2
+from collapse.data.registry import load_ag_news
+from collapse.data.sst2 import load_sst2
+from collapse.data.task import Task
+from collapse.models.losses import LOGIT_CHUNK_TOKENS, combined_loss
+from collapse.models.memory import DOES_NOT_FIT, MemoryPlan, count_parameters
+from collapse.models.pretrained import add_lora, fill_in_for, load_tokenizer
+from collapse.report.plots import save_figure
+from collapse.utils.device import pick_device, set_allocator
+from collapse.utils.errors import UserError, is_out_of_memory, run_script
+from collapse.utils.files import ROOT, write_json
+from collapse.utils.provenance import environment
 
 RECIPES = ("conventional", "ecosystem", "ours")
 RECIPE_COLORS = {"conventional": "#999999", "ecosystem": "#56B4E9", "ours": "#009E73"}
@@ -687,7 +685,7 @@ FUSED = {"q o": 32, "k v": 23, "gate up": 256, "down": 64}
 
 # Bytes that elementwise work moves for a token and layer, forward and backward: norms, rotations,
 # the MLP's gate, the adapters' casts, dropout and additions. Counted by tests/test_lora_costs.py
-# in bfloat16: peft's own path, and adapters that compute as one function (collapse/lora.py).
+# in bfloat16: peft's own path, and adapters that compute as one function (collapse/models/lora.py).
 ELEMENTWISE_BYTES = {"conventional": 5.1e6, "ecosystem": 5.1e6, "ours": 2.4e6}
 ELEMENTWISE_FORWARD = 1 / 3  # of them, in a forward pass
 

@@ -12,12 +12,12 @@ import transformers
 
 import common
 import experiment
-from collapse import plots
-from collapse.batches import Split
-from collapse.data import Task
-from collapse.errors import run_script
-from collapse.files import ROOT
-from collapse.sst2 import load_sst2_by_sentence
+from collapse.data.batches import Split
+from collapse.data.sst2 import load_sst2_by_sentence
+from collapse.data.task import Task
+from collapse.report import plots
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

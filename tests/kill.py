@@ -28,16 +28,16 @@ import psutil
 import torch._dynamo  # noqa: F401 (here once, where every command would import it)
 from conftest import TINY, without_times, write_tiny_sst2
 
-from collapse.files import read_tensors
+from collapse.utils.files import read_tensors
 
 STUDY = "--models 1 3 kl shared-scale --seeds 1 2"
 # The script that is killed: experiment.py, in its workers too, with some settings changed.
 SCRIPT = """
 import multiprocessing
 import experiment
-from collapse import loop
-from collapse import plots
-from collapse.errors import run_script
+from collapse.training import loop
+from collapse.report import plots
+from collapse.utils.errors import run_script
 loop.CHECKPOINT_SECONDS = {seconds}
 if not {with_plots}:  # they take longer than such trainings
     plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None

@@ -24,14 +24,14 @@ import common
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse import model_records, rank_plots, records
-from collapse.batches import length_grouped_batches
-from collapse.files import read_json
-from collapse.language_models import load_causal_lm
-from collapse.loaders import load_again
-from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
-from collapse.model_records import Splits
-from collapse.statistics import jackknife_interval, mean_interval, seeds_and_rows_interval
+from collapse.data.batches import length_grouped_batches
+from collapse.data.registry import load_again
+from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram, singular_values
+from collapse.measures.statistics import jackknife_interval, mean_interval, seeds_and_rows_interval
+from collapse.models.pretrained import load_causal_lm
+from collapse.report import model_records, rank_plots, records
+from collapse.report.model_records import Splits
+from collapse.utils.files import read_json
 
 TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2"
 TINY += " --workers 1 --feed-forward-size 24 --classifier-size 10 --engram-size 6"

@@ -16,11 +16,11 @@ from test_language_model import CPU, build, gradients_of_step, stir, tiny_settin
 
 import common
 import experiment_7b
-from collapse import hub
-from collapse.architectures import decoder_layers
-from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
-from collapse.errors import UserError
-from collapse.language_models import load_causal_lm, load_tokenizer, pin_model
+from collapse.models.architectures import decoder_layers
+from collapse.models.pretrained import load_causal_lm, load_tokenizer, pin_model
+from collapse.training.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.utils import hub
+from collapse.utils.errors import UserError
 
 LAYERS = SIZES["num_hidden_layers"]
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

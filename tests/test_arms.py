@@ -20,13 +20,13 @@ from conftest import (
 
 import common
 import experiment
-from collapse import loop
 from collapse.arms import ARMS
-from collapse.batches import Split, length_grouped_batches
-from collapse.checkpoints import load_weights, save_weights
-from collapse.errors import UserError
-from collapse.optimizer import SharedScaleAdamW, learning_rate_at
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import Split, length_grouped_batches
+from collapse.training import loop
+from collapse.training.checkpoints import load_weights, save_weights
+from collapse.training.optimizer import SharedScaleAdamW, learning_rate_at
+from collapse.utils.errors import UserError
 
 CONTROLS = ("shuffled-lm", "kl", "l2-start", "shared-scale", "2@0.1")
 ENGRAM_CONTROLS = ("constant-prefix", "frozen-compressor", "lm-only-engram")

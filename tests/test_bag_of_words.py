@@ -3,7 +3,7 @@
 import bag_of_words
 import numpy as np
 
-from collapse.data import Rows, Task
+from collapse.data.task import Rows, Task
 
 RNG = np.random.default_rng(0)
 

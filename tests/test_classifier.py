@@ -17,9 +17,9 @@ import transformers
 from conftest import fails, start_script
 
 import experiment_7b
-from collapse.errors import UserError
-from collapse.files import ROOT, read_json
-from collapse.sst2 import load_sst2
+from collapse.data.sst2 import load_sst2
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT, read_json
 from common import load_classifier
 
 

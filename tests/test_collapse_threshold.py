@@ -7,21 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import by_backbone
-import collapse_threshold as study
 import numpy as np
-import pretrain
 import pytest
 import scipy.stats
 import torch
-import tuning
 from conftest import fails, start_script
 
 import common
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.statistics import sign_flip_p
-from collapse.tables import read_rows
+from collapse.measures.statistics import sign_flip_p
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from studies import collapse_threshold as study
+from studies.shared import finetune, pretrain, sweep
+from studies.shared.tables import read_rows
 
 
 def run_of(arm="model1", rate=-3.0, seed=0, dataset="AG News", start=40, end=40, accuracy=0.9):
@@ -190,11 +188,11 @@ def test_a_model_of_a_file_is_named_by_it_and_rows_say_how_it_was_computed(monke
 def test_a_table_made_in_another_type_is_not_gone_on_with(tmp_path):
     table = tmp_path / "seed-0.csv"
     table.write_text("training,steps,compute_dtype\na,150,float32\n")
-    by_backbone.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "float32"})
+    sweep.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "float32"})
     with pytest.raises(UserError, match="compute_dtype float32, not bfloat16"):
-        by_backbone.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "bfloat16"})
+        sweep.check_settings(table, lambda row: {"steps": 150, "compute_dtype": "bfloat16"})
     with pytest.raises(UserError, match="quantization"):
-        by_backbone.check_settings(table, lambda row: {"quantization": "nf4"})
+        sweep.check_settings(table, lambda row: {"quantization": "nf4"})
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +219,7 @@ def test_miniature_runs_every_cell_and_keeps_those_that_diverge(miniature):
         "model2",
         "l2-start",
     }
-    counts = [row["outcomes"][tuning.MADE_UP] for row in results["arms"]]
+    counts = [row["outcomes"][finetune.MADE_UP] for row in results["arms"]]
     assert all(sum(kinds.values()) == 2 for by_rate in counts for kinds in by_rate.values())
     assert all(by_rate["3"]["diverged"] == 2 for by_rate in counts)  # a learning rate of 1000
     assert results["P2"]["n"] == 2 and "not all planned seeds ran" in results["P2"]["text"]
@@ -259,15 +257,15 @@ def test_all_arms_begin_alike_and_measures_say_when_they_are_of_which_rows(minia
 def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
     """Training moves a tied LM head; the loss under the start's must be taken with its copy."""
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "2", 0.1, 0, 10, 64, True, True)
-    model, head = tuning.build(recipe, 2)
+    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "2", 0.1, 0, 10, 64, True, True)
+    model, head = finetune.build(recipe, 2)
     before = head.weight.clone()
-    data = tuning.load_data(recipe, None)
+    data = finetune.load_data(recipe, None)
     trainer = common.make_trainer(model, data.train, recipe.config(), common.find_arm(recipe.arm))
     trainer.step(np.arange(16), 0.1)
     assert torch.equal(head.weight, before)
     assert not torch.equal(model.lm_head.weight, before)
-    found = tuning.lm_loss(model.eval(), data.language, head)
+    found = finetune.lm_loss(model.eval(), data.language, head)
     ids = data.language.token_ids
     total = count = 0
     for row in ids:
@@ -280,8 +278,8 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
 
 def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
-    records = tuning.tune(recipe, tuning.load_data(recipe, None), (5,), few_rows_too=True)
+    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
+    records = finetune.tune(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
     assert [(r["step"], r["lm_loss"] is None) for r in records] == [
         (0, False),
         (0, True),
@@ -294,12 +292,12 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
 @pytest.mark.parametrize("arm", study.Config().arms)
 def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_ends(arm, miniature):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = tuning.Recipe(str(folder), tuning.MADE_UP, arm, 1e-3, 0, 3, 64, True, True)
-    start, end = tuning.tune(recipe, tuning.load_data(recipe, None), ())
+    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, arm, 1e-3, 0, 3, 64, True, True)
+    start, end = finetune.tune(recipe, finetune.load_data(recipe, None), ())
     assert end["step"] == 3 and None not in end.values()
     assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
-    plain = tuning.Recipe(str(folder), tuning.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
-    assert tuning.tune(plain, tuning.load_data(plain, None), ())[0] == start
+    plain = finetune.Recipe(str(folder), finetune.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
+    assert finetune.tune(plain, finetune.load_data(plain, None), ())[0] == start
 
 
 def test_a_model_that_cannot_run_here_is_one_sentence(monkeypatch, capsys):
@@ -327,13 +325,13 @@ def test_a_table_of_other_weights_is_not_gone_on_with(miniature, tmp_path):
     folder = miniature / "limit-miniature"
     model = str(folder / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0")
     table = folder / "miniature" / "seed-0.csv"
-    by_backbone.check_weights(table, model)
-    by_backbone.check_weights(tmp_path / "none.csv", model)
+    sweep.check_weights(table, model)
+    sweep.check_weights(tmp_path / "none.csv", model)
     other = tmp_path / "seed-0.csv"
     digest = read_rows(table)[0]["weights_sha256"]
     other.write_text(table.read_text().replace(digest, "0" * 64, 1))
     with pytest.raises(UserError, match="other weights"):
-        by_backbone.check_weights(other, model)
+        sweep.check_weights(other, model)
 
 
 def test_a_folder_with_another_recipe_is_not_taken_for_a_backbone(miniature, tmp_path):

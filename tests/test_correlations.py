@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from collapse.correlations import correlation_interval, partial_spearman
+from collapse.measures.correlations import correlation_interval, partial_spearman
 
 
 def test_a_correlation_has_fishers_interval():

@@ -8,11 +8,11 @@ import torch
 from conftest import arm_of, random_split, tiny_config, tiny_model
 
 import common
-from collapse.checkpoints import optimizer_tensors, save_weights
-from collapse.errors import UserError
-from collapse.files import read_tensors, write_tensors
-from collapse.language_models import add_lora, load_causal_lm
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.models.pretrained import add_lora, load_causal_lm
+from collapse.training.checkpoints import optimizer_tensors, save_weights
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_tensors, write_tensors
 
 KINDS = ("a flipped bit", "another byte", "cut short", "two bytes swapped")
 

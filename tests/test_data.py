@@ -14,19 +14,20 @@ from conftest import tiny_config
 
 import common
 import experiment
-from collapse import hub, loaders
-from collapse.batches import (
+from collapse.data import registry
+from collapse.data.batches import (
     Split,
     collate,
     encode_rows,
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.data import Rows, Task, check_task, limit_task
-from collapse.errors import UserError
-from collapse.hub import _hub_answers
-from collapse.loaders import MOVIE_SNIPPETS_ARCHIVE, load_ag_news, load_movie_snippets
-from collapse.sst2 import load_sst2
+from collapse.data.registry import MOVIE_SNIPPETS_ARCHIVE, load_ag_news, load_movie_snippets
+from collapse.data.sst2 import load_sst2
+from collapse.data.task import Rows, Task, check_task, limit_task
+from collapse.utils import hub
+from collapse.utils.errors import UserError
+from collapse.utils.hub import _hub_answers
 
 
 def write_sst2(folder, train="good\t1\nbad\t0\n", dev="fine\t1\n"):
@@ -89,7 +90,7 @@ def test_ag_news_is_read_as_its_authors_ship_it(tmp_path):
 
 
 def test_the_whole_training_split_of_ag_news_is_named_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(loaders, "AG_NEWS_ROWS", 1)
+    monkeypatch.setattr(registry, "AG_NEWS_ROWS", 1)
     task = load_ag_news(write_ag_news(tmp_path))
     assert task.name == "AG News" and task.folder == ""
 
@@ -157,7 +158,7 @@ def snippets_archive(path, monkeypatch, table):
         tar("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner)
     )
     monkeypatch.setattr(
-        loaders, "MOVIE_SNIPPETS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+        registry, "MOVIE_SNIPPETS_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
     )
     return path
 

@@ -5,20 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import by_backbone
-import engram_pieces as study
 import numpy as np
 import pytest
-import study_tables
 import torch
 from conftest import arm_of, cells_of_row, tiny_config, tiny_model
 
 import common
-from collapse.batches import Split
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.statistics import paired_difference
-from collapse.tables import put_rows, read_rows
+from collapse.data.batches import Split
+from collapse.measures.statistics import paired_difference
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from studies import engram_pieces as study
+from studies.report import study_tables
+from studies.shared import sweep
+from studies.shared.tables import put_rows, read_rows
 
 
 def words_as_tokens(texts: list[str]) -> list[list[int]]:
@@ -110,7 +110,7 @@ def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_
         for arm, known in (("model3", numbers), ("constant-prefix", {"lm_loss_zero": constant})):
             row = {"training": arm, "seed": seed, "arm": arm} | dict.fromkeys(study.MEASURES)
             row |= {"git_commit": "", "weights_sha256": ""}
-            table = by_backbone.table_of(config.folder, seed)
+            table = sweep.table_of(config.folder, seed)
             put_rows(table, [row | known], "training")
     found = study.summary(config)
     for title, column in zip(study.COMPARISONS, (1, 2, 3, 4), strict=True):

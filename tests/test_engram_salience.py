@@ -6,21 +6,21 @@ import sys
 import types
 from pathlib import Path
 
-import engram_salience as study
 import numpy as np
 import pytest
 import scipy.stats
-import study_tables
 import torch
-import tuning
 from conftest import cells_of_row
 
 import common
-from collapse.data import Rows
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.language_models import load_tokenizer
-from collapse.tables import put_rows, read_rows
+from collapse.data.task import Rows
+from collapse.models.pretrained import load_tokenizer
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from studies import engram_salience as study
+from studies.report import study_tables
+from studies.shared import finetune
+from studies.shared.tables import put_rows, read_rows
 
 LETTERS = "abcdefghij"
 
@@ -273,10 +273,10 @@ def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
     train, _ = study.load_pairs(None, made_up=True)
     ends = []
     for label in study.LABELS:
-        model, _ = tuning.build(recipe, 2)
+        model, _ = finetune.build(recipe, 2)
         split = train.split(label, load_tokenizer(recipe.model))
         trainer = common.make_trainer(model, split, recipe.config(), study.arm_of(cell))
-        next(tuning.steps_of(recipe, trainer))
+        next(finetune.steps_of(recipe, trainer))
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 

@@ -5,16 +5,21 @@ import re
 import subprocess
 from pathlib import Path
 
-import findings
 import numpy as np
 import pytest
-import result_tables as tables
 from conftest import cells_of_row
 
-from collapse import plots, rank_plots, records
-from collapse.files import ROOT, read_json
-from collapse.reports import comparisons_of, cross_dataset_table, summary_table, tidy_table
-from collapse.statistics import format_interval
+from collapse.measures.statistics import format_interval
+from collapse.report import plots, rank_plots, records
+from collapse.report.comparisons import (
+    comparisons_of,
+    cross_dataset_table,
+    summary_table,
+    tidy_table,
+)
+from collapse.utils.files import ROOT, read_json
+from studies.report import findings
+from studies.report import result_tables as tables
 
 
 @pytest.fixture(scope="module")

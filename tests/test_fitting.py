@@ -5,23 +5,20 @@ import dataclasses
 import itertools
 import math
 
-import benefit
-import by_backbone
-import class_count
-import fitting
-import gain_tables
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-import tuning
 from conftest import cells_of_row
 
-from collapse.clinc_domains import CLINC_DOMAINS
-from collapse.errors import UserError
-from collapse.rows import pack, unpack
-from collapse.statistics import crossed_interval, sets_interval
-from collapse.tables import put_rows, read_rows
+from collapse.data.clinc_domains import CLINC_DOMAINS
+from collapse.measures.predictions import pack, unpack
+from collapse.measures.statistics import crossed_interval, sets_interval
+from collapse.utils.errors import UserError
+from studies import benefit, class_count
+from studies.report import gain_tables
+from studies.shared import finetune, fitting, sweep
+from studies.shared.tables import put_rows, read_rows
 
 # --------------------------------------------------------------------------------------------------
 # Merged labels
@@ -70,10 +67,10 @@ def made(tmp_path_factory):
     """A tiny backbone, its recipe and data."""
     folder = tmp_path_factory.mktemp("lm")
     config = benefit.Config(corpus="miniature", models_dir=folder)
-    by_backbone.pretrain.backbones([0], "miniature", folder)
-    recipe = tuning.Recipe(
-        model=by_backbone.backbone(config, 0),
-        dataset=tuning.MADE_UP,
+    sweep.pretrain.backbones([0], "miniature", folder)
+    recipe = finetune.Recipe(
+        model=sweep.backbone(config, 0),
+        dataset=finetune.MADE_UP,
         arm="1",
         learning_rate=1e-2,
         seed=0,
@@ -83,7 +80,7 @@ def made(tmp_path_factory):
         all_weights=True,
         max_length=32,
     )
-    data = fitting.as_tokens(recipe, *fitting.load_split(tuning.MADE_UP, None))
+    data = fitting.as_tokens(recipe, *fitting.load_split(finetune.MADE_UP, None))
     return fitting.whole_epochs(recipe, data, 3), data
 
 
@@ -184,8 +181,8 @@ def test_the_first_time_a_loss_is_reached_counts_and_a_loss_never_reached_has_no
 def write_study(config, seeds, rng):
     """Tables as the study writes them: pilots that choose 1e-3 and 1e-2.5, rows at random."""
     truth = {}
-    for seed in (*by_backbone.PILOTS, *seeds):
-        pilot = seed in by_backbone.PILOTS
+    for seed in (*sweep.PILOTS, *seeds):
+        pilot = seed in sweep.PILOTS
         for dataset, arm in itertools.product(config.datasets, ("model1", "model2")):
             best = -3.0 if arm == "model1" else -2.5
             for rate in config.rates if pilot else dict.fromkeys((best, -3.0)):
@@ -199,8 +196,8 @@ def write_study(config, seeds, rng):
 def write_run(folder, cell, correct, rng, tuned=0.8):
     """A training in a table, with its validation rows where it is no pilot."""
     rows = path_of(cell, tuned, rng, correct.mean())
-    put_rows(by_backbone.table_of(folder, cell.seed), rows, "training")
-    if cell.seed not in by_backbone.PILOTS:
+    put_rows(sweep.table_of(folder, cell.seed), rows, "training")
+    if cell.seed not in sweep.PILOTS:
         packed = pack(correct, *np.zeros((2, len(correct))))
         fitting.put_rows(fitting.rows_file(folder, cell.seed), cell.name, packed)
 
@@ -252,7 +249,7 @@ def test_a_backbone_without_one_of_the_sets_is_not_in_the_mean(study):
     for lost in (cell, other):
         diverged = path_of(lost, 0.8, np.random.default_rng(0), None)
         diverged[-1]["best_epoch"] = None
-        put_rows(by_backbone.table_of(config.folder, lost.seed), diverged, "training")
+        put_rows(sweep.table_of(config.folder, lost.seed), diverged, "training")
     found = benefit.summary(config)
     means = [
         np.mean(truth[s, d, "model2", -2.5]) - np.mean(truth[s, d, "model1", -3.0])
@@ -274,9 +271,9 @@ def test_rows_of_another_training_than_the_tables_are_refused(study):
 
 def test_endpoints_of_some_of_the_sets_are_not_done(study):
     config, _ = study
-    write_study(config, range(4, by_backbone.PLANNED), np.random.default_rng(1))
+    write_study(config, range(4, sweep.PLANNED), np.random.default_rng(1))
     found = benefit.summary(config)
-    assert found["P1"]["n"] == found["P5"]["n"] == by_backbone.PLANNED
+    assert found["P1"]["n"] == found["P5"]["n"] == sweep.PLANNED
     boot = found["P1"]["pigeonhole"]  # asks for the same, without a normal distribution
     assert boot["mean"] == pytest.approx(found["P1"]["mean"])
     assert 0.7 < boot["se"] / found["P1"]["se"] < 1.8
@@ -287,9 +284,9 @@ def test_rows_made_with_another_size_are_not_gone_on_with(tmp_path):
     table = tmp_path / "seed-0.csv"
     put_rows(table, [{"training": "a", "rate": 0.00177828, "epochs": 4}], "training")
     settings = {"rate": 10**-2.75, "epochs": 4}  # rows hold six digits
-    by_backbone.check_settings(table, lambda row: settings)
+    sweep.check_settings(table, lambda row: settings)
     with pytest.raises(UserError, match="epochs 4, not 3"):
-        by_backbone.check_settings(table, lambda row: settings | {"epochs": 3})
+        sweep.check_settings(table, lambda row: settings | {"epochs": 3})
 
 
 def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
@@ -326,7 +323,7 @@ def put_seconds(folder, seed, arm, rate, seconds, hardware="a CPU", ended=True):
     rows[0]["seconds"] = None
     rows[-1] |= {"seconds": seconds, "lm_loss": 5.0 if ended else None}
     rows = [row | {"hardware": hardware} for row in rows]
-    put_rows(by_backbone.table_of(folder, seed), rows, "training")
+    put_rows(sweep.table_of(folder, seed), rows, "training")
 
 
 def test_times_are_of_one_backbone_on_one_cpu_at_each_models_own_rate(study):
@@ -335,8 +332,8 @@ def test_times_are_of_one_backbone_on_one_cpu_at_each_models_own_rate(study):
     Pairs that count are first, so that one that should not would take their place.
     """
     config, _ = study
-    for seed in (*range(4), *by_backbone.PILOTS):  # the fixture's are of a GPU here
-        table = by_backbone.table_of(config.folder, seed)
+    for seed in (*range(4), *sweep.PILOTS):  # the fixture's are of a GPU here
+        table = sweep.table_of(config.folder, seed)
         table.write_text(table.read_text().replace("a CPU", "NVIDIA H100"))
     for seed, slow in ((20, 1.0), (21, 10.0)):  # two machines of unlike speed
         put_seconds(config.folder, seed, "model1", -3.0, 2.0 * slow)
@@ -357,7 +354,7 @@ def test_what_is_kept_is_model_2s_change_less_model_1s_at_model_1s_rate(study):
     rng = np.random.default_rng(1)
     changes = {}
     for seed, dataset in itertools.product(range(4), config.datasets):
-        table = by_backbone.table_of(config.folder, seed)
+        table = sweep.table_of(config.folder, seed)
         for arm, rate in (("model1", -3.0), ("model2", -3.0), ("model2", -2.5)):
             cell = benefit.Cell(seed, dataset, arm, rate)
             rows = [dict(row) for row in read_rows(table) if row["training"] == cell.name]
@@ -434,7 +431,7 @@ def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
     config = class_count.Config(output_dir=tmp_path, rates=(-3.0, -2.5))
     config.folder.mkdir(parents=True)
     n = 100_000
-    for seed in (*by_backbone.PILOTS, *range(3)):
+    for seed in (*sweep.PILOTS, *range(3)):
         for count, arm in itertools.product(class_count.COUNTS, class_count.MODELS):
             cell = class_count.Cell(seed, count, "nested", arm, -3.0)
             gain = 0.1 * math.log2(count) + 0.02 * (seed - 1) if arm == "model2" else 0.0

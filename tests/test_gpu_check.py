@@ -3,11 +3,11 @@
 import json
 import re
 
-import gpu_check
-import gpu_steps
 import pytest
 import torch
 from conftest import fails, start_script
+
+from studies import gpu_check, gpu_steps
 
 
 def check(folder, steps: str, options: str = "--tiny") -> dict:

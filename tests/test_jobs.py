@@ -16,11 +16,11 @@ import filelock
 import psutil
 import pytest
 
-from collapse.cluster import ClusterConfig
-from collapse.errors import UserError
-from collapse.jobs import run_all
-from collapse.progress import Training
-from collapse.queue import Queue
+from collapse.runs.cluster import ClusterConfig
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import Training
+from collapse.runs.queue import Queue
+from collapse.utils.errors import UserError
 
 STEP_SECONDS = 0.01
 SYSTEM_LOCKS = []

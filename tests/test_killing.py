@@ -14,8 +14,8 @@ import psutil
 import pytest
 from conftest import TINY, fails, without_times
 
-from collapse import jobs
-from collapse.files import ROOT
+from collapse.runs import jobs
+from collapse.utils.files import ROOT
 
 LONG = "--models 3 1 --epochs 60"  # long enough to be killed in its middle
 

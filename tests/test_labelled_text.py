@@ -13,13 +13,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from collapse import labelled_text
-from collapse.data import Rows, Task, limit_task
-from collapse.errors import UserError
-from collapse.files import ROOT, settings_difference
-from collapse.labelled_text import load_labelled_text
-from collapse.loaders import LOADERS, load_again, load_task
-from collapse.settings import NOT_IN_FINGERPRINT, RunConfig
+from collapse.config import NOT_IN_FINGERPRINT, RunConfig
+from collapse.data import custom
+from collapse.data.custom import load_labelled_text
+from collapse.data.registry import LOADERS, load_again, load_task
+from collapse.data.task import Rows, Task, limit_task
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT, settings_difference
 
 FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -211,9 +211,7 @@ def test_a_hub_set_has_its_own_class_names_and_splits(monkeypatch):
         "unlabelled": HubTable(["no", "yes"], text=["d"], label=[-1]),
     }
     asked = []
-    monkeypatch.setattr(
-        labelled_text, "load_all_splits", lambda *name: asked.append(name) or tables
-    )
+    monkeypatch.setattr(custom, "load_all_splits", lambda *name: asked.append(name) or tables)
     task = load("owner/name:part")
     assert asked == [("owner/name", "part")] and task.class_names == ("no", "yes")
     assert (task.train, task.validation) == (Rows(["a", "b", "c"], [1, 0, 1]), Rows(["d"], [0]))
@@ -229,7 +227,7 @@ def test_a_hub_set_has_its_own_class_names_and_splits(monkeypatch):
 
 
 def test_a_set_that_nobody_has_is_refused(monkeypatch):
-    monkeypatch.setattr(labelled_text, "load_all_splits", lambda *name: None)
+    monkeypatch.setattr(custom, "load_all_splits", lambda *name: None)
     with pytest.raises(UserError, match=r"--dataset nobody/has is none of SST-2, .*no file"):
         load_task(RunConfig(dataset="nobody/has"))
 
@@ -261,10 +259,10 @@ def test_a_path_in_the_repository_is_kept_relative_to_it_and_no_part_of_the_stud
     moved = limit_task(load((tmp_path / "a.csv").rename(tmp_path / "b/a.csv")), 9, None)
     there = {"config": {}, "data": moved.summary()}
     assert here != there and settings_difference(there, here) is None
-    inside = labelled_text.path_in_origin(ROOT / "data" / "a.csv")
+    inside = custom.path_in_origin(ROOT / "data" / "a.csv")
     assert inside == "./data/a.csv"
-    assert labelled_text.dataset_of_origin(inside) == str(ROOT / "data" / "a.csv")
-    assert labelled_text.dataset_of_origin("owner/name") == "owner/name"
+    assert custom.dataset_of_origin(inside) == str(ROOT / "data" / "a.csv")
+    assert custom.dataset_of_origin("owner/name") == "owner/name"
 
 
 def test_settings_of_a_file_change_no_fingerprint_and_suit_no_set_by_name():

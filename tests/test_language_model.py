@@ -23,13 +23,14 @@ from test_labelled_text import write_table
 import common
 import experiment_7b
 import experiment_agnews_7b
-from collapse import checkpoints, hub, memory
-from collapse.batches import encode_rows
-from collapse.checkpoints import load_weights, save_weights
-from collapse.data import limit_task
-from collapse.errors import UserError
-from collapse.files import ROOT, write_tensors
-from collapse.language_models import (
+from collapse.config import DEFAULT_MODEL, LanguageModelConfig
+from collapse.data.batches import encode_rows
+from collapse.data.registry import load_ag_news
+from collapse.data.task import limit_task
+from collapse.measures.statistics import independent_difference
+from collapse.models import memory
+from collapse.models.memory import _activation_bytes, count_parameters
+from collapse.models.pretrained import (
     LORA_TARGETS,
     adapter_tensors,
     kind_of_gguf,
@@ -38,11 +39,12 @@ from collapse.language_models import (
     unpacked,
     weights_of,
 )
-from collapse.loaders import load_ag_news
-from collapse.memory import _activation_bytes, count_parameters
-from collapse.reports import COMPARISONS
-from collapse.settings import DEFAULT_MODEL, LanguageModelConfig
-from collapse.statistics import independent_difference
+from collapse.report.comparisons import COMPARISONS
+from collapse.training import checkpoints
+from collapse.training.checkpoints import load_weights, save_weights
+from collapse.utils import hub
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT, write_tensors
 
 CPU = torch.device("cpu")
 TINY = "--epochs 2 --batch-size 8 --max-length 12 --lora-rank 4 --classifier-size 10"

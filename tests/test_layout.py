@@ -10,9 +10,9 @@ import sys
 import pytest
 import yaml
 
-from collapse import source
-from collapse.files import ROOT
-from collapse.source import digest_of_code
+from collapse.utils import source
+from collapse.utils.files import ROOT
+from collapse.utils.source import digest_of_code
 
 SCRIPTS = ("common", "experiment", "experiment_7b", "experiment_agnews_7b")
 SCRIPTS += ("effective_rank_analysis", "studies")
@@ -35,18 +35,13 @@ def test_nothing_in_collapse_imports_common_or_a_script():
         assert not imported(path) & {*SCRIPTS, "tests"}, path.name
 
 
-MEASURES = """
-collapse.metrics collapse.neural_collapse collapse.engrams collapse.spread collapse.streaming
-collapse.layer_states collapse.rows collapse.statistics collapse.correlations collapse.verdicts
-"""
-
-
 def test_measures_are_imported_without_the_libraries_that_few_of_them_need():
     """And importing them sets nothing in the environment."""
     barred = ["scipy", "sklearn", "matplotlib", "transformers", "peft", "datasets", "tyro"]
-    code = "import importlib, os, sys\nbefore = dict(os.environ)\n"
+    code = "import importlib, os, pkgutil, sys\nbefore = dict(os.environ)\n"
     code += f"sys.modules.update(dict.fromkeys({barred}))\n"  # None: an import of it fails
-    code += f"for name in {MEASURES.split()}:\n    importlib.import_module(name)\n"
+    code += "from collapse import measures\nfor found in pkgutil.iter_modules(measures.__path__):\n"
+    code += "    importlib.import_module(f'collapse.measures.{found.name}')\n"
     code += "assert before == dict(os.environ)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -122,23 +117,23 @@ def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jo
         return digest_of_code(analysis.measure, analysis.models_of) != before
 
     for module, name in (
-        ("collapse/layer_states.py", "pool"),
-        ("collapse/spread.py", "length_share"),
+        ("collapse/measures/layers.py", "pool"),
+        ("collapse/measures/spread.py", "length_share"),
         ("common.py", "evaluate"),
         ("experiment.py", "Layer"),
-        ("collapse/metrics.py", "effective_rank"),
-        ("collapse/batches.py", "token_budget_batches"),
-        ("collapse/language_models.py", "load_causal_lm"),
-        ("collapse/checkpoints.py", "load_weights"),
+        ("collapse/measures/rank.py", "effective_rank"),
+        ("collapse/data/batches.py", "token_budget_batches"),
+        ("collapse/models/pretrained.py", "load_causal_lm"),
+        ("collapse/training/checkpoints.py", "load_weights"),
     ):
         assert edited(module, name), name
     for module, name in (
-        ("collapse/plots.py", "CLASS_COLORS"),
-        ("collapse/rank_plots.py", "plot_layers"),
-        ("collapse/records.py", "table"),
-        ("collapse/jobs.py", "run_all"),
+        ("collapse/report/plots.py", "CLASS_COLORS"),
+        ("collapse/report/rank_plots.py", "plot_layers"),
+        ("collapse/report/records.py", "table"),
+        ("collapse/runs/jobs.py", "run_all"),
         ("common.py", "Trainer"),
-        ("collapse/reports.py", "summary_table"),
+        ("collapse/report/comparisons.py", "summary_table"),
     ):
         assert not edited(module, name), name
 

@@ -11,13 +11,14 @@ from conftest import start_script
 from test_phrases import stands_in
 
 import experiment
-from collapse import corpus, hub
-from collapse.clinc_domains import CLINC_DOMAINS
-from collapse.data import NO_LETTERS, Rows, Task, in_corpus_text, tuning_split
-from collapse.errors import UserError
-from collapse.intents import load_banking77, load_clinc150
-from collapse.loaders import LOADERS
-from collapse.sst2 import load_sst2_by_sentence
+from collapse.data import corpus
+from collapse.data.clinc_domains import CLINC_DOMAINS
+from collapse.data.intents import load_banking77, load_clinc150
+from collapse.data.registry import LOADERS
+from collapse.data.sst2 import load_sst2_by_sentence
+from collapse.data.task import NO_LETTERS, Rows, Task, in_corpus_text, tuning_split
+from collapse.utils import hub
+from collapse.utils.errors import UserError
 
 # --- CLINC150 -------------------------------------------------------------------------------------
 

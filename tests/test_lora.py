@@ -13,7 +13,7 @@ from conftest import SIZES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from collapse import lora
+from collapse.models import lora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

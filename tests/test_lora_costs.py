@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from collapse import lora
+from collapse.models import lora
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "gemm_4bit"}
 VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "unsqueeze"}

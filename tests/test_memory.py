@@ -16,13 +16,14 @@ from conftest import SIZES, arm_of, random_split, save_tiny, tiny_model
 from test_language_model import CPU, build, gradients_of_step, stir, tiny_settings
 
 import common
-from collapse import device, memory
-from collapse.device import pick_device
-from collapse.errors import UserError, is_out_of_memory, what_to_do
-from collapse.files import ROOT
-from collapse.language_models import check_lm_loss, note_logit_form
-from collapse.losses import kl_from_start_sum
-from collapse.memory import DOES_NOT_FIT, _activation_bytes
+from collapse.models import memory
+from collapse.models.losses import kl_from_start_sum
+from collapse.models.memory import DOES_NOT_FIT, _activation_bytes
+from collapse.models.pretrained import check_lm_loss, note_logit_form
+from collapse.utils import device
+from collapse.utils.device import pick_device
+from collapse.utils.errors import UserError, is_out_of_memory, what_to_do
+from collapse.utils.files import ROOT
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
 

@@ -8,11 +8,11 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from collapse.engrams import analyse_engrams, cluster_engrams, engram_cosine
-from collapse.metrics import rank_metrics
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.reports import reproduction_table
-from collapse.statistics import compare_models, difference_interval, mean_interval
+from collapse.measures.engrams import analyse_engrams, cluster_engrams, engram_cosine
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.rank import rank_metrics
+from collapse.measures.statistics import compare_models, difference_interval, mean_interval
+from collapse.report.comparisons import reproduction_table
 
 RNG = np.random.default_rng(0)
 

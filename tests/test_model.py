@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from conftest import arm_of, random_split, tiny_config, tiny_model
 
 import common
-from collapse import losses
-from collapse.batches import Split, collate, count_targets, length_grouped_batches
-from collapse.errors import UserError
-from collapse.losses import LinearCrossEntropy, lm_loss_sum
-from collapse.optimizer import learning_rate_at
+from collapse.data.batches import Split, collate, count_targets, length_grouped_batches
+from collapse.models import losses
+from collapse.models.losses import LinearCrossEntropy, lm_loss_sum
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -3,7 +3,7 @@
 import nbclient
 import nbformat
 
-from collapse.files import ROOT
+from collapse.utils.files import ROOT
 
 
 def test_the_notebook_draws_its_two_figures_from_the_committed_results():

@@ -15,8 +15,8 @@ from test_labelled_text import FORMATS, write_table
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse import plots, rank_plots
-from collapse.files import ROOT, read_json
+from collapse.report import plots, rank_plots
+from collapse.utils.files import ROOT, read_json
 from common import load_classifier
 
 WORDS = {"good": "praise", "bad": "blame", "world": "neither $"}

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from collapse.phrases import maximal_phrases, rows_apart
-from collapse.sst2 import load_sst2, load_sst2_by_sentence
-from collapse.text import corpus_text
+from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.sst2 import load_sst2, load_sst2_by_sentence
+from collapse.data.text import corpus_text
 
 
 def random_phrases(seed: int) -> list[str]:

@@ -7,27 +7,27 @@ import zipfile
 from collections import Counter
 from itertools import pairwise
 
-import backbones
-import linguistic_collapse
 import numpy as np
-import pretrain
 import pytest
 import scipy.stats
-import study_tables
 import torch
 import transformers
 from conftest import fails, start_script
 
-from collapse import corpus, pretraining
-from collapse.corpus import Corpus, check_no_row_inside, rows_inside, to_blocks
-from collapse.errors import UserError
-from collapse.files import digest_weights, read_json
-from collapse.kneser_ney import KneserNeyBigram
-from collapse.pretraining import Recipe, build, loss_sum, validation_loss
-from collapse.progress import Progress, Training
-from collapse.sst2 import load_sst2_by_sentence
-from collapse.tables import put_row, read_rows
-from collapse.text import corpus_text
+from collapse.data import corpus
+from collapse.data.corpus import Corpus, check_no_row_inside, rows_inside, to_blocks
+from collapse.data.sst2 import load_sst2_by_sentence
+from collapse.data.text import corpus_text
+from collapse.models.ngram import KneserNeyBigram
+from collapse.runs.progress import Progress, Training
+from collapse.training import pretraining
+from collapse.training.pretraining import Recipe, build, loss_sum, validation_loss
+from collapse.utils.errors import UserError
+from collapse.utils.files import digest_weights, read_json
+from studies import backbones, linguistic_collapse
+from studies.report import study_tables
+from studies.shared import pretrain
+from studies.shared.tables import put_row, read_rows
 
 SMALL = Recipe(width=32, layers=1, epochs=2, batch_blocks=4)
 SENTENCE = "we shall fight on the beaches and on the landing grounds"

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from test_jobs import finish, toys, train
 
-import collapse.progress
-from collapse.errors import UserError
-from collapse.jobs import run_all
-from collapse.progress import (
+import collapse.runs.progress
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import (
     Progress,
     Report,
     RunBar,
@@ -22,6 +21,7 @@ from collapse.progress import (
     share_done,
     unit_seconds,
 )
+from collapse.utils.errors import UserError
 
 
 def training(tmp_path, kind="a", cost=1.0, evaluation_cost=1.0, steps=100, evaluations=0, name=""):
@@ -42,7 +42,7 @@ def clock(monkeypatch):
     """Time as the test sets it: clock.now, in seconds."""
     clock = types.SimpleNamespace(now=1000.0)
     fake = types.SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr(collapse.progress, "time", fake)
+    monkeypatch.setattr(collapse.runs.progress, "time", fake)
     return clock
 
 
@@ -105,7 +105,7 @@ def test_a_finished_training_has_spread_all_of_its_time(reporting, clock):
 def test_reports_are_written_at_most_once_a_second(reporting, clock, monkeypatch):
     progress, _ = reporting
     writes = []
-    monkeypatch.setattr(collapse.progress, "write_json", lambda *write: writes.append(write))
+    monkeypatch.setattr(collapse.runs.progress, "write_json", lambda *write: writes.append(write))
     for _ in range(1000):
         clock.now += 0.0101
         progress.step()

@@ -9,9 +9,9 @@ import safetensors
 import torch
 from scipy.special import log_softmax
 
-from collapse import rows
-from collapse.files import read_json, read_tensors, write_tensors
-from collapse.statistics import crossed_interval
+from collapse.measures import predictions
+from collapse.measures.statistics import crossed_interval
+from collapse.utils.files import read_json, read_tensors, write_tensors
 
 RNG = np.random.default_rng(0)
 
@@ -27,31 +27,31 @@ def calibrated(n=4000, classes=3, seed=0):
 @pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
 def test_the_temperature_undoes_a_scaling_of_calibrated_logits(factor):
     logits, labels = calibrated()
-    assert rows.fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.08)
-    scaled = rows.measure_rows(factor * logits, labels)["scaled"].double()
-    plain = rows.measure_rows(logits, labels)["log_probability"].double()
+    assert predictions.fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.08)
+    scaled = predictions.measure_rows(factor * logits, labels)["scaled"].double()
+    plain = predictions.measure_rows(logits, labels)["log_probability"].double()
     assert scaled.mean().item() == pytest.approx(plain.mean().item(), abs=0.005)
 
 
 def test_no_row_is_scaled_by_a_temperature_fitted_on_itself():
     """Other labels for one half change the other half's temperature and not its own."""
     logits, labels = calibrated(100)
-    before = rows.cross_fitted_temperatures(logits, labels)
+    before = predictions.cross_fitted_temperatures(logits, labels)
     first = before == before[0]
     assert first.sum() == 50 and len(set(before)) == 2
     labels = np.where(first, (labels + 1) % 3, labels)
-    after = rows.cross_fitted_temperatures(logits, labels)
+    after = predictions.cross_fitted_temperatures(logits, labels)
     assert np.array_equal(after[first], before[first])
     assert (after[~first] > before[~first]).all()
 
 
 def test_rows_that_are_all_right_or_a_single_row_have_finite_numbers():
-    found = rows.unpack(
-        rows.measure_rows(np.array([[5.0, 0], [0, 5], [5, 0]]), np.array([0, 1, 0]))
+    found = predictions.unpack(
+        predictions.measure_rows(np.array([[5.0, 0], [0, 5], [5, 0]]), np.array([0, 1, 0]))
     )
     assert found.correct.all() and (found.log_probability > -0.01).all()
     assert np.isfinite(found.scaled).all()
-    one = rows.unpack(rows.measure_rows(np.array([[1e6, 0.0]]), np.array([1])))
+    one = predictions.unpack(predictions.measure_rows(np.array([[1e6, 0.0]]), np.array([1])))
     assert not one.correct.any() and np.isfinite(one.log_probability).all()
     assert np.array_equal(one.scaled, one.log_probability)
 
@@ -60,20 +60,20 @@ def finished(folder, model, seed, found):
     training = folder / "state" / f"{model}-seed{seed}"
     training.mkdir(parents=True)
     (training / "metrics.json").write_text("{}")
-    for epoch in rows.EPOCHS:
-        write_tensors(rows.file_of(training, epoch), found, {})
+    for epoch in predictions.EPOCHS:
+        write_tensors(predictions.file_of(training, epoch), found, {})
 
 
 def test_published_rows_come_back_and_keep_to_their_size(tmp_path):
     logits, labels = calibrated(20_000)
     for model, seed in itertools.product(("model1", "2@0.1"), (1, 2)):
-        finished(tmp_path, model, seed, rows.measure_rows(logits * seed, labels))
-    rows.publish_rows(tmp_path)
-    assert (tmp_path / "rows.safetensors").stat().st_size < 4 * rows.TRAINING_BYTES + 5000
-    found = rows.read_rows(tmp_path)
+        finished(tmp_path, model, seed, predictions.measure_rows(logits * seed, labels))
+    predictions.publish_rows(tmp_path)
+    assert (tmp_path / "rows.safetensors").stat().st_size < 4 * predictions.TRAINING_BYTES + 5000
+    found = predictions.read_rows(tmp_path)
     assert set(found) == {"2@0.1", "model1"}
     kept = found["model1"]["2"]["best"]
-    drawn = rows.fixed_draw(20_000, len(kept.correct))
+    drawn = predictions.fixed_draw(20_000, len(kept.correct))
     assert 11_000 < len(drawn) < 12_200
     expected = log_softmax(2 * logits, axis=1)[np.arange(20_000), labels]
     np.testing.assert_allclose(kept.log_probability, expected[drawn], rtol=1e-3, atol=1e-6)
@@ -81,11 +81,11 @@ def test_published_rows_come_back_and_keep_to_their_size(tmp_path):
 
 
 def test_a_study_of_many_trainings_stays_below_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "STUDY_BYTES", 4000)
+    monkeypatch.setattr(predictions, "STUDY_BYTES", 4000)
     logits, labels = calibrated(300)
     for seed in range(10):
-        finished(tmp_path, "model1", seed, rows.measure_rows(logits, labels))
-    rows.publish_rows(tmp_path)
+        finished(tmp_path, "model1", seed, predictions.measure_rows(logits, labels))
+    predictions.publish_rows(tmp_path)
     with safetensors.safe_open(tmp_path / "rows.safetensors", "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
     assert 3000 < sum(t.numel() * t.element_size() for t in tensors) <= 4000
@@ -95,7 +95,7 @@ def test_losses_of_two_models_are_compared_over_seeds_and_rows():
     def model(shift):
         return {
             str(seed): {
-                "final": rows.RowResults(
+                "final": predictions.RowResults(
                     np.ones(50, bool), -shift - 0.1 * RNG.random(50), -2 * shift * np.ones(50)
                 )
             }
@@ -104,23 +104,23 @@ def test_losses_of_two_models_are_compared_over_seeds_and_rows():
 
     a, b = model(0.2), model(0.5)
     del b["3"]
-    found = rows.compare_losses({"model1": a, "model2": b}, "model1", "model2", "final")
+    found = predictions.compare_losses({"model1": a, "model2": b}, "model1", "model2", "final")
     differences = [
         a[s]["final"].log_probability - b[s]["final"].log_probability for s in ("1", "2")
     ]
     assert found["cls_loss"] == crossed_interval(np.stack(differences))
     assert found["cls_loss"]["low"] > 0.2
     assert found["cls_loss_scaled"]["mean"] == pytest.approx(0.6)
-    assert rows.compare_losses({"model1": a}, "model1", "model2", "final") == {}
-    assert rows.compare_losses({"model1": a, "model2": b}, "model1", "model2", "best") == {}
+    assert predictions.compare_losses({"model1": a}, "model1", "model2", "final") == {}
+    assert predictions.compare_losses({"model1": a, "model2": b}, "model1", "model2", "best") == {}
 
 
 def test_a_run_publishes_rows_that_give_its_accuracies_and_losses(undisturbed):
-    results, found = read_json(undisturbed / "results.json"), rows.read_rows(undisturbed)
+    results, found = read_json(undisturbed / "results.json"), predictions.read_rows(undisturbed)
     assert set(found) == {"model1", "model2", "model3"}
     for model, runs in results["models"].items():
         for seed, run in runs.items():
-            for epoch in rows.EPOCHS:
+            for epoch in predictions.EPOCHS:
                 record = run["val"][run[epoch]["epoch"] - 1]
                 kept = found[model][seed][epoch]
                 bits = "".join("01"[int(right)] for right in kept.correct)

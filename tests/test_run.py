@@ -13,7 +13,6 @@ from pathlib import Path
 import filelock
 import numpy as np
 import pytest
-import throughput
 import torch
 from conftest import TINY, fails, start_script, tiny_model, without_times
 
@@ -22,15 +21,19 @@ import effective_rank_analysis
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-from collapse import files, labelled_text, loop, publishing
-from collapse.batches import encode_rows
-from collapse.errors import UserError
-from collapse.files import ROOT, read_tensors, write_file
-from collapse.metrics import rank_metrics
-from collapse.optimizer import learning_rate_at
-from collapse.reports import COMPARISONS
-from collapse.rows import read_rows
-from collapse.sst2 import load_sst2
+from collapse.data import custom
+from collapse.data.batches import encode_rows
+from collapse.data.sst2 import load_sst2
+from collapse.measures.predictions import read_rows
+from collapse.measures.rank import rank_metrics
+from collapse.report.comparisons import COMPARISONS
+from collapse.runs import publishing
+from collapse.training import loop
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils import files
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT, read_tensors, write_file
+from studies import throughput
 
 
 def contents(folder):
@@ -386,7 +389,7 @@ def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data,
     )
     task = experiment.load_task(config)
     assert len(task.class_names) == 4 and task.folder == "subset-9983/limit-30-9"
-    monkeypatch.setattr(labelled_text, "load_all_splits", lambda *_: None)
+    monkeypatch.setattr(custom, "load_all_splits", lambda *_: None)
     with pytest.raises(UserError, match=r"--dataset news is none of SST-2, .*AG News"):
         experiment.load_task(dataclasses.replace(config, dataset="news"))
 

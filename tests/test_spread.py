@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from collapse.layer_states import pool
-from collapse.metrics import effective_rank, singular_values
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.spread import (
+from collapse.measures.layers import pool
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.rank import effective_rank, singular_values
+from collapse.measures.spread import (
     class_means,
     effective_rank_within,
     length_share,

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from scipy.special import stdtr
 
-from collapse.statistics import (
+from collapse.measures.statistics import (
     crossed_error,
     crossed_interval,
     crossed_mean_squares,

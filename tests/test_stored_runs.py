@@ -14,9 +14,9 @@ from conftest import start_script
 import effective_rank_analysis
 import experiment
 import experiment_7b
-from collapse import rank_plots
-from collapse.files import read_json
-from collapse.sst2 import load_sst2
+from collapse.data.sst2 import load_sst2
+from collapse.report import rank_plots
+from collapse.utils.files import read_json
 from common import load_classifier
 
 STORED = Path(__file__).parent / "data/stored_runs"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from collapse import streaming
-from collapse.files import ROOT
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.streaming import class_means, pair_tiles, token_collapse_metrics
+from collapse.measures import tokens_as_classes
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.tokens_as_classes import class_means, pair_tiles, token_collapse_metrics
+from collapse.utils.files import ROOT
 
 VOCABULARY, WIDTH = 40, 6
 
@@ -45,7 +45,7 @@ def batches(states, tokens=None, size=37):
 def measured(points, monkeypatch=None, tile=7):
     states, tokens, others, heads = points
     if monkeypatch:
-        monkeypatch.setattr(streaming, "TILE", tile)
+        monkeypatch.setattr(tokens_as_classes, "TILE", tile)
     return token_collapse_metrics(
         batches(states, tokens), batches(others), VOCABULARY, torch.from_numpy(heads)
     )
@@ -150,7 +150,7 @@ def test_only_the_quartic_exponent_depends_on_the_scale(points):
 
 
 def test_means_that_lie_close_together_far_away_keep_their_distance(monkeypatch):
-    monkeypatch.setattr(streaming, "TILE", 2)
+    monkeypatch.setattr(tokens_as_classes, "TILE", 2)
     points = torch.tensor([[1e3, 0.0], [1e3 + 1e-6, 0.0], [1e3, 2e-6]], dtype=torch.float64)
     found = {
         (rows.start + i, columns.start + j): apart[i, j].item()
@@ -177,7 +177,7 @@ def test_training_text_without_a_row_is_an_error():
 def test_a_vocabulary_of_4096_at_width_256_stays_below_2_gib():
     code = """
 import resource, torch
-from collapse.streaming import token_collapse_metrics
+from collapse.measures.tokens_as_classes import token_collapse_metrics
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 states, tokens = torch.randn(8192, 256, generator=generator), torch.arange(8192) % 4096

@@ -6,17 +6,17 @@ import weakref
 
 import numpy as np
 import pytest
-import result_tables
-import throughput
 import torch
 import transformers
 from conftest import arm_of, random_split, tiny_config, tiny_model
 
 import common
-from collapse.batches import Split, collate
-from collapse.language_models import add_lora
-from collapse.memory import MemoryPlan
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import Split, collate
+from collapse.models.memory import MemoryPlan
+from collapse.models.pretrained import add_lora
+from studies import throughput
+from studies.report import result_tables
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):

@@ -2,22 +2,17 @@
 
 import dataclasses
 
-import by_backbone
-import class_count as class_count_study
-import collapse_threshold
-import engram_pieces
-import findings
-import findings_own_models as own_models
-import gain_tables
-import linguistic_collapse
-import page as results_document
 import pytest
-import study_tables
 from conftest import cells_of_row
 
-from collapse.files import write_json
-from collapse.statistics import paired_difference
-from collapse.tables import put_rows
+from collapse.measures.statistics import paired_difference
+from collapse.utils.files import write_json
+from studies import class_count as class_count_study
+from studies import collapse_threshold, engram_pieces, linguistic_collapse
+from studies.report import findings, gain_tables, own_models, study_tables
+from studies.report import page as results_document
+from studies.shared import sweep
+from studies.shared.tables import put_rows
 
 
 def interval(mean: float, n: int = 4, half: float = 0.01) -> dict:
@@ -261,7 +256,7 @@ def put_run(folder, cell: collapse_threshold.Cell, kept: float | None) -> None:
     end = numbers | {"dims_95pct": kept and 40 * kept} if kept else dict.fromkeys(numbers)
     tail = {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}
     rows = [head | {"step": step} | part | known | tail for step, part in ((0, start), (150, end))]
-    put_rows(by_backbone.table_of(folder, cell.seed), rows, "training")
+    put_rows(sweep.table_of(folder, cell.seed), rows, "training")
 
 
 @pytest.fixture
@@ -365,10 +360,10 @@ def published(tmp_path, monkeypatch, benefit, class_count, salience, standin) ->
         configs[name].folder.mkdir(parents=True)
         write_json(configs[name].folder / "results.json", results)
         settings = {"steps": 700, "learning_rate": 0.001, "piece_tokens": 48}
-        for seed, training in ((0, "a"), (0, "b"), (by_backbone.PILOTS[0], "a")):
+        for seed, training in ((0, "a"), (0, "b"), (sweep.PILOTS[0], "a")):
             row = {"training": training, "seed": seed} | settings
             row |= {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}
-            table = by_backbone.table_of(configs[name].folder, seed)
+            table = sweep.table_of(configs[name].folder, seed)
             put_rows(table, [row, row | {"steps": 700}], "training")
     monkeypatch.setattr(own_models, "CONFIGS", configs)
     monkeypatch.setattr(own_models, "STANDIN", standin)

@@ -7,8 +7,8 @@ import types
 import pytest
 from conftest import fails, without_times
 
-from collapse import loop
-from collapse.tracking import MODULES, numbers_of
+from collapse.runs.tracking import MODULES, numbers_of
+from collapse.training import loop
 
 
 @pytest.fixture(params=MODULES)

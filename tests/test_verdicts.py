@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from collapse.statistics import crossed_interval
-from collapse.verdicts import equivalence, holm, holm_levels, verdict
+from collapse.measures.statistics import crossed_interval
+from collapse.measures.verdicts import equivalence, holm, holm_levels, verdict
 
 
 def test_holm_adjusts_as_by_hand():

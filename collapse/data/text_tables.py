@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collapse.data import decode_lines
-from collapse.errors import UserError
+from collapse.data.task import decode_lines
+from collapse.utils.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 

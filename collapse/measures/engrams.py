@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from collapse.neural_collapse import unit_rows
+from collapse.measures.neural_collapse import unit_rows
 
 
 def k_means(points: np.ndarray, k: int, seed: int) -> np.ndarray:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collapse.architectures import decoder_layers
-from collapse.metrics import rank_metrics, ranks_from_gram
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.spread import length_share, sink_ratio, spreads, within_classes
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.rank import rank_metrics, ranks_from_gram
+from collapse.measures.spread import length_share, sink_ratio, spreads, within_classes
+from collapse.models.architectures import decoder_layers
 
 
 @dataclass
@@ -117,7 +117,8 @@ def records_by_depth(
     """Numbers of each depth: of all text tokens' means, and `_without_first` of the others'.
 
     rank_metrics, `cdnv`, effective_rank_within, within_spread and between_spread, length_share (of
-    collapse.spread) and `sink_ratio`, first token's norm over the others'. labels, lengths (N,).
+    collapse.measures.spread) and `sink_ratio`, first token's norm over the others'. labels, lengths
+    (N,).
     """
     records = []
     for (pooled, rest), (first, others) in zip(states.pooled, states.norms, strict=True):

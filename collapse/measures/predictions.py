@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse.data import fixed_draw
-from collapse.files import finished_trainings, read_tensors, write_tensors
-from collapse.statistics import crossed_interval
+from collapse.data.task import fixed_draw
+from collapse.measures.statistics import crossed_interval
+from collapse.utils.files import finished_trainings, read_tensors, write_tensors
 
 EPOCHS = ("best", "final")
 ROW_BYTES = len(EPOCHS) * (2 * 2 + 1 / 8)  # two float16 and a bit

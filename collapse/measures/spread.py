@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from collapse.metrics import effective_rank, singular_values
+from collapse.measures.rank import effective_rank, singular_values
 
 # Inverse strengths of the transfer probe's L2 penalty; its loss is a sum over rows. The first is
 # for hundreds of standardized features of noise, the last for ten rows a class.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from collapse.statistics import t_interval
+from collapse.measures.statistics import t_interval
 
 
 def verdict(

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from collapse.errors import UserError
-from collapse.settings import LanguageModelConfig
+from collapse.config import LanguageModelConfig
+from collapse.utils.errors import UserError
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collapse.batches import Batch
+from collapse.data.batches import Batch
 
 LOGIT_CHUNK_TOKENS = 256  # tokens whose logits exist at one time
 

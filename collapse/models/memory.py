@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from collapse.architectures import decoder_layers
-from collapse.batches import EVALUATION_TOKENS, Split, token_budget_batches
-from collapse.errors import UserError, is_out_of_memory
+from collapse.data.batches import EVALUATION_TOKENS, Split, token_budget_batches
+from collapse.models.architectures import decoder_layers
+from collapse.utils.errors import UserError, is_out_of_memory
 
 
 class MemoryPlan:

@@ -16,14 +16,14 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from collapse.architectures import check_causal_lm, check_kind
-from collapse.batches import Split, collate
-from collapse.errors import DISK_FULL, UserError, is_out_of_memory
-from collapse.files import ROOT, digest_files, digest_weights, read_json, write_json
-from collapse.hub import use_cache_if_hub_is_silent
-from collapse.lora import use_fused_lora
-from collapse.losses import lm_loss_sum
-from collapse.settings import STANDIN_MODEL, LanguageModelConfig
+from collapse.config import STANDIN_MODEL, LanguageModelConfig
+from collapse.data.batches import Split, collate
+from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.lora import use_fused_lora
+from collapse.models.losses import lm_loss_sum
+from collapse.utils.errors import DISK_FULL, UserError, is_out_of_memory
+from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
+from collapse.utils.hub import use_cache_if_hub_is_silent
 
 # On a CPU it misses a kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

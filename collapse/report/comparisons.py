@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from collapse.arms import find_arm
-from collapse.errors import UserError
-from collapse.files import read_json, settings_difference
-from collapse.rows import RowResults, compare_losses
-from collapse.statistics import (
+from collapse.measures.predictions import RowResults, compare_losses
+from collapse.measures.statistics import (
     compare_models,
     difference_interval,
     format_interval,
@@ -22,6 +20,8 @@ from collapse.statistics import (
     independent_difference,
     paired_difference,
 )
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_json, settings_difference
 
 # Name -> (a, b, which correctness of a, which of b): b is compared with a.
 COMPARISONS = {

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from collapse.batches import Split
-from collapse.data import Rows, Task, limit_task
-from collapse.errors import UserError
-from collapse.layer_states import LayerStates, records_by_depth
-from collapse.loaders import load_ag_news
-from collapse.metrics import random_subsets, rank_metrics, ranks_from_gram, singular_values
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.spread import class_means, ncc_agreement, spreads, within_classes
-from collapse.sst2 import load_sst2
+from collapse.data.batches import Split
+from collapse.data.registry import load_ag_news
+from collapse.data.sst2 import load_sst2
+from collapse.data.task import Rows, Task, limit_task
+from collapse.measures.layers import LayerStates, records_by_depth
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram, singular_values
+from collapse.measures.spread import class_means, ncc_agreement, spreads, within_classes
+from collapse.utils.errors import UserError
 
 LEAST_ROWS = 4  # half of them still have a rank
 CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured

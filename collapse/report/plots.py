@@ -13,9 +13,9 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 from collapse.arms import find_arm
-from collapse.data import fixed_draw
-from collapse.engrams import k_means, match_clusters, shuffled_labels
-from collapse.files import write_file
+from collapse.data.task import fixed_draw
+from collapse.measures.engrams import k_means, match_clusters, shuffled_labels
+from collapse.utils.files import write_file
 
 # Okabe & Ito 2008.
 CLASS_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")

@@ -11,11 +11,11 @@ import matplotlib.ticker
 import numpy as np
 
 from collapse.arms import find_arm
-from collapse.files import ROOT, read_json
-from collapse.plots import legend_below, save_figure
-from collapse.records import keys_of, title_of, values_of
-from collapse.reference import reference_for
-from collapse.reports import comparisons_of
+from collapse.report.comparisons import comparisons_of
+from collapse.report.plots import legend_below, save_figure
+from collapse.report.records import keys_of, title_of, values_of
+from collapse.report.reference import reference_for
+from collapse.utils.files import ROOT, read_json
 
 BEFORE_TRAINING = "#666666"
 LEAST_DEPTHS = 5  # of a line over depth

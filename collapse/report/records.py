@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from collapse import model_records
 from collapse.arms import find_arm
-from collapse.errors import UserError
-from collapse.files import read_json, settings_difference
-from collapse.reports import controls_of
-from collapse.statistics import (
+from collapse.measures.statistics import (
     format_interval,
     format_spread,
     mean_interval,
     seeds_and_rows_interval,
 )
+from collapse.report import model_records
+from collapse.report.comparisons import controls_of
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_json, settings_difference
 
 # Numbers whose changes have an interval for other seeds and rows, by random halves of the rows; the
 # first three stand in older results, too.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from collapse.batches import Split, encode_rows
-from collapse.data import Rows
+from collapse.data.batches import Split, encode_rows
+from collapse.data.task import Rows
 
 
 @dataclass

@@ -16,11 +16,11 @@ from typing import Any
 import cloudpickle
 import torch
 
-from collapse.errors import UserError
-from collapse.files import is_held, write_file
-from collapse.progress import Progress, RunBar, Training
-from collapse.queue import POLL_SECONDS, Queue, Train, attempt_and_tell
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
+from collapse.runs.progress import Progress, RunBar, Training
+from collapse.runs.queue import POLL_SECONDS, Queue, Train, attempt_and_tell
+from collapse.utils.errors import UserError
+from collapse.utils.files import is_held, write_file
 
 SQUEUE_SECONDS = 15.0  # between two questions to Slurm, which is shared with others
 

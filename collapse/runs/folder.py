@@ -4,8 +4,8 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from collapse.errors import UserError
-from collapse.files import (
+from collapse.utils.errors import UserError
+from collapse.utils.files import (
     finished_trainings,
     is_held,
     locked,

@@ -18,11 +18,11 @@ import cloudpickle
 import torch
 from tqdm import tqdm
 
-from collapse.cluster import ClusterConfig, run_on_cluster
-from collapse.errors import UserError
-from collapse.progress import Progress, RunBar, Training
-from collapse.queue import POLL_SECONDS, Queue, Train, attempt, attempt_and_tell
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
+from collapse.runs.cluster import ClusterConfig, run_on_cluster
+from collapse.runs.progress import Progress, RunBar, Training
+from collapse.runs.queue import POLL_SECONDS, Queue, Train, attempt, attempt_and_tell
+from collapse.utils.errors import UserError
 
 
 def run_all(

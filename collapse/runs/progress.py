@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from collapse.errors import UserError
-from collapse.files import read_json, write_json
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_json, write_json
 
 REPORT_SECONDS = 1.0  # between two writes of progress.json, and two looks at those of others
 STALE_SECONDS = 60.0  # a training whose progress.json stood still for so long is not running

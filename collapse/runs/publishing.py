@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse import plots, reports, rows
 from collapse.arms import find_arm
-from collapse.files import locked, read_tensors, through_json, write_file, write_json
-from collapse.folder import RunFolder
+from collapse.measures import predictions
+from collapse.report import comparisons, plots
+from collapse.runs.folder import RunFolder
+from collapse.utils.files import locked, read_tensors, through_json, write_file, write_json
 
 
 def publish(
@@ -31,12 +32,12 @@ def publish(
         models = {name: by_seed(elsewhere.get(name, {}) | here.get(name, {})) for name in names}
         results = {**through_json(head), "models": models}
         kept = {(name, seed) for name, runs in elsewhere.items() for seed in runs}
-        rows.publish_rows(folder.path, kept)
-        results["comparisons"] = reports.compare_all(models, rows.read_rows(folder.path))
-        if found := reports.find_other(other, results):
-            results["cross_dataset"] = reports.compare_datasets(results, found)
+        predictions.publish_rows(folder.path, kept)
+        results["comparisons"] = comparisons.compare_all(models, predictions.read_rows(folder.path))
+        if found := comparisons.find_other(other, results):
+            results["cross_dataset"] = comparisons.compare_datasets(results, found)
         write_json(folder.results_file, results)
-        write_file(folder.path / "results.csv", reports.tidy_table(results).encode())
+        write_file(folder.path / "results.csv", comparisons.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
         plots.plot_learning_curves(curves, title, models)
         plots.plot_measured(folder.path / "rank_over_steps.png", title, models)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import filelock
 
-from collapse.errors import what_to_do
-from collapse.progress import Progress, RunBar, Training
+from collapse.runs.progress import Progress, RunBar, Training
+from collapse.utils.errors import what_to_do
 
 POLL_SECONDS = 1.0  # between two looks at a training that another command holds
 

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 
 from collapse.arms import find_arm
-from collapse.errors import UserError
-from collapse.files import read_json, write_file, write_json
-from collapse.reports import summary_table
+from collapse.report.comparisons import summary_table
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_json, write_file, write_json
 
 
 def open_repository(name: str) -> str:

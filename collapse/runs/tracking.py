@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from collapse.errors import UserError
-from collapse.files import write_file
+from collapse.utils.errors import UserError
+from collapse.utils.files import write_file
 
 MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
 

@@ -6,9 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from collapse.errors import UserError
-from collapse.files import read_tensors, write_tensors
-from collapse.language_models import adapter_tensors
+from collapse.models.pretrained import adapter_tensors
+from collapse.utils.errors import UserError
+from collapse.utils.files import read_tensors, write_tensors
 
 
 def save_weights(job: Path, kind: Literal["best", "final"], model: nn.Module, epoch: int) -> None:

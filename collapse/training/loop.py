@@ -12,14 +12,14 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from collapse.batches import length_grouped_batches
-from collapse.checkpoints import optimizer_tensors, restore_optimizer, save_weights
-from collapse.errors import UserError
-from collapse.files import append_line, drop_lines_after, read_tensors, write_tensors
-from collapse.optimizer import learning_rate_at
-from collapse.progress import Progress
-from collapse.rows import file_of
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
+from collapse.data.batches import length_grouped_batches
+from collapse.measures.predictions import file_of
+from collapse.runs.progress import Progress
+from collapse.training.checkpoints import optimizer_tensors, restore_optimizer, save_weights
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils.errors import UserError
+from collapse.utils.files import append_line, drop_lines_after, read_tensors, write_tensors
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most this much work; the end of an epoch is saved too
 LOG_STEPS = 25  # optimizer steps that one line of metrics.jsonl sums up
@@ -79,7 +79,7 @@ class Validation:
 
     record: dict[str, Any]  # accuracy, losses, rank: what results.json holds
     correct: dict[str, str]  # evaluation -> a character for each row, 1 where it is right
-    rows: dict[str, Tensor]  # collapse.rows: what is kept of each row at the best and last epoch
+    rows: dict[str, Tensor]  # measures.predictions: what is kept of each row
     details: Any  # whatever the caller wants of the last one
 
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collapse.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
-from collapse.data import fixed_draw
-from collapse.layer_states import summarize_states
-from collapse.metrics import rank_metrics, ranks_from_gram
-from collapse.neural_collapse import neural_collapse_metrics
-from collapse.spread import within_classes
+from collapse.data.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
+from collapse.data.task import fixed_draw
+from collapse.measures.layers import summarize_states
+from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.rank import rank_metrics, ranks_from_gram
+from collapse.measures.spread import within_classes
 
 MEASURED_ROWS = 256  # of each split, by default
 

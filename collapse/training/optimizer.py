@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
 
 
 def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:

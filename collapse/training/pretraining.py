@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collapse.checkpoints import optimizer_tensors, restore_optimizer
-from collapse.corpus import BLOCK_LENGTH
-from collapse.errors import UserError
-from collapse.files import digest_weights, read_json, read_tensors, write_json, write_tensors
-from collapse.losses import LinearCrossEntropy
-from collapse.optimizer import learning_rate_at
-from collapse.progress import Progress
-from collapse.settings import RunConfig
+from collapse.config import RunConfig
+from collapse.data.corpus import BLOCK_LENGTH
+from collapse.models.losses import LinearCrossEntropy
+from collapse.runs.progress import Progress
+from collapse.training.checkpoints import optimizer_tensors, restore_optimizer
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils.errors import UserError
+from collapse.utils.files import digest_weights, read_json, read_tensors, write_json, write_tensors
 
 CHECKPOINT_SECONDS = 60  # a kill costs at most this much work
 EVALUATION_BLOCKS = 64  # in a forward pass without gradients

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from collapse.errors import UserError
+from collapse.utils.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:

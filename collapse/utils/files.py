@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from collapse.errors import DISK_FULL, UserError
+from collapse.utils.errors import DISK_FULL, UserError
 
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
 
 def write_file(path: Path, content: bytes) -> None:

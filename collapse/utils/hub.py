@@ -4,7 +4,7 @@ import contextlib
 import threading
 from typing import Any
 
-from collapse.errors import DISK_FULL
+from collapse.utils.errors import DISK_FULL
 
 # An unreachable hub may cost this much, not the minutes of its client's own retries.
 HUB_SECONDS = 5.0

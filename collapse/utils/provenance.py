@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from collapse.files import ROOT
+from collapse.utils.files import ROOT
 
 
 def git_commit() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from collapse.files import ROOT
+from collapse.utils.files import ROOT
 
 
 def digest_of_code(*functions: Callable) -> str:

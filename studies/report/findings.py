@@ -7,26 +7,23 @@ Figures whose numbers are in the JSON files are drawn anew.
 """
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import findings_own_models as own_models
-import result_tables as tables
-import sink
-from page import Page, with_full
-
-from collapse import plots, rank_plots, records
-from collapse.errors import run_script
-from collapse.files import ROOT, read_json, write_file
-from collapse.records import values_of
-from collapse.reference import REFERENCE, reference_for
-from collapse.reports import compare_datasets, comparisons_of
-from collapse.statistics import format_interval, mean_interval
+from collapse.measures.statistics import format_interval, mean_interval
+from collapse.report import plots, rank_plots, records
+from collapse.report.comparisons import compare_datasets, comparisons_of
+from collapse.report.records import values_of
+from collapse.report.reference import REFERENCE, reference_for
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, read_json, write_file
+from studies import sink
+from studies.report import own_models
+from studies.report import result_tables as tables
+from studies.report.page import Page, with_full
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
 BLOCK = re.compile(r"(?P<begin><!--begin (?P<name>\S+)-->\n).*?(?P<end><!--end-->)", re.DOTALL)

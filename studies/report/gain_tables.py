@@ -2,10 +2,9 @@
 
 import math
 
-from result_tables import interval_cell, markdown, mean_cell, told_once
-
 from collapse.arms import find_arm
-from collapse.statistics import format_bounds
+from collapse.measures.statistics import format_bounds
+from studies.report.result_tables import interval_cell, markdown, mean_cell, told_once
 
 MODELS = ("model1", "model2")
 

@@ -4,29 +4,26 @@ The protocol's endpoints; a function add_NAME for each study's part of RESULTS.m
 nothing before its results.json is there; block_NAME for each block of FINDINGS.md, see findings.py.
 """
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import benefit
-import by_backbone
-import class_count
-import collapse_threshold
-import engram_pieces
-import engram_salience
-import gain_tables
-import linguistic_collapse
-import result_tables as tables
-import study_tables
-from page import Page, with_full
-
-from collapse.files import ROOT, read_json
-from collapse.statistics import format_bounds, format_interval, t_interval
-from collapse.verdicts import holm, holm_levels, verdict
+from collapse.measures.statistics import format_bounds, format_interval, t_interval
+from collapse.measures.verdicts import holm, holm_levels, verdict
+from collapse.utils.files import ROOT, read_json
+from studies import (
+    benefit,
+    class_count,
+    collapse_threshold,
+    engram_pieces,
+    engram_salience,
+    linguistic_collapse,
+)
+from studies.report import gain_tables, study_tables
+from studies.report import result_tables as tables
+from studies.report.page import Page, with_full
+from studies.shared import sweep
 
 STUDIES = {
     "collapse_threshold": collapse_threshold,
@@ -46,15 +43,15 @@ def summarize() -> None:
     """Anew results.json and figures of every study that has tables."""
     published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
     for study, config in [*published, (collapse_threshold, STANDIN)]:
-        if by_backbone.table_of(config.folder, 0).exists():
+        if sweep.table_of(config.folder, 0).exists():
             study.report(config)
 
 
-def folder_of(config: by_backbone.Config) -> str:
+def folder_of(config: sweep.Config) -> str:
     return str(config.folder.relative_to(ROOT))
 
 
-def results_of(config: by_backbone.Config) -> dict[str, Any] | None:
+def results_of(config: sweep.Config) -> dict[str, Any] | None:
     """Its results.json; None before it is there."""
     path = config.folder / "results.json"
     return read_json(path) if path.exists() else None
@@ -226,13 +223,13 @@ def add_threshold(page: Page) -> None:
 
 
 def source_of(
-    config: by_backbone.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
+    config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
 ) -> str:
     """Command of a study, with options, and settings as its rows have them; how these were made."""
-    rows = by_backbone.published_rows(config.folder)
+    rows = sweep.published_rows(config.folder)
     trainings = {(row["seed"], row["training"]) for row in rows}
     options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
-    piloted = {int(row["seed"]) for row in rows} & set(by_backbone.PILOTS)
+    piloted = {int(row["seed"]) for row in rows} & set(sweep.PILOTS)
     commits = ", ".join(sorted({tables.short_commit(row["git_commit"]) for row in rows}))
     machines = sorted({row["hardware"] for row in rows} - {""})
     on = f" on {', '.join(machines)}" if machines else ""
@@ -253,7 +250,7 @@ def chosen(rates: dict[str, float]) -> str:
 def begin(
     page: Page,
     title: str,
-    config: by_backbone.Config,
+    config: sweep.Config,
     options: str = "--corpus newsgroups",
     settings: Sequence[str] = (),
     once: str = "",

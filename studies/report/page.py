@@ -1,11 +1,8 @@
 """RESULTS.md as it grows: texts, tables and figures in order."""
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse.files import ROOT
+from collapse.utils.files import ROOT
 
 
 @dataclass

@@ -5,18 +5,16 @@ other seeds and other rows]. Columns and rows of the reference are named so.
 """
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from collapse.records import keys_of, title_of, title_of_change, values_of
-from collapse.reference import REFERENCE, reference_for
-from collapse.reports import compare_datasets, comparisons_of, compute_type
-from collapse.statistics import format_interval, format_spread
+from collapse.measures.statistics import format_interval, format_spread
+from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type
+from collapse.report.records import keys_of, title_of, title_of_change, values_of
+from collapse.report.reference import REFERENCE, reference_for
 
 THREE_MODELS = ("model1", "model2", "model3")
 

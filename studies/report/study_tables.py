@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from result_tables import interval_cell, markdown, mean_cell, told_once
-
 from collapse.arms import find_arm
-from collapse.statistics import format_interval
+from collapse.measures.statistics import format_interval
+from studies.report.result_tables import interval_cell, markdown, mean_cell, told_once
 
 KINDS = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import common
-from collapse.batches import (
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import (
     EVALUATION_TOKENS,
     Split,
     collate,
@@ -24,16 +25,15 @@ from collapse.batches import (
     length_grouped_batches,
     token_budget_batches,
 )
-from collapse.corpus import miniature_documents
-from collapse.data import Rows, Task, in_corpus_text, limit_task
-from collapse.errors import UserError
-from collapse.files import digest_weights
-from collapse.language_models import find_model, load_causal_lm, load_tokenizer
-from collapse.loaders import LOADERS
-from collapse.losses import lm_loss_sum
-from collapse.measuring import Measuring, draw_rows, measures
-from collapse.optimizer import learning_rate_at
-from collapse.settings import LanguageModelConfig
+from collapse.data.corpus import miniature_documents
+from collapse.data.registry import LOADERS
+from collapse.data.task import Rows, Task, in_corpus_text, limit_task
+from collapse.models.losses import lm_loss_sum
+from collapse.models.pretrained import find_model, load_causal_lm, load_tokenizer
+from collapse.training.monitor import Measuring, draw_rows, measures
+from collapse.training.optimizer import learning_rate_at
+from collapse.utils.errors import UserError
+from collapse.utils.files import digest_weights
 
 WARMUP_STEPS = 10
 

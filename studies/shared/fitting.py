@@ -14,22 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import by_backbone
 import numpy as np
 import torch.nn.functional as F
-import tuning
 from torch import Tensor, nn
 
 import common
-from collapse.batches import Split, encode_rows
-from collapse.data import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
-from collapse.errors import UserError
-from collapse.files import locked, read_tensors, write_tensors
-from collapse.language_models import load_tokenizer
-from collapse.measuring import accuracy, draw_rows, measures, outputs
-from collapse.progress import Progress, Training
-from collapse.rows import RowResults, fit_temperature, log_probabilities, pack, unpack
-from collapse.spread import transfer_accuracy
+from collapse.data.batches import Split, encode_rows
+from collapse.data.task import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
+from collapse.measures.predictions import (
+    RowResults,
+    fit_temperature,
+    log_probabilities,
+    pack,
+    unpack,
+)
+from collapse.measures.spread import transfer_accuracy
+from collapse.models.pretrained import load_tokenizer
+from collapse.runs.progress import Progress, Training
+from collapse.training.monitor import accuracy, draw_rows, measures, outputs
+from collapse.utils.errors import UserError
+from collapse.utils.files import locked, read_tensors, write_tensors
+from studies.shared import finetune as tuning
+from studies.shared import sweep
 
 TUNING_ROWS = 1000
 MEASURED_AN_EPOCH = 4  # times
@@ -104,7 +110,9 @@ class Fit:
     """
 
     records: list[dict[str, Any]]
-    rows: dict[str, Tensor] | None  # as collapse.rows packs them; None without a whole epoch
+    rows: (
+        dict[str, Tensor] | None
+    )  # as collapse.measures.predictions packs them; None without a whole epoch
 
 
 # Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
@@ -213,7 +221,7 @@ def validation_at(
 
 
 @dataclass
-class Config(by_backbone.Config):
+class Config(sweep.Config):
     """Settings of such a study; the comment above a field is its --help text."""
 
     # Parts to run: pilot (chooses the rates), endpoint.
@@ -224,7 +232,7 @@ class Config(by_backbone.Config):
 
 def check_config(config: Config) -> None:
     """Raise UserError for settings that cannot be run."""
-    by_backbone.check_config(config)
+    sweep.check_config(config)
     known = type(config).parts
     if unknown := set(config.parts) - set(known):
         raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(known)}.")
@@ -241,7 +249,7 @@ def run_parts(
     run_some(config, cells) runs the cells of the config's seeds.
     """
     if "pilot" in config.parts:
-        run_some(dataclasses.replace(config, seeds=by_backbone.PILOTS), pilots)
+        run_some(dataclasses.replace(config, seeds=sweep.PILOTS), pilots)
     if set(config.parts) - {"pilot"}:
         run_some(config, others())
 
@@ -261,7 +269,7 @@ def run_cells(
             put_rows(rows_file(config.folder, cell.seed), cell.name, found.rows)
         return found.records
 
-    by_backbone.run_missing(config, cells, training_of, rows_of, line_of, settings_of)
+    sweep.run_missing(config, cells, training_of, rows_of, line_of, settings_of)
 
 
 def line_of(name: str, records: list[dict[str, Any]]) -> str:
@@ -294,8 +302,8 @@ class Run:
 
 def read_runs(folder: Path, seed: int, cell_type: type) -> list[Run]:
     """Every training in the table of a backbone."""
-    table = by_backbone.table_of(folder, seed)
-    return list(itertools.starmap(Run, by_backbone.read_paths(table, cell_type)))
+    table = sweep.table_of(folder, seed)
+    return list(itertools.starmap(Run, sweep.read_paths(table, cell_type)))
 
 
 def best_rates(
@@ -310,13 +318,13 @@ def best_rates(
         kind: {rate: [] for rate in sorted(config.rates)} for kind in wanted
     }
     for run in itertools.chain.from_iterable(
-        read_runs(config.folder, seed, cell_type) for seed in by_backbone.PILOTS
+        read_runs(config.folder, seed, cell_type) for seed in sweep.PILOTS
     ):
         here = found.get(kind_of(run.cell), {}).get(run.cell.rate)
         if here is not None:
             here.append(run.tuning_accuracy)
     for kind, by_rate in found.items():
-        if any(len(values) < len(by_backbone.PILOTS) for values in by_rate.values()):
+        if any(len(values) < len(sweep.PILOTS) for values in by_rate.values()):
             raise UserError(f"the pilot of {kind} has not run whole: run --parts pilot before.")
     return {
         kind: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
@@ -325,7 +333,7 @@ def best_rates(
 
 
 def is_pilot(cell: Any) -> bool:
-    return cell.seed in by_backbone.PILOTS
+    return cell.seed in sweep.PILOTS
 
 
 def rows_file(folder: Path, seed: int) -> Path:

@@ -8,7 +8,6 @@ where it was stopped.
 
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,19 +17,18 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from collapse.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
-from collapse.device import set_threads
-from collapse.errors import UserError, run_script
-from collapse.files import ROOT, write_json
-from collapse.jobs import run_all
-from collapse.kneser_ney import KneserNeyBigram
-from collapse.loaders import LOADERS
-from collapse.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
-from collapse.progress import Progress, Training
-from collapse.provenance import git_commit
-from collapse.settings import check_bounds
-from collapse.tables import put_row
+from collapse.config import check_bounds
+from collapse.data.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
+from collapse.data.registry import LOADERS
+from collapse.models.ngram import KneserNeyBigram
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import Progress, Training
+from collapse.training.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
+from collapse.utils.device import set_threads
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from collapse.utils.provenance import git_commit
+from studies.shared.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
 RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
@@ -185,7 +183,7 @@ def load(folder: Path) -> torch.nn.Module:
 def check_rows(corpus: CorpusName, data_dir: Path | None) -> int:
     """How many validation rows of classification sets were looked for in the training text.
 
-    Raises UserError when one is there, see collapse.corpus.rows_inside for what that means.
+    Raises UserError when one is there, see collapse.data.corpus.rows_inside for what that means.
     """
     if data_dir is None:
         raise UserError("--check needs --data-dir with the classification sets.")

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import pretrain
-import tuning
 
 import common
-from collapse.device import pick_device, set_allocator, set_threads
-from collapse.errors import UserError
-from collapse.files import ROOT
-from collapse.jobs import run_all
-from collapse.progress import Progress, Training
-from collapse.provenance import git_commit, hardware_name
-from collapse.settings import check_bounds
-from collapse.statistics import t_interval
-from collapse.tables import into_table, read_rows, without_rows
-from collapse.verdicts import verdict
+from collapse.config import check_bounds
+from collapse.measures.statistics import t_interval
+from collapse.measures.verdicts import verdict
+from collapse.runs.jobs import run_all
+from collapse.runs.progress import Progress, Training
+from collapse.utils.device import pick_device, set_allocator, set_threads
+from collapse.utils.errors import UserError
+from collapse.utils.files import ROOT
+from collapse.utils.provenance import git_commit, hardware_name
+from studies.shared import finetune, pretrain
+from studies.shared.tables import into_table, read_rows, without_rows
 
 PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
 ENDPOINTS = 5  # of the protocol's first part
@@ -111,7 +110,7 @@ def run_missing(
             cell = here[training]
             fields = dataclasses.asdict(cell)
             head = {"training": cell.name} | fields | rounded(settings_of(fields))
-            digest = tuning.digest_of_model(model or backbone(config, cell.seed))
+            digest = finetune.digest_of_model(model or backbone(config, cell.seed))
             made_with = commit, digest, hardware_name(pick_device(config.device))
             tail = dict(zip(MADE_WITH, made_with, strict=True))
             found = rows_of(cell, progress)
@@ -149,7 +148,7 @@ def check_weights(table: Path, model: str) -> None:
     Arms are compared on one backbone, and another kind of machine pretrains another one.
     """
     theirs = {row["weights_sha256"] for row in read_rows(table)}
-    if theirs - {tuning.digest_of_model(model) or ""}:
+    if theirs - {finetune.digest_of_model(model) or ""}:
         raise UserError(
             f"{table} has rows of other weights than {model} has: move it away, or give another "
             "--output-dir."
@@ -194,11 +193,11 @@ def backbone(config: Config, seed: int) -> str:
     return str(config.models_dir / pretrain.folder_name(own, config.corpus))
 
 
-def recipe_of(config: Config, cell: Cell, **other: Any) -> tuning.Recipe:
+def recipe_of(config: Config, cell: Cell, **other: Any) -> finetune.Recipe:
     """Of a training of all weights of the cell's backbone, but where `other` fields say else."""
     fields = {"model": backbone(config, cell.seed), "arm": cell.arm, "seed": cell.seed}
     fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
-    return tuning.Recipe(**fields | other)
+    return finetune.Recipe(**fields | other)
 
 
 def training_of(

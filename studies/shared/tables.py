@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.errors import UserError
-from collapse.files import locked, write_file, write_json
-from collapse.progress import Progress, Training
+from collapse.runs.progress import Progress, Training
+from collapse.utils.errors import UserError
+from collapse.utils.files import locked, write_file, write_json
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

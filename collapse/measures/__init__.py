@@ -1,0 +1,1 @@
+"""What is measured of representations and predictions, and the statistics."""

@@ -1,0 +1,1 @@
+"""Pretrained models, adapters, memory, losses."""

@@ -1,0 +1,1 @@
+"""From results to comparisons, tables and figures."""

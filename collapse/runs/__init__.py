@@ -1,0 +1,1 @@
+"""Trainings side by side, their folder, what is published of them."""

@@ -1,0 +1,1 @@
+"""What every floor uses: errors, device, files, the hub, provenance."""

@@ -1,0 +1,1 @@
+"""RESULTS.md, FINDINGS.md and README.md from results."""

@@ -1,0 +1,1 @@
+"""What studies share: own backbones, fine-tuning, sweeps."""

@@ -31,7 +31,7 @@ from collapse.measures.statistics import (
 from collapse.models.pretrained import fill_in_for, load_tokenizer, weights_of
 from collapse.report.plots import save_figure
 from collapse.runs.progress import Progress, Training
-from collapse.thresholds import Threshold, threshold_shift
+from collapse.measures.thresholds import Threshold, threshold_shift
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json

@@ -17,7 +17,7 @@ import numpy as np
 
 from collapse.measures.statistics import t_interval
 from collapse.measures.verdicts import verdict
-from collapse.thresholds import (
+from collapse.measures.thresholds import (
     Threshold,
     collapsed_by,
     slope_bounds,

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import brute, fmin
 from scipy.stats import norm
 
-from collapse.thresholds import (
+from collapse.measures.thresholds import (
     Threshold,
     censored_line,
     collapsed_by,

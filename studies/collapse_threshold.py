@@ -3,9 +3,9 @@
 Fine-tunes a backbone for a few hundred steps at many rates, without and with the LM loss and with
 controls, and finds for each of them the rate at which runs stop being healthy after so many steps;
 after more it lies lower, see collapse_time.py. By default on own small language models
-(studies/shared/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a CSV
-file for each seed, a row for every measurement, as trainings end; then results.json and a figure.
-The same command goes on where it was stopped.
+(studies/shared/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a
+CSV file for each seed, a row for every measurement, as trainings end; then results.json and a
+figure. The same command goes on where it was stopped.
 """
 
 import itertools
@@ -28,10 +28,10 @@ from collapse.measures.statistics import (
     paired_difference,
     sign_flip_p,
 )
+from collapse.measures.thresholds import Threshold, threshold_shift
 from collapse.models.pretrained import fill_in_for, load_tokenizer, weights_of
 from collapse.report.plots import save_figure
 from collapse.runs.progress import Progress, Training
-from collapse.measures.thresholds import Threshold, threshold_shift
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json

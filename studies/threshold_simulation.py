@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from collapse.measures.statistics import t_interval
-from collapse.measures.verdicts import verdict
 from collapse.measures.thresholds import (
     Threshold,
     collapsed_by,
@@ -24,6 +23,7 @@ from collapse.measures.thresholds import (
     slope_over_time,
     threshold_shift,
 )
+from collapse.measures.verdicts import verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"

@@ -27,7 +27,7 @@ from collapse.config import check_bounds
 from collapse.data.batches import Split, encode_rows
 from collapse.data.registry import load_again
 from collapse.data.task import Rows, Task
-from collapse.measures.spread import transfer_accuracy
+from collapse.measures.probe import transfer_accuracy
 from collapse.report import rank_plots, records
 from collapse.report.comparisons import study_name
 from collapse.report.model_records import (

@@ -27,7 +27,7 @@ from collapse.data.registry import load_ag_news
 from collapse.data.sst2 import load_sst2_by_sentence
 from collapse.data.task import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
 from collapse.measures.engrams import k_means, match_clusters
-from collapse.measures.spread import transfer_accuracy
+from collapse.measures.probe import transfer_accuracy
 from collapse.measures.statistics import format_interval, mean_interval, paired_difference
 from collapse.models.pretrained import load_tokenizer
 from collapse.report.plots import CLASS_COLORS, save_figure

@@ -98,7 +98,7 @@ def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jo
 
     for module, name in (
         ("collapse/measures/layers.py", "pool"),
-        ("collapse/measures/spread.py", "length_share"),
+        ("collapse/measures/neural_collapse.py", "length_share"),
         ("common.py", "evaluate"),
         ("experiment.py", "Layer"),
         ("collapse/measures/rank.py", "effective_rank"),

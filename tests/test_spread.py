@@ -5,18 +5,18 @@ import pytest
 import torch
 
 from collapse.measures.layers import pool
-from collapse.measures.neural_collapse import neural_collapse_metrics
-from collapse.measures.rank import effective_rank, singular_values
-from collapse.measures.spread import (
+from collapse.measures.neural_collapse import (
     class_means,
     effective_rank_within,
     length_share,
     ncc_agreement,
+    neural_collapse_metrics,
     sink_ratio,
     spreads,
-    transfer_accuracy,
     within_classes,
 )
+from collapse.measures.probe import transfer_accuracy
+from collapse.measures.rank import effective_rank, singular_values
 
 
 def classed_features(n=120, size=15, classes=4, seed=0):

@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.neural_collapse import (
+    cdnv,
+    length_share,
+    sink_ratio,
+    spreads,
+    within_classes,
+)
 from collapse.measures.rank import rank_metrics, ranks_from_gram
-from collapse.measures.spread import length_share, sink_ratio, spreads, within_classes
 from collapse.models.architectures import decoder_layers
 
 
@@ -116,9 +121,9 @@ def records_by_depth(
 ) -> list[dict[str, float]]:
     """Numbers of each depth: of all text tokens' means, and `_without_first` of the others'.
 
-    rank_metrics, `cdnv`, effective_rank_within, within_spread and between_spread, length_share (of
-    collapse.measures.spread) and `sink_ratio`, first token's norm over the others'. labels, lengths
-    (N,).
+    rank_metrics, `cdnv`, effective_rank_within, within_spread and between_spread, length_share, see
+    collapse.measures.neural_collapse, and `sink_ratio`, first token's norm over the others'.
+    labels, lengths (N,).
     """
     records = []
     for (pooled, rest), (first, others) in zip(states.pooled, states.norms, strict=True):
@@ -136,6 +141,6 @@ def numbers_of(
     """What rank_metrics does not tell of pooled states (N, D)."""
     within = ranks_from_gram(within_classes(pooled, labels))["effective_rank"]
     numbers = {"effective_rank_within": within, **spreads(pooled, labels)}
-    numbers["cdnv"] = neural_collapse_metrics(pooled, labels)["cdnv"]
+    numbers["cdnv"] = cdnv(pooled, labels)
     numbers["length_share"] = length_share(pooled, lengths)
     return {name + suffix: value for name, value in numbers.items()}

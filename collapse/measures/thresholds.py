@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize
-from scipy.special import log_ndtr
 
 from collapse.measures.statistics import t_interval
 
@@ -141,6 +139,8 @@ def censored_line(
     1 / sigma, in which the likelihood is concave (Olsen 1978). Raises ValueError where fewer than
     two values, at different x, have both bounds: the rest admits every slope.
     """
+    from scipy.optimize import minimize
+
     x, low, high = (np.asarray(values, dtype=np.float64) for values in (x, low, high))
     if not x.shape == low.shape == high.shape or x.ndim != 1 or (low > high).any():
         raise ValueError("x, low and high are of one length, and no low is above its high")
@@ -207,6 +207,8 @@ def _minus_log_likelihood(
 
 def _log_mass(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Log of the normal probability from a to b (N,), a < b; precise in both tails."""
+    from scipy.special import log_ndtr
+
     flip = a > 0  # the upper tail is the lower one mirrored
     a, b = np.where(flip, -b, a), np.where(flip, -a, b)
     upper, lower = log_ndtr(b), log_ndtr(a)

@@ -13,9 +13,15 @@ from collapse.data.registry import load_ag_news
 from collapse.data.sst2 import load_sst2
 from collapse.data.task import Rows, Task, limit_task
 from collapse.measures.layers import LayerStates, records_by_depth
-from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.neural_collapse import (
+    cdnv,
+    class_means,
+    ncc_agreement,
+    neural_collapse_metrics,
+    spreads,
+    within_classes,
+)
 from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram, singular_values
-from collapse.measures.spread import class_means, ncc_agreement, spreads, within_classes
 from collapse.utils.errors import UserError
 
 LEAST_ROWS = 4  # half of them still have a rank
@@ -92,7 +98,7 @@ def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str
     for rows in random_subsets(n, n // 2, draws):
         (pooled, rest), here = states[:, rows], labels[rows]
         numbers = ranks_from_gram(pooled)
-        numbers["cdnv"] = neural_collapse_metrics(pooled, here)["cdnv"]
+        numbers["cdnv"] = cdnv(pooled, here)
         for suffix, features in (("", pooled), ("_without_first", rest)):
             within = ranks_from_gram(within_classes(features, here))["effective_rank"]
             numbers["effective_rank_within" + suffix] = within

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from collapse.data.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
 from collapse.data.task import fixed_draw
 from collapse.measures.layers import summarize_states
-from collapse.measures.neural_collapse import neural_collapse_metrics
+from collapse.measures.neural_collapse import cdnv, within_classes
 from collapse.measures.rank import rank_metrics, ranks_from_gram
-from collapse.measures.spread import within_classes
 
 MEASURED_ROWS = 256  # of each split, by default
 
@@ -100,7 +99,7 @@ def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | Non
         within = ranks_from_gram(within_classes(pooled, labels))
         numbers["effective_rank_within"] = within["effective_rank"]
         numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
-        numbers["cdnv"] = neural_collapse_metrics(pooled, labels)["cdnv"]
+        numbers["cdnv"] = cdnv(pooled, labels)
     return numbers
 
 

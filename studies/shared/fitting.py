@@ -28,7 +28,7 @@ from collapse.measures.predictions import (
     pack,
     unpack,
 )
-from collapse.measures.spread import transfer_accuracy
+from collapse.measures.probe import transfer_accuracy
 from collapse.models.pretrained import load_tokenizer
 from collapse.runs.progress import Progress, Training
 from collapse.training.monitor import accuracy, draw_rows, measures, outputs

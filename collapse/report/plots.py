@@ -10,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
 import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.manifold import TSNE
 
 from collapse.arms import find_arm
 from collapse.data.task import fixed_draw
@@ -135,6 +134,8 @@ def plot_engram_clusters(
     seed: int,
 ) -> None:
     """t-SNE of up to 2,000 engrams by true class and by matched cluster; chance and the control."""
+    from sklearn.manifold import TSNE  # seconds, which a training that draws nothing would pay
+
     shown = fixed_draw(len(engrams), 2000)
     if len(shown) < 3:  # t-SNE of a point or two says nothing
         path.unlink(missing_ok=True)

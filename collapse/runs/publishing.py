@@ -6,7 +6,7 @@ from typing import Any
 
 from collapse.arms import find_arm
 from collapse.measures import predictions
-from collapse.report import comparisons, plots
+from collapse.report import comparisons
 from collapse.runs.folder import RunFolder
 from collapse.utils.files import locked, read_tensors, through_json, write_file, write_json
 
@@ -25,6 +25,8 @@ def publish(
     the results folder on the other data set. Commands that share the folder take turns. Raises
     UserError when the folder has become another study's.
     """
+    from collapse.report import plots  # matplotlib takes a while, and no worker starts with it
+
     with locked(folder.path):
         folder.check()
         here, elsewhere = folder.finished(), folder.trained_elsewhere()
@@ -55,6 +57,8 @@ def plot_engrams(
     folder: RunFolder, title: str, class_names: Sequence[str], runs: dict[str, dict]
 ) -> None:
     """t-SNE of the first seed's engrams; without any, the plot of an older run does not stay."""
+    from collapse.report import plots
+
     path = folder.path / "engram_clusters.png"
     if not runs:
         path.unlink(missing_ok=True)

@@ -455,8 +455,11 @@ def test_a_slurm_job_whose_node_is_wanted_is_queued_again_and_goes_on(slurm, tmp
     with running_command(tmp_path / "state", 1, 1, "slurm") as (command, _):
         (number,) = queued()
         subprocess.run(["scancel", "--signal=USR2", number], check=True)
-        wait_until(lambda: len(trained(tmp_path / "state")) == 2, 120)
+        wait_until(lambda: len(trained(tmp_path / "state")) == 2, 240)  # Slurm waits for two minutes
         assert command.poll() is None and queued() == [number]
+        os.killpg(command.pid, signal.SIGINT)
+        command.wait(20)
+    wait_until(lambda: not queued())
 
 
 @pytest.mark.parametrize("killed", [1, 2])
@@ -466,7 +469,8 @@ def test_slurm_workers_that_are_killed_are_named_and_stop_no_other(slurm, tmp_pa
         for worker in workers[:killed]:
             worker.kill()
         out, error = command.communicate(timeout=120)
-    assert command.returncode == 2 and not queued()
+    wait_until(lambda: not queued())
+    assert command.returncode == 2
     assert out.count("ended without a result (its log is ") == killed
     assert sum(job.finished for job in toys(state, 4)) == (3 if killed == 1 else 0)
     assert ("ended early" in error) == (killed == 2)

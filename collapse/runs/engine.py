@@ -361,7 +361,7 @@ def run_on_slurm(command: Command, workers: int, cluster: dict[str, Any]) -> Non
     logs = command.folder.parent / "slurm"
     array = submit(SlurmWorker(command.folder.absolute()), workers, logs, cluster)
     command.bar.write(f"{workers} Slurm jobs queued ({array}); their logs are in {logs}")
-    asked, unknown = time.monotonic(), 0
+    asked, unknown, cancel = time.monotonic(), 0, ["scancel", array]
     try:
         while command.has_open_jobs() or any(is_held(job.folder) for job in command.marks()):
             command.look()
@@ -374,10 +374,10 @@ def run_on_slurm(command: Command, workers: int, cluster: dict[str, Any]) -> Non
             if unknown == 2:  # not after one: what the workers have left may come late
                 raise UserError(f"the Slurm jobs {array} ended early: see {logs}; {GO_ON}.")
             time.sleep(LOOK_SECONDS)
+        cancel.append("--state=PENDING")  # the others end in good order
     finally:
         # In a session of its own: a second Ctrl-C does not keep it from ending the workers.
-        scancel = ["scancel", array]
-        subprocess.Popen(scancel, start_new_session=True, stderr=subprocess.DEVNULL).wait()
+        subprocess.Popen(cancel, start_new_session=True, stderr=subprocess.DEVNULL).wait()
     command.look()
 
 
@@ -416,7 +416,9 @@ class SlurmWorker:
     folder: Path
 
     def __call__(self, number: int) -> None:
-        work(self.folder, f"Slurm job {os.environ['SLURM_ARRAY_JOB_ID']}_{number}")
+        import submitit
+
+        work(self.folder, f"Slurm job {submitit.JobEnvironment().job_id}")
 
     def checkpoint(self, number: int) -> Any:
         """What to queue again when its time is up, or its node is wanted: the same."""

@@ -455,7 +455,9 @@ def test_a_slurm_job_whose_node_is_wanted_is_queued_again_and_goes_on(slurm, tmp
     with running_command(tmp_path / "state", 1, 1, "slurm") as (command, _):
         (number,) = queued()
         subprocess.run(["scancel", "--signal=USR2", number], check=True)
-        wait_until(lambda: len(trained(tmp_path / "state")) == 2, 240)  # Slurm waits for two minutes
+        wait_until(
+            lambda: len(trained(tmp_path / "state")) == 2, 240
+        )  # Slurm waits for two minutes
         assert command.poll() is None and queued() == [number]
         os.killpg(command.pid, signal.SIGINT)
         command.wait(20)

@@ -138,8 +138,9 @@ def shared_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        lock.release()
-        shutil.rmtree(folder, ignore_errors=True)
+        with locked(parent):  # no other command looks at it meanwhile
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def mark_of(folder: Path, job: Job) -> Path:
@@ -170,10 +171,10 @@ class Command:
 
     def marks(self) -> dict[Job, dict[str, str]]:
         """Of the jobs that are begun, and not known as failed."""
-        marks = {}
+        begun, marks = {file.stem for file in self.folder.glob("*.json")}, {}
         for job in self.jobs:
-            with contextlib.suppress(FileNotFoundError):
-                if job not in self.failures:
+            if job.folder.name in begun and job not in self.failures:
+                with contextlib.suppress(FileNotFoundError):  # it is done by now
                     marks[job] = read_json(mark_of(self.folder, job))
         return marks
 

@@ -25,7 +25,7 @@ from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_json
 from collapse.utils.provenance import environment
 from studies import benefit, class_count, collapse_threshold
-from studies.report import findings
+from studies.report import experiments
 from studies.report.own_models import BAG_OF_WORDS
 from studies.shared import finetune, fitting
 
@@ -42,7 +42,7 @@ class Config:
 
 def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
     """Results folder, data set, and the rows that its models are trained and validated on."""
-    for study in findings.present():
+    for study in experiments.present():
         data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
         yield study.folder, data["name"], load_again(data, data_dir)
     for name, (rows, _) in collapse_threshold.SIZES.items():

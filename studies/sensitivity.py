@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from collapse.measures.statistics import differences_interval, format_interval, paired_difference
+from collapse.report.markdown import markdown
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_json
 from studies import benefit, class_count
 from studies import collapse_threshold as threshold
 from studies.report.page import Page
-from studies.report.result_tables import markdown
 from studies.shared import fitting, sweep
 
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"

@@ -13,10 +13,11 @@ from conftest import arm_of, cells_of_row, tiny_config, tiny_model
 import common
 from collapse.data.batches import Split
 from collapse.measures.statistics import paired_difference
+from collapse.report.markdown import rows_of, table
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
 from studies import engram_pieces as study
-from studies.report import study_tables
+from studies.report import own_models
 from studies.shared import sweep
 from studies.shared.tables import put_rows, read_rows
 
@@ -110,14 +111,13 @@ def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_
         for arm, known in (("model3", numbers), ("constant-prefix", {"lm_loss_zero": constant})):
             row = {"training": arm, "seed": seed, "arm": arm} | dict.fromkeys(study.MEASURES)
             row |= {"git_commit": "", "weights_sha256": ""}
-            table = sweep.table_of(config.folder, seed)
-            put_rows(table, [row | known], "training")
+            put_rows(sweep.table_of(config.folder, seed), [row | known], "training")
     found = study.summary(config)
     for title, column in zip(study.COMPARISONS, (1, 2, 3, 4), strict=True):
         sides = (dict(enumerate(losses[:2, place])) for place in (0, column))
         assert found[title]["lm_loss"] == pytest.approx(paired_difference(*sides))
         assert found[title]["accuracy"]["n"] == 0
-        row = cells_of_row(study_tables.table_pieces(found), title)
+        row = cells_of_row(table(own_models.PIECES_COLUMNS, rows_of(found, "title")), title)
         assert row["LM loss, nats"].startswith(f"{found[title]['lm_loss']['mean']:+.4f} [")
 
 

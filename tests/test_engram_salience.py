@@ -15,10 +15,11 @@ from conftest import cells_of_row
 import common
 from collapse.data.task import Rows
 from collapse.models.pretrained import load_tokenizer
+from collapse.report.markdown import table
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
 from studies import engram_salience as study
-from studies.report import study_tables
+from studies.report import own_models
 from studies.shared import finetune
 from studies.shared.tables import put_rows, read_rows
 
@@ -220,9 +221,9 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
     assert [row["diverged"] for row in results["trainings"]] == [0, 1]
     assert results["P4"] is None and results["arms"][0]["all_backbones"]["n"] == 1
     assert study.text_of(results)
-    row = cells_of_row(study_tables.table_trainings(results, study.LABELS), "topic")
+    row = cells_of_row(table(own_models.TRAINING_COLUMNS, results["trainings"]), "topic")
     assert (row["backbones"], row["diverged"], row["learned"]) == ("1", "1", "1")
-    row = cells_of_row(study_tables.table_salience(results), "Dual + Engram")
+    row = cells_of_row(table(own_models.SALIENCE_COLUMNS, results["arms"]), "Dual + Engram")
     assert row["of all backbones"] == "+0.000" and row["learned both labels"] == "1 of 2"
 
 

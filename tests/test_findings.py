@@ -18,8 +18,7 @@ from collapse.report.comparisons import (
     tidy_table,
 )
 from collapse.utils.files import ROOT, read_json
-from studies.report import findings
-from studies.report import result_tables as tables
+from studies.report import claims, experiments, findings, own_models
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,11 @@ def test_results_md_is_that_of_the_json(page):
 
 def test_every_published_run_has_its_place_in_the_documents(page):
     folders = {str(path.parent.relative_to(ROOT)) for path in PUBLISHED}
-    assert folders == {study.folder for study in findings.present()}
+    assert folders == {study.folder for study in experiments.present()}
     for folder in folders:
         assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.document()
-    measured = read_json(ROOT / findings.RANKS)
-    assert list(findings.read_ranks()) == list(measured)  # none left out, one order
+    measured = read_json(ROOT / experiments.RANKS)
+    assert list(experiments.read_ranks()) == list(measured)  # none left out, one order
 
 
 def prose(text: str) -> str:
@@ -73,13 +72,13 @@ def test_every_number_in_the_findings_is_in_a_table(page):
 
 def test_the_answer_in_the_findings_is_that_of_the_json(published):
     """What the sentences say without a number that a table has."""
-    ranks = findings.read_ranks()
+    ranks = experiments.read_ranks()
     text = " ".join((ROOT / "FINDINGS.md").read_text().split())
     said = "In none of Figure 6's five studies is a difference in accuracy found at the final epoch"
     assert said in text
-    assert len(findings.present()) == 5
-    for study in findings.present():
-        for found in comparisons_of(findings.results_of(study))["final"].values():
+    assert len(experiments.present()) == 5
+    for study in experiments.present():
+        for found in comparisons_of(experiments.results_of(study))["final"].values():
             assert found["interval"]["low"] < 0 < found["interval"]["high"]
     for result in ranks.values():
         ends = [result[key]["effective_rank"] for key in ("model1", "pretrained")]
@@ -88,14 +87,14 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
 
 
 def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):
-    found = findings.own_models.endpoints()
+    found = own_models.endpoints()
     told = {name: prose((ROOT / name).read_text()) for name in findings.DOCUMENTS}
     for name, digits, scale in (("P1", 2, 100), ("P2", 2, 1), ("P4", 3, 1)):
         end = {**found[name]["interval"], "mean": found[name]["mean"]}
         text = format_interval(end, digits, scale, "+")
         assert text in told["FINDINGS.md"], text
         assert text in told["README.md"] or name == "P4", text
-    arms = read_json(findings.own_models.CONFIGS["engram_salience"].folder / "results.json")["arms"]
+    arms = read_json(own_models.CONFIGS["engram_salience"].folder / "results.json")["arms"]
     text = format_interval(arms[0]["less_random_compressor"], 3, sign="+")
     assert arms[0]["arm"] == "model3" and text in told["FINDINGS.md"]
 
@@ -133,31 +132,33 @@ def test_a_table_follows_its_json(monkeypatch):
     data = {"name": "Data", "train_rows": 4, "validation_rows": 4}
     settings = {"data": data, "config": {"epochs": 1}}
     results = {"settings": settings, "models": {"model1": {"7": run}}}
-    told = tables.provenance(Path("some"), results)
+    told = experiments.provenance(Path("some"), results)
     assert "seed 7" in told and "`some/results.json`" in told and "abacus" in told
-    block = lambda page: tables.table_accuracy(Path("some"), results)  # noqa: E731
-    monkeypatch.setattr(findings, "block_some", block, raising=False)
+    table = experiments.table(experiments.accuracy_columns(None), experiments.models_of(results))
+    monkeypatch.setitem(findings.BLOCKS, "some", lambda: (table, ["more"]))
     text = "before\n<!--begin some-->\nold\n<!--end-->\nafter\n"
-    filled = findings.fill(text, findings.Page())
+    page = findings.Page(numbers={"more": "A7"})
+    filled = findings.fill(text, page)
     assert "| 1: Classification Only | 5 | 50.00 | n/a | 75.00 |" in filled
-    assert filled.startswith("before\n") and filled.endswith("<!--end-->\nafter\n")
-    assert findings.fill(filled, findings.Page()) == filled and "old" not in filled
+    assert filled.startswith("before\n") and filled.endswith("*Full: A7.*\n\n<!--end-->\nafter\n")
+    assert findings.fill(filled, page) == filled and "old" not in filled
 
 
 def test_claims_are_those_of_the_json(page):
     """Signs and pairs of what stands beside each claim, from the stored rows and records."""
-    block = findings.block_claims(page)
-    claims = [line.split("|")[1].strip() for line in block.splitlines() if line.startswith("| ")]
+    table, keys = claims.claims()
+    assert set(keys) <= page.numbers.keys()
+    told = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     h1, h2, h3, less_start, less_model1 = (
-        cells_of_row(block, next(claim for claim in claims if claim.startswith(start)))
+        cells_of_row(table, next(claim for claim in told if claim.startswith(start)))
         for start in ("H1:", "H2:", "H3:", "H4: Model 1", "H4: Model 2")
     )
     more = float(h1["AG News, stand-in"].split()[0]) - float(h1["SST-2, stand-in"].split()[0])
     assert float(h2["AG News, stand-in"].split()[0]) == pytest.approx(more, abs=0.011)
-    standing = findings.own_models.standing(findings.own_models.endpoints(), "P3")
+    standing = own_models.standing(own_models.endpoints(), "P3")
     assert h2["verdict"] == standing and "P4b" in h3["verdict"]
-    for study in findings.repeated():
-        runs = findings.results_of(study)["models"]
+    for study in claims.repeated():
+        runs = experiments.results_of(study)["models"]
         accuracy = [
             np.mean([run["final"]["accuracy"] for run in runs[key].values()])
             for key in ("model1", "model2")
@@ -166,7 +167,8 @@ def test_claims_are_those_of_the_json(page):
         clusters = [run["cluster"] for run in runs["model3"].values()]
         ari = np.mean([c["trained"]["ari"] - c["untrained"]["ari"] for c in clusters])
         assert h3[study.short].startswith(f"{ari:+.3f} [")
-    for short, result in findings.short_names(findings.read_ranks()).values():
+    for result in experiments.read_ranks().values():
+        short = claims.SHORT[result["folder"]]
         ranks = [result[key]["effective_rank"] for key in ("pretrained", "model1", "model2")]
         if not short.startswith("snippets"):
             assert less_start[short].startswith(f"{ranks[1] - ranks[0]:+.1f} [")
@@ -185,7 +187,7 @@ def test_a_mild_collapse_is_stable_rank_and_participation_without_effective_rank
         "SST-2, b": study("results_7b", 10.0, 3.0, 4.0),
         "AG News": study("results_agnews", 10.0, 3.0, 4.0),
     }
-    met, shown = findings.mild_collapse(ranks)
+    met, shown = claims.mild_collapse(ranks)
     assert met == "met by SST-2, 7B"
     assert shown["SST-2, 7B"] == "9.0→10.0; 9.0→3.0; 9.0→4.0"
     assert shown["SST-2, small"] == "9.0→8.0; 9.0→8.0; 9.0→8.0"
@@ -247,26 +249,30 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         "records": {key: {"1": record(base)} for key, base in bases.items()},
     }
     results = records.summarize({"S": study})
-    told = tables.provenance_of_ranks("f", results)
+    told = experiments.provenance_of_ranks("f", results)
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
-    row = cells_of_row(tables.table_records(results, tables.RANK_COLUMNS), "Classification Only")
+    row = cells_of_row(
+        experiments.table_records(results, experiments.RANK_COLUMNS), "Classification Only"
+    )
     heads = ["effective rank", "over N - 1", "stable rank", "participation ratio"]
     heads += ["the same, eigenvalues", "components for 95% of variance"]
     assert [float(row[head]) for head in heads] == [200, 201, 202, 203, 204, 205]
     assert (row["rows"], row["seeds"], row["at matched rows"]) == ("100", "1", "240.0")
     assert "within classes" not in row  # no record has it
-    row = cells_of_row(tables.table_records(results, tables.COLLAPSE_COLUMNS), "Dual Head")
+    row = cells_of_row(
+        experiments.table_records(results, experiments.COLLAPSE_COLUMNS), "Dual Head"
+    )
     heads = ["NC1 CDNV, pooled", "NC1 CDNV, intermediate", "NC2 etf_error"]
     heads += ["NC3 self_duality_error", "NC4 ncc_agreement", "accuracy"]
     assert [float(row[head]) for head in heads] == [306, 320, 321, 322, 323, 307]
-    row = cells_of_row(tables.table_depth(results), "Dual + Engram")
+    row = cells_of_row(experiments.table_depth(results), "Dual + Engram")
     assert list(row.values())[3:] == ["507.0", "503.0 at 2", "505.0"]
     for change, first, second in (
         ("model1 - pretrained", 100, 200),
         ("model3 - model1", 200, 500),
         ("model3 - model2", 300, 500),
     ):
-        row = cells_of_row(tables.table_changes(results), change)
+        row = cells_of_row(experiments.table_changes(results), change)
         for number in ("effective rank", "stable rank"):
             assert float(row[number].split(" [")[0]) == second - first
         factor = float(row["NC1 CDNV, pooled, as a factor"].split(" [")[0])
@@ -293,8 +299,8 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
     results = records.summarize(studies)
     heads = ["within classes", "without the first token", "within, without first"]
     for table in (
-        tables.table_records(results, tables.RANK_COLUMNS),
-        tables.table_changes(results),
+        experiments.table_records(results, experiments.RANK_COLUMNS),
+        experiments.table_changes(results),
     ):
         old, new = (
             [cells_of_row(part, name)[head] for head in heads]
@@ -302,8 +308,8 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
             for part in [with_one_row_of(table, name)]
         )
         assert old == ["n/a"] * 3 and "n/a" not in new
-    assert tables.table_depth(results).count("| new |") == 2 * 4  # models by measures
-    assert tables.table_depth(results).count("| old |") == 2
+    assert experiments.table_depth(results).count("| new |") == 2 * 4  # models by measures
+    assert experiments.table_depth(results).count("| old |") == 2
 
 
 def with_one_row_of(table: str, name: str) -> str:
@@ -358,27 +364,30 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
         "models": {"model1": {"7": run(100)}, "model2": {"7": run(200)}, "model3": {"7": run(300)}},
         "comparisons": found | {"best": {}},
     }
-    own, theirs = Path("results_b"), Path("results_7b")
+    own, theirs = (
+        {name: text for name, (_, text) in experiments.tables_of(Path(folder), results).items()}
+        for folder in ("results_b", "results_7b")
+    )
     pair = "model2 - model1, final epoch"
-    row = cells_of_row(tables.table_comparisons(own, results), pair)
+    row = cells_of_row(own["comparisons"], pair)
     assert list(row.values())[1:] == ["+1.00 [-2.00, +3.00]", "0.5, 0.12"]
-    row = cells_of_row(tables.table_comparisons(theirs, results), pair)
+    row = cells_of_row(theirs["comparisons"], pair)
     assert list(row.values())[-1] == "+0.34" and list(row)[-1].startswith("reference")
-    row = cells_of_row(tables.table_training(own, results), "2: Dual Head")
+    row = cells_of_row(own["training"], "2: Dual Head")
     assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
-    row = cells_of_row(tables.table_seeds(own, results), "3: Dual + Engram")
+    row = cells_of_row(own["seeds"], "3: Dual + Engram")
     assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
     case = "control: untrained compressor, trained backbone"
-    row = cells_of_row(tables.table_engrams(own, results), case)
+    row = cells_of_row(own["engrams"], case)
     assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
-    assert "no 25.0; yes 75.0" in tables.table_engrams(own, results)
+    assert "no 25.0; yes 75.0" in own["engrams"]
     still = {"final": {"model2 - model1": {"interval": interval | {"mean": 0.0}}}}
     there = {
         "settings": {"config": {"model": "m"}, "data": data | {"name": "Other"}},
         "comparisons": still,
         "models": {},
     }
-    row = cells_of_row(tables.table_cross(results, there), "model2 - model1")
+    row = cells_of_row(experiments.table_cross(results, there), "model2 - model1")
     assert list(row)[1:3] == ["Data (9 / 8 rows, bfloat16)", "Other (9 / 8 rows)"]
     assert [cell.split()[0] for cell in list(row.values())[1:]] == ["+1.00", "+0.00", "+1.00"]
 
@@ -394,8 +403,9 @@ def measured(step: int, components: int | None, loss: float | None = 0.5) -> dic
 
 def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
     path = [measured(0, 40), measured(5, 4), measured(10, 20, None), measured(15, None, None)]
-    models = {"model1": {"7": {"measured": path}}, "model2": {"7": {"measured": []}}}
-    lines = tables.table_measured(Path(), {"models": models}).splitlines()[2:]
+    trainings = [{"model": "model1", "seed": "7", "measured": path}]
+    trainings.append({"model": "model2", "seed": "7", "measured": []})
+    lines = experiments.table_measured(trainings).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[1:4] for row in cells] == [
         ["start", "0", "40, 100%"],
@@ -403,7 +413,7 @@ def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
         ["end", "10", "20, 50%"],  # the last one that is finite
     ]
     assert cells[0][4:] == ["9.0", "8.0", "7.0", "0.500", "75.0"] and cells[2][7:] == ["n/a"] * 2
-    assert tables.table_measured(Path(), {"models": {"model2": models["model2"]}}) == ""
+    assert experiments.table_measured(trainings[1:]) == ""
 
 
 def test_a_path_is_drawn_where_there_is_one(tmp_path):

@@ -14,9 +14,10 @@ from conftest import cells_of_row
 from collapse.data.clinc_domains import CLINC_DOMAINS
 from collapse.measures.predictions import pack, unpack
 from collapse.measures.statistics import crossed_interval, sets_interval
+from collapse.report.markdown import rows_of, table
 from collapse.utils.errors import UserError
 from studies import benefit, class_count
-from studies.report import gain_tables
+from studies.report import own_models
 from studies.shared import finetune, fitting, sweep
 from studies.shared.tables import put_rows, read_rows
 
@@ -308,13 +309,17 @@ def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
 def test_tables_tell_what_the_summary_holds(study):
     config, truth = study
     found = benefit.summary(config)
-    row = cells_of_row(gain_tables.table_differences(found), "Dual Head less Model 1")
+    row = cells_of_row(own_models.table_differences(found), "Dual Head less Model 1")
     assert row["mean of its sets"].startswith(f"{100 * found['P1']['mean']:+.2f} [")
     assert row["backbones with all its sets"] == "4"
-    row = cells_of_row(gain_tables.table_ends(found), "Banking77", "Dual Head")
+    row = cells_of_row(
+        table(own_models.BENEFIT_COLUMNS, rows_of(found["arms"], "data", "arm")),
+        "Banking77",
+        "Dual Head",
+    )
     mean = 100 * np.mean([truth[seed, "Banking77", "model2", -2.5].mean() for seed in range(4)])
     assert row["accuracy, %"] == f"{mean:.1f}"
-    row = cells_of_row(gain_tables.table_rank_at_equal_loss(found), "mean, P5")
+    row = cells_of_row(own_models.table_rank_at_equal_loss(found), "mean, P5")
     assert list(row.values())[1].startswith(f"{found['P5']['mean']:+.2f} [")
 
 

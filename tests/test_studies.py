@@ -16,7 +16,7 @@ from collapse.data.batches import Split, collate
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
 from studies import throughput
-from studies.report import result_tables
+from studies.report import side_studies
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
@@ -116,7 +116,7 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         "data": data,
         "settings": {"rounds": 2},
     }
-    row = result_tables.table_throughput(results | {"model1": small}).splitlines()[2]
+    row = side_studies.table_throughput(results | {"model1": small}).splitlines()[2]
     assert row.split("|")[4].strip() == f"{small['ratio']['conventional']['median']:.1f}"
 
 

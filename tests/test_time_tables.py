@@ -11,9 +11,11 @@ from collapse.measures.statistics import differences_interval
 from collapse.measures.verdicts import holm
 from collapse.utils.files import write_json
 from studies import collapse_threshold
-from studies.report import time_tables
+from studies.report import own_models, thresholds
 from studies.report.page import Page
 from studies.shared import sweep
+
+LATER = own_models.LATER_ENDPOINTS
 
 
 @pytest.fixture
@@ -21,53 +23,55 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
     """The study of time with a drift that the LM loss stops; P8's model with four seeds of five."""
     at = {("model1", seed): (-3.4, -3.1)[seed % 2] for seed in range(4)}
     at |= {("model2", seed): 0.0 for seed in range(4)}
-    qwen = dataclasses.replace(time_tables.QWEN, output_dir=tmp_path / "real")
+    qwen = dataclasses.replace(own_models.QWEN, output_dir=tmp_path / "real")
     results = {"by_components": {"AG News": collapse_threshold.by_components(planted(at))}}
     qwen.folder.mkdir(parents=True)
     write_json(qwen.folder / "results.json", results)
-    monkeypatch.setattr(time_tables, "TIME", tables)
-    monkeypatch.setattr(time_tables, "QWEN", qwen)
-    monkeypatch.setattr(time_tables, "MODELS", (qwen,))
-    monkeypatch.setattr(time_tables, "folder_of", lambda config: str(config.folder))
-    monkeypatch.setattr(time_tables, "source_of", lambda *options: "Command.")
-    time_tables.collapse_time.report(tables)
+    monkeypatch.setattr(own_models, "TIME", tables)
+    monkeypatch.setattr(own_models, "QWEN", qwen)
+    monkeypatch.setattr(own_models, "REAL_MODELS", (qwen,))
+    monkeypatch.setattr(thresholds, "folder_of", lambda config: str(config.folder))
+    monkeypatch.setattr(own_models, "source_of", lambda *options: "Command.")
+    own_models.collapse_time.report(tables)
     return qwen
 
 
 def test_three_endpoints_are_adjusted_together(published):
-    found = time_tables.endpoints()
+    found = own_models.endpoints(LATER)
     adjusted = holm({name: result["p"] for name, result in found.items()})
     assert {name: result["p_holm"] for name, result in found.items()} == pytest.approx(adjusted)
     assert found["P6"]["verdict"] == "supported" and found["P8"]["lower_bound"]
     assert not found["P8"]["done"]
-    table = time_tables.table_endpoints()
+    table = own_models.table_endpoints(LATER, "n")
     assert "≥ +" in table and "supported so far" in table and "Not run yet" not in table
 
 
 def test_an_estimate_that_bounds_nothing_rejects_nothing():
     interval = differences_interval({0: 0.5, 1: 0.6, 2: 0.7})
     unbounded = sweep.endpoint(interval | {"bounded": False}, 0.25, True, 3)
-    assert unbounded["verdict"] == "not decided" and time_tables.p_of(unbounded) == 1.0
+    assert unbounded["verdict"] == "not decided" and own_models.p_of(unbounded) == 1.0
     below = differences_interval({0: -0.5, 1: -0.6, 2: -0.7}) | {"lower_bound": True}
     said = sweep.endpoint(below, 0.25, True, 3)
-    assert said["verdict"] == "not decided" and time_tables.p_of(said) == 1.0
+    assert said["verdict"] == "not decided" and own_models.p_of(said) == 1.0
     plain = sweep.endpoint(interval, 0.25, True, 3)
-    assert time_tables.p_of(plain) == plain["p"] < 0.05
+    assert own_models.p_of(plain) == plain["p"] < 0.05
 
 
 def test_an_endpoint_without_any_slope_has_its_row(published, monkeypatch):
-    results = dict(time_tables.results_of(time_tables.TIME))
+    results = dict(own_models.results_of(own_models.TIME))
     slopes = dict.fromkeys(range(200, 205), -0.8)
     nowhere = dict.fromkeys(slopes, (-math.inf, math.inf))
-    results["P7"] = time_tables.collapse_time.p7(time_tables.TIME, slopes, nowhere)
-    write_json(time_tables.TIME.folder / "results.json", results)
-    row = next(line for line in time_tables.table_endpoints().splitlines() if "| P7" in line)
+    results["P7"] = own_models.collapse_time.p7(own_models.TIME, slopes, nowhere)
+    write_json(own_models.TIME.folder / "results.json", results)
+    row = next(
+        line for line in own_models.table_endpoints(LATER, "n").splitlines() if "| P7" in line
+    )
     assert "| n/a | n/a |" in row and "| not decided |" in row
 
 
 def test_the_page_tells_thresholds_with_their_bounds(published):
     page = Page()
-    time_tables.add_time(page)
+    thresholds.add_time(page)
     text = page.document()
     row = next(line for line in text.splitlines() if line.startswith("| model2"))
     assert "| ≥ 1.0e-02 |" in row and "after 6400" in text
@@ -79,10 +83,10 @@ def test_the_page_tells_thresholds_with_their_bounds(published):
 
 def test_nothing_is_added_before_anything_ran(tmp_path, monkeypatch):
     for name in ("TIME", "QWEN"):
-        config = dataclasses.replace(getattr(time_tables, name), output_dir=tmp_path)
-        monkeypatch.setattr(time_tables, name, config)
-    monkeypatch.setattr(time_tables, "MODELS", ())
+        config = dataclasses.replace(getattr(own_models, name), output_dir=tmp_path)
+        monkeypatch.setattr(own_models, name, config)
+    monkeypatch.setattr(own_models, "REAL_MODELS", ())
     page = Page()
-    time_tables.add_time(page)
+    thresholds.add_time(page)
     assert page.parts == []
-    assert "Not run yet: P6" in time_tables.table_endpoints()
+    assert "Not run yet: P6" in own_models.table_endpoints(LATER, "n")

@@ -1,28 +1,31 @@
-"""What RESULTS.md and FINDINGS.md tell of the studies on own language models.
+"""Studies on own language models: the protocol's endpoints, and each study's tables and figures.
 
-The protocol's endpoints; a function add_NAME for each study's part of RESULTS.md, which adds
-nothing before its results.json is there; block_NAME for each block of FINDINGS.md, see findings.py.
+A function add_NAME writes a study's section of RESULTS.md; it adds nothing before the study's
+results.json is there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from collapse.measures.statistics import format_bounds, format_interval, t_interval
+from collapse.arms import find_arm
+from collapse.measures.statistics import format_bounds, t_interval
 from collapse.measures.verdicts import holm, holm_levels, verdict
+from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
 from collapse.utils.files import ROOT, read_json
 from studies import (
     benefit,
     class_count,
     collapse_threshold,
+    collapse_time,
     engram_pieces,
     engram_salience,
     linguistic_collapse,
 )
-from studies.report import gain_tables, study_tables
-from studies.report import result_tables as tables
-from studies.report.page import Page, with_full
+from studies.report.experiments import short_commit
+from studies.report.page import Page
 from studies.shared import sweep
 
 STUDIES = {
@@ -35,15 +38,20 @@ STUDIES = {
 # Study -> the settings of its published run, as far as they name its folder and its trainings.
 CONFIGS = {name: study.Config(corpus="newsgroups") for name, study in STUDIES.items()}
 STANDIN = collapse_threshold.Config(model="smollm2-135m")  # described, not tested
+TIME = collapse_time.Config(corpus="newsgroups")
+# Real models, in order of size; P8 is about the second.
+QWEN = collapse_threshold.Config(model="qwen2.5-coder-0.5b-instruct")
+REAL_MODELS = (collapse_threshold.Config(model="gemma-3-270m"), QWEN)
 LINGUISTIC = "studies/results/linguistic_collapse"
-FINETUNED = "studies/results/pretrain/finetuned.json"
+MODELS = ("model1", "model2")
 
 
 def summarize() -> None:
-    """Anew results.json and figures of every study that has tables."""
+    """Write results.json and figures of every study that has tables anew."""
     published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
-    for study, config in [*published, (collapse_threshold, STANDIN)]:
-        if sweep.table_of(config.folder, 0).exists():
+    published += [(collapse_threshold, config) for config in (STANDIN, *REAL_MODELS)]
+    for study, config in [*published, (collapse_time, TIME)]:
+        if any(config.folder.glob("seed-*.csv")):
             study.report(config)
 
 
@@ -57,6 +65,178 @@ def results_of(config: sweep.Config) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def source_of(
+    config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
+) -> str:
+    """Command of a study, with options, and settings as its rows have them; how these were made."""
+    rows = sweep.published_rows(config.folder)
+    trainings = {(row["seed"], row["training"]) for row in rows}
+    options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
+    piloted = {int(row["seed"]) for row in rows} & set(sweep.PILOTS)
+    commits = ", ".join(sorted({short_commit(row["git_commit"]) for row in rows}))
+    machines = sorted({row["hardware"] for row in rows} - {""})
+    on = f" on {', '.join(machines)}" if machines else ""
+    script = type(config).__module__.rpartition(".")[2]
+    return (
+        f"Command: `python studies/{script}.py {options} --data-dir DIR`. Source: "
+        f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
+        f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
+    )
+
+
+def begin(
+    page: Page,
+    title: str,
+    config: sweep.Config,
+    options: str = "--corpus newsgroups",
+    settings: Sequence[str] = (),
+    once: str = "",
+) -> dict[str, Any] | None:
+    """Begin a study's section, and give its results.
+
+    None, with nothing added, before these are there; before the endpoint `once` has an interval.
+    """
+    results = results_of(config)
+    if results is None or (once and not results[once]):
+        return None
+    page.text(f"## {title}")
+    page.text(source_of(config, options, settings))
+    if "rates" in results:
+        rates = (f"{name} {10**rate:.1e}" for name, rate in results["rates"].items())
+        page.text(f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(rates)}.")
+    return results
+
+
+def arm_title(row: dict) -> str:
+    return "before training" if row["arm"] == "start" else find_arm(row["arm"]).title
+
+
+def count_of(interval: dict | None) -> int | None:
+    """Over how many backbones an interval is."""
+    return interval and interval.get("n", interval.get("n_seeds"))
+
+
+DATA, ARM = Column("data", "data"), Column("arm", arm_title)
+RATE = Column("rate", lambda row: f"{10 ** float(row['rate']):.1e}")
+BACKBONES = Column("backbones", count_of)
+
+# --------------------------------------------------------------------------------------------------
+# The protocol's endpoints
+# --------------------------------------------------------------------------------------------------
+
+# Two families, each adjusted by itself: endpoint -> what it measures, and what its number is
+# multiplied by for the unit.
+ENDPOINTS = {
+    "P1": ("accuracy, Model 2 - Model 1, points", 100),
+    "P2": ("shift of the edge by the LM loss, decades", 1),
+    "P3": ("slope of the gain on log2 classes, logits", 1),
+    "P4": ("ARI, trained label - other label", 1),
+    "P5": ("log rank within classes at equal loss, Model 2 - Model 1", 1),
+}
+LATER_ENDPOINTS = {
+    "P6": ("how far Model 1's threshold falls in a decade of steps, decades", 1),
+    "P7": ("slope of Model 2's threshold - Model 1's, decades a decade", 1),
+    "P8": ("Qwen2.5-Coder-0.5B: threshold, Model 2 - Model 1, decades", 1),
+}
+STUDY_OF = {"P1": "benefit", "P2": "collapse_threshold", "P3": "class_count"}
+STUDY_OF |= {"P4": "engram_salience", "P5": "benefit"}
+
+
+def result_of(endpoint: str) -> dict[str, Any] | None:
+    """What its study says of an endpoint; None before that has run."""
+    if endpoint == "P8":
+        return at(results_of(QWEN), ("by_components", "AG News", "shift"))
+    return at(results_of(CONFIGS[STUDY_OF[endpoint]] if endpoint in STUDY_OF else TIME), endpoint)
+
+
+def endpoints(family: dict[str, tuple[str, float]] = ENDPOINTS) -> dict[str, dict[str, Any]]:
+    """Those that have run, each with `interval` at Holm's level and its verdict.
+
+    One that has not run, or bounds nothing above zero, counts as if its p were 1.
+    """
+    results = {name: result for name in family if (result := result_of(name))}
+    p_values = {name: p_of(results[name]) if name in results else 1.0 for name in family}
+    levels, adjusted = holm_levels(p_values), holm(p_values)
+    for name, result in results.items():
+        mean, se, df = (result[key] for key in ("mean", "se", "df"))
+        interval = t_interval(
+            mean, se or 0.0, df if result.get("bounded", True) else 0, levels[name]
+        )
+        result |= {"interval": interval, "p_holm": adjusted[name]}
+        if mean is not None and not refuted_from_above(result):
+            rules = result["margin"], result["done"], result.get("lower_bound", False)
+            result |= verdict(mean, interval, result["interval_90"], *rules)
+    return results
+
+
+def p_of(result: dict[str, Any]) -> float:
+    """As Holm counts it: a lower bound below zero, or one of nothing, rejects nothing."""
+    bounds_nothing = not result.get("bounded", True)
+    below = result.get("lower_bound", False) and (result["mean"] or 0) <= 0
+    if (bounds_nothing or below) and not refuted_from_above(result):
+        return 1.0
+    return result["p"]
+
+
+def refuted_from_above(result: dict[str, Any]) -> bool:
+    """Of P7: the largest slope that Model 2's ends allow lies surely below Model 1's."""
+    return bool(result.get("at_most")) and result["verdict"] == "refuted"
+
+
+def verdict_so_far(result: dict[str, Any]) -> str:
+    return result["verdict"] + ("" if result["done"] else " so far")
+
+
+def standing(ran: dict[str, dict], name: str) -> str:
+    """An endpoint's verdict in a word."""
+    return f"{name} {verdict_so_far(ran[name]) if name in ran else 'not run'}"
+
+
+def endpoint_columns(counted: str) -> list[Column]:
+    """counted: what `n` is a number of."""
+
+    def scaled(row: dict) -> tuple[int, float, str]:
+        return (2 if abs(row["scale"] * row["margin"]) >= 0.1 else 3), row["scale"], "+"
+
+    def estimate(row: dict) -> str:
+        interval = row["interval"] | {"mean": row["mean"]}
+        bound = "≥ " if row.get("lower_bound") and row["mean"] is not None else ""
+        return bound + cell(interval, *scaled(row))
+
+    return [
+        Column("", "name"),
+        Column("what", "what"),
+        Column("estimate [Holm-adjusted]", estimate),
+        Column("90%", lambda row: format_bounds(row["interval_90"], *scaled(row)) or None),
+        Column("margin", lambda row: f"{row['scale'] * row['margin']:g}"),
+        Column(counted, "n"),
+        Column("p, Holm", "p_holm", ".1g"),
+        Column("verdict", verdict_so_far),
+    ]
+
+
+def table_endpoints(
+    family: dict[str, tuple[str, float]] = ENDPOINTS,
+    counted: str = "backbones",
+    short: bool = False,
+) -> str:
+    """Those that ran, and a line that names the others; short: without what the adjusted interval
+    tells, too.
+    """
+    ran = endpoints(family)
+    rows = [
+        {"name": name, "what": what, "scale": scale} | ran[name]
+        for name, (what, scale) in family.items()
+        if name in ran
+    ]
+    columns = endpoint_columns(counted)
+    if short:
+        columns = [column for column in columns if column.title not in ("90%", "p, Holm")]
+    others = [f"{name}: {what}" for name, (what, _) in family.items() if name not in ran]
+    note = f"\n\nNot run yet: {'; '.join(others)}." if others else ""
+    return table(columns, rows) + note
+
+
 # --------------------------------------------------------------------------------------------------
 # A bag of words on the same rows
 # --------------------------------------------------------------------------------------------------
@@ -67,6 +247,14 @@ SWEEPS = {
     "benefit": "own models, best epoch",
     "class_count": "own models, best epoch",
 }
+BAG_OF_WORDS_COLUMNS = (
+    *plain("models", "data"),
+    Column("training rows", "train_rows"),
+    *plain("classes"),
+    Column("bag of words", "accuracy", 1, 100),
+    Column("Model 1", "model1", 1, 100),
+    Column("Model 2", "model2", 1, 100),
+)
 
 
 def bag_of_words(folder: str) -> dict[str, float]:
@@ -78,243 +266,170 @@ def bag_of_words(folder: str) -> dict[str, float]:
 def table_bag_of_words(titles: dict[str, str]) -> str:
     """A bag of words beside Models 1 and 2 on the same rows; titles: of experiments' folders."""
     titles = titles | {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
-    rows = []
-    for row in read_json(BAG_OF_WORDS)["rows"]:
-        models = accuracies(row["folder"], row["data"])
-        cells = [titles[row["folder"]], row["data"], f"{row['train_rows']:,}", f"{row['classes']}"]
-        numbers = [row["accuracy"], *(models[model] for model in ("model1", "model2"))]
-        rows.append([*cells, *(f"{100 * number:.1f}" for number in numbers)])
-    header = ["models", "data", "training rows", "classes", "bag of words", "Model 1", "Model 2"]
-    return tables.markdown(header, rows)
+    rows = (
+        row | {"models": titles[row["folder"]]} | accuracies(row["folder"], row["data"])
+        for row in read_json(BAG_OF_WORDS)["rows"]
+    )
+    return table(BAG_OF_WORDS_COLUMNS, rows)
 
 
 def accuracies(folder: str, data: str) -> dict[str, float]:
     """Mean validation accuracy of Models 1 and 2 on a data set, as a results folder tells it."""
-    found = read_json(ROOT / folder / "results.json")
-    if "models" in found:  # an experiment
+    results = read_json(ROOT / folder / "results.json")
+    if "models" in results:  # an experiment
         return {
-            model: float(np.mean([run["final"]["accuracy"] for run in runs.values()]))
-            for model, runs in found["models"].items()
+            model: float(np.mean(at(runs, "*.final.accuracy")))
+            for model, runs in results["models"].items()
         }
-    if "table" in found:  # class_count: a row for each number of classes
-        counts = {f"{r['classes']} classes": r for r in found["table"] if r["merge"] == "nested"}
+    if "table" in results:  # class_count: a row for each number of classes
+        counts = {f"{r['classes']} classes": r for r in results["table"] if r["merge"] == "nested"}
         arms = counts[data]
-    elif "P1" in found:
-        arms = found["arms"][data]
+    elif "P1" in results:
+        arms = results["arms"][data]
     else:  # a sweep over rates
-        ends = {row["arm"]: row["ends"][data].values() for row in found["arms"]}
+        ends = {row["arm"]: row["ends"][data].values() for row in results["arms"]}
         return {arm: max(end["validation_accuracy"] for end in at) for arm, at in ends.items()}
-    return {model: arms[model]["best_accuracy"]["mean"] for model in ("model1", "model2")}
+    return {model: arms[model]["best_accuracy"]["mean"] for model in MODELS}
 
 
 # --------------------------------------------------------------------------------------------------
-# The protocol's endpoints
+# What the LM loss gains: benefit.py and class_count.py
 # --------------------------------------------------------------------------------------------------
 
-# Endpoint -> its study, what it measures, a unit, and what a number is multiplied by for it.
-ENDPOINTS = {
-    "P1": ("benefit", "accuracy, Model 2 - Model 1", "points", 100),
-    "P2": ("collapse_threshold", "shift of the edge by the LM loss", "decades", 1),
-    "P3": ("class_count", "slope of the gain on log2 classes", "logits", 1),
-    "P4": ("engram_salience", "ARI, trained label - other label", "", 1),
-    "P5": ("benefit", "log rank within classes at equal loss, Model 2 - Model 1", "", 1),
-}
+P1_COLUMNS = (
+    Column("accuracy, points", lambda _: "Model 2 - Model 1"),
+    Column("mean of the sets [95%]", "P1", 2, 100),
+    Column("seeds and rows drawn anew [95%]", "P1.pigeonhole", 2, 100),
+    Column(
+        "90%",
+        lambda row: row["P1_equivalence"] and format_bounds(row["P1_equivalence"], 2, 100, "+"),
+    ),
+    Column("margin", "P1.margin", "g", 100),
+    Column("p of an effect outside it", "P1_equivalence.p", ".2g"),
+    Column("backbones", lambda row: count_of(row["P1"])),
+)
+RANK_COLUMNS = (
+    DATA,
+    Column("log rank, Model 2 - Model 1 [95%]", ""),
+    Column("as a factor", lambda row: None if row.get("mean") is None else math.exp(row["mean"])),
+    BACKBONES,
+)
+BENEFIT_COLUMNS = (
+    DATA,
+    ARM,
+    Column("accuracy, %", "best_accuracy.mean", 1, 100),
+    Column("loss, nats", "best_loss.mean", 3),
+    Column("scaled by temperature", "best_scaled_loss.mean", 3),
+    Column("best epoch", "best_epoch.mean", 1),
+    Column("LM loss less before, nats", "language_kept.mean", 2, 1, "+"),
+    Column("probe of another set less before, points", "transfer_kept.mean", 1, 100, "+"),
+    BACKBONES,
+    *plain("diverged"),
+)
+KEPT = ("language_kept", "transfer_kept", "best_scaled_loss")
+KEPT_COLUMNS = (
+    Column("Model 2 - Model 1 [95%]", "data"),
+    Column("LM loss, nats", "language_kept", 2),
+    Column("probe of another set, points", "transfer_kept", 1, 100),
+    Column("validation loss at own rates, scaled, nats", "best_scaled_loss", 3),
+    Column("backbones", lambda row: merge_equal([cell(count_of(row[name])) for name in KEPT])),
+)
+GAIN_COLUMNS = (
+    DATA,
+    Column("accuracy, points [95%]", "gain", 2, 100),
+    Column("log rank at equal loss", "rank"),
+    Column("Model 1, %", "accuracy", 1, 100),
+    Column("bag of words, %", "words", 1, 100),
+)
+TIME_COST_COLUMNS = (DATA, ARM, Column("time over Model 1's", "mean"), BACKBONES)
 
 
-def endpoints() -> dict[str, dict]:
-    """P1 to P5 as far as they have run, each with `interval` at Holm's level and its verdict.
-
-    One that has not run keeps its place among the five: it counts as if its p were 1.
-    """
-    found = {}
-    for name, (study, *_) in ENDPOINTS.items():
-        results = results_of(CONFIGS[study])
-        if results and results[name]:
-            found[name] = results[name]
-    p_values = {name: found[name]["p"] if name in found else 1.0 for name in ENDPOINTS}
-    levels, adjusted = holm_levels(p_values), holm(p_values)
-    for name, result in found.items():
-        estimate = [result[key] for key in ("mean", "se", "df")]
-        interval = t_interval(*estimate, levels[name])
-        bounds = interval, result["interval_90"]
-        said = verdict(result["mean"], *bounds, result["margin"], result["done"])
-        result |= {"interval": interval, "p_holm": adjusted[name], **said}
-    return found
-
-
-def standing(found: dict[str, dict], name: str) -> str:
-    """An endpoint's verdict in a word."""
-    if name not in found:
-        return f"{name} not run"
-    return f"{name} {found[name]['verdict']}{'' if found[name]['done'] else ' so far'}"
-
-
-def of_h4(found: dict[str, dict]) -> str:
-    """H4 is decided only where P2 and P5 agree."""
-    both = [
-        found[name]["verdict"] for name in ("P2", "P5") if name in found and found[name]["done"]
+def table_differences(results: dict) -> str:
+    """Accuracy of each arm less Model 1's, of controls less Model 2's too; points [95%]."""
+    columns = [Column("accuracy, points [95%]", "title")]
+    columns += [Column(data, (data,), 2, 100) for data in results["arms"]]
+    columns.append(Column("mean of its sets", "mean", 2, 100))
+    columns.append(Column("backbones with all its sets", lambda row: count_of(row["mean"])))
+    rows = [
+        differences | {"title": f"{find_arm(arm).title} less Model {number}"}
+        for number, kind in ((1, "accuracy_differences"), (2, "less_model2"))
+        for arm, differences in results[kind].items()
     ]
-    agree = len(both) == 2 and len(set(both)) == 1 and both[0] in ("supported", "refuted")
-    parts = f"{standing(found, 'P2')}, at high rates; {standing(found, 'P5')}, a difference"
-    return f"{both[0] if agree else 'open'} ({parts})"
+    return table(columns, rows)
 
 
-def of_h3(found: dict[str, dict]) -> str:
-    """P4 is of a trained label; P4b asks what training the compressor adds."""
-    arms = (results_of(CONFIGS["engram_salience"]) or {"arms": []})["arms"]
-    gains = [row["less_random_compressor"] for row in arms if row["arm"] == "model3"]
-    told = [f"; P4b {format_interval(gain, 3, sign='+')}" for gain in gains if gain["n"]]
-    return f"{standing(found, 'P4')}, of a trained label{''.join(told)}"
-
-
-def table_endpoints(short: bool = False) -> str:
-    """Those that ran, and a line that names the others."""
-    ran, rows = endpoints(), []
-    for name, found in ran.items():
-        _, what, unit, scale = ENDPOINTS[name]
-        title = f"{what}, {unit}" if unit else what
-        ends = [{**found[key], "mean": found["mean"]} for key in ("interval", "interval_90")]
-        digits = 2 if abs(scale * found["margin"]) >= 0.1 else 3
-        cells = [format_interval(end, digits, scale, "+") for end in ends]
-        cells[1] = format_bounds(ends[1], digits, scale, "+")
-        said = standing(ran, name).removeprefix(f"{name} ")
-        cells += [f"{scale * found['margin']:g}", str(found["n"]), f"{found['p_holm']:.1g}", said]
-        rows.append([name, title, *cells])
-    header = ["", "what", "estimate [Holm-adjusted]", "90%", "margin", "backbones", "p, Holm"]
-    header.append("verdict")
-    if short:  # without what the adjusted interval tells, too
-        kept = [place for place, head in enumerate(header) if head not in ("90%", "p, Holm")]
-        header, *rows = ([row[place] for place in kept] for row in (header, *rows))
-    table = tables.markdown(header, rows)
-    others = [f"{name}: {what}" for name, (_, what, *_) in ENDPOINTS.items() if name not in ran]
-    return f"{table}\n\nNot run yet: {'; '.join(others)}." if others else table
-
-
-# --------------------------------------------------------------------------------------------------
-# RESULTS.md
-# --------------------------------------------------------------------------------------------------
-
-
-def steps_of(config: collapse_threshold.Config) -> str:
-    """Optimizer steps of a study's trainings, as its rows have them; without rows nothing."""
-    steps = {row["steps"] for row in sweep.published_rows(config.folder)}
-    return " or ".join(sorted(steps, key=int))
-
-
-def add_threshold(page: Page) -> None:
-    config = CONFIGS["collapse_threshold"]
-    found, folder = results_of(config), folder_of(config)
-    page.text("## The learning rate at which a representation collapses")
-    page.text(
-        "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
-        f"--workers 2`. Source: `{folder}/seed-*.csv`, a row for every measurement of "
-        f"{found['runs']} trainings."
-    )
-    caption = "Where runs stop being healthy; shifts are paired over backbones. With another share "
-    caption += "of components as bound of a collapse, Dual Head's shift of the edge is "
-    others = found["other_bounds"].items()
-    told = [f"{format_interval(d, sign='+')} ({float(bound):.0%})" for bound, d in others]
-    caption += "; ".join(told) + "."
-    steps = steps_of(config)
-    page.table("threshold", caption, study_tables.table_threshold(found, steps=steps))
-    caption = "Shifts on each data set, decades, paired by backbone."
-    page.table("shifts", caption, study_tables.table_shifts(found))
-    for dataset in found["arms"][0]["edge"]:
-        caption = f"How runs end, {dataset}: counts, and means over backbones."
-        page.table(f"ends {dataset}", caption, study_tables.table_ends(found, dataset))
-    page.figure(f"{folder}/collapse.png", "Components kept and accuracy by learning rate")
-    if (ROOT / FINETUNED).exists():
-        caption = "Backbones against random weights; each start at its better rate of two."
-        finetuned = read_json(ROOT / FINETUNED)
-        page.table("finetuned", caption, study_tables.table_finetuned(finetuned))
-
-
-def source_of(
-    config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
-) -> str:
-    """Command of a study, with options, and settings as its rows have them; how these were made."""
-    rows = sweep.published_rows(config.folder)
-    trainings = {(row["seed"], row["training"]) for row in rows}
-    options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
-    piloted = {int(row["seed"]) for row in rows} & set(sweep.PILOTS)
-    commits = ", ".join(sorted({tables.short_commit(row["git_commit"]) for row in rows}))
-    machines = sorted({row["hardware"] for row in rows} - {""})
-    on = f" on {', '.join(machines)}" if machines else ""
-    script = type(config).__module__.rpartition(".")[2]
-    return (
-        f"Command: `python studies/{script}.py {options} --data-dir DIR`. Source: "
-        f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
-        f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
+def table_rank_at_equal_loss(results: dict) -> str:
+    """P5 and its parts: log rank within classes where both models have the same training loss."""
+    return table(
+        RANK_COLUMNS, rows_of(results["rank_at_equal_loss"] | {"mean, P5": results["P5"]}, "data")
     )
 
 
-def chosen(rates: dict[str, float]) -> str:
-    """Rates that the pilots chose."""
-    shown = (f"{name} {10**rate:.1e}" for name, rate in rates.items())
-    return f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(shown)}."
+def table_times(results: dict) -> str:
+    """Time of all steps over Model 1's of the same backbone and set."""
+    times = {
+        data: dict(sorted(arms.items(), key=lambda pair: find_arm(pair[0]).place))
+        for data, arms in results["times"].items()
+    }
+    return table(TIME_COST_COLUMNS, rows_of(times, "data", "arm"))
 
 
-def begin(
-    page: Page,
-    title: str,
-    config: sweep.Config,
-    options: str = "--corpus newsgroups",
-    settings: Sequence[str] = (),
-    once: str = "",
-) -> dict[str, Any] | None:
-    """Begin a study's part, and give its results.
+def table_gains() -> str:
+    """For FINDINGS.md: Model 2 less Model 1 on each data set; the means are P1 and P5.
 
-    None, with nothing added, before these are there; before the endpoint `once` has an interval.
+    Beside them the accuracy of Model 1, and that of a bag of words on the same rows.
     """
-    found = results_of(config)
-    if found is None or (once and not found[once]):
-        return None
-    page.text(f"## {title}")
-    page.text(source_of(config, options, settings))
-    if "rates" in found:
-        page.text(chosen(found["rates"]))
-    return found
-
-
-def add_standin_threshold(page: Page) -> None:
-    """Described, not tested: one model, whose seeds are of adapters, heads and order of rows."""
-    title = "The same of the stand-in: SmolLM2-135M-Instruct with LoRA"
-    options, folder = f"--model {STANDIN.model} --arms 1 2", folder_of(STANDIN)
-    found = begin(page, title, STANDIN, options, ["steps"])
-    if found is None:
-        return
-    caption = "Edges over the rates that ran; shifts: mean of the sets, of seeds that have each."
-    table = study_tables.table_threshold(found, unit="seeds", steps=steps_of(STANDIN))
-    page.table("standin threshold", caption, table)
-    caption = "Shifts on each data set, decades, paired by seed."
-    page.table("standin shifts", caption, study_tables.table_shifts(found))
-    for dataset in found["arms"][0]["edge"]:
-        caption = f"How the stand-in's runs end, {dataset}: counts, and means of the seeds."
-        page.table(f"standin ends {dataset}", caption, study_tables.table_ends(found, dataset))
-    page.figure(f"{folder}/collapse.png", "Components that the stand-in keeps, and its accuracy")
+    config = CONFIGS["benefit"]
+    results, words = results_of(config), bag_of_words(folder_of(config))
+    rows = [
+        {"data": data, "rank": rank, "words": words.get(data)}
+        | {"gain": at(results, ("accuracy_differences", "model2", data))}
+        | {"accuracy": results["arms"][data]["model1"]["best_accuracy"]["mean"]}
+        for data, rank in results["rank_at_equal_loss"].items()
+    ]
+    return table(GAIN_COLUMNS, rows)
 
 
 def add_benefit(page: Page) -> None:
     config = CONFIGS["benefit"]
     title = "Accuracy and rank on four data sets, each model at its own rate"
-    found = begin(page, title, config, once="P1")  # before that it is its pilots alone
-    if found is None:
+    results = begin(page, title, config, once="P1")  # before that it is its pilots alone
+    if results is None:
         return
     caption = "Differences in accuracy; controls ran on two sets, their mean is of these."
-    page.table("benefit differences", caption, gain_tables.table_differences(found))
-    page.table("benefit P1", "P1, and its equivalence.", gain_tables.table_p1(found))
+    page.table("benefit differences", caption, table_differences(results))
+    page.table("benefit P1", "P1, and its equivalence.", table(P1_COLUMNS, [results]))
     caption = "Rank within classes at equal training loss, both models at Model 1's rate; P5."
-    page.table("benefit ranks", caption, gain_tables.table_rank_at_equal_loss(found))
+    page.table("benefit ranks", caption, table_rank_at_equal_loss(results))
     caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
-    page.table("benefit ends", caption, gain_tables.table_ends(found))
+    rows = rows_of(results["arms"], "data", "arm")
+    page.table("benefit ends", caption, table(BENEFIT_COLUMNS, rows))
     caption = "LM loss on the set's own texts, which Model 2 learns, and what is left of another "
     caption += "set's labels, both at Model 1's rate; t over backbones, for these rows."
-    page.table("benefit kept", caption, gain_tables.table_kept(found))
-    if found["times"]:
-        caption = "Cost on a CPU, a training a core."
-        page.table("benefit times", caption, gain_tables.table_times(found))
+    page.table("benefit kept", caption, table(KEPT_COLUMNS, rows_of(results["kept"], "data")))
+    if results["times"]:
+        page.table("benefit times", "Cost on a CPU, a training a core.", table_times(results))
     caption = "Accuracy less Model 1's; rank within classes as the training loss falls"
     page.figure(f"{folder_of(config)}/benefit.png", caption)
+
+
+def of_both_models(title: str, number: str, digits: int = 1, scale: float = 1) -> list[Column]:
+    return [
+        Column(f"{title}, Model {model[-1]}", f"{model}.{number}.mean", digits, scale)
+        for model in MODELS
+    ]
+
+
+CLASS_COLUMNS = (
+    *plain("merge", "classes"),
+    Column("accuracy, Model 2 - Model 1, points [95%]", "accuracy_difference", 2, 100),
+    Column("in logits [95%]", "logit_gain", 3),
+    *of_both_models("accuracy, %", "best_accuracy", 1, 100),
+    *of_both_models("components", "dims_95pct"),
+    *of_both_models("effective rank", "effective_rank"),
+    *of_both_models("within classes", "effective_rank_within"),
+    Column("backbones", "seeds"),
+)
 
 
 def add_class_count(page: Page) -> None:
@@ -322,16 +437,73 @@ def add_class_count(page: Page) -> None:
     results, options = results_of(config), "--corpus newsgroups"
     if results and all(row["merge"] != "random" for row in results["table"]):
         options += " --parts pilot endpoint"
-    found = begin(page, "CLINC150's classes merged", config, options)
-    if found is None:
+    results = begin(page, "CLINC150's classes merged", config, options)
+    if results is None:
         return
     caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."
-    rows_too = found["P3_rows_too"]
+    rows_too = results["P3_rows_too"]
     if rows_too:
         caption += f" Slope of the gain, seeds and rows drawn anew: {format_bounds(rows_too, 3)}."
-    page.table("classes", caption, gain_tables.table_classes(found))
+    page.table("classes", caption, table(CLASS_COLUMNS, results["table"]))
     caption = "Gain and components against the number of classes"
     page.figure(f"{folder_of(config)}/class_count.png", caption)
+
+
+# --------------------------------------------------------------------------------------------------
+# Engrams: engram_salience.py and engram_pieces.py
+# --------------------------------------------------------------------------------------------------
+
+LABELS = engram_salience.LABELS
+TRAINING_COLUMNS = (
+    Column("trained label", "trained"),
+    ARM,
+    Column("accuracy, %", "accuracy.mean", 1, 100),
+    *(Column(f"ARI, {label}", f"ari_{label}", 3) for label in LABELS),
+    *(Column(f"untrained compressor's, {label}", f"ari_untrained_{label}", 3) for label in LABELS),
+    Column("trained less other, less an untrained compressor's", "less_random", 3),
+    *(Column(f"probe, {label}, %", f"probe_{label}.mean", 1, 100) for label in LABELS),
+    Column("LM loss, nats", "lm_loss.mean", 3),
+    *plain("learned", "backbones", "diverged"),
+)
+SALIENCE_COLUMNS = (
+    ARM,
+    Column("ARI, trained label - other label", "learned", 3),
+    Column("less an untrained compressor's", "less_random_compressor", 3),
+    Column("of all backbones", "all_backbones", 3),
+    Column("learned both labels", lambda row: f"{row['learned']['n']} of {row['ran']}"),
+)
+PIECES_COLUMNS = (
+    Column("reading with", "title"),
+    Column("LM loss, nats", "lm_loss", 4),
+    Column("accuracy, points", "accuracy", 2, 100),
+    Column("backbones", "lm_loss.n"),
+)
+
+
+def table_indices() -> str:
+    """For FINDINGS.md: a column an arm, mean index with either label, a row a trained label."""
+    trainings = results_of(CONFIGS["engram_salience"])["trainings"]
+    trained = [row for row in trainings if row["arm"] != "start"]
+    by_label: dict[str, dict[str, dict]] = {}
+    for row in trained:
+        by_label.setdefault(row["trained"], {})[row["arm"]] = row
+
+    def column(title: str, arm: str, kind: str) -> Column:
+        def indices(label: str) -> str:
+            row = by_label[label].get(arm)
+            if row is None:
+                return ""
+            means = (cell(at(row, f"{kind}_{label}.mean"), 3) for label in LABELS)
+            return f"{', '.join(means)} ({row['backbones']})"
+
+        return Column(title, indices)
+
+    columns = [Column("trained", "")]
+    for arm in dict.fromkeys(row["arm"] for row in trained):
+        columns.append(column(find_arm(arm).title, arm, "ari"))
+        if arm == "model3":
+            columns.append(column("untrained, same states", arm, "ari_untrained"))
+    return table(columns, by_label)
 
 
 def add_salience(page: Page) -> None:
@@ -340,38 +512,101 @@ def add_salience(page: Page) -> None:
     results = results_of(config)
     if results is None:
         return
-    kinds = [row for row in results["trainings"] if row["arm"] != "start"]
-    arms = dict.fromkeys(row["arm"].removeprefix("model") for row in kinds)
-    trained = dict.fromkeys(row["trained"] for row in kinds)
+    trainings = [row for row in results["trainings"] if row["arm"] != "start"]
+    arms = dict.fromkeys(row["arm"].removeprefix("model") for row in trainings)
+    trained = dict.fromkeys(row["trained"] for row in trainings)
     options = f"--corpus newsgroups --arms {' '.join(arms)} --trained {' '.join(trained)}"
-    found = begin(page, title, config, options, ["learning_rate", "steps"])
+    begin(page, title, config, options, ["learning_rate", "steps"])
     least = f"{engram_salience.LEARNED:.0%}"
     caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
-    table = study_tables.table_trainings(found, engram_salience.LABELS)
-    page.table("salience trainings", caption, table)
+    page.table("salience trainings", caption, table(TRAINING_COLUMNS, results["trainings"]))
     caption = "P4 (Model 3) and P4b (less an untrained one's): mean of both trained labels."
-    page.table("salience", caption, study_tables.table_salience(found))
+    page.table("salience", caption, table(SALIENCE_COLUMNS, results["arms"]))
     page.figure(f"{folder_of(config)}/engrams.png", "Index of engrams with either label")
 
 
 def add_pieces(page: Page) -> None:
     config = CONFIGS["engram_pieces"]
     title = "What an engram carries from one piece of a post to the next (exploratory)"
-    found = begin(page, title, config, settings=engram_pieces.SETTINGS)
-    if found is None:
+    results = begin(page, title, config, settings=engram_pieces.SETTINGS)
+    if results is None:
         return
     caption = "Second pieces read with another prefix, less the own engram's reading; other posts "
     caption += "are drawn by their true newsgroup. t over backbones, for these posts."
-    page.table("pieces", caption, study_tables.table_pieces(found))
+    page.table("pieces", caption, table(PIECES_COLUMNS, rows_of(results, "title")))
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens as classes: linguistic_collapse.py
+# --------------------------------------------------------------------------------------------------
+
+
+def correlation(title: str, path: str) -> Column:
+    """r [95%]."""
+
+    def value(row: dict) -> dict | None:
+        known = at(row, path)
+        return known and known | {"mean": known["r"]}
+
+    return Column(title, value)
+
+
+LINGUISTIC_COLUMNS = (
+    Column("measure", "title"),
+    correlation("one size", "one_size"),
+    Column("p, Holm", "one_size.p_holm", ".2g"),
+    correlation("theirs, one size", "paper_one_size"),
+    correlation("over sizes", "sizes.spearman"),
+    correlation("size taken out", "sizes.without_size"),
+    correlation("theirs, over sizes", "paper_sizes"),
+)
+DECAY_COLUMNS = (
+    Column("measure", "title"),
+    Column("difference [95%]", "", 4),
+    Column("pairs", "n"),
+)
+LANGUAGE_MODEL_COLUMNS = (
+    Column("width", "width", 0),
+    Column("layers", "layers", 0),
+    Column("epochs", "epochs", 0),
+    Column("weight decay", "weight_decay", 4),
+    Column("seed", "seed", 0),
+    Column("validation loss, nats", "validation_loss", 3),
+    Column("ahead of the bigram", "ahead_of_bigram", 3),
+    Column("CDNV", "cdnv", 2),
+    Column("log-kernel variance", "log_kernel_var", 4),
+    Column("variation of cosines", "cosine_cv", 2),
+    Column("agreement", "agreement", 4),
+)
+
+
+def table_linguistic(results: dict, titles: dict[str, str]) -> str:
+    """Rank correlation of each measure with validation loss: at one size, over sizes, theirs."""
+    paper = results["paper"] or {}
+    rows = (
+        {"title": title, "one_size": results["fixed_scale"][name], "sizes": results["grid"][name]}
+        | {"paper_one_size": at(paper, ("fixed_scale", name))}
+        | {"paper_sizes": at(paper, ("grid", name))}
+        for name, title in titles.items()
+    )
+    return table(LINGUISTIC_COLUMNS, rows)
+
+
+def table_decay(results: dict, titles: dict[str, str]) -> str:
+    """What less weight decay does to each measure, and to validation loss."""
+    titles = {"validation_loss": "validation loss, nats", **titles}
+    differences = results["less_weight_decay"]
+    rows = (differences[name] | {"title": title} for name, title in titles.items())
+    return table(DECAY_COLUMNS, rows)
 
 
 def add_linguistic(page: Page) -> None:
     if not (ROOT / LINGUISTIC / "results.json").exists():
         return
-    found = read_json(ROOT / LINGUISTIC / "results.json")
+    results = read_json(ROOT / LINGUISTIC / "results.json")
     page.text("## Tokens as classes: Linguistic Collapse on own language models")
-    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in found["models"].items())
-    not_run = ", ".join(name.partition("-")[2] for name in found["not_run"])
+    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in results["models"].items())
+    not_run = ", ".join(name.partition("-")[2] for name in results["not_run"])
     shorter = ", here with `--max-epochs 3`" if "-e10-" in not_run else ""
     page.text(
         "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
@@ -384,59 +619,13 @@ def add_linguistic(page: Page) -> None:
         "*Theirs*: from Wu & Papyan's table, 20 seeds of one size and 210 models, CDNV with "
         "exponent 4 alone."
     )
-    table = study_tables.table_linguistic(found, linguistic_collapse.TITLES)
-    page.table("linguistic", caption, table)
-    if found["models"]["decay"][0]:
+    titles = linguistic_collapse.TITLES
+    page.table("linguistic", caption, table_linguistic(results, titles))
+    if results["models"]["decay"][0]:
         caption = "Weight decay 5e-4 less .1: width 128, 2 layers, 3 epochs; of CDNVs log ratios."
-        decay = study_tables.table_decay(found, linguistic_collapse.TITLES)
-        page.table("linguistic decay", caption, decay)
+        page.table("linguistic decay", caption, table_decay(results, titles))
     page.figure(f"{LINGUISTIC}/linguistic_collapse.png", "Each measure against validation loss")
     parts = linguistic_collapse.rows_of_parts(linguistic_collapse.Config(corpus="newsgroups"))
-    table = study_tables.table_language_models(linguistic_collapse.distinct(parts))
-    page.table("models", "Every model; the bigram is Kneser and Ney's, of the same tokens.", table)
-
-
-def add_studies(page: Page) -> None:
-    """Each that ran, in the order of the protocol."""
-    add_threshold(page)
-    add_standin_threshold(page)
-    add_benefit(page)
-    add_class_count(page)
-    add_salience(page)
-    add_pieces(page)
-    add_linguistic(page)
-
-
-# --------------------------------------------------------------------------------------------------
-# Blocks of FINDINGS.md
-# --------------------------------------------------------------------------------------------------
-
-
-def block_endpoints(page: Page) -> str:
-    return with_full(table_endpoints(short=True), page, "endpoints")
-
-
-def block_threshold(page: Page) -> str:
-    found = results_of(CONFIGS["collapse_threshold"])
-    kinds, steps = ("healthy", "not collapsed"), steps_of(CONFIGS["collapse_threshold"])
-    table = study_tables.table_threshold(found, kinds, unit=None, steps=steps)
-    return with_full(table, page, "threshold", "shifts")
-
-
-def block_gains(page: Page) -> str:
-    folder = CONFIGS["benefit"].folder.relative_to(ROOT)
-    table = gain_tables.table_gains(results_of(CONFIGS["benefit"]), bag_of_words(str(folder)))
-    return with_full(table, page, "benefit differences", "benefit ranks", "bag of words")
-
-
-def block_salience(page: Page) -> str:
-    found = results_of(CONFIGS["engram_salience"])
-    table = study_tables.table_indices(found, engram_salience.LABELS)
-    return with_full(table, page, "salience trainings", "salience", "pieces")
-
-
-def block_linguistic(page: Page) -> str:
-    """The protocol's four correlations alone."""
-    found = read_json(ROOT / LINGUISTIC / "results.json")
-    primary = {name: linguistic_collapse.TITLES[name] for name in found["primary"]}
-    return with_full(study_tables.table_linguistic(found, primary), page, "linguistic")
+    models = table(LANGUAGE_MODEL_COLUMNS, linguistic_collapse.distinct(parts))
+    caption = "Every model; the bigram is Kneser and Ney's, of the same tokens."
+    page.table("models", caption, models)

@@ -27,8 +27,3 @@ class Page:
         if (ROOT / path).exists():
             self.figures += 1
             self.text(f"![{caption}]({path})\n\n**Figure A{self.figures}.** {caption}.")
-
-
-def with_full(table: str, page: Page, *keys: str) -> str:
-    """A table with the numbers of those of RESULTS.md that hold more of it."""
-    return f"{table}\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"

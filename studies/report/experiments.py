@@ -1,0 +1,490 @@
+"""Experiments 1 to 4: their results folders, and their tables and figures in RESULTS.md.
+
+Levels are told as the mean of the seeds (lowest to highest seed), differences as mean [95% interval
+for other seeds and other rows]. Columns and rows of the reference are named so.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import common
+from collapse.measures.statistics import format_interval
+from collapse.report import records
+from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type
+from collapse.report.markdown import Column, at, cell, plain, rows_of, table
+from collapse.report.records import keys_of, title_of, title_of_change, values_of
+from collapse.report.reference import reference_for
+from collapse.utils.files import ROOT, read_json
+from studies.report.page import Page
+
+THREE_MODELS = ("model1", "model2", "model3")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A results folder and how its numbers were made."""
+
+    folder: str
+    title: str
+    short: str  # as tables of FINDINGS.md name it
+    command: str
+    other: str = ""  # results folder of the same models on the other data set
+
+
+SMOLLM = "--model smollm2-135m --data-dir DIR --train-limit 2000"
+# In the order in which every table and figure has them; a folder without results is passed over.
+STUDIES = (
+    Study(
+        "results",
+        "Experiment 1: a small transformer from scratch, SST-2",
+        "SST-2, small",
+        "python experiment.py --data-dir DIR --seeds 42 43 44",
+    ),
+    Study(
+        "results/movie-snippets",
+        "Experiment 1 on movie-review snippets",
+        "snippets, small",
+        'make experiment ARGS="--seeds 42 43 44"',
+    ),
+    Study(
+        "results/movie-snippets/24-epochs",
+        "Experiment 1 on movie-review snippets, three times as long",
+        "snippets, small, 24 epochs",
+        'make experiment ARGS="--models 1 2 --seeds 42 43 44 --epochs 24 --output-dir '
+        'results/movie-snippets/24-epochs"',
+    ),
+    Study(
+        "results_7b",
+        "Experiment 2: Qwen2.5-7B, SST-2",
+        "SST-2, 7B",
+        "python experiment_7b.py --data-dir DIR",
+    ),
+    Study(
+        "results_7b/smollm2-135m",
+        "Experiment 2, stand-in: SmolLM2-135M-Instruct, 2,000 rows of SST-2",
+        "SST-2, stand-in",
+        f"python experiment_7b.py {SMOLLM} --seeds 42 43 44 --output-dir results_7b/smollm2-135m",
+    ),
+    Study(
+        "results_agnews",
+        "Experiment 3: Qwen2.5-7B, AG News",
+        "AG News, 7B",
+        "python experiment_agnews_7b.py --data-dir DIR",
+        other="results_7b",
+    ),
+    Study(
+        "results_agnews/smollm2-135m",
+        "Experiment 3, stand-in: SmolLM2-135M-Instruct, 2,000 rows of AG News",
+        "AG News, stand-in",
+        f"python experiment_agnews_7b.py {SMOLLM} --eval-limit 2000 --compute-dtype bfloat16 "
+        "--seeds 42 43 44 --output-dir results_agnews/smollm2-135m",
+        other="results_7b/smollm2-135m",
+    ),
+)
+RANKS = "results_effective_rank/effective_rank_results.json"
+
+
+def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
+    return [study for study in studies if (ROOT / study.folder / "results.json").exists()]
+
+
+def results_of(study: Study) -> dict[str, Any]:
+    return read_json(ROOT / study.folder / "results.json")
+
+
+def read_ranks() -> dict[str, dict]:
+    """Experiment 4 on STUDIES, in their order, with changes as this version tells them."""
+    stored = read_json(ROOT / RANKS)
+    places = {study.folder: place for place, study in enumerate(STUDIES)}
+    known = [name for name, result in stored.items() if result["folder"] in places]
+    known.sort(key=lambda name: places[stored[name]["folder"]])
+    ordered = {name: stored[name] for name in known}
+    return records.summarize(records.with_records(ordered))
+
+
+# --------------------------------------------------------------------------------------------------
+# Where numbers come from
+# --------------------------------------------------------------------------------------------------
+
+
+def short_commit(commit: str | None) -> str:
+    """Ten digits, and -modified where the code was; a run outside of a clone has none."""
+    if commit is None:
+        return "unknown"
+    return commit[:10] + ("-modified" if commit.endswith("-modified") else "")
+
+
+def threads(run: dict) -> str:
+    count = run["hardware"]["threads"]
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def origin(runs: list[dict]) -> str:
+    """By which code on which machines trainings or records were made."""
+    commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
+    devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
+    return f"by commit {commits} on {devices}"
+
+
+def provenance(folder: Path, results: dict) -> str:
+    """Which data, rows, seeds, code and machine a study's numbers come from."""
+    data, config = results["settings"]["data"], results["settings"]["config"]
+    runs = rows_of(results["models"], "model", "seed")
+    seeds = sorted({int(run["seed"]) for run in runs})
+    backbone = f"{config['model']}; " if "model" in config else ""
+    return (
+        f"*{backbone}{data['name']}: {data['train_rows']:,} training, "
+        f"{data['validation_rows']:,} validation rows; {config['epochs']} epochs; "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
+        f"Source: `{folder}/results.json`, made {origin(runs)}.*"
+    )
+
+
+def provenance_of_ranks(file: str, results: dict) -> str:
+    """How the records of Experiment 4 were measured, and by which code on which machine."""
+    measured_by = [
+        r for row in models_of_ranks(results) for r in at(row, ("result", row["key"], "seeds", "*"))
+    ]
+    measured = next(iter(results.values()))["measured"]
+    return (
+        f"*Weights of the {measured['weights']} epoch, up to {measured['rows']:,} validation rows, "
+        f"{measured['draws']} random halves. Source: `{file}`, measured {origin(measured_by)}.*"
+    )
+
+
+def model_name(key: str) -> str:
+    arm = common.find_arm(key)
+    return f"{key.removeprefix('model')}: {arm.title}" if key.startswith("model") else arm.title
+
+
+# --------------------------------------------------------------------------------------------------
+# Experiments 1 to 3
+# --------------------------------------------------------------------------------------------------
+
+
+def models_of(results: dict) -> list[dict[str, Any]]:
+    """A row for each model: its key, name, and trainings."""
+    return [
+        {"key": key, "name": model_name(key), "runs": list(runs.values())}
+        for key, runs in results["models"].items()
+    ]
+
+
+def accuracy_columns(theirs: dict | None) -> list[Column]:
+    columns = [
+        Column("validation accuracy, %", "name"),
+        Column("trained parameters", "runs.0.parameters.trainable"),
+        Column("final epoch", "runs.*.final.accuracy", 2, 100),
+        Column("final, engram carried", "runs.*.val.-1.carried.accuracy", 2, 100),
+        Column("best epoch", "runs.*.best.accuracy", 2, 100),
+    ]
+    if theirs:
+        title = f"reference, {theirs['model']}: final"
+        columns.append(Column(title, lambda row: theirs["final"][row["key"]]))
+        columns.append(Column("reference: best", lambda row: theirs["best"][row["key"]]))
+    return columns
+
+
+def comparison_columns(theirs: dict | None) -> list[Column]:
+    def p_values(row: dict) -> str:
+        return ", ".join(f"{p:.2g}" for p in row["mcnemar_p"])
+
+    def published(row: dict) -> float | None:
+        b, a = (theirs[row["epoch"]].get(model) for model in row["pair"].split(" - "))
+        return None if None in (a, b) else b - a
+
+    title = "difference in accuracy, points"
+    columns = [Column(title, lambda row: f"{row['pair']}, {row['epoch']} epoch")]
+    columns.append(Column("mean [95%]", "interval", 2, 100))
+    columns.append(Column("McNemar's exact p, each seed", p_values))
+    if theirs:
+        columns.append(Column(f"reference, {theirs['model']}", published, sign="+"))
+    return columns
+
+
+TRAINING_COLUMNS = (
+    Column("model, final epoch", "name"),
+    Column("train accuracy, %", "runs.*.train.-1.accuracy", 2, 100),
+    Column("train cls loss", "runs.*.train.-1.cls_loss", 3),
+    Column("val cls loss", "runs.*.val.-1.cls_loss", 3),
+    Column("train LM loss", "runs.*.train.-1.lm_loss", 3),
+    Column("val LM loss", "runs.*.val.-1.lm_loss", 3),
+    Column("gradient norm", "runs.*.train.-1.grad_norm", 2),
+    Column("effective rank before training", "runs.*.initial.effective_rank", 1),
+    Column("effective rank after", "runs.*.val.-1.effective_rank", 1),
+)
+
+
+SEED_COLUMNS = (
+    Column("model, final epoch", lambda row: model_name(row["model"])),
+    *plain("seed"),
+    Column("accuracy, %", "val.-1.accuracy", 2, 100),
+    Column("val cls loss", "val.-1.cls_loss", 3),
+    Column("effective rank", "val.-1.effective_rank", 1),
+    Column("largest gradient norm of a step", lambda row: max(at(row, "train.*.max_grad_norm")), 1),
+    Column("engram ARI", "cluster.trained.ari", 3),
+    Column("the same, untrained compressor", "cluster.untrained.ari", 3),
+)
+
+
+ENGRAM_CASES = {
+    "trained": "trained compressor",
+    "chance": "chance: the same, labels shuffled",
+    "untrained": "control: untrained compressor, trained backbone",
+}
+ENGRAM_COLUMNS = (
+    Column("engrams of model 3, final epoch", "name"),
+    Column("ARI", "ari", 3),
+    Column("cluster accuracy, %", "cluster_accuracy", 1),
+    Column("cosine within class", "within", 3),
+    Column("cosine between classes", "between", 3),
+)
+
+
+def table_engrams(theirs: dict | None, results: dict) -> str:
+    if "model3" not in results["models"]:
+        return ""
+    runs, rows = results["models"]["model3"], []
+    for case, name in ENGRAM_CASES.items():
+        clusters, cosines = at(runs, f"*.cluster.{case}"), at(runs, f"*.engram_cos.{case}")
+        row = {"name": name, "ari": at(clusters, "*.ari")}
+        row["cluster_accuracy"] = [100 * share for share in at(clusters, "*.cluster_accuracy")]
+        rows.append(row | {kind: at(cosines, f"*.{kind}") for kind in ("within", "between")})
+    if theirs:
+        rows.append(theirs | {"name": f"reference: {theirs['model']}"})
+    purities = "; ".join(
+        f"{name} {cell(at(runs, f'*.cluster.trained.purity.{label}'), 1, 100)}"
+        for label, name in enumerate(results["settings"]["data"]["class_names"])
+    )
+    note = f"Share of each class's rows in its own cluster, trained compressor, %: {purities}."
+    return f"{table(ENGRAM_COLUMNS, rows)}\n\n{note}"
+
+
+MEASURED_COLUMNS = (
+    Column("training", lambda row: f"{model_name(row['model'])}, seed {row['seed']}"),
+    *plain("at", "step"),
+    Column("components, of the start", "components"),
+    Column("effective rank", "effective_rank", 1),
+    Column("without first token", "effective_rank_without_first", 1),
+    Column("within classes", "effective_rank_within", 1),
+    Column("training loss", "loss", 3),
+    Column("training accuracy, %", lambda row: row["loss"] and row["accuracy"], 1, 100),
+)
+
+
+def table_measured(trainings: list[dict]) -> str:
+    """Each training that was measured on the way: its start, its least components, its end."""
+    rows = []
+    for run in trainings:
+        path = [point for point in run.get("measured", ()) if point["dims_95pct"] is not None]
+        if path:
+            fewest, start = min(path, key=lambda p: p["dims_95pct"]), path[0]["dims_95pct"]
+            for place, point in (("start", path[0]), ("fewest", fewest), ("end", path[-1])):
+                count = point["dims_95pct"]
+                row = point | {"at": place, "components": f"{count}, {100 * count / start:.0f}%"}
+                rows.append(row | {name: run[name] for name in ("model", "seed")})
+    return table(MEASURED_COLUMNS, rows) if rows else ""
+
+
+def table_cross(results: dict, other: dict) -> str:
+    """Differences in accuracy on two data sets, and the difference of the differences."""
+
+    def title(part: dict) -> str:
+        data, compute = part["settings"]["data"], compute_type(part)
+        counts = f"{data['train_rows']:,} / {data['validation_rows']:,} rows"
+        return f"{data['name']} ({counts}{f', {compute}' if compute else ''})"
+
+    columns = (
+        Column("difference in final accuracy, points [95%]", "pair"),
+        Column(title(results), "here", 2, 100),
+        Column(title(other), "there", 2, 100),
+        Column("difference of the two", "more_here", 2, 100),
+    )
+    return table(columns, rows_of(compare_datasets(results, other)["comparisons"], "pair"))
+
+
+def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
+    """Name of a table -> its caption and text; the text is empty where there is nothing to tell."""
+    theirs, models = reference_for(folder), models_of(results)
+    comparisons = rows_of(comparisons_of(results), "epoch", "pair")
+    trainings = rows_of(results["models"], "model", "seed")
+    return {
+        "accuracy": ("Accuracy.", table(accuracy_columns(theirs), models)),
+        "comparisons": ("Differences in accuracy.", table(comparison_columns(theirs), comparisons)),
+        "training": ("Losses, gradients, effective rank.", table(TRAINING_COLUMNS, models)),
+        "seeds": ("Each training.", table(SEED_COLUMNS, trainings)),
+        "engrams": ("Engrams.", table_engrams(theirs, results)),
+        "measured": ("Ranks and training accuracy on the way.", table_measured(trainings)),
+    }
+
+
+def add_study(page: Page, study: Study) -> None:
+    results = results_of(study)
+    page.text(f"## {study.title}\n\nCommand: `{study.command}`")
+    page.text(provenance(Path(study.folder), results))
+    for name, (caption, text) in tables_of(Path(study.folder), results).items():
+        if text:
+            page.table(f"{study.folder} {name}", caption, text)
+    if study.other and (ROOT / study.other / "results.json").exists():
+        text = table_cross(results, read_json(ROOT / study.other / "results.json"))
+        page.table(f"{study.folder} cross", "Beside the other data set.", text)
+    page.figure(f"{study.folder}/learning_curves.png", f"Learning curves: {study.short}")
+    page.figure(f"{study.folder}/rank_over_steps.png", f"Rank over steps: {study.short}")
+    page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Experiment 4
+# --------------------------------------------------------------------------------------------------
+
+
+def level(title: str, number: str, digits: int = 1) -> Column:
+    """A number of a model's records, by seed."""
+    return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
+
+
+def change(title: str, number: str, digits: int = 1) -> Column:
+    """The change of a number between two models."""
+    return Column(title, lambda row: change_cell(row["change"], number, digits))
+
+
+MODEL_COLUMNS = (
+    Column("data, backbone", "name"),
+    Column("rows", "result.num_samples"),
+    Column("model", "title"),
+    Column("seeds", lambda row: len(row["result"][row["key"]]["seeds"])),
+)
+RANKS_WITHOUT = {
+    "effective_rank_within": "within classes",
+    "effective_rank_without_first": "without the first token",
+    "effective_rank_within_without_first": "within, without first",
+}
+RANK_COLUMNS = (
+    *MODEL_COLUMNS,
+    level("effective rank", "effective_rank"),
+    *(level(title, number) for number, title in RANKS_WITHOUT.items()),
+    level("over N - 1", "effective_rank_share", 3),
+    level("at matched rows", "effective_rank_matched"),
+    level("stable rank", "stable_rank"),
+    level("participation ratio", "participation_ratio"),
+    level("the same, eigenvalues", "participation_ratio_eigen"),
+    level("components for 95% of variance", "dims_95pct", 0),
+    level("effective rank, intermediate", "intermediate.effective_rank"),
+    level("share of 1/length", "length_share", 3),
+)
+COLLAPSE_COLUMNS = (
+    *MODEL_COLUMNS,
+    level("NC1 CDNV, pooled", "cdnv", 2),
+    level("the same, training rows", "train.cdnv", 2),
+    level("NC1 CDNV, intermediate", "intermediate.cdnv", 2),
+    level("the same, training rows", "train.intermediate.cdnv", 2),
+    level("NC2 etf_error", "intermediate.etf_error", 3),
+    level("NC3 self_duality_error", "intermediate.self_duality_error", 3),
+    level("NC4 ncc_agreement", "intermediate.ncc_agreement", 3),
+    level("spread within classes", "within_spread", 2),
+    level("spread between classes", "between_spread", 2),
+    level("LM loss less the start's", "language_kept", 3),
+    level("accuracy on another data set less the start's", "transfer", 3),
+    level("accuracy", "accuracy", 3),
+)
+CHANGE_COLUMNS = (
+    Column("data, backbone", "name"),
+    Column("change, mean [95%]", "title"),
+    Column("seeds", "change.effective_rank.n"),
+    change("effective rank", "effective_rank"),
+    *(change(title, number) for number, title in RANKS_WITHOUT.items()),
+    change("stable rank", "stable_rank"),
+    change("NC1 CDNV, pooled, as a factor", "cdnv_log_ratio", 2),
+)
+DEPTH_COLUMNS = (
+    Column("data, backbone", "name"),
+    Column("model", "title"),
+    Column("measure", "measure"),
+    Column("at the embeddings", "first", 1),
+    Column("lowest between, at layer", lambda row: f"{cell(row['lowest'], 1)} at {row['layers']}"),
+    Column("at the end", "last", 1),
+)
+
+
+def models_of_ranks(ranks: dict) -> list[dict[str, Any]]:
+    """A row for each model of each study of Experiment 4."""
+    return [
+        {"name": name, "result": result, "key": key, "title": title_of(key, result)}
+        for name, result in ranks.items()
+        for key in keys_of(result)
+    ]
+
+
+def table_records(ranks: dict, columns: tuple[Column, ...]) -> str:
+    """Numbers of every study and model; those that no record holds have no column."""
+    return table(columns, models_of_ranks(ranks), hide_unknown=True)
+
+
+def change_cell(changes: dict, number: str, digits: int) -> str | None:
+    """Mean [95%] of a change; of a log ratio as a factor; the mean alone where rows have no
+    interval; None where an older run lacks it.
+    """
+    interval = changes["both"].get(number)
+    if interval is None:
+        return f"{changes[number]['mean']:+.{digits}f}" if number in changes else None
+    if not number.endswith("log_ratio"):
+        return format_interval(interval, digits, sign="+")
+    ends = {k: None if interval[k] is None else math.exp(interval[k]) for k in ("low", "high")}
+    return format_interval({"mean": math.exp(interval["mean"]), **ends}, digits)
+
+
+def table_changes(ranks: dict) -> str:
+    rows = [
+        {"name": name, "title": title_of_change(pair, result), "change": changes}
+        for name, result in ranks.items()
+        for pair, changes in result["changes"].items()
+    ]
+    return table(CHANGE_COLUMNS, rows, hide_unknown=True)
+
+
+def table_depth(ranks: dict) -> str:
+    """Of language models: ranks of the embeddings, of the layer between where each seed's is
+    lowest, and of the last state; for each measure that the records have.
+    """
+    rows = []
+    for model in models_of_ranks(ranks):
+        if "model" not in model["result"]["settings"]["config"]:
+            continue
+        for number, measure in {"effective_rank": "effective rank", **RANKS_WITHOUT}.items():
+            by_seed = at(model["result"], (model["key"], "seeds", "*", "layers", "*", number))
+            if any(None in layers for layers in by_seed):
+                continue
+            between = np.array(by_seed)[:, 1:-1]
+            layers = sorted(set((1 + between.argmin(1)).tolist()))
+            rows.append(
+                model
+                | {"measure": measure, "layers": " or ".join(map(str, layers))}
+                | {"first": at(by_seed, "*.0"), "last": at(by_seed, "*.-1")}
+                | {"lowest": between.min(1).tolist()}
+            )
+    return table(DEPTH_COLUMNS, rows)
+
+
+def add_ranks(page: Page) -> None:
+    ranks = read_ranks()
+    page.text("## Experiment 4: ranks and neural collapse of the saved models")
+    page.text("Command: `python effective_rank_analysis.py --data-dir DIR`")
+    page.text(provenance_of_ranks(RANKS, ranks))
+    matched = next(iter(ranks.values()))["matched_rows"]
+    caption = f"Ranks of the pooled states; matched: {matched} rows in every study."
+    page.table("ranks levels", caption, table_records(ranks, RANK_COLUMNS))
+    page.table("ranks changes", "Changes of rank and of neural collapse.", table_changes(ranks))
+    caption = "Neural collapse: NC1 to NC3 lower, NC4 higher is more collapsed; validation rows."
+    page.table("ranks collapse", caption, table_records(ranks, COLLAPSE_COLUMNS))
+    page.table("ranks depth", "Effective rank by depth.", table_depth(ranks))
+    for name, caption in (
+        ("overview", "Overview"),
+        ("effective_rank", "Singular spectra and effective ranks"),
+        ("rank_by_layer", "Effective rank by depth"),
+        ("neural_collapse", "Neural collapse"),
+    ):
+        page.figure(f"results_effective_rank/{name}.png", caption)

@@ -30,7 +30,7 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(time_tables, "MODELS", (qwen,))
     monkeypatch.setattr(time_tables, "folder_of", lambda config: str(config.folder))
     monkeypatch.setattr(time_tables, "source_of", lambda *options: "Command.")
-    time_tables.collapse_time.report(tables)
+    time_tables.collapse_time.STUDY.report(tables)
     return qwen
 
 

@@ -44,7 +44,7 @@ def summarize() -> None:
     published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
     for study, config in [*published, (collapse_threshold, STANDIN)]:
         if sweep.table_of(config.folder, 0).exists():
-            study.report(config)
+            study.STUDY.report(config)
 
 
 def folder_of(config: sweep.Config) -> str:

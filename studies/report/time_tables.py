@@ -32,7 +32,7 @@ def summarize() -> None:
     """Anew results.json and figures of the studies that have tables."""
     for study, config in ((collapse_time, TIME), *((collapse_threshold, c) for c in MODELS)):
         if any(config.folder.glob("seed-*.csv")):
-            study.report(config)
+            study.STUDY.report(config)
 
 
 def endpoints() -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ from studies.shared import finetune, pretrain
 from studies.shared.tables import into_table, read_rows, without_rows
 
 # Data set -> training rows, steps of 16 rows.
-DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), finetune.MADE_UP: (64, 10)}
+DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), finetune.TOY: (64, 10)}
 STARTS = ("pretrained", "random")
 
 
@@ -123,7 +123,9 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
         all_weights=True,
         max_length=32,
     )
-    last = finetune.tune(recipe, finetune.load_data(recipe, config.data_dir), (), progress.step)[-1]
+    last = finetune.watch(recipe, finetune.load_data(recipe, config.data_dir), (), progress.step)[
+        -1
+    ]
     return {
         "name": cell.name,
         **dataclasses.asdict(cell),

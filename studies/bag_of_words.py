@@ -27,7 +27,7 @@ from collapse.utils.provenance import environment
 from studies import benefit, class_count, collapse_threshold
 from studies.report import experiments
 from studies.report.own_models import BAG_OF_WORDS
-from studies.shared import finetune, fitting
+from studies.shared import finetune
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C: of a weaker penalty
 
@@ -46,12 +46,12 @@ def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
         data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
         yield study.folder, data["name"], load_again(data, data_dir)
     for name, (rows, _) in collapse_threshold.SIZES.items():
-        if name != finetune.MADE_UP:
+        if name != finetune.TOY:
             task = limit_task(finetune.load_task(name, data_dir), rows, finetune.MEASURED_ROWS)
             yield "studies/results/collapse_threshold/newsgroups", name, in_corpus_text(task)
     for name, size in benefit.SIZES.items():
-        if name != finetune.MADE_UP:
-            task, _ = fitting.load_split(name, data_dir)
+        if name != finetune.TOY:
+            task, _ = finetune.load_split(name, data_dir)
             task = limit_task(task, size.train_rows, None)
             yield "studies/results/benefit/newsgroups", name, task
     for classes in class_count.COUNTS:
@@ -61,7 +61,7 @@ def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
 
 def measure(task: Task) -> dict[str, Any]:
     """Accuracy on the validation rows, and the chosen C with its accuracy on the rows held out."""
-    left, held_out = tuning_split(task, min(fitting.TUNING_ROWS, len(task.train) // 5))
+    left, held_out = tuning_split(task, min(finetune.TUNING_ROWS, len(task.train) // 5))
     tried = {strength: accuracy(left.train, held_out, strength) for strength in STRENGTHS}
     best = max(tried, key=tried.get)
     return {

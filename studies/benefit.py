@@ -6,16 +6,16 @@ sets. Writes a table and a file of validation rows for each backbone, then resul
 figure. The same command goes on where it was stopped.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 from matplotlib.ticker import NullFormatter
 
 import common
@@ -30,10 +30,11 @@ from collapse.measures.statistics import (
 from collapse.measures.verdicts import equivalence
 from collapse.report import rank_plots
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Job, Progress
+from collapse.runs.progress import Progress
 from collapse.utils.errors import run_script
-from collapse.utils.files import ROOT, write_json
-from studies.shared import finetune, fitting, sweep
+from collapse.utils.files import ROOT
+from studies.shared import finetune, pilots, sweep
+from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
 MARGIN_P1 = 0.005  # half a point of accuracy
 FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
@@ -55,12 +56,12 @@ SIZES = {
     "SST-2 by sentence": Size(8000, 3, 64, "AG News"),
     "CLINC150": Size(15_000, 4, 32, "AG News"),
     "Banking77": Size(9000, 6, 32, "AG News"),
-    finetune.MADE_UP: Size(64, 2, 32, None),
+    finetune.TOY: Size(64, 2, 32, None),
 }
 
 
 @dataclass
-class Config(fitting.Config):
+class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Parts to run: pilot (chooses the rates), endpoint (Models 1 and 2), controls (of the first
@@ -77,7 +78,7 @@ class Config(fitting.Config):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the study."""
 
     seed: int
@@ -90,63 +91,42 @@ class Cell:
         return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
 
 
-def miniature_of(config: Config) -> Config:
-    return sweep.in_small(
-        config,
-        seeds=(0, 1, 2),
-        datasets=(finetune.MADE_UP,),
-        control_datasets=(finetune.MADE_UP,),
-        controls=("longer", "2@0.1"),
-        rates=(-3.0, -2.0),
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------
 
 
-def run_missing(config: Config) -> None:
-    """The pilot, then what rests on the rates that it chose."""
-    models = ("model1", "model2")
-    product = itertools.product(sweep.PILOTS, config.datasets, models, config.rates)
-    pilots = list(itertools.starmap(Cell, product))
-    fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
+def trials(config: Config) -> Iterator[Sequence[Trial]]:
+    return in_parts(config, pilot_trials(config), lambda: trials_at(config, chosen_rates(config)))
 
 
-def run_some(config: Config, cells: Sequence[Cell]) -> None:
-    fitting.run_cells(
-        config,
-        cells,
-        lambda cell: job_of(config, cell),
-        lambda cell, progress: fit_cell(config, cell, progress),
-        settings_of,
-    )
+def pilot_trials(config: Config) -> list[Trial]:
+    product = itertools.product(sweep.PILOTS, config.datasets, MODELS, config.rates)
+    return list(itertools.starmap(Trial, product))
 
 
-def settings_of(cell: Mapping[str, Any]) -> dict[str, float]:
-    """What a cell's rows are made with, of its fields."""
-    size = SIZES[cell["dataset"]]
-    return {"train_rows": size.train_rows, "epochs": size.epochs, "max_length": size.max_length}
+def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
+    """(data set, model) -> its rate, see best_rates."""
+    return best_rates(config, pilot_trials(config), lambda trial: (trial.dataset, trial.arm))
 
 
-def cells_of(config: Config, rates: dict[tuple[str, str], float]) -> list[Cell]:
-    """Cells that count: each of Models 1 and 2 at its own rate, Model 2 at Model 1's, controls.
+def trials_at(config: Config, rates: dict[tuple[str, str], float]) -> list[Trial]:
+    """Trials that count: each of Models 1 and 2 at its own rate, Model 2 at Model 1's, controls.
 
     A control has the rate of the model that it varies: `longer` Model 1's, others Model 2's.
     """
-    cells = []
+    found = []
     for seed in config.seeds:
         if "endpoint" in config.parts:
             for dataset in config.datasets:
                 ones, twos = rates[dataset, "model1"], rates[dataset, "model2"]
-                cells.append(Cell(seed, dataset, "model1", ones))
-                cells += [Cell(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
+                found.append(Trial(seed, dataset, "model1", ones))
+                found += [Trial(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
         if "controls" in config.parts and seed < sweep.PLANNED // 2:
             for dataset, name in itertools.product(config.control_datasets, config.controls):
                 arm = common.find_arm(name).name
-                cells.append(Cell(seed, dataset, arm, rate_of(rates, dataset, arm)))
-    return cells
+                found.append(Trial(seed, dataset, arm, rate_of(rates, dataset, arm)))
+    return found
 
 
 def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> float:
@@ -155,35 +135,17 @@ def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> floa
     return rates[dataset, model]
 
 
-def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
-    """(data set, model) -> its rate, see fitting.best_rates."""
-    wanted = list(itertools.product(config.datasets, ("model1", "model2")))
-    return fitting.best_rates(config, Cell, lambda cell: (cell.dataset, cell.arm), wanted)
+def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, int]:
+    size = SIZES[trial["dataset"]]
+    return {"train_rows": size.train_rows, "epochs": size.epochs, "max_length": size.max_length}
 
 
-def job_of(config: Config, cell: Cell) -> Job:
-    size = SIZES[cell.dataset]
-    epochs = common.find_arm(cell.arm).epochs_of(size.epochs)
-    steps = epochs * math.ceil(size.train_rows / finetune.Recipe.batch_size)
-    return sweep.job_of(config, cell, steps)
-
-
-def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
-    size = SIZES[cell.dataset]
-    recipe = sweep.recipe_of(
-        config,
-        cell,
-        dataset=cell.dataset,
-        learning_rate=10**cell.rate,
-        steps=0,
-        train_rows=size.train_rows,
-        max_length=size.max_length,
-    )
-    task, tuning_rows = fitting.load_split(cell.dataset, config.data_dir)
-    other = fitting.load_split(size.other, config.data_dir)[0] if size.other else None
-    data = fitting.as_tokens(recipe, task, tuning_rows, other)
-    recipe = fitting.whole_epochs(recipe, data, size.epochs)
-    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
+    task, tuning_rows = finetune.load_split(trial.dataset, config.data_dir)
+    name = SIZES[trial.dataset].other
+    other = finetune.load_split(name, config.data_dir)[0] if name else None
+    made_with = settings(config, dataclasses.asdict(trial))
+    return run_trial(config, trial, progress, made_with, task, tuning_rows, other)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,11 +154,10 @@ def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
 
 
 @dataclass(frozen=True)
-class Study:
-    """All that counts: (data set, arm, rate) -> seed -> run, and its right or wrong rows (N,)."""
+class Runs:
+    """All that count: (data set, arm, rate) -> seed -> run; and the chosen rates."""
 
-    runs: dict[tuple[str, str, float], dict[int, fitting.Run]]
-    correct: dict[tuple[str, str, float], dict[int, np.ndarray]]
+    runs: dict[tuple[str, str, float], dict[int, Run]]
     rates: dict[tuple[str, str], float]
 
     def place(self, dataset: str, arm: str) -> tuple[str, str, float]:
@@ -205,27 +166,27 @@ class Study:
 
     def differences(self, dataset: str, arm: str, base: str = "model1") -> dict[int, np.ndarray]:
         """Seed -> right rows (N,) of an arm less a base's, of seeds that have both."""
-        ours, theirs = (self.correct.get(self.place(dataset, a), {}) for a in (arm, base))
-        both = sorted(ours.keys() & theirs.keys())
-        return {s: ours[s].astype(float) - theirs[s].astype(float) for s in both}
+        own, others = (
+            {
+                seed: run.correct.astype(float)
+                for seed, run in self.runs.get(self.place(dataset, name), {}).items()
+                if run.correct is not None
+            }
+            for name in (arm, base)
+        )
+        return {seed: own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())}
 
 
-def read_study(config: Config) -> Study:
-    runs: dict[tuple[str, str, float], dict[int, fitting.Run]] = {}
-    correct: dict[tuple[str, str, float], dict[int, np.ndarray]] = {}
-    for seed in range(sweep.PLANNED):
-        rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
-        for run in fitting.read_runs(config.folder, seed, Cell):
-            place = run.cell.dataset, run.cell.arm, run.cell.rate
-            runs.setdefault(place, {})[seed] = run
-            right = fitting.right_rows(run, rows)
-            if right is not None:
-                correct.setdefault(place, {})[seed] = right
-    return Study(runs, correct, chosen_rates(config))
+def read_study(config: Config) -> Runs:
+    runs: dict[tuple[str, str, float], dict[int, Run]] = {}
+    for run in read_runs(config.folder, sweep.PLANNED, Trial):
+        place = run.trial.dataset, run.trial.arm, run.trial.rate
+        runs.setdefault(place, {})[run.trial.seed] = run
+    return Runs(runs, chosen_rates(config))
 
 
 def sets_difference(
-    study: Study, datasets: Iterable[str], arm: str, base: str = "model1"
+    study: Runs, datasets: Iterable[str], arm: str, base: str = "model1"
 ) -> dict[str, Any]:
     """Accuracy of an arm less a base's: of each set, and of their mean (`mean`), with intervals.
 
@@ -265,7 +226,7 @@ def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | No
     return None
 
 
-def rank_at_equal_loss(one: fitting.Run, two: fitting.Run) -> float | None:
+def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
     """P5 of one backbone and set: log rank within classes, Model 2 less Model 1.
 
     The level is the larger of the two runs' least training losses. None where one diverged first.
@@ -276,7 +237,7 @@ def rank_at_equal_loss(one: fitting.Run, two: fitting.Run) -> float | None:
     return None if None in ranks else ranks[1] - ranks[0]
 
 
-def rank_differences(study: Study, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
+def rank_differences(study: Runs, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
     """Data set -> seed -> rank_at_equal_loss, both at Model 1's rate."""
     found: dict[str, dict[int, float]] = {}
     for dataset in datasets:
@@ -296,7 +257,7 @@ def summary(config: Config) -> dict[str, Any]:
     ranks = rank_differences(study, datasets)
     by_seed = sweep.mean_over_sets(list(ranks.values()))
     p5 = differences_interval(by_seed)
-    arms = sorted({arm for _, arm, _ in study.runs}, key=lambda name: common.find_arm(name).place)
+    arms = sweep.arms_of(run for by_seed in study.runs.values() for run in by_seed.values())
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
         "P1": sweep.endpoint(p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= sweep.PLANNED),
@@ -330,18 +291,18 @@ def equivalence_of(interval: dict[str, Any] | None, margin: float) -> dict[str, 
     return equivalence(*(interval[key] for key in ("mean", "se", "df")), margin)
 
 
-def sets_of(study: Study, arm: str) -> list[str]:
+def sets_of(study: Runs, arm: str) -> list[str]:
     return list(dict.fromkeys(dataset for dataset, name, _ in study.runs if name == arm))
 
 
-def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
+def ends(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
     """Means over seeds of an arm at its own rate.
 
     `language_kept` (nats) and `transfer_kept` are less what they were before training.
     """
     here = study.runs.get(study.place(dataset, arm), {}).values()
     means = {}
-    for name in (*fitting.AT_BEST, *KEPT):
+    for name in (*finetune.AT_BEST, *KEPT):
         known = [value for run in here if (value := measure(run, name)) is not None]
         means[name] = mean_interval(known) if known else None
     diverged = sum(run.end["best_epoch"] is None for run in here)
@@ -352,7 +313,7 @@ def ends(study: Study, dataset: str, arm: str) -> dict[str, Any]:
 KEPT = {"language_kept": "lm_loss", "transfer_kept": "transfer_accuracy"}
 
 
-def measure(run: fitting.Run, name: str) -> float | None:
+def measure(run: Run, name: str) -> float | None:
     """One of KEPT, or a number of the run's end; None where it has none."""
     if name not in KEPT:
         return run.end[name]
@@ -360,7 +321,7 @@ def measure(run: fitting.Run, name: str) -> float | None:
     return None if None in (start, end) else end - start
 
 
-def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
+def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Data set, or `mean` of all -> measure -> Model 2 less Model 1, paired over seeds.
 
     What is kept at one rate, Model 1's, since a higher rate alone loses more; `best_scaled_loss`
@@ -375,7 +336,7 @@ def kept_differences(study: Study, datasets: Sequence[str]) -> dict[str, dict[st
     return found
 
 
-def differences_of(study: Study, dataset: str, name: str) -> dict[int, float]:
+def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
     """Seed -> a measure of Model 2 less that of Model 1, where both are known."""
     ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
     if name in KEPT:
@@ -389,7 +350,7 @@ def differences_of(study: Study, dataset: str, name: str) -> dict[int, float]:
     return found
 
 
-def times(config: Config, study: Study) -> dict[str, dict[str, Any]]:
+def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
     """Data set -> arm -> time of all steps over Model 1's of the same backbone, and `n` of these.
 
     Each at its own rate, to the end, on one CPU: a GPU was shared by many trainings at once, and
@@ -457,7 +418,7 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
     axis.invert_yaxis()
 
 
-def draw_ranks(axis: plt.Axes, study: Study, dataset: str) -> None:
+def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
     """Every backbone's path of both models at Model 1's rate, as the loss falls to the right."""
     rate = study.rates[dataset, "model1"]
     for name in ("model1", "model2"):
@@ -474,7 +435,7 @@ def draw_ranks(axis: plt.Axes, study: Study, dataset: str) -> None:
     axis.invert_xaxis()
 
 
-def text_of(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     lines = []
     for name in ("P1", "P5"):
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
@@ -488,20 +449,28 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figure from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config, results)
-    return results
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={
+        "seeds": (0, 1, 2),
+        "datasets": (finetune.TOY,),
+        "control_datasets": (finetune.TOY,),
+        "controls": ("longer", "2@0.1"),
+        "rates": (-3.0, -2.0),
+    },
+    trials=trials,
+    settings=settings,
+    run=run,
+    line=pilots.line,
+    summary=summary,
+    text=text,
+    draw=draw,
+    check=pilots.check,
+)
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    fitting.check_config(config)
-    if config.miniature:
-        config = miniature_of(config)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ backbone, then results.json and a figure. The same command goes on where it was 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 import common
 from collapse.data.clinc_domains import CLINC_DOMAINS
@@ -28,10 +27,11 @@ from collapse.measures.statistics import (
     mean_interval,
 )
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Job, Progress
+from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_json
-from studies.shared import finetune, fitting, sweep
+from collapse.utils.files import ROOT
+from studies.shared import finetune, pilots, sweep
+from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
 MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
 PLANNED = 10  # backbones
@@ -40,11 +40,10 @@ CHOSEN_AT = 10  # classes: where the rates are chosen
 RANDOM_COUNTS = (2, 10, 30)
 TRAIN_ROWS, EPOCHS, MAX_LENGTH = 7500, 4, 32
 SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH}
-MODELS = ("model1", "model2")
 
 
 @dataclass
-class Config(fitting.Config):
+class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Own language models, by their seeds.
@@ -56,7 +55,7 @@ class Config(fitting.Config):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the study."""
 
     seed: int
@@ -68,10 +67,6 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.classes} {self.merge} classes, {self.arm}, 1e{self.rate:g}"
-
-
-def miniature_of(config: Config) -> Config:
-    return sweep.in_small(config, seeds=(0, 1, 2), rates=(-3.0, -2.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,11 +113,11 @@ def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> t
     Both are fixed draws, the same for every number of classes. Tuning rows are others of the
     training split, and none has the text of one that is trained on.
     """
-    task = fitting.apart_from_validation(in_corpus_text(finetune.load_task("CLINC150", data_dir)))
+    task = finetune.apart_from_validation(in_corpus_text(finetune.load_task("CLINC150", data_dir)))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
     train = task.train.take(trained)
     others = without_texts(task.train, train.texts)
-    tuning_rows = others.take(fixed_draw(len(others), fitting.TUNING_ROWS))
+    tuning_rows = others.take(fixed_draw(len(others), finetune.TUNING_ROWS))
     to_class = nested_classes(classes) if merge == "nested" else random_classes(classes, seed)
     numbers = [to_class[intent] for intent in task.class_names]  # intent's number -> class
     task = dataclasses.replace(task, train=train)
@@ -148,9 +143,9 @@ def balanced_draw(labels: list[int], each: int) -> np.ndarray:
     return np.sort(np.concatenate(draws))
 
 
-def made_up(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
+def toy(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
     """Texts for rehearsals, with as many labels as asked for."""
-    split = fitting.load_split(finetune.MADE_UP, data_dir)
+    split = finetune.load_split(finetune.TOY, data_dir)
     return relabelled(*split, classes, lambda rows: [n % classes for n in range(len(rows))])
 
 
@@ -163,25 +158,22 @@ def counts_of(config: Config) -> tuple[int, ...]:
     return (2, 4, 10) if config.miniature else COUNTS
 
 
-def run_missing(config: Config) -> None:
-    """The pilot, then what rests on the rates that it chose."""
+def trials(config: Config) -> Iterator[Sequence[Trial]]:
+    return in_parts(config, pilot_trials(config), lambda: trials_at(config, chosen_rates(config)))
+
+
+def pilot_trials(config: Config) -> list[Trial]:
     product = itertools.product(sweep.PILOTS, (CHOSEN_AT,), ("nested",), MODELS, config.rates)
-    pilots = list(itertools.starmap(Cell, product))
-    fitting.run_parts(config, pilots, lambda: cells_of(config, chosen_rates(config)), run_some)
+    return list(itertools.starmap(Trial, product))
 
 
-def run_some(config: Config, cells: Sequence[Cell]) -> None:
-    fitting.run_cells(
-        config,
-        cells,
-        lambda cell: job_of(config, cell),
-        lambda cell, progress: fit_cell(config, cell, progress),
-        lambda cell: SETTINGS,
-    )
+def chosen_rates(config: Config) -> dict[str, float]:
+    """Model -> its rate at ten classes, see best_rates."""
+    return best_rates(config, pilot_trials(config), lambda trial: trial.arm)
 
 
-def cells_of(config: Config, rates: dict[str, float]) -> list[Cell]:
-    """Cells that count, seed by seed; random merges at three counts."""
+def trials_at(config: Config, rates: dict[str, float]) -> list[Trial]:
+    """Trials that count, seed by seed; random merges at three counts."""
     kinds = []
     if "endpoint" in config.parts:
         kinds += [(count, "nested") for count in counts_of(config)]
@@ -189,38 +181,13 @@ def cells_of(config: Config, rates: dict[str, float]) -> list[Cell]:
         counts = (2,) if config.miniature else RANDOM_COUNTS
         kinds += [(count, "random") for count in counts]
     product = itertools.product(config.seeds, kinds, MODELS)
-    return [Cell(seed, *kind, model, rates[model]) for seed, kind, model in product]
+    return [Trial(seed, *kind, model, rates[model]) for seed, kind, model in product]
 
 
-def chosen_rates(config: Config) -> dict[str, float]:
-    """Model -> its rate at ten classes, see fitting.best_rates."""
-
-    def kind_of(cell: Cell) -> str:
-        return cell.arm if (cell.classes, cell.merge) == (CHOSEN_AT, "nested") else ""
-
-    return fitting.best_rates(config, Cell, kind_of, MODELS)
-
-
-def job_of(config: Config, cell: Cell) -> Job:
-    steps = EPOCHS * math.ceil(TRAIN_ROWS / finetune.Recipe.batch_size)
-    return sweep.job_of(config, cell, steps)
-
-
-def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:
-    recipe = sweep.recipe_of(
-        config,
-        cell,
-        dataset="CLINC150",
-        learning_rate=10**cell.rate,
-        steps=0,
-        train_rows=TRAIN_ROWS,
-        max_length=MAX_LENGTH,
-    )
-    load = made_up if config.miniature else load_merged
-    task, tuning_rows = load(cell.classes, cell.merge, cell.seed, config.data_dir)
-    data = fitting.as_tokens(recipe, task, tuning_rows)
-    recipe = fitting.whole_epochs(recipe, data, EPOCHS)
-    return fitting.fit(recipe, data, not fitting.is_pilot(cell), progress.step)
+def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
+    load = toy if config.miniature else load_merged
+    task, tuning_rows = load(trial.classes, trial.merge, trial.seed, config.data_dir)
+    return run_trial(config, trial, progress, SETTINGS, task, tuning_rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,21 +206,19 @@ def slope(gains: dict[int, float]) -> float:
     return float(np.polyfit(np.log2(list(gains)), list(gains.values()), 1)[0])
 
 
-def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, tuple]]]:
-    """(merge, classes) -> seed -> model -> (run, right rows (N,)); what has both models."""
-    found: dict[tuple[str, int], dict[int, dict[str, tuple]]] = {}
+def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]]]:
+    """(merge, classes) -> seed -> model -> run, of what has both models at their rates."""
+    found: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
     rates = chosen_rates(config)
-    for seed in range(PLANNED):
-        rows = fitting.read_all_rows(fitting.rows_file(config.folder, seed))
-        for run in fitting.read_runs(config.folder, seed, Cell):
-            right = fitting.right_rows(run, rows)
-            if right is not None and run.cell.rate == rates[run.cell.arm]:
-                by_seed = found.setdefault((run.cell.merge, run.cell.classes), {})
-                by_seed.setdefault(seed, {})[run.cell.arm] = run, right
-    for by_seed in found.values():
-        for seed in [seed for seed, pair in by_seed.items() if len(pair) < len(MODELS)]:
-            del by_seed[seed]
-    return found
+    for run in read_runs(config.folder, PLANNED, Trial):
+        trial = run.trial
+        if run.correct is not None and trial.rate == rates[trial.arm]:
+            by_seed = found.setdefault((trial.merge, trial.classes), {})
+            by_seed.setdefault(trial.seed, {})[trial.arm] = run
+    return {
+        place: {seed: pair for seed, pair in by_seed.items() if len(pair) == len(MODELS)}
+        for place, by_seed in found.items()
+    }
 
 
 def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict[int, float]]:
@@ -261,7 +226,7 @@ def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict
     gains: dict[int, dict[int, float]] = {}
     for count in counts:
         for seed, pair in study.get((merge, count), {}).items():
-            one, two = (logit(pair[model][1]) for model in MODELS)
+            one, two = (logit(pair[model].correct) for model in MODELS)
             gains.setdefault(seed, {})[count] = two - one
     return {seed: by_count for seed, by_count in gains.items() if len(by_count) == len(counts)}
 
@@ -276,7 +241,7 @@ def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) ->
         return None
     correct = np.array(
         [
-            [[study["nested", count][seed][model][1] for model in MODELS] for count in counts]
+            [[study["nested", count][seed][model].correct for model in MODELS] for count in counts]
             for seed in seeds
         ],
         dtype=np.float64,
@@ -307,15 +272,14 @@ def summary(config: Config) -> dict[str, Any]:
     }
 
 
-def row_of(by_seed: dict[int, dict[str, tuple]], merge: str, classes: int) -> dict[str, Any]:
+def row_of(by_seed: dict[int, dict[str, Run]], merge: str, classes: int) -> dict[str, Any]:
     """Models 1 and 2 at one number of classes: means over seeds, and their difference."""
     row: dict[str, Any] = {"merge": merge, "classes": classes, "seeds": len(by_seed)}
-    differences = [pair["model2"][1] * 1.0 - pair["model1"][1] for pair in by_seed.values()]
-    row["accuracy_difference"] = crossed_interval(np.array(differences))
-    gains = [logit(pair["model2"][1]) - logit(pair["model1"][1]) for pair in by_seed.values()]
-    row["logit_gain"] = mean_interval(gains)
+    pairs = [[pair[model].correct for model in MODELS] for pair in by_seed.values()]
+    row["accuracy_difference"] = crossed_interval(np.array([two * 1.0 - one for one, two in pairs]))
+    row["logit_gain"] = mean_interval([logit(two) - logit(one) for one, two in pairs])
     for model in MODELS:
-        runs = [pair[model][0] for pair in by_seed.values()]
+        runs = [pair[model] for pair in by_seed.values()]
         ends = ("best_accuracy", "effective_rank", "effective_rank_within", "stable_rank")
         ends += ("dims_95pct", "cdnv", "loss")
         row[model] = {
@@ -372,7 +336,7 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     save_figure(figure, config.folder / "class_count.png")
 
 
-def text_of(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     lines = [f"P3: {results['P3']['text'] if results['P3'] else 'no interval yet'}"]
     for row in results["table"]:
         gain = format_interval(row["accuracy_difference"], 2, 100, "+")
@@ -380,20 +344,22 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figure from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config, results)
-    return results
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={"seeds": (0, 1, 2), "rates": (-3.0, -2.0)},
+    trials=trials,
+    settings=lambda config, trial: SETTINGS,
+    run=run,
+    line=pilots.line,
+    summary=summary,
+    text=text,
+    draw=draw,
+    check=pilots.check,
+)
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    fitting.check_config(config)
-    if config.miniature:
-        config = miniature_of(config)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

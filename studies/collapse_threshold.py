@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 import common
 from collapse.config import LanguageModelConfig, check_bounds
@@ -32,10 +31,10 @@ from collapse.measures.thresholds import Threshold, threshold_shift
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Job, Progress
+from collapse.runs.progress import Progress
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_json
+from collapse.utils.files import ROOT
 from collapse.utils.provenance import hardware_name
 from studies.shared import finetune, sweep
 from studies.shared.tables import read_rows
@@ -88,11 +87,11 @@ def name_of(model: str) -> str:
 
 
 # Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
-SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), finetune.MADE_UP: (64, 32)}
+SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), finetune.TOY: (64, 32)}
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the study."""
 
     seed: int
@@ -105,10 +104,10 @@ class Cell:
         return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
 
 
-def cells_of(config: Config, seed: int) -> list[Cell]:
+def trials(config: Config) -> list[list[Trial]]:
     arms = [common.find_arm(name).name for name in config.arms]
-    product = itertools.product(config.datasets, arms, config.rates)
-    return [Cell(seed, *parts) for parts in product]
+    product = itertools.product(config.seeds, config.datasets, arms, config.rates)
+    return [list(itertools.starmap(Trial, product))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,17 +115,8 @@ def cells_of(config: Config, seed: int) -> list[Cell]:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_missing(config: Config) -> None:
-    """Backbone by backbone: pretrain it, run its cells."""
-    sweep.run_missing(
-        config,
-        [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: job_of(config, cell),
-        lambda cell, progress: run_cell(config, cell, progress),
-        line_of,
-        lambda cell: {"steps": config.steps} | settings_of_model(config),
-        config.model,
-    )
+def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
+    return {"steps": config.steps} | settings_of_model(config)
 
 
 def settings_of_model(config: Config) -> dict[str, str]:
@@ -150,31 +140,16 @@ def settings_of_model(config: Config) -> dict[str, str]:
     return dict(zip(sweep.OF_A_MODEL, values, strict=True))
 
 
-def miniature_of(config: Config) -> Config:
-    return sweep.in_small(
-        config,
-        seeds=(0, 1),
-        datasets=(finetune.MADE_UP,),
-        arms=("1", "2", "l2-start"),
-        rates=(-3.0, 0.0, 3.0),
-        steps=20,
-    )
-
-
-def job_of(config: Config, cell: Cell) -> Job:
-    return sweep.job_of(config, cell, config.steps, evaluation_cost=20.0)
-
-
-def recipe_of(config: Config, cell: Cell) -> finetune.Recipe:
+def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
+    train_rows, max_length = SIZES[trial.dataset]
     return sweep.recipe_of(
         config,
-        cell,
-        model=config.model or sweep.backbone(config, cell.seed),
-        dataset=cell.dataset,
-        learning_rate=10**cell.rate,
+        trial,
+        dataset=trial.dataset,
+        learning_rate=10**trial.rate,
         steps=config.steps,
-        train_rows=SIZES[cell.dataset][0],
-        max_length=SIZES[cell.dataset][1],
+        train_rows=train_rows,
+        max_length=max_length,
         letters=not config.model,
         quantization=config.quantization,
         compute_dtype=config.compute_dtype,
@@ -183,20 +158,20 @@ def recipe_of(config: Config, cell: Cell) -> finetune.Recipe:
     )
 
 
-def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+def run(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]]:
     """Measures before one training, on the way and at its end, beside its data's chance."""
-    recipe = recipe_of(config, cell)
+    recipe = recipe_of(config, trial)
     data = finetune.load_data(recipe, config.data_dir)
     every = math.ceil(config.steps / (MEASUREMENTS + 1))
     measure_at = config.measure_at or range(0, config.steps, every)
     both_ends = bool(config.measure_at)
-    start = start_of(config, cell) if both_ends else []
-    records = finetune.tune(recipe, data, measure_at, progress.step, both_ends, start)
+    start = start_of(config, trial) if both_ends else []
+    records = finetune.watch(recipe, data, measure_at, progress.step, both_ends, start)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     return [record | {"chance": chance, "classes": data.classes} for record in records]
 
 
-def start_of(config: Config, cell: Cell) -> list[dict[str, Any]]:
+def start_of(config: Config, trial: Trial) -> list[dict[str, Any]]:
     """What a given model's training of the same seed and machine measured before its first step.
 
     All arms of a seed but those with a prefix begin as one model, and on a CPU its measurement
@@ -205,11 +180,11 @@ def start_of(config: Config, cell: Cell) -> list[dict[str, Any]]:
     hardware = hardware_name(pick_device(config.device))
     rows = [
         row
-        for row in read_rows(sweep.table_of(config.folder, cell.seed))
-        if (row["dataset"], row["hardware"], row["step"]) == (cell.dataset, hardware, "0")
+        for row in read_rows(sweep.table_of(config.folder, trial.seed))
+        if (row["dataset"], row["hardware"], row["step"]) == (trial.dataset, hardware, "0")
         and common.find_arm(row["arm"]).prefix == "none"
     ]
-    if not rows or common.find_arm(cell.arm).prefix != "none":
+    if not rows or common.find_arm(trial.arm).prefix != "none":
         return []
     names = list(rows[0])
     measured = names[names.index("step") : names.index("lm_loss") + 1]
@@ -225,12 +200,12 @@ def as_number(text: str) -> float | None:
     return (int(text) if text.isdigit() else float(text)) if text else None
 
 
-def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+def line(rows: list[dict[str, Any]]) -> str:
     first, last = rows[0], rows[-1]
     if last["dims_95pct"] is None:
-        return f"{name}: diverged at step {last['step']}"
+        return f"diverged at step {last['step']}"
     return (
-        f"{name}: components {first['dims_95pct']} -> {last['dims_95pct']}, training accuracy "
+        f"components {first['dims_95pct']} -> {last['dims_95pct']}, training accuracy "
         f"{last['accuracy']:.1%}, validation {last['validation_accuracy']:.1%}"
     )
 
@@ -242,17 +217,13 @@ def line_of(name: str, rows: list[dict[str, Any]]) -> str:
 OUTCOMES = ("healthy", "collapsed, functional", "collapsed, dead", "not learning", "diverged")
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training that has ended."""
-
-    cell: Cell
-    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+class Run(sweep.Run):
+    """A trial that has ended, and what became of it."""
 
     @property
     def kept(self) -> float | None:
         """Components for 95% of the variance, as a share of the start's; None: it diverged."""
-        end = self.path[-1]
+        end = self.end
         if None in (end["dims_95pct"], end["loss"]):
             return None
         return end["dims_95pct"] / self.path[0]["dims_95pct"]
@@ -261,7 +232,7 @@ class Run:
         """One of OUTCOMES; best: the highest training accuracy on this backbone and data set."""
         if self.kept is None:
             return "diverged"
-        end = self.path[-1]
+        end = self.end
         learned = end["accuracy"] >= (end["chance"] + best) / 2
         if self.kept >= bound:
             return "healthy" if learned else "not learning"
@@ -301,49 +272,50 @@ def below(share: float | None, bound: float) -> bool:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every training in the tables of a folder, but of the seeds that the protocol plans alone."""
-    tables = sorted(folder.glob("seed-*.csv"))
-    found = itertools.chain.from_iterable(sweep.read_paths(t, Cell) for t in tables)
-    return [Run(cell, path) for cell, path in found if cell.seed < sweep.PLANNED]
+    """Every trial in the tables of a folder, but of the seeds that the protocol plans alone."""
+    seeds = sorted(range(sweep.PLANNED), key=str)  # an order in which published sums were made
+    return sweep.read_runs(folder, seeds, Trial, Run)
 
 
-def outcomes_of(runs: list[Run], bound: float = KEPT) -> dict[Cell, str]:
+def outcomes_of(runs: list[Run], bound: float = KEPT) -> dict[Trial, str]:
     """What became of each; the best accuracy is that of Models 1 and 2, whatever else has run."""
     best: dict[tuple, float] = {}
     for run in runs:
-        if run.cell.arm in ("model1", "model2"):
-            place = run.cell.seed, run.cell.dataset
-            best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
-    return {run.cell: run.outcome(best[run.cell.seed, run.cell.dataset], bound) for run in runs}
+        if run.trial.arm in ("model1", "model2"):
+            place = run.trial.seed, run.trial.dataset
+            best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
+    return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound) for r in runs}
 
 
-def edges(
-    outcomes: dict[Cell, str], good: Collection[str], rates: Mapping[str, Collection[float]]
+def thresholds_of(
+    outcomes: dict[Trial, str], good: Collection[str], rates: Mapping[str, Collection[float]]
 ) -> dict[tuple[str, str], dict]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
 
-    By Spearman and Karber, see `edge`. Outcomes need not change once only. Runs at other rates
-    than a data set's do not count, seeds without a run at each of these are left out.
+    By Spearman and Karber, see `threshold_of`. Outcomes need not change once only. Runs at other
+    rates than a data set's do not count, seeds without a run at each of these are left out.
     """
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
-    for cell, outcome in outcomes.items():
-        if cell.rate in rates[cell.dataset]:
-            by_seed = found.setdefault((cell.dataset, cell.arm), {})
-            by_seed.setdefault(cell.seed, {})[cell.rate] = outcome in good
+    for trial, outcome in outcomes.items():
+        if trial.rate in rates[trial.dataset]:
+            by_seed = found.setdefault((trial.dataset, trial.arm), {})
+            by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
     return {
         (dataset, arm): {
-            seed: edge(by) for seed, by in by_seed.items() if len(by) == len(set(rates[dataset]))
+            seed: threshold_of(by_rate)
+            for seed, by_rate in by_seed.items()
+            if len(by_rate) == len(set(rates[dataset]))
         }
         for (dataset, arm), by_seed in found.items()
     }
 
 
-def edge(good: dict[float, bool]) -> float:
-    """Spearman-Karber's edge of logarithms of rates -> whether a run was good.
+def threshold_of(good: dict[float, bool]) -> float:
+    """Spearman-Karber's threshold of logarithms of rates -> whether a run was good.
 
-    Lowest rate + step x (good runs - 1/2). Where steps differ, a good run moves the edge by half of
-    the way between the rates beside its own; the first and last step go on beyond the rates. One
-    rate is its own edge.
+    Lowest rate + step x (good runs - 1/2). Where steps differ, a good run moves the threshold by
+    half of the way between the rates beside its own; the first and last step go on beyond the
+    rates. One rate is its own threshold.
     """
     rates = sorted(good)
     steps = np.gradient(rates) if len(rates) > 1 else np.zeros(1)
@@ -351,21 +323,17 @@ def edge(good: dict[float, bool]) -> float:
 
 
 def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
-    """How many decades an arm's edge lies above Model 1's, paired over seeds, mean over data sets.
+    """How many decades an arm's threshold lies above Model 1's, mean over data sets.
 
-    t interval over seeds, at 95%; `p_flips` of random signs. Without shared seeds all are None.
+    Paired over seeds, t interval over these, at 95%; `p_flips` of random signs. Without shared
+    seeds all are None.
     """
-    theirs, ours = (mean_edges(found, key, datasets) for key in ("model1", arm))
-    values = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return paired_difference(theirs, ours) | {"p_flips": sign_flip_p(values) if values else None}
-
-
-def mean_edges(
-    found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]
-) -> dict[int, float]:
-    """Seed -> mean of an arm's edges over the data sets, of seeds that have one on each."""
-    sides = [found.get((dataset, arm), {}) for dataset in datasets]
-    return sweep.mean_over_sets(sides)
+    base, own = (
+        sweep.mean_over_sets([found.get((dataset, name), {}) for dataset in datasets])
+        for name in ("model1", arm)
+    )
+    values = [own[seed] - base[seed] for seed in own if seed in base]
+    return paired_difference(base, own) | {"p_flips": sign_flip_p(values) if values else None}
 
 
 # Beside "healthy": an arm that blocks learning must not look like one that protects.
@@ -379,29 +347,28 @@ GOOD = {
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """What results.json holds: edges and shifts of every arm, outcomes by rate, P2.
+    """What results.json holds: thresholds (`edge`) and shifts of every arm, outcomes by rate, P2.
 
-    Edges are over the planned rates, those of a given model over all that ran on a data set.
-    `at_the_top` counts backbones that are healthy at every rate: their edge is a lower bound;
-    `at_the_bottom` those that are at none: it is an upper one. `other_bounds`: Model 2's shift of
-    the edge, were this share of components the bound of a collapse.
+    Thresholds are over the planned rates, those of a given model over all that ran on a data set.
+    `at_the_top` counts backbones that are healthy at every rate: their threshold is a lower bound;
+    `at_the_bottom` those that are at none: it is an upper one. `other_bounds`: Model 2's shift,
+    were this share of components the bound of a collapse.
     """
     runs = read_runs(config.folder)
     outcomes = outcomes_of(runs)
-    datasets = list(dict.fromkeys(cell.dataset for cell in outcomes))
+    datasets = list(dict.fromkeys(trial.dataset for trial in outcomes))
     rates = {d: rates_of(outcomes, d) if config.model else config.rates for d in datasets}
-    arms = sorted({cell.arm for cell in outcomes}, key=lambda name: common.find_arm(name).place)
-    found = {good: edges(outcomes, kinds, rates) for good, kinds in GOOD.items()}
-    counts = Counter((c.dataset, c.arm, f"{c.rate:g}", kind) for c, kind in outcomes.items())
+    found = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
+    counts = Counter((t.dataset, t.arm, f"{t.rate:g}", kind) for t, kind in outcomes.items())
     table = []
-    for arm in arms:
+    for arm in sweep.arms_of(runs):
         row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "at_the_bottom": {}}
         row |= {"shift": {}, "outcomes": {}, "ends": {}}
         for dataset in datasets:
             values = found["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
             for name, healthy in (("at_the_top", True), ("at_the_bottom", False)):
-                bound = edge(dict.fromkeys(rates[dataset], healthy))
+                bound = threshold_of(dict.fromkeys(rates[dataset], healthy))
                 row[name][dataset] = sum(value == bound for value in values)
             row["ends"][dataset] = mean_ends(runs, arm, dataset)
             row["outcomes"][dataset] = {
@@ -423,9 +390,9 @@ def summary(config: Config) -> dict[str, Any]:
         endpoint = sweep.endpoint(shifts[0], MARGIN, done)
     others = {}
     for bound in OTHER_BOUNDS if shifts else ():
-        found_there = edges(outcomes_of(runs, bound), GOOD["healthy"], rates)
-        others[f"{bound:g}"] = shift(found_there, "model2", datasets)
-    found = {
+        moved = thresholds_of(outcomes_of(runs, bound), GOOD["healthy"], rates)
+        others[f"{bound:g}"] = shift(moved, "model2", datasets)
+    results = {
         "runs": len(runs),
         "criterion_applies": applies,
         "arms": table,
@@ -433,11 +400,11 @@ def summary(config: Config) -> dict[str, Any]:
         "other_bounds": others,
     }
     if config.model and any(starts_on_few_rows(run) for run in runs):
-        found["by_components"] = {
-            dataset: by_components([run for run in runs if run.cell.dataset == dataset])
+        results["by_components"] = {
+            dataset: by_components([run for run in runs if run.trial.dataset == dataset])
             for dataset in datasets
         }
-    return found
+    return results
 
 
 def starts_on_few_rows(run: Run) -> bool:
@@ -454,17 +421,17 @@ def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
     """
     thresholds: dict[str, dict[int, Threshold]] = {}
     counts: dict[str, dict[str, Any]] = {}
-    for arm in sorted({run.cell.arm for run in runs}, key=lambda name: common.find_arm(name).place):
-        here = [run for run in runs if run.cell.arm == arm]
-        rates = sorted({run.cell.rate for run in here})
+    for arm in sweep.arms_of(runs):
+        here = [run for run in runs if run.trial.arm == arm]
+        rates = sorted({run.trial.rate for run in here})
         kept: dict[int, dict[float, bool]] = {}
         for run in here:
-            kept.setdefault(run.cell.seed, {})[run.cell.rate] = run.fell_at(bound) is None
+            kept.setdefault(run.trial.seed, {})[run.trial.rate] = run.fell_at(bound) is None
         whole = {seed: by for seed, by in kept.items() if sorted(by) == rates}
         thresholds[arm] = {seed: Threshold.of(by) for seed, by in sorted(whole.items())}
         counts[arm] = {}
         for rate in rates:
-            at = [run for run in here if run.cell.rate == rate]
+            at = [run for run in here if run.trial.rate == rate]
             steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
             counts[arm][f"{rate:g}"] = {
                 "runs": len(at),
@@ -480,7 +447,7 @@ def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
         for arm, by_seed in thresholds.items()
     }
     sides = thresholds.get("model1", {}), thresholds.get("model2", {})
-    rates = sorted({run.cell.rate for run in runs if run.cell.arm in ("model1", "model2")})
+    rates = sorted({run.trial.rate for run in runs if run.trial.arm in ("model1", "model2")})
     step = max(np.diff(rates), default=0.0)
     shift = threshold_shift(*sides, float(step))
     done = shift["n"] >= SEEDS_OF_A_MODEL
@@ -496,8 +463,8 @@ ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank
 ENDS += ("stable_rank", "top10_variance", "cdnv", "accuracy", "validation_accuracy")
 
 
-def rates_of(outcomes: dict[Cell, str], dataset: str) -> list[float]:
-    return sorted({cell.rate for cell in outcomes if cell.dataset == dataset})
+def rates_of(outcomes: dict[Trial, str], dataset: str) -> list[float]:
+    return sorted({trial.rate for trial in outcomes if trial.dataset == dataset})
 
 
 def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, float]]:
@@ -506,9 +473,9 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
     `language_kept` is the LM loss less that before training, under the LM head of then.
     """
     result = {}
-    here = [run for run in runs if (run.cell.arm, run.cell.dataset) == (arm, dataset)]
-    for rate in sorted({run.cell.rate for run in here}):
-        paths = [run.path for run in here if run.cell.rate == rate and run.kept is not None]
+    here = [run for run in runs if (run.trial.arm, run.trial.dataset) == (arm, dataset)]
+    for rate in sorted({run.trial.rate for run in here}):
+        paths = [run.path for run in here if run.trial.rate == rate and run.kept is not None]
         if paths:
             found = {name: [path[-1][name] for path in paths] for name in ENDS}
             losses = [(path[0]["lm_loss"], path[-1]["lm_loss"]) for path in paths]
@@ -529,17 +496,17 @@ PANELS = {
 }
 
 
-def draw(folder: Path) -> None:
+def draw(config: Config, results: dict[str, Any]) -> None:
     """Components kept and accuracy against the learning rate: a column a data set, a line an arm.
 
     Lines are means over seeds, bands, of Models 1 and 2 alone, lowest to highest; a marker is the
     commonest outcome. None without runs that count.
     """
-    runs = read_runs(folder)
+    runs = read_runs(config.folder)
     if not runs:
         return
     outcomes = outcomes_of(runs)
-    datasets = list(dict.fromkeys(run.cell.dataset for run in runs))
+    datasets = list(dict.fromkeys(run.trial.dataset for run in runs))
     figure, axes = plt.subplots(
         len(PANELS),
         len(datasets),
@@ -549,11 +516,10 @@ def draw(folder: Path) -> None:
         sharex="col",
     )
     for dataset, column in zip(datasets, axes.T, strict=True):
-        here = [run for run in runs if run.cell.dataset == dataset]
-        names = {run.cell.arm for run in here}
-        for name in sorted(names, key=lambda name: common.find_arm(name).place):
+        here = [run for run in runs if run.trial.dataset == dataset]
+        for name in sweep.arms_of(here):
             for measure, axis in zip(PANELS, column, strict=True):
-                draw_arm(axis, [run for run in here if run.cell.arm == name], outcomes, measure)
+                draw_arm(axis, [run for run in here if run.trial.arm == name], outcomes, measure)
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
         after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in here}))
         column[0].set(xscale="log", title=f"{dataset}, after {after} steps")
@@ -576,19 +542,19 @@ def draw(folder: Path) -> None:
         ncols=4,
         fontsize=8,
     )
-    save_figure(figure, folder / "collapse.png")
+    save_figure(figure, config.folder / "collapse.png")
 
 
-def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Cell, str], measure: str) -> None:
-    arm = common.find_arm(runs[0].cell.arm)
-    rates = sorted({run.cell.rate for run in runs})
+def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Trial, str], measure: str) -> None:
+    arm = common.find_arm(runs[0].trial.arm)
+    rates = sorted({run.trial.rate for run in runs})
     means, lows, highs = [], [], []
     for rate in rates:
-        values = [value_of(run, measure) for run in runs if run.cell.rate == rate]
+        values = [value_of(run, measure) for run in runs if run.trial.rate == rate]
         means.append(np.mean(values))
         lows.append(min(values))
         highs.append(max(values))
-        kinds = Counter(outcomes[run.cell] for run in runs if run.cell.rate == rate)
+        kinds = Counter(outcomes[run.trial] for run in runs if run.trial.rate == rate)
         marker = MARKERS[kinds.most_common(1)[0][0]]
         axis.plot(10**rate, means[-1], color=arm.color, marker=marker, markersize=6)
     x = [10**rate for rate in rates]
@@ -602,19 +568,19 @@ def value_of(run: Run, measure: str) -> float:
     """Share of components kept, or accuracy at the end in %; 0 of one that diverged."""
     if measure == "kept":
         return run.kept or 0.0
-    return 100 * (run.path[-1][measure] or 0.0)
+    return 100 * (run.end[measure] or 0.0)
 
 
-def text_of(results: dict[str, Any]) -> str:
-    """Edges and shifts, a line an arm; P2."""
+def text(results: dict[str, Any]) -> str:
+    """Thresholds and shifts, a line an arm; P2."""
     lines = []
     for row in results["arms"]:
-        edges = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
+        shown = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
         found = row["shift"].get("healthy", {}).get("mean", {})
         moved = ""
         if found.get("n"):
             moved = f", {format_interval(found, sign='+')} decades from Model 1's"
-        lines.append(f"{row['arm']:12} edge at 10^: {', '.join(edges) or 'n/a'}{moved}")
+        lines.append(f"{row['arm']:12} threshold at 10^: {', '.join(shown) or 'n/a'}{moved}")
     lines.append(results["P2"]["text"] if results["P2"] else "P2: no interval yet")
     for dataset, found in results.get("by_components", {}).items():
         said = found["shift"]["text"] if found["shift"] else "no interval yet"
@@ -622,30 +588,42 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figure from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config.folder)
-    return results
-
-
-def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    sweep.check_config(config)
+def check(config: Config) -> None:
     if config.model:
         if list(config.rates) != sorted(set(config.rates)):
             raise UserError("--rates are base-10 logarithms in order.")
     elif not np.allclose(np.diff(config.rates, 2), 0, atol=1e-6):
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, math.inf)
-    if config.miniature:
-        config = miniature_of(config)
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
         common.check_device_for(config.model, pick_device(config.device))
         load_tokenizer(config.model)
         check_weights(find_model(config.model), None)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+
+
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={
+        "seeds": (0, 1),
+        "datasets": (finetune.TOY,),
+        "arms": ("1", "2", "l2-start"),
+        "rates": (-3.0, 0.0, 3.0),
+        "steps": 20,
+    },
+    trials=trials,
+    settings=settings,
+    run=run,
+    line=line,
+    summary=summary,
+    text=text,
+    draw=draw,
+    check=check,
+    evaluation_cost=20.0,
+)
+
+
+def main() -> None:
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

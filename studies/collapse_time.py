@@ -10,8 +10,9 @@ same command goes on where it was stopped.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import tyro
 
 import common
 from collapse.measures.neural_collapse import length_share
@@ -27,13 +27,12 @@ from collapse.measures.statistics import differences_interval, mean_interval
 from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
-from collapse.runs.progress import Job, Progress
+from collapse.runs.progress import Progress
 from collapse.training.monitor import outputs
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_json
-from studies.collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, edge
-from studies.shared import finetune as tuning
-from studies.shared import sweep
+from collapse.utils.files import ROOT
+from studies.collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, threshold_of
+from studies.shared import finetune, sweep
 
 BACKBONES = tuple(range(200, 208))  # of P6; a pilot takes another
 FIRST, DOUBLINGS = 50, 7  # measured after 50 x 2^k steps
@@ -71,7 +70,7 @@ PARTS = {
     "SST-2": Part("SST-2 by sentence", 35_074, 64, "1", 5, evenly(-3.75, -2.5)),
     "cosine": Part(*NEWS, "1", 1, (-3.0, -2.5), schedule="cosine"),
 }
-TOY = (tuning.MADE_UP, 64, 32)
+TOY = (finetune.TOY, 64, 32)
 MINIATURE = {
     "model1": Part(*TOY, "1", 2, (-3.0, -1.0), (3.0,)),
     "model2": Part(*TOY, "2", 2, (-3.0, -1.0), (3.0,)),
@@ -120,18 +119,19 @@ class Trial:
         return f"{self.part}, 1e{self.rate:g}"
 
 
-def trials_of(config: Config, seed: int) -> list[Trial]:
-    trials = []
-    for name in config.parts:
-        part, arm = config.planned[name], common.find_arm(config.planned[name].arm).name
-        if seed in BACKBONES and BACKBONES.index(seed) >= part.backbones:
+def trials(config: Config) -> list[list[Trial]]:
+    found = []
+    for seed, name in itertools.product(config.seeds, config.parts):
+        part = config.planned[name]
+        if seed in BACKBONES[part.backbones :]:
             continue
         rates = [rate for rate in part.rates + part.short_rates if rate in (config.rates or [rate])]
-        trials += [Trial(seed, name, arm, rate) for rate in rates]
-    return trials
+        arm = common.find_arm(part.arm).name
+        found += [Trial(seed, name, arm, rate) for rate in rates]
+    return [found]
 
 
-def settings_of(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
+def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
     """A training's number of steps and of rows, and longest text in tokens."""
     part = config.planned[trial["part"]]
     short = float(trial["rate"]) in part.short_rates
@@ -144,29 +144,7 @@ def settings_of(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_missing(config: Config) -> None:
-    """Backbone by backbone: pretrain it, run its trials."""
-    sweep.run_missing(
-        config,
-        [trial for seed in config.seeds for trial in trials_of(config, seed)],
-        lambda trial: job_of(config, trial),
-        lambda trial, progress: run_trial(config, trial, progress),
-        line_of,
-        lambda trial: settings_of(config, trial),
-    )
-
-
-def miniature_of(config: Config) -> Config:
-    short = {"first": 5, "doublings": 4, "parts": tuple(MINIATURE)}
-    return sweep.in_small(config, seeds=BACKBONES[:2], **short)
-
-
-def job_of(config: Config, trial: Trial) -> Job:
-    steps = settings_of(config, dataclasses.asdict(trial))["steps"]
-    return sweep.job_of(config, trial, steps)
-
-
-def recipe_of(config: Config, trial: Trial) -> tuning.Recipe:
+def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
     part = config.planned[trial.part]
     return sweep.recipe_of(
         config,
@@ -174,51 +152,50 @@ def recipe_of(config: Config, trial: Trial) -> tuning.Recipe:
         dataset=part.dataset,
         learning_rate=10**trial.rate,
         schedule=part.schedule,
-        **settings_of(config, dataclasses.asdict(trial)),
+        **settings(config, dataclasses.asdict(trial)),
     )
 
 
-def run_trial(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]]:
+def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
     """Measures before one training and after each of config.measured, always on the same rows."""
     recipe = recipe_of(config, trial)
-    return finetune(recipe, tuning.load_data(recipe, config.data_dir), config.measured, progress)
+    data = finetune.load_data(recipe, config.data_dir)
+    return measured_run(recipe, data, config.measured, progress.step)
 
 
-def finetune(
-    recipe: tuning.Recipe, data: tuning.Data, measured: Sequence[int], progress: Progress
-) -> list[dict[str, Any]]:
+def measured_run(
+    recipe: finetune.Recipe,
+    data: finetune.Data,
+    measured: Sequence[int],
+    after_step: Callable[[], None] = lambda: None,
+) -> list[finetune.Record]:
     """Train; what was measured before the first step and after those of `measured`, on all rows.
 
-    Beside what tuning.full_record tells: `length_share` of pooled states, `step_size`, the length
-    of the last step in the space of all weights, and `distance` from the start's. A training that
-    meets a number that is not finite ends there, with None for every measure.
+    Beside what finetune.full_records tells: `length_share` of pooled states, `step_size`, the
+    length of the last step in the space of all weights, and `distance` from the start's.
     """
-    model, start_head = tuning.build(recipe, data.classes)
+    model, start_head = finetune.build(recipe, data.classes)
     start = before = weights_of(model)
-    lengths = data.validation.lengths
 
-    def record(step: int) -> dict[str, Any]:
-        found = {"step": step, **tuning.full_record(model, data, start_head)}
-        states = outputs(model, data.validation)[0][0].numpy()  # (N, D)
-        finite = bool(np.isfinite(states).all())
-        now = weights_of(model)
-        return found | {
-            "length_share": length_share(states, lengths) if finite else None,
-            "step_size": float((now - before).norm()) if finite and step else None,
-            "distance": float((now - start).norm()) if finite else None,
-        }
+    def measure(step: int) -> Iterator[finetune.Record]:
+        nonlocal before
+        if step == 0 or step in measured:
+            (found,) = finetune.full_records(model, data, start_head)
+            states = outputs(model, data.validation)[0][0].numpy()  # (N, D)
+            finite, now = bool(np.isfinite(states).all()), weights_of(model)
+            share = length_share(states, data.validation.lengths) if finite else None
+            yield {
+                "step": step,
+                **found,
+                "length_share": share,
+                "step_size": float((now - before).norm()) if finite and step else None,
+                "distance": float((now - start).norm()) if finite else None,
+            }
+        if step + 1 in measured:
+            before = weights_of(model)
 
-    records = [record(0)]
-    try:
-        for step in tuning.steps_of(recipe, tuning.trainer_of(recipe, model, data.train)):
-            progress.step()
-            if step in measured:
-                records.append(record(step))
-            if step + 1 in measured:
-                before = weights_of(model)
-    except tuning.Diverged as error:
-        return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
-    return records
+    trainer = finetune.trainer_of(recipe, model, data.train)
+    return finetune.train(recipe, trainer, measure, after_step)
 
 
 @torch.no_grad()
@@ -228,9 +205,9 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(trained).clone()
 
 
-def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+def line(rows: list[finetune.Record]) -> str:
     kept = " ".join("-" if row["dims_95pct"] is None else str(row["dims_95pct"]) for row in rows)
-    return f"{name}: components {kept} after step {rows[-1]['step']}"
+    return f"components {kept} after step {rows[-1]['step']}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,19 +215,15 @@ def line_of(name: str, rows: list[dict[str, Any]]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training that has ended."""
-
-    trial: Trial
-    path: list[dict[str, float | None]]  # its measurements, from before the first step on
+class Run(sweep.Run):
+    """A trial that has ended, and whether it collapsed."""
 
     def shares(self, measured: Sequence[int]) -> dict[int, float | None]:
         """Step -> share of the start's components; None from where a number was not finite."""
         by_step = {int(record["step"]): record for record in self.path}
         found: dict[int, float | None] = {}
         for step in measured:
-            if step > self.path[-1]["steps"]:
+            if step > self.end["steps"]:
                 break
             record = by_step.get(step)
             finite = record is not None and None not in (record["dims_95pct"], record["loss"])
@@ -267,13 +240,10 @@ class Run:
 
 
 def read_runs(config: Config) -> dict[str, list[Run]]:
-    """Part -> its trainings in the tables, of the backbones that the protocol plans for it."""
-    found: dict[str, list[Run]] = {}
-    for table in sorted(config.folder.glob("seed-*.csv")):
-        for trial, path in sweep.read_paths(table, Trial):
-            if trial.seed in BACKBONES and trial.part in config.planned:
-                found.setdefault(trial.part, []).append(Run(trial, path))
-    return {part: found[part] for part in config.planned if part in found}
+    """Part -> its trials in the tables, of the backbones that the protocol plans for it."""
+    runs = sweep.read_runs(config.folder, BACKBONES, Trial, Run)
+    found = {part: [run for run in runs if run.trial.part == part] for part in config.planned}
+    return {part: of_part for part, of_part in found.items() if of_part}
 
 
 def thresholds_of(
@@ -426,7 +396,7 @@ def part_summary(
             "at_most": sum(threshold.censored == "<=" for threshold in at),
             "not_monotone": sum(not threshold.monotone for threshold in at),
             "recovered": sum(recovered(run, config.measured, step) for run in runs),
-            "spearman_karber": mean_interval(map(edge, outcomes)),
+            "spearman_karber": mean_interval(map(threshold_of, outcomes)),
         }
     return {
         "data": config.planned[part].dataset,
@@ -546,7 +516,7 @@ def mark_reference(axis: plt.Axes) -> None:
         )
 
 
-def text_of(results: Mapping[str, Any]) -> str:
+def text(results: Mapping[str, Any]) -> str:
     """Thresholds by steps, a line a part; P6 and P7."""
     lines = []
     for part, found in results["parts"].items():
@@ -563,23 +533,28 @@ def text_of(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figure from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config, results)
-    return results
-
-
-def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    sweep.check_config(config)
+def check(config: Config) -> None:
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
-    if config.miniature:
-        config = miniature_of(config)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+
+
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={"seeds": BACKBONES[:2], "first": 5, "doublings": 4, "parts": tuple(MINIATURE)},
+    trials=trials,
+    settings=settings,
+    run=run,
+    line=line,
+    summary=summary,
+    text=text,
+    draw=draw,
+    check=check,
+)
+
+
+def main() -> None:
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

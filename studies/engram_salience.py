@@ -11,14 +11,13 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
-import tyro
 
 import common
 from collapse.config import check_bounds
@@ -33,9 +32,8 @@ from collapse.models.pretrained import load_tokenizer
 from collapse.report.plots import CLASS_COLORS, save_figure
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_json
-from studies.shared import finetune as tuning
-from studies.shared import sweep
+from collapse.utils.files import ROOT
+from studies.shared import finetune, sweep
 
 MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
@@ -71,7 +69,7 @@ class Config(sweep.Config):
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the study."""
 
     seed: int
@@ -83,12 +81,12 @@ class Cell:
         return f"{self.trained}, {self.arm}"
 
 
-def cells_of(config: Config, seed: int) -> list[Cell]:
+def trials(config: Config) -> list[list[Trial]]:
     """Each arm with each label; Model 3 with the LM loss alone."""
     arms = [common.find_arm(name).name for name in config.arms]
-    labels = [label for label in LABELS if label in config.trained]
-    cells = [Cell(seed, *parts) for parts in itertools.product(labels, arms)]
-    return cells + [Cell(seed, NEITHER, "model3")] * (NEITHER in config.trained)
+    kinds = list(itertools.product([of for of in LABELS if of in config.trained], arms))
+    kinds += [(NEITHER, "model3")] * (NEITHER in config.trained)
+    return [[Trial(seed, *kind) for seed in config.seeds for kind in kinds]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,17 +129,17 @@ def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
     return Pairs(texts, np.stack([rows.labels for rows in drawn], axis=1), first)
 
 
-@functools.lru_cache(maxsize=1)  # a process runs many cells
+@functools.lru_cache(maxsize=1)  # a process runs many trials
 def load_pairs(
-    data_dir: Path | None, on_tuning_rows: bool = False, made_up: bool = False
+    data_dir: Path | None, on_tuning_rows: bool = False, toy: bool = False
 ) -> tuple[Pairs, Pairs]:
     """Training pairs, and those to measure on: of validation rows, or of tuning rows.
 
     No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole,
     most of those to train on are phrases. Raises UserError where a source cannot be had.
     """
-    if made_up:
-        sources = [tuning.made_up_task(None)] * 2
+    if toy:
+        sources = [finetune.toy_task(None)] * 2
         counts = 128, 80
     else:
         sources = [load_sst2_by_sentence(data_dir), load_ag_news(data_dir)]
@@ -151,7 +149,7 @@ def load_pairs(
     if on_tuning_rows:
         sources = [measured_on_tuning_rows(task) for task in sources]
         counts = counts[0], TUNING_ROWS
-    if not made_up:
+    if not toy:
         sources = [in_corpus_text(sources[0]), headlines_of(sources[1])]
     train = pair_up(*(task.train for task in sources), counts[0], seed=0)
     held = [task.validation for task in sources]
@@ -188,25 +186,14 @@ def headlines_of(task: Task) -> Task:
 # --------------------------------------------------------------------------------------------------
 
 
-def run_missing(config: Config) -> None:
-    sweep.run_missing(
-        config,
-        [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: sweep.job_of(config, cell, config.steps),
-        lambda cell, progress: run_cell(config, cell, progress),
-        line_of,
-        lambda cell: {"steps": config.steps, "learning_rate": config.learning_rate},
-    )
+def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
+    return {"steps": config.steps, "learning_rate": config.learning_rate}
 
 
-def miniature_of(config: Config) -> Config:
-    return sweep.in_small(config, seeds=(0, 1), arms=("3", "lm-only-engram"), steps=20)
-
-
-def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
+def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
     return sweep.recipe_of(
         config,
-        cell,
+        trial,
         dataset="SST-2 by sentence with AG News",
         learning_rate=config.learning_rate,
         steps=config.steps,
@@ -215,45 +202,37 @@ def recipe_of(config: Config, cell: Cell) -> tuning.Recipe:
     )
 
 
-def arm_of(cell: Cell) -> common.Arm:
+def arm_of(trial: Trial) -> common.Arm:
     """The arm whose losses train; of NEITHER no gradient of the classification loss is left."""
-    arm = common.find_arm(cell.arm)
-    return dataclasses.replace(arm, weight=1.0) if cell.trained == NEITHER else arm
+    arm = common.find_arm(trial.arm)
+    return dataclasses.replace(arm, weight=1.0) if trial.trained == NEITHER else arm
 
 
-def run_cell(config: Config, cell: Cell, progress: Progress) -> list[dict[str, Any]]:
+def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
     """The rows of one training: half-way and at its end, of NEITHER before its first step, too.
 
     There all trainings of a backbone are alike.
     """
-    recipe = recipe_of(config, cell)
+    recipe = recipe_of(config, trial)
     encode = load_tokenizer(recipe.model)
     train, validation = load_pairs(config.data_dir, config.tuning, config.miniature)
-    model, _ = tuning.build(recipe, classes=2)
+    model, _ = finetune.build(recipe, classes=2)
     trainer = common.make_trainer(
-        model, train.split(cell.trained, encode), recipe.config(), arm_of(cell)
+        model, train.split(trial.trained, encode), recipe.config(), arm_of(trial)
     )
-    split = validation.split(cell.trained, encode)
+    split = validation.split(trial.trained, encode)
+    measured = (0,) * (trial.trained == NEITHER) + (config.steps // 2, config.steps)
 
-    def measure(step: int) -> dict[str, float]:
-        try:
-            return measures(model, split, validation.labels, cell.seed)
-        except FloatingPointError:
-            raise tuning.Diverged(step) from None
+    def measure(step: int) -> Iterator[finetune.Record]:
+        if step in measured:
+            yield {"step": step} | measures(model, split, validation.labels, trial.seed)
 
-    records = [{"step": 0, **measure(0)}] if cell.trained == NEITHER else []
-    try:
-        for step in tuning.steps_of(recipe, trainer):
-            progress.step()
-            if step in (config.steps // 2, config.steps):
-                records.append({"step": step, **measure(step)})
-    except tuning.Diverged as error:
-        records.append({"step": error.step} | dict.fromkeys(MEASURES))
-    if cell.trained == NEITHER:
+    records = finetune.train(recipe, trainer, measure, progress.step)
+    if trial.trained == NEITHER:
         for record in records:
             record["accuracy"] = None  # its classifier is as it was drawn
-    names, rows = ("step", *MEASURES), {"rows": len(validation.texts)}
-    return [{name: record[name] for name in names} | rows for record in records]
+    rows = {"rows": len(validation.texts)}
+    return [{name: record.get(name) for name in ("step", *MEASURES)} | rows for record in records]
 
 
 MEASURES = ("accuracy", "lm_loss")
@@ -291,20 +270,20 @@ def ari(clusters: np.ndarray, labels: np.ndarray) -> float:
     return match_clusters(clusters, labels, 2)["ari"]
 
 
-def line_of(name: str, rows: list[dict[str, Any]]) -> str:
+def line(rows: list[finetune.Record]) -> str:
     last = rows[-1]
     if last["lm_loss"] is None:
-        return f"{name}: diverged at step {last['step']}"
+        return f"diverged at step {last['step']}"
     accuracy = f"accuracy {last['accuracy']:.1%}, " if last["accuracy"] else ""
     indices = ", ".join(f"{label} {last[f'ari_{label}']:+.3f}" for label in LABELS)
-    return f"{name}: {accuracy}adjusted Rand index with {indices}"
+    return f"{accuracy}adjusted Rand index with {indices}"
 
 
 # --------------------------------------------------------------------------------------------------
 # What the rows say
 # --------------------------------------------------------------------------------------------------
 
-Ends = dict[Cell, dict[str, float | None]]
+Ends = dict[Trial, dict[str, float | None]]
 
 
 def read_table(folder: Path) -> tuple[Ends, Ends]:
@@ -313,14 +292,10 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
     Of the seeds that the protocol plans alone, arms in their order. A training that diverged has
     None for all of it.
     """
-    ends, starts = {}, {}
-    for seed in range(sweep.PLANNED):
-        for cell, path in sweep.read_paths(sweep.table_of(folder, seed), Cell):
-            ends[cell] = path[-1]
-            if path[0]["step"] == 0:
-                starts[cell] = path[0]
-    in_order = sorted(ends, key=lambda cell: common.find_arm(cell.arm).place)
-    return {cell: ends[cell] for cell in in_order}, starts
+    runs = sweep.read_runs(folder, range(sweep.PLANNED), Trial)
+    in_order = sorted(runs, key=lambda run: common.find_arm(run.trial.arm).place)
+    starts = {run.trial: run.path[0] for run in runs if run.path[0]["step"] == 0}
+    return {run.trial: run.end for run in in_order}, starts
 
 
 def salience(
@@ -332,8 +307,8 @@ def salience(
     Of seeds where both directions ended, with a validation accuracy above `above`.
     """
     other, trained = {}, {}
-    for seed in sorted({cell.seed for cell in ends if cell.arm == arm}):
-        both = {label: ends.get(Cell(seed, label, arm)) for label in LABELS}
+    for seed in sorted({trial.seed for trial in ends if trial.arm == arm}):
+        both = {label: ends.get(Trial(seed, label, arm)) for label in LABELS}
         if all(end and (end["accuracy"] or 0.0) > above for end in both.values()):
             trained[seed] = np.mean([end[f"{kind}_{label}"] for label, end in both.items()])
             swapped = zip(both.values(), reversed(LABELS), strict=True)
@@ -367,8 +342,8 @@ def summary(config: Config) -> dict[str, Any]:
     results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
     if starts:
         results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
-    for trained, arm in dict.fromkeys((cell.trained, cell.arm) for cell in ends):
-        found = {c.seed: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
+    for trained, arm in dict.fromkeys((trial.trained, trial.arm) for trial in ends):
+        found = {t.seed: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
         row = {"trained": trained, "arm": arm} | means(found.values())
         if trained != NEITHER:
             row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
@@ -380,16 +355,16 @@ def summary(config: Config) -> dict[str, Any]:
                 )
             )
         results["trainings"].append(row)
-    for arm in dict.fromkeys(cell.arm for cell in ends):
+    for arm in dict.fromkeys(trial.arm for trial in ends):
         all_of, learned = (salience(ends, arm, above=above) for above in (0.0, LEARNED))
         random = salience(ends, arm, "ari_untrained", LEARNED)
-        seeds = [{c.seed for c in ends if (c.trained, c.arm) == (of, arm)} for of in LABELS]
+        seeds = [{t.seed for t in ends if (t.trained, t.arm) == (of, arm)} for of in LABELS]
         row = {"arm": arm, "ran": len(set.intersection(*seeds))}
         row["learned"] = paired_difference(*learned)
         row["less_random_compressor"] = paired_difference(*map(differences, (random, learned)))
         results["arms"].append(row | {"all_backbones": paired_difference(*all_of)})
     model3 = [row for row in results["arms"] if row["arm"] == "model3"]
-    done = all(Cell(s, label, "model3") in ends for s in range(sweep.PLANNED) for label in LABELS)
+    done = all(Trial(s, label, "model3") in ends for s in range(sweep.PLANNED) for label in LABELS)
     results["P4"] = sweep.endpoint(model3[0]["learned"], MARGIN, done) if model3 else None
     return results
 
@@ -402,7 +377,7 @@ def means(ends: Collection[dict[str, float | None]]) -> dict[str, Any]:
     return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | found
 
 
-def text_of(results: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     """Accuracy and indices, a line an arm and label; P4."""
     lines = []
     for row in results["trainings"]:
@@ -427,20 +402,20 @@ def text_of(results: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def draw(folder: Path) -> None:
+def draw(config: Config, results: dict[str, Any]) -> None:
     """A panel a trained label: index with either label, a point a backbone, bars their means."""
-    ends, starts = read_table(folder)
-    arms = list(dict.fromkeys(cell.arm for cell in ends if cell.trained != NEITHER))
+    ends, starts = read_table(config.folder)
+    arms = list(dict.fromkeys(trial.arm for trial in ends if trial.trained != NEITHER))
     if not arms:
         return
-    neither = {cell: end for cell, end in ends.items() if cell.trained == NEITHER}
+    neither = {trial: end for trial, end in ends.items() if trial.trained == NEITHER}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for trained, axis in zip(LABELS, axes, strict=True):
         groups = [("before training,\nuntrained\ncompressor", starts, "ari_untrained")]
         groups.append(("LM loss\nalone", neither, "ari"))
         groups = [group for group in groups if group[1]]
         for arm in arms:
-            here = {c: end for c, end in ends.items() if (c.trained, c.arm) == (trained, arm)}
+            here = {t: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
             groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))
             if arm == "model3":
                 groups.append(("untrained\ncompressor,\nsame states", here, "ari_untrained"))
@@ -461,35 +436,35 @@ def draw(folder: Path) -> None:
         axis.set_title(f"{trained} is trained")
     axes[0].set_ylabel("adjusted Rand index of two clusters")
     axes[0].legend(fontsize=8)
-    save_figure(figure, folder / "engrams.png")
+    save_figure(figure, config.folder / "engrams.png")
 
 
-def check_config(config: Config) -> None:
-    """Raise UserError for settings that cannot be run."""
-    sweep.check_config(config)
+def check(config: Config) -> None:
     if not config.arms or not config.trained:
         raise UserError("--arms or --trained is empty: name at least one of each.")
-    check_bounds("steps", config.steps, 2 * tuning.WARMUP_STEPS, math.inf)
+    check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, math.inf)
     check_bounds("learning_rate", config.learning_rate, 1e-12, 1e3)
     for name in config.arms:
         if common.find_arm(name).prefix != "engram":
             raise UserError(f"--arms {name} has no engram: take 3, or a control of it that has.")
 
 
-def report(config: Config) -> dict[str, Any]:
-    """Write results.json and the figure from the rows that are there."""
-    results = summary(config)
-    write_json(config.folder / "results.json", results)
-    draw(config.folder)
-    return results
+STUDY = sweep.Study(
+    config_type=Config,
+    miniature={"seeds": (0, 1), "arms": ("3", "lm-only-engram"), "steps": 20},
+    trials=trials,
+    settings=settings,
+    run=run,
+    line=line,
+    summary=summary,
+    text=text,
+    draw=draw,
+    check=check,
+)
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
-    check_config(config)
-    if config.miniature:
-        config = miniature_of(config)
-    print(text_of(sweep.carry_out(config, run_missing, report)))
+    STUDY.main(__doc__)
 
 
 if __name__ == "__main__":

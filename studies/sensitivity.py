@@ -19,7 +19,7 @@ from collapse.utils.files import ROOT, read_json, write_json
 from studies import benefit, class_count
 from studies import collapse_threshold as threshold
 from studies.report.page import Page
-from studies.shared import fitting, sweep
+from studies.shared import pilots, sweep
 
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
 LINES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the way from chance to a backbone's best accuracy
@@ -36,19 +36,19 @@ def healthy_by_line(
     """
     best: dict[tuple[int, str], float] = {}
     for run in runs:
-        if run.cell.arm in ("model1", "model2"):
-            place = run.cell.seed, run.cell.dataset
-            best[place] = max(best.get(place, 0.0), run.path[-1]["accuracy"] or 0.0)
+        if run.trial.arm in ("model1", "model2"):
+            place = run.trial.seed, run.trial.dataset
+            best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for run in runs:
-        end, cell = run.path[-1], run.cell
+        end, trial = run.end, run.trial
         kept = run.kept is not None and run.kept >= threshold.KEPT
         if kept:
             chance = end["chance"]
-            needed = chance + line * (best[cell.seed, cell.dataset] - chance)
+            needed = chance + line * (best[trial.seed, trial.dataset] - chance)
             kept = end["accuracy"] >= needed
-        by_seed = found.setdefault((cell.dataset, cell.arm), {})
-        by_seed.setdefault(cell.seed, {})[cell.rate] = bool(kept)
+        by_seed = found.setdefault((trial.dataset, trial.arm), {})
+        by_seed.setdefault(trial.seed, {})[trial.rate] = bool(kept)
     return found
 
 
@@ -62,7 +62,7 @@ def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> d
     found: dict[str, Any] = {}
     for line in LINES:
         healthy = healthy_by_line(runs, line)
-        readings = {"by the number of healthy runs": threshold.edge}
+        readings = {"by the number of healthy runs": threshold.threshold_of}
         readings["by the highest healthy rate"] = highest_healthy
         found[f"{line:g}"] = {
             name: shifts(healthy, read, rates, "model2", "model1")
@@ -110,8 +110,8 @@ def kept_by_rate(
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for run in runs:
         kept = run.kept is not None and run.kept >= threshold.KEPT
-        by_seed = found.setdefault((run.cell.dataset, run.cell.arm), {})
-        by_seed.setdefault(run.cell.seed, {})[run.cell.rate] = kept
+        by_seed = found.setdefault((run.trial.dataset, run.trial.arm), {})
+        by_seed.setdefault(run.trial.seed, {})[run.trial.rate] = kept
     return found
 
 
@@ -122,7 +122,7 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
     rates with five or more where Model 1 has collapsed on average.
     """
     by_place = {
-        (r.cell.dataset, r.cell.rate, r.cell.seed, r.cell.arm): r
+        (r.trial.dataset, r.trial.rate, r.trial.seed, r.trial.arm): r
         for r in runs
         if r.kept is not None
     }
@@ -132,7 +132,7 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
         for seed in sorted({place[2] for place in by_place if place[:2] == (dataset, rate)}):
             one, two = (by_place.get((dataset, rate, seed, arm)) for arm in ("model1", "model2"))
             if one and two:
-                losses = [run.path[-1]["loss"] for run in (one, two)]
+                losses = [run.end["loss"] for run in (one, two)]
                 if max(losses) <= 1.1 * min(losses):
                     pairs.append((one.kept, two.kept, *losses))
         if len(pairs) >= FEWEST_PAIRS:
@@ -145,7 +145,7 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
     return found
 
 
-def ranks_at_losses(study: benefit.Study, datasets: Sequence[str]) -> dict[str, Any]:
+def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, Any]:
     """Loss -> data set or `mean` -> log rank within classes, Model 2 less 1, at Model 1's rate.
 
     Of backbones whose both models reach the loss; the mean, of those that do on every set.
@@ -177,13 +177,12 @@ def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) ->
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for study, config in ((benefit, of_benefit), (class_count, of_classes)):
         accuracy: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
-        for seed in sweep.PILOTS:
-            for run in fitting.read_runs(config.folder, seed, study.Cell):
-                cell = run.cell
-                data = cell.dataset if study is benefit else f"CLINC150, {cell.classes} classes"
-                if cell.arm in ("model1", "model2"):
-                    sides = accuracy.setdefault((data, cell.rate), {})
-                    sides.setdefault(cell.arm, {})[seed] = run.tuning_accuracy
+        for run in sweep.read_runs(config.folder, sweep.PILOTS, study.Trial, pilots.Run):
+            trial = run.trial
+            data = trial.dataset if study is benefit else f"CLINC150, {trial.classes} classes"
+            if trial.arm in pilots.MODELS:
+                sides = accuracy.setdefault((data, trial.rate), {})
+                sides.setdefault(trial.arm, {})[trial.seed] = run.tuning_accuracy
         for (data, rate), sides in sorted(accuracy.items()):
             difference = paired_difference(sides.get("model1", {}), sides.get("model2", {}))
             found.setdefault(data, {})[f"{rate:g}"] = difference
@@ -198,9 +197,9 @@ def summary(
     study = benefit.read_study(of_benefit)
     return {
         "P2_by_line": shifts_by_line(runs, rates),
-        "collapse_alone": shifts(kept, threshold.edge, rates, "model2", "model1"),
+        "collapse_alone": shifts(kept, threshold.threshold_of, rates, "model2", "model1"),
         "shared_scale": {
-            f"{arm} - {base}": shifts(healthy, threshold.edge, rates, arm, base)
+            f"{arm} - {base}": shifts(healthy, threshold.threshold_of, rates, arm, base)
             for arm, base in (("shared-scale", "model1"), ("model2", "shared-scale"))
         },
         "components_at_equal_loss": at_equal_loss(runs),

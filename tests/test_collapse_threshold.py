@@ -1,4 +1,4 @@
-"""collapse_threshold.py: what counts as collapsed, where the edge lies, and the study in small."""
+"""collapse_threshold.py: what counts as collapsed, where thresholds lie, and the study in small."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def run_of(arm="model1", rate=-3.0, seed=0, dataset="AG News", start=40, end=40,
     base = {"classes": 4, "chance": 0.3}
     path = [base | {"dims_95pct": start, "accuracy": 0.3, "loss": 1.0}]
     path.append(base | {"dims_95pct": end, "accuracy": accuracy, "loss": accuracy})
-    return study.Run(study.Cell(seed, dataset, arm, rate), path)
+    return study.Run(study.Trial(seed, dataset, arm, rate), path)
 
 
 @pytest.mark.parametrize(
@@ -49,44 +49,44 @@ def test_the_best_accuracy_is_that_of_the_same_backbone_and_data_set():
     found = study.outcomes_of([*runs, run_of(dataset="SST-2 by sentence", accuracy=1.0)])
     assert set(found.values()) == {"healthy"}  # 0.5 is more than (0.3 + 0.6) / 2
     found = study.outcomes_of([*runs, run_of("model2", rate=-2.5, accuracy=0.75)])
-    assert found[runs[0].cell] == "not learning"
+    assert found[runs[0].trial] == "not learning"
     found = study.outcomes_of([*runs, run_of("kl", accuracy=0.75)])  # a control judges nobody
-    assert found[runs[0].cell] == "healthy"
+    assert found[runs[0].trial] == "healthy"
 
 
-def test_the_edge_is_half_a_step_above_the_last_good_rate():
+def test_the_threshold_is_half_a_step_above_the_last_good_rate():
     rates = [-4.0, -3.5, -3.0, -2.5]
     for healthy in range(5):
         good = {rate: number < healthy for number, rate in enumerate(rates)}
-        assert study.edge(good) == pytest.approx(-4 + 0.5 * (healthy - 0.5))
+        assert study.threshold_of(good) == pytest.approx(-4 + 0.5 * (healthy - 0.5))
     # Outcomes that are not monotone: it is their number that counts.
     swapped = {-4.0: True, -3.5: False, -3.0: True, -2.5: False}
-    assert study.edge(swapped) == pytest.approx(-3.25)
+    assert study.threshold_of(swapped) == pytest.approx(-3.25)
     # Where steps differ, too, it is half-way to the next rate.
-    for last_good, edge in ((-4.0, -3.75), (-3.5, -3.0), (-2.5, -2.0)):
+    for last_good, threshold in ((-4.0, -3.75), (-3.5, -3.0), (-2.5, -2.0)):
         good = {rate: rate <= last_good for rate in (-4.0, -3.5, -2.5)}
-        assert study.edge(good) == pytest.approx(edge)
+        assert study.threshold_of(good) == pytest.approx(threshold)
 
 
 def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing():
-    cells = {}
+    outcomes = {}
     healthy = {("model1", 0): 1, ("model2", 0): 3, ("model1", 1): 2, ("model2", 1): 2}
     for (arm, seed), count in healthy.items():
         for number, rate in enumerate((-4.0, -3.5, -3.0, -2.5)):
             kind = "healthy" if number < count else "collapsed, dead"
-            cells[study.Cell(seed, "AG News", arm, rate)] = kind
-    cells[study.Cell(2, "AG News", "model1", -4.0)] = "healthy"
-    cells[study.Cell(0, "AG News", "model1", -2.0)] = "healthy"  # no rate of the plan
+            outcomes[study.Trial(seed, "AG News", arm, rate)] = kind
+    outcomes[study.Trial(2, "AG News", "model1", -4.0)] = "healthy"
+    outcomes[study.Trial(0, "AG News", "model1", -2.0)] = "healthy"  # no rate of the plan
     rates = {"AG News": (-4.0, -3.5, -3.0, -2.5)}
-    edges = study.edges(cells, {"healthy"}, rates)
-    found = study.shift(edges, "model2", ["AG News"])
+    thresholds = study.thresholds_of(outcomes, {"healthy"}, rates)
+    found = study.shift(thresholds, "model2", ["AG News"])
     assert found["n"] == 2 and found["mean"] == pytest.approx(0.5)
     expected = scipy.stats.ttest_1samp([1.0, 0.0], 0).confidence_interval()
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
-    assert study.shift(edges, "kl", ["AG News"])["n"] == 0
+    assert study.shift(thresholds, "kl", ["AG News"])["n"] == 0
 
 
-def test_another_bound_of_collapse_moves_an_edge(monkeypatch):
+def test_another_bound_of_collapse_moves_a_threshold(monkeypatch):
     """Of Model 2, which keeps 16 of 40 components at the higher rate, and not of Model 1."""
     ends = {("model1", -4.0): 40, ("model1", -3.5): 2, ("model2", -4.0): 40, ("model2", -3.5): 16}
     runs = [run_of(arm, rate, end=end) for (arm, rate), end in ends.items()]
@@ -119,7 +119,7 @@ def measured_run(shares, arm="model1", rate=-3.0, seed=0):
         (steps[-1] + 10, n, shares[-1] and shares[-1] * of) for n, of in ((256, 40), (1000, 64))
     ]
     path = [base | {"step": float(s), "rows": n, "dims_95pct": d} for s, n, d in rows]
-    return study.Run(study.Cell(seed, "AG News", arm, rate), path)
+    return study.Run(study.Trial(seed, "AG News", arm, rate), path)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def rehearse(folder: Path) -> str:
     return found.stdout
 
 
-def test_miniature_runs_every_cell_and_keeps_those_that_diverge(miniature):
+def test_miniature_runs_every_trial_and_keeps_those_that_diverge(miniature):
     folder = miniature / "limit-miniature" / "miniature"
     results = json.loads((folder / "results.json").read_text())
     assert results["runs"] == 2 * 3 * 3 and {row["arm"] for row in results["arms"]} == {
@@ -220,7 +220,7 @@ def test_miniature_runs_every_cell_and_keeps_those_that_diverge(miniature):
         "model2",
         "l2-start",
     }
-    counts = [row["outcomes"][finetune.MADE_UP] for row in results["arms"]]
+    counts = [row["outcomes"][finetune.TOY] for row in results["arms"]]
     assert all(sum(kinds.values()) == 2 for by_rate in counts for kinds in by_rate.values())
     assert all(by_rate["3"]["diverged"] == 2 for by_rate in counts)  # a learning rate of 1000
     assert results["P2"]["n"] == 2 and "not all planned seeds ran" in results["P2"]["text"]
@@ -258,7 +258,7 @@ def test_all_arms_begin_alike_and_measures_say_when_they_are_of_which_rows(minia
 def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
     """Training moves a tied LM head; the loss under the start's must be taken with its copy."""
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "2", 0.1, 0, 10, 64, True, True)
+    recipe = finetune.Recipe(str(folder), finetune.TOY, "2", 0.1, 0, 10, 64, True, True)
     model, head = finetune.build(recipe, 2)
     before = head.weight.clone()
     data = finetune.load_data(recipe, None)
@@ -279,8 +279,8 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
 
 def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
-    records = finetune.tune(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
+    recipe = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 10, 64, True, True)
+    records = finetune.watch(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
     assert [(r["step"], r["lm_loss"] is None) for r in records] == [
         (0, False),
         (0, True),
@@ -288,8 +288,8 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
         (10, True),
         (10, False),
     ]
-    again = finetune.tune(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
-    taken = finetune.tune(
+    again = finetune.watch(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
+    taken = finetune.watch(
         recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True, start=records[:2]
     )
     assert again == records == taken  # what is spared draws no random number
@@ -297,7 +297,7 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
 
 def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "1", 1e-3, 0, 10, 64, True, True)
+    recipe = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 10, 64, True, True)
     data = finetune.load_data(recipe, None)
     model, _ = finetune.build(recipe, 2)
     some, all_rows = (
@@ -316,7 +316,7 @@ def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
     config = study.Config(
         model=str(folder),
-        datasets=(finetune.MADE_UP,),
+        datasets=(finetune.TOY,),
         arms=("1", "2"),
         rates=(-3.0,),
         seeds=(0,),
@@ -325,30 +325,30 @@ def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
         output_dir=tmp_path,
     )
     config.folder.mkdir()
-    study.run_missing(config)
+    study.STUDY.run_missing(config)
     rows = read_rows(sweep.table_of(config.folder, 0))
     assert [int(row["step"]) for row in rows] == [0, 0, 10, 20, 20] * 2
     start = {(row["arm"], row["rows"], row["lm_loss"], row["dims_95pct"]) for row in rows[:2]}
     again = {("model1", *(row[k] for k in ("rows", "lm_loss", "dims_95pct"))) for row in rows[5:7]}
     assert start == again and {row["model"] for row in rows} == {folder.name}
-    cell = study.Cell(0, finetune.MADE_UP, "model2", -2.0)
-    assert len(study.start_of(config, cell)) == 2
-    assert study.start_of(config, study.Cell(1, finetune.MADE_UP, "model2", -2.0)) == []
-    assert study.start_of(config, study.Cell(0, finetune.MADE_UP, "model3", -2.0)) == []
+    trial = study.Trial(0, finetune.TOY, "model2", -2.0)
+    assert len(study.start_of(config, trial)) == 2
+    assert study.start_of(config, study.Trial(1, finetune.TOY, "model2", -2.0)) == []
+    assert study.start_of(config, study.Trial(0, finetune.TOY, "model3", -2.0)) == []
     results = study.summary(config)
-    found = results["by_components"][finetune.MADE_UP]
+    found = results["by_components"][finetune.TOY]
     assert found["runs"]["model1"]["-3"]["runs"] == 1 and found["shift"] is None
 
 
 @pytest.mark.parametrize("arm", study.Config().arms)
 def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_ends(arm, miniature):
     folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.MADE_UP, arm, 1e-3, 0, 3, 64, True, True)
-    start, end = finetune.tune(recipe, finetune.load_data(recipe, None), ())
+    recipe = finetune.Recipe(str(folder), finetune.TOY, arm, 1e-3, 0, 3, 64, True, True)
+    start, end = finetune.watch(recipe, finetune.load_data(recipe, None), ())
     assert end["step"] == 3 and None not in end.values()
     assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
-    plain = finetune.Recipe(str(folder), finetune.MADE_UP, "1", 1e-3, 0, 3, 64, True, True)
-    assert finetune.tune(plain, finetune.load_data(plain, None), ())[0] == start
+    plain = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 3, 64, True, True)
+    assert finetune.watch(plain, finetune.load_data(plain, None), ())[0] == start
 
 
 def test_a_model_that_cannot_run_here_is_one_sentence(monkeypatch, capsys):

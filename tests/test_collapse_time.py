@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ STEPS = CONFIG.measured
 
 def test_the_plan_is_that_of_the_protocol():
     assert STEPS == [50, 100, 200, 400, 800, 1600, 3200, 6400]
-    trials = [t for seed in study.BACKBONES for t in study.trials_of(CONFIG, seed)]
+    trials = trials_of(*study.BACKBONES)
     counts = {part: sum(t.part == part for t in trials) for part in study.PARTS}
     assert counts == {
         "model1": 8 * 11,
@@ -33,21 +32,24 @@ def test_the_plan_is_that_of_the_protocol():
     }
     rates = {
         steps: sorted(
-            t.rate
-            for t in study.trials_of(CONFIG, 200)
-            if t.part == "model2" and settings(t)["steps"] == steps
+            t.rate for t in trials_of(200) if t.part == "model2" and settings(t)["steps"] == steps
         )
         for steps in (6400, 400)
     }
     assert rates == {6400: [-3.5, -3.0, -2.5, -2.0], 400: [-1.5, -1.25, -1.0, -0.75]}
     assert len({(t.seed, t.name) for t in trials}) == len(trials)
-    assert study.trials_of(dataclasses.replace(CONFIG, rates=(-3.0,), parts=("model1",)), 299) == [
+    assert trials_of(299, rates=(-3.0,), parts=("model1",)) == [
         study.Trial(299, "model1", "model1", -3.0)  # a pilot's backbone takes every part
     ]
 
 
+def trials_of(*seeds, **other):
+    (trials,) = study.trials(dataclasses.replace(CONFIG, seeds=seeds, **other))
+    return trials
+
+
 def settings(trial):
-    return study.settings_of(CONFIG, dataclasses.asdict(trial))
+    return study.settings(CONFIG, dataclasses.asdict(trial))
 
 
 @pytest.mark.parametrize("steps", [400, 6400])
@@ -74,7 +76,7 @@ def path_of(trial, fell_at, back_at=None, diverged_at=None):
 def planted(part, at_200, slope, seed=200, **other):
     """Runs of a backbone whose threshold lies on a line in log10 steps."""
     runs = []
-    for trial in study.trials_of(CONFIG, seed):
+    for trial in trials_of(seed):
         if trial.part == part:
             # It falls when the threshold has come down to its rate.
             decades = (trial.rate - at_200) / slope if slope else math.inf * (at_200 - trial.rate)
@@ -114,7 +116,7 @@ def test_a_backbone_without_a_planned_rate_has_no_threshold():
 
 
 def test_one_that_comes_back_from_one_measurement_is_kept_and_counted():
-    trial = study.trials_of(CONFIG, 200)[0]
+    trial = trials_of(200)[0]
     run = study.Run(trial, path_of(trial, 800, back_at=1600))
     assert [step for step, fell in run.collapsed(STEPS).items() if fell] == [800]
     assert study.recovered(run, STEPS, 1600) and not study.recovered(run, STEPS, 800)
@@ -150,7 +152,7 @@ def tables(tmp_path):
 
 
 def test_a_drift_that_the_lm_loss_stops_is_supported(tables):
-    results = study.report(tables)
+    results = study.STUDY.report(tables)
     assert results["P6"]["verdict"] == "supported" and results["P6"]["n"] == 8
     assert results["P6"]["mean"] == pytest.approx(0.8, abs=0.1)
     # Between -1.25 and -1.5 after 200 steps, at least -2 after 6,400: (-2 + 1.25) / 1.505.
@@ -160,7 +162,7 @@ def test_a_drift_that_the_lm_loss_stops_is_supported(tables):
     assert told["at_least"] == 5 and told["threshold"]["mean"] == -2.0
     assert results["parts"]["model1"]["thresholds"]["200"]["not_monotone"] == 0
     assert (tables.folder / "collapse_time.png").exists()
-    assert "P6: supported" in study.text_of(results)
+    assert "P6: supported" in study.text(results)
     json.dumps(results, allow_nan=False)
 
 
@@ -210,10 +212,9 @@ def test_a_step_is_as_long_as_its_rate_makes_it(miniature):
     data = None
     sizes = []
     for rate in (1e-3, 1e-4):
-        recipe = finetune.Recipe(str(folder), finetune.MADE_UP, "1", rate, 0, 20, 64, True, True)
+        recipe = finetune.Recipe(str(folder), finetune.TOY, "1", rate, 0, 20, 64, True, True)
         data = data or finetune.load_data(recipe, None)
-        progress = SimpleNamespace(step=lambda: None)
-        records = study.finetune(recipe, data, (1, 2), progress)
+        records = study.measured_run(recipe, data, (1, 2))
         assert [record["step"] for record in records] == [0, 1, 2]
         assert records[1]["step_size"] == pytest.approx(records[1]["distance"])
         sizes.append(records[1]["step_size"])
@@ -227,4 +228,4 @@ def test_an_unknown_part_is_one_sentence(capsys):
 def test_a_table_of_other_steps_is_not_gone_on_with(miniature):
     config = dataclasses.replace(CONFIG, output_dir=miniature.parent, corpus="miniature")
     with pytest.raises(UserError, match="made with steps"):
-        sweep.check_settings(miniature / "seed-200.csv", lambda row: study.settings_of(config, row))
+        sweep.check_settings(miniature / "seed-200.csv", lambda row: study.settings(config, row))

@@ -1,5 +1,6 @@
 """engram_salience.py: pairs that give nothing away, what the tables say, and the study in small."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -106,11 +107,11 @@ def test_the_label_that_is_trained_is_the_splits(data_dir):
         assert split.labels.tolist() == train.labels[:, place].tolist()
 
 
-def put(folder: Path, cell: study.Cell, **numbers: float | None) -> None:
-    row = {"training": cell.name, "seed": cell.seed, "trained": cell.trained, "arm": cell.arm}
+def put(folder: Path, trial: study.Trial, **numbers: float | None) -> None:
+    row = {"training": trial.name, **dataclasses.asdict(trial)}
     row |= {"step": 9} | dict.fromkeys(study.MEASURES) | numbers
     row |= {"git_commit": "", "weights_sha256": ""}
-    put_rows(folder / f"seed-{cell.seed}.csv", [row], "training")
+    put_rows(folder / f"seed-{trial.seed}.csv", [row], "training")
 
 
 def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
@@ -125,8 +126,8 @@ def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
             indices[f"ari_untrained_{study.LABELS[1 - number]}"] = random_other
             accuracy = 0.7 if (seed, label) == (3, "topic") else 0.71  # 70% does not exceed it
             numbers = indices | {f"probe_{name}": 0.5 for name in study.LABELS}
-            cell = study.Cell(seed, label, "model3")
-            put(tmp_path / "newsgroups", cell, accuracy=accuracy, lm_loss=5.0, **numbers)
+            trial = study.Trial(seed, label, "model3")
+            put(tmp_path / "newsgroups", trial, accuracy=accuracy, lm_loss=5.0, **numbers)
         if seed not in (3, 100):
             values.append(np.mean([a for a, _ in both]))
             against.append(np.mean([a - b for a, b in both]))
@@ -159,8 +160,8 @@ def test_the_figure_shows_each_backbone_with_either_label(tmp_path, monkeypatch)
     for seed in (0, 1):
         numbers = {"ari_sentiment": 0.1 + seed, "ari_topic": 0.3 + seed, "lm_loss": 5.0}
         numbers |= {"ari_untrained_sentiment": 0.5, "ari_untrained_topic": 0.7}
-        put(tmp_path, study.Cell(seed, "topic", "model3"), **numbers)
-    study.draw(tmp_path)
+        put(tmp_path / "newsgroups", study.Trial(seed, "topic", "model3"), **numbers)
+    study.draw(study.Config(corpus="newsgroups", output_dir=tmp_path), {})
     assert [axis.get_title() for axis in drawn[0].axes][1] == "topic is trained"
     dots = [list(line.get_ydata()) for line in drawn[0].axes[1].lines if line.get_marker() == "."]
     assert dots == [[0.1, 1.1], [0.3, 1.3], [0.5, 0.5], [0.7, 0.7]]
@@ -174,8 +175,8 @@ def test_p4_is_done_when_all_backbones_ran(tmp_path):
                 config = study.Config(corpus="newsgroups", output_dir=tmp_path)
                 assert not study.summary(config)["P4"]["done"]
             shifted = {name: value + 0.001 * seed for name, value in whole.items()}
-            put(tmp_path / "newsgroups", study.Cell(seed, label, "model3"), **shifted)
-    assert study.report(config)["P4"]["done"]
+            put(tmp_path / "newsgroups", study.Trial(seed, label, "model3"), **shifted)
+    assert study.STUDY.report(config)["P4"]["done"]
     assert (config.folder / "engrams.png").exists()  # without a training of the LM loss alone
 
 
@@ -216,11 +217,11 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
             numbers = (
                 {} if (seed, label) == (1, "topic") else {"accuracy": 0.9, "lm_loss": 5.0} | whole
             )
-            put(tmp_path / "newsgroups", study.Cell(seed, label, "model3"), **numbers)
+            put(tmp_path / "newsgroups", study.Trial(seed, label, "model3"), **numbers)
     results = study.summary(study.Config(corpus="newsgroups", output_dir=tmp_path))
     assert [row["diverged"] for row in results["trainings"]] == [0, 1]
     assert results["P4"] is None and results["arms"][0]["all_backbones"]["n"] == 1
-    assert study.text_of(results)
+    assert study.text(results)
     row = cells_of_row(table(own_models.TRAINING_COLUMNS, results["trainings"]), "topic")
     assert (row["backbones"], row["diverged"], row["learned"]) == ("1", "1", "1")
     row = cells_of_row(table(own_models.SALIENCE_COLUMNS, results["arms"]), "Dual + Engram")
@@ -242,7 +243,7 @@ def rehearse(folder: Path) -> str:
     return found.stdout
 
 
-def test_miniature_runs_every_cell_and_trains_only_what_is_lost_again(miniature):
+def test_miniature_runs_every_trial_and_trains_only_what_is_lost_again(miniature):
     folder = miniature[0] / "limit-miniature" / "miniature"
     results = json.loads((folder / "results.json").read_text())
     assert results["runs"] == 2 * (2 * 2 + 1) and len(results["trainings"]) == 6
@@ -262,37 +263,38 @@ def test_miniature_runs_every_cell_and_trains_only_what_is_lost_again(miniature)
 
 
 def test_rows_of_another_rate_are_refused(miniature):
-    config = study.miniature_of(study.Config(output_dir=miniature[0], learning_rate=0.1))
+    config = study.STUDY.in_small(study.Config(output_dir=miniature[0], learning_rate=0.1))
     with pytest.raises(UserError, match="learning_rate"):
-        study.run_missing(config)
+        study.STUDY.run_missing(config)
 
 
 def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
-    config = study.miniature_of(study.Config(output_dir=miniature[0]))
-    cell = study.Cell(0, study.NEITHER, "model3")
-    recipe = study.recipe_of(config, cell)
-    train, _ = study.load_pairs(None, made_up=True)
+    config = study.STUDY.in_small(study.Config(output_dir=miniature[0]))
+    trial = study.Trial(0, study.NEITHER, "model3")
+    recipe = study.recipe_of(config, trial)
+    train, _ = study.load_pairs(None, toy=True)
     ends = []
     for label in study.LABELS:
         model, _ = finetune.build(recipe, 2)
         split = train.split(label, load_tokenizer(recipe.model))
-        trainer = common.make_trainer(model, split, recipe.config(), study.arm_of(cell))
-        next(finetune.steps_of(recipe, trainer))
+        trainer = common.make_trainer(model, split, recipe.config(), study.arm_of(trial))
+        finetune.train(recipe, trainer, lambda step: ())
         ends.append(model.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_arms_without_an_engram_and_no_arms_are_refused():
     with pytest.raises(UserError, match="has no engram"):
-        study.check_config(study.Config(arms=("3", "2")))
+        study.STUDY.check_config(study.Config(arms=("3", "2")))
     for empty in ({"trained": ()}, {"arms": (), "trained": ("neither",)}):
         with pytest.raises(UserError, match="is empty"):
-            study.check_config(study.Config(**empty))
+            study.STUDY.check_config(study.Config(**empty))
 
 
 def test_only_the_labels_asked_for_are_trained():
     asked = study.Config(arms=("3", "lm-only-engram"), trained=("topic", "neither"))
-    arms = [(cell.trained, cell.arm) for cell in study.cells_of(asked, seed=0)]
+    (trials,) = study.trials(dataclasses.replace(asked, seeds=(0,)))
+    arms = [(trial.trained, trial.arm) for trial in trials]
     assert arms == [("topic", "model3"), ("topic", "lm-only-engram"), ("neither", "model3")]
-    everything = study.cells_of(study.Config(arms=("3",)), seed=0)
-    assert [cell.trained for cell in everything] == ["sentiment", "topic", "neither"]
+    (everything,) = study.trials(study.Config(arms=("3",), seeds=(0,)))
+    assert [trial.trained for trial in everything] == ["sentiment", "topic", "neither"]

@@ -18,7 +18,7 @@ from collapse.report.markdown import rows_of, table
 from collapse.utils.errors import UserError
 from studies import benefit, class_count
 from studies.report import own_models
-from studies.shared import finetune, fitting, sweep
+from studies.shared import finetune, pilots, sweep
 from studies.shared.tables import put_rows, read_rows
 
 # --------------------------------------------------------------------------------------------------
@@ -70,8 +70,8 @@ def made(tmp_path_factory):
     config = benefit.Config(corpus="miniature", models_dir=folder)
     sweep.pretrain.backbones([0], "miniature", folder)
     recipe = finetune.Recipe(
-        model=sweep.backbone(config, 0),
-        dataset=finetune.MADE_UP,
+        model=sweep.model_of(config, 0),
+        dataset=finetune.TOY,
         arm="1",
         learning_rate=1e-2,
         seed=0,
@@ -81,8 +81,9 @@ def made(tmp_path_factory):
         all_weights=True,
         max_length=32,
     )
-    data = fitting.as_tokens(recipe, *fitting.load_split(finetune.MADE_UP, None))
-    return fitting.whole_epochs(recipe, data, 3), data
+    split = finetune.load_split(finetune.TOY, None)
+    data = finetune.as_tokens(recipe.model, recipe.max_length, *split)
+    return finetune.whole_epochs(recipe, data, 3), data
 
 
 def test_tuning_rows_are_no_training_rows(made):
@@ -93,38 +94,39 @@ def test_tuning_rows_are_no_training_rows(made):
 
 def test_the_epoch_is_that_of_the_best_tuning_accuracy_whatever_validation_says(made):
     recipe, data = made
-    found = fitting.fit(recipe, data)
-    asked = [r["tuning_accuracy"] for r in found.records if r["tuning_accuracy"] is not None]
+    records, stored = finetune.to_best_epoch(recipe, data)
+    asked = [r["tuning_accuracy"] for r in records if r["tuning_accuracy"] is not None]
     assert len(asked) == 3
-    end = found.records[-1]
+    end = records[-1]
     assert end["best_epoch"] == 1 + int(np.argmax(asked))
-    rows = unpack(found.rows)
+    rows = unpack(stored)
     assert rows.correct.mean() == pytest.approx(end["best_accuracy"])
     assert -rows.log_probability.mean() == pytest.approx(end["best_loss"], rel=1e-2)
     # Other validation labels change no choice, and no training.
     wrong = dataclasses.replace(data.all_validation, labels=1 - data.all_validation.labels)
-    other = fitting.fit(recipe, dataclasses.replace(data, all_validation=wrong))
-    assert other.records[-1]["best_epoch"] == end["best_epoch"]
-    assert other.records[-1]["best_accuracy"] == pytest.approx(1 - end["best_accuracy"])
-    assert [r["loss"] for r in other.records] == [r["loss"] for r in found.records]
+    other, _ = finetune.to_best_epoch(recipe, dataclasses.replace(data, all_validation=wrong))
+    assert other[-1]["best_epoch"] == end["best_epoch"]
+    assert other[-1]["best_accuracy"] == pytest.approx(1 - end["best_accuracy"])
+    assert [r["loss"] for r in other] == [r["loss"] for r in records]
 
 
 def test_measuring_and_validating_leave_the_training_as_it_is(made):
     recipe, data = made
-    watched, alone = fitting.fit(recipe, data), fitting.fit(recipe, data, validate=False)
-    assert alone.rows is None and "effective_rank" not in alone.records[0]
-    for one, two in zip(watched.records, alone.records, strict=True):
+    watched, _ = finetune.to_best_epoch(recipe, data)
+    alone, rows = finetune.to_best_epoch(recipe, data, validate=False)
+    assert rows is None and "effective_rank" not in alone[0]
+    for one, two in zip(watched, alone, strict=True):
         assert one["tuning_loss"] == two["tuning_loss"]
-    assert watched.records[-1]["lm_loss"] == alone.records[-1]["lm_loss"]
+    assert watched[-1]["lm_loss"] == alone[-1]["lm_loss"]
 
 
 def test_a_training_that_diverges_keeps_the_epochs_before(made):
     recipe, data = made
     wild = dataclasses.replace(recipe, learning_rate=1e6, arm="2")
-    found = fitting.fit(wild, data)
-    end = found.records[-1]
+    records, _ = finetune.to_best_epoch(wild, data)
+    end = records[-1]
     assert end["loss"] is None and end["step"] < recipe.steps
-    assert set(end) == set(found.records[0])
+    assert set(end) == set(records[0])
 
 
 def test_rows_of_many_trainings_share_a_file(tmp_path):
@@ -133,13 +135,11 @@ def test_rows_of_many_trainings_share_a_file(tmp_path):
     for name in ("AG News, model1, 1e-3", "AG News, model2, 1e-3"):
         correct = rng.random(21) < 0.5
         stored[name] = correct
-        fitting.put_rows(
-            tmp_path / "rows-0.safetensors", name, pack(correct, *-rng.random((2, 21)))
-        )
-    found = fitting.read_all_rows(tmp_path / "rows-0.safetensors")
+        pilots.put_rows(tmp_path / "rows-0.safetensors", name, pack(correct, *-rng.random((2, 21))))
+    found = pilots.read_all_rows(tmp_path / "rows-0.safetensors")
     assert found.keys() == stored.keys()
     assert all((found[name].correct == stored[name]).all() for name in stored)
-    assert fitting.read_all_rows(tmp_path / "rows-1.safetensors") == {}
+    assert pilots.read_all_rows(tmp_path / "rows-1.safetensors") == {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,13 +147,13 @@ def test_rows_of_many_trainings_share_a_file(tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def run_of(losses, ranks, **cell):
-    kind = {"seed": 0, "dataset": "AG News", "arm": "model1", "rate": -3.0} | cell
+def run_of(losses, ranks, **trial):
+    kind = {"seed": 0, "dataset": "AG News", "arm": "model1", "rate": -3.0} | trial
     path = [
         {"loss": loss, "effective_rank_within": rank}
         for loss, rank in zip(losses, ranks, strict=True)
     ]
-    return fitting.Run(benefit.Cell(**kind), path)
+    return pilots.Run(benefit.Trial(**kind), path)
 
 
 def test_ranks_are_compared_where_both_have_the_same_loss():
@@ -187,25 +187,25 @@ def write_study(config, seeds, rng):
         for dataset, arm in itertools.product(config.datasets, ("model1", "model2")):
             best = -3.0 if arm == "model1" else -2.5
             for rate in config.rates if pilot else dict.fromkeys((best, -3.0)):
-                cell = benefit.Cell(seed, dataset, arm, rate)
+                trial = benefit.Trial(seed, dataset, arm, rate)
                 correct = rng.random(40) < (0.6 if arm == "model1" else 0.7)
-                write_run(config.folder, cell, correct, rng, 0.8 if rate == best else 0.7)
+                write_run(config.folder, trial, correct, rng, 0.8 if rate == best else 0.7)
                 truth[seed, dataset, arm, rate] = correct
     return truth
 
 
-def write_run(folder, cell, correct, rng, tuned=0.8):
+def write_run(folder, trial, correct, rng, tuned=0.8):
     """A training in a table, with its validation rows where it is no pilot."""
-    rows = path_of(cell, tuned, rng, correct.mean())
-    put_rows(sweep.table_of(folder, cell.seed), rows, "training")
-    if cell.seed not in sweep.PILOTS:
+    rows = path_of(trial, tuned, rng, correct.mean())
+    put_rows(sweep.table_of(folder, trial.seed), rows, "training")
+    if trial.seed not in sweep.PILOTS:
         packed = pack(correct, *np.zeros((2, len(correct))))
-        fitting.put_rows(fitting.rows_file(folder, cell.seed), cell.name, packed)
+        pilots.put_rows(pilots.rows_file(folder, trial.seed), trial.name, packed)
 
 
-def path_of(cell, tuned, rng, right):
-    head = {"training": cell.name, **dataclasses.asdict(cell)}
-    end = dict.fromkeys(fitting.AT_THE_END, 0.5) | {"best_epoch": 1, "seconds": 2.0}
+def path_of(trial, tuned, rng, right):
+    head = {"training": trial.name, **dataclasses.asdict(trial)}
+    end = dict.fromkeys(finetune.AT_THE_END, 0.5) | {"best_epoch": 1, "seconds": 2.0}
     end["best_accuracy"] = right
     losses, ranks = (1.0, 0.5 * rng.random()), (90.0, 30 + 30 * rng.random())
     return [
@@ -245,9 +245,9 @@ def test_a_pilot_that_is_not_whole_chooses_nothing(study):
 def test_a_backbone_without_one_of_the_sets_is_not_in_the_mean(study):
     """Sets with other seeds: the mean pairs by seed, not by place."""
     config, truth = study
-    cell = benefit.Cell(0, "AG News", "model2", -2.5)
-    other = benefit.Cell(3, "Banking77", "model2", -2.5)
-    for lost in (cell, other):
+    trial = benefit.Trial(0, "AG News", "model2", -2.5)
+    other = benefit.Trial(3, "Banking77", "model2", -2.5)
+    for lost in (trial, other):
         diverged = path_of(lost, 0.8, np.random.default_rng(0), None)
         diverged[-1]["best_epoch"] = None
         put_rows(sweep.table_of(config.folder, lost.seed), diverged, "training")
@@ -263,9 +263,9 @@ def test_a_backbone_without_one_of_the_sets_is_not_in_the_mean(study):
 
 def test_rows_of_another_training_than_the_tables_are_refused(study):
     config, _ = study
-    cell = benefit.Cell(0, "AG News", "model1", -3.0)
+    trial = benefit.Trial(0, "AG News", "model1", -3.0)
     packed = pack(np.zeros(40, dtype=bool), *np.zeros((2, 40)))
-    fitting.put_rows(fitting.rows_file(config.folder, 0), cell.name, packed)
+    pilots.put_rows(pilots.rows_file(config.folder, 0), trial.name, packed)
     with pytest.raises(UserError, match="are of two trainings"):
         benefit.summary(config)
 
@@ -324,7 +324,7 @@ def test_tables_tell_what_the_summary_holds(study):
 
 
 def put_seconds(folder, seed, arm, rate, seconds, hardware="a CPU", ended=True):
-    rows = path_of(benefit.Cell(seed, "AG News", arm, rate), 0.8, np.random.default_rng(0), 0.5)
+    rows = path_of(benefit.Trial(seed, "AG News", arm, rate), 0.8, np.random.default_rng(0), 0.5)
     rows[0]["seconds"] = None
     rows[-1] |= {"seconds": seconds, "lm_loss": 5.0 if ended else None}
     rows = [row | {"hardware": hardware} for row in rows]
@@ -361,8 +361,8 @@ def test_what_is_kept_is_model_2s_change_less_model_1s_at_model_1s_rate(study):
     for seed, dataset in itertools.product(range(4), config.datasets):
         table = sweep.table_of(config.folder, seed)
         for arm, rate in (("model1", -3.0), ("model2", -3.0), ("model2", -2.5)):
-            cell = benefit.Cell(seed, dataset, arm, rate)
-            rows = [dict(row) for row in read_rows(table) if row["training"] == cell.name]
+            trial = benefit.Trial(seed, dataset, arm, rate)
+            rows = [dict(row) for row in read_rows(table) if row["training"] == trial.name]
             change, scaled = rng.normal(size=2)
             lost = (seed, dataset, arm, rate) == (3, "Banking77", "model2", -3.0)
             before = float(rows[0]["transfer_accuracy"])
@@ -438,12 +438,12 @@ def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
     n = 100_000
     for seed in (*sweep.PILOTS, *range(3)):
         for count, arm in itertools.product(class_count.COUNTS, class_count.MODELS):
-            cell = class_count.Cell(seed, count, "nested", arm, -3.0)
+            trial = class_count.Trial(seed, count, "nested", arm, -3.0)
             gain = 0.1 * math.log2(count) + 0.02 * (seed - 1) if arm == "model2" else 0.0
             correct = np.arange(n) < round(n / (1 + math.exp(-0.5 - gain)))
             rng = np.random.default_rng([seed, count])
-            write_run(config.folder, cell, correct, rng)
-            other = dataclasses.replace(cell, rate=-2.5)  # a rate that was not chosen
+            write_run(config.folder, trial, correct, rng)
+            other = dataclasses.replace(trial, rate=-2.5)  # a rate that was not chosen
             write_run(config.folder, other, ~correct, rng, 0.7)
     study = class_count.read_study(config)
     gains = class_count.gains_of(study, "nested", class_count.COUNTS)
@@ -457,7 +457,7 @@ def test_p3_is_the_slope_of_the_gain_in_logits(tmp_path):
 def test_no_text_is_trained_on_and_measured(shared_data):
     """In corpus text some rows of the official splits are the same."""
     for task, tuned in (
-        fitting.load_split("Banking77", shared_data),
+        finetune.load_split("Banking77", shared_data),
         class_count.load_merged(10, "nested", 0, shared_data),
     ):
         train, held = set(task.train.texts), set(task.validation.texts)
@@ -469,7 +469,7 @@ def test_merged_rows_are_the_same_whatever_the_number_of_classes(shared_data):
     all_, alls = class_count.load_merged(150, "nested", 0, shared_data)
     assert two.train.texts == all_.train.texts and twos.texts == alls.texts
     assert set(collections.Counter(all_.train.labels).values()) == {50}
-    assert len(twos) == fitting.TUNING_ROWS and not set(twos.texts) & set(two.train.texts)
+    assert len(twos) == finetune.TUNING_ROWS and not set(twos.texts) & set(two.train.texts)
     intents = sorted(CLINC_DOMAINS)
     to_class = class_count.nested_classes(2)
     assert all(

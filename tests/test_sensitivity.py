@@ -31,7 +31,7 @@ def test_a_stricter_line_takes_low_rates_from_an_arm_that_learns_slowly():
     assert found["0.9"][highest]["AG News"]["mean"] == pytest.approx(1.0)
     assert found["0.9"][number]["AG News"]["at_the_top"] == 0
     kept = sensitivity.kept_by_rate(runs)
-    shifts = sensitivity.shifts(kept, sensitivity.threshold.edge, RATES, "model2", "model1")
+    shifts = sensitivity.shifts(kept, sensitivity.threshold.threshold_of, RATES, "model2", "model1")
     assert shifts["mean"]["mean"] == pytest.approx(1.0) and shifts["mean"]["n"] == 1
     # A backbone that lacks a rate has no threshold.
     assert sensitivity.shifts(kept, min, (*RATES, -2.0), "model2", "model1")["mean"]["n"] == 0
@@ -66,7 +66,7 @@ def test_ranks_are_read_where_the_loss_is_reached():
 def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
     runs = runs_of((0.9,) * 4, ends=(40, 40, 5, 5)) + runs_of((0.9,) * 4, arm="model2")
     kept = sensitivity.kept_by_rate(runs)
-    both = sensitivity.shifts(kept, sensitivity.threshold.edge, RATES, "model2", "model1")
+    both = sensitivity.shifts(kept, sensitivity.threshold.threshold_of, RATES, "model2", "model1")
     none = {"mean": None, "n": 0}
     results = {
         "P2_by_line": sensitivity.shifts_by_line(runs, RATES),

@@ -238,16 +238,16 @@ def test_what_second_pieces_lose():
 # --------------------------------------------------------------------------------------------------
 
 
-def put_run(folder, cell: collapse_threshold.Cell, kept: float | None) -> None:
+def put_run(folder, trial: collapse_threshold.Trial, kept: float | None) -> None:
     """A training that ends with a share of its 40 components; None: it diverged."""
-    head = {"training": cell.name} | dataclasses.asdict(cell) | {"steps": 150}
+    head = {"training": trial.name} | dataclasses.asdict(trial) | {"steps": 150}
     numbers = dict.fromkeys(collapse_threshold.ENDS, 0.9) | {"loss": 0.5, "lm_loss": 4.0}
     known = {"chance": 0.3, "classes": 2}
     start = numbers | {"dims_95pct": 40, "accuracy": 0.3}
     end = numbers | {"dims_95pct": kept and 40 * kept} if kept else dict.fromkeys(numbers)
     tail = {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}
     rows = [head | {"step": step} | part | known | tail for step, part in ((0, start), (150, end))]
-    put_rows(sweep.table_of(folder, cell.seed), rows, "training")
+    put_rows(sweep.table_of(folder, trial.seed), rows, "training")
 
 
 @pytest.fixture
@@ -258,11 +258,11 @@ def standin(tmp_path) -> collapse_threshold.Config:
     for dataset, rates, seeds in (("SST-2", (-3.0, -2.75, -2.5), 3), ("AG News", (-2.0, -1.0), 2)):
         for seed in range(seeds):
             for place, rate in enumerate(rates):
-                cell = collapse_threshold.Cell(seed, dataset, "model2", rate)
-                put_run(config.folder, cell, 0.5 if place < 2 else None)
+                trial = collapse_threshold.Trial(seed, dataset, "model2", rate)
+                put_run(config.folder, trial, 0.5 if place < 2 else None)
                 healthy = dataset == "SST-2" and place < (1 if seed else 2)
-                cell = dataclasses.replace(cell, arm="model1")
-                put_run(config.folder, cell, 0.5 if healthy else 0.1)
+                trial = dataclasses.replace(trial, arm="model1")
+                put_run(config.folder, trial, 0.5 if healthy else 0.1)
     return config
 
 

@@ -32,7 +32,7 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(own_models, "REAL_MODELS", (qwen,))
     monkeypatch.setattr(thresholds, "folder_of", lambda config: str(config.folder))
     monkeypatch.setattr(own_models, "source_of", lambda *options: "Command.")
-    own_models.collapse_time.report(tables)
+    own_models.collapse_time.STUDY.report(tables)
     return qwen
 
 

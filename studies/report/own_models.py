@@ -52,7 +52,7 @@ def summarize() -> None:
     published += [(collapse_threshold, config) for config in (STANDIN, *REAL_MODELS)]
     for study, config in [*published, (collapse_time, TIME)]:
         if any(config.folder.glob("seed-*.csv")):
-            study.report(config)
+            study.STUDY.report(config)
 
 
 def folder_of(config: sweep.Config) -> str:

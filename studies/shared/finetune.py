@@ -1,18 +1,26 @@
-"""Fine-tuning as the studies do it: many short trainings of one backbone, measured as they go."""
+"""Fine-tuning as the studies do it: many short trainings of one backbone, measured as they go.
+
+One loop, `train`, and what is recorded along it: `watch` measures what has become of a model;
+`to_best_epoch` chooses an epoch on tuning rows, which are taken from the training rows, and tells
+how right it is. Validation rows choose nothing.
+"""
 
 import copy
+import dataclasses
 import functools
 import gc
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import common
 from collapse.config import LanguageModelConfig
@@ -27,16 +35,24 @@ from collapse.data.batches import (
 )
 from collapse.data.corpus import miniature_documents
 from collapse.data.registry import LOADERS
-from collapse.data.task import Rows, Task, in_corpus_text, limit_task
+from collapse.data.task import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
+from collapse.measures.predictions import fit_temperature, log_probabilities, pack
+from collapse.measures.probe import transfer_accuracy
 from collapse.models.losses import lm_loss_sum
 from collapse.models.pretrained import find_model, load_causal_lm, load_tokenizer
-from collapse.training.monitor import MEASURED_ROWS as MEASURED_ROWS_ON_THE_WAY
-from collapse.training.monitor import Measuring, draw_rows, measures_on
+from collapse.training import monitor
 from collapse.training.optimizer import learning_rate_at
 from collapse.utils.errors import UserError
 from collapse.utils.files import digest_weights
 
 WARMUP_STEPS = 10
+MEASURED_ROWS, MEASURED_TRAIN_ROWS, LANGUAGE_ROWS = 1000, 512, 200
+TUNING_ROWS = 1000
+MEASURED_AN_EPOCH = 4  # times
+# On which other set's rows the states are probed, as many to train the probe as to test it.
+TRANSFER_ROWS = 1000
+
+Record = dict[str, Any]  # what was measured after a step
 
 
 @dataclass(frozen=True)
@@ -74,38 +90,43 @@ class Recipe:
         )
 
 
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Data:
-    """Rows as token ids; the last three are fixed draws that every training is measured on.
-
-    On the way it is measured on fewer of them, see Measuring.
-    """
+    """Rows as token ids. Those to measure on are fixed draws, the same for every training."""
 
     classes: int
     train: Split
-    validation: Split  # for ranks and accuracy
+    validation: Split  # up to MEASURED_ROWS, for ranks and accuracy
     measured_train: Split  # of the training rows, for loss and accuracy in evaluation mode
     language: Split  # of the validation rows, for the LM loss
+    all_validation: Split
+    tuning: Split | None  # choose the epoch
+    other: tuple[Split, Split] | None  # of another data set: to train a probe, and to test it
+
+    def steps(self, epochs: int, batch_size: int) -> int:
+        return epochs * math.ceil(len(self.train.labels) / batch_size)
 
 
-MEASURED_ROWS, MEASURED_TRAIN_ROWS, LANGUAGE_ROWS = 1000, 512, 200
+TOY = "made-up"  # data for rehearsals, as rows name it
 
 
-MADE_UP = "made-up"  # data for rehearsals
-
-
-def made_up_task(data_dir: Path | None) -> Task:
+def toy_task(data_dir: Path | None) -> Task:
     """Made-up texts; the class tells if a first word's first letter is of the alphabet's half."""
     texts = miniature_documents(count=160, words=12)
     rows = Rows(texts, [int(text[0] < "l") for text in texts])
     half = len(texts) // 2
     parts = rows.take(range(half)), rows.take(range(half, len(texts)))
-    return Task(MADE_UP, "", "made up here", ("late", "early"), *parts)
+    return Task(TOY, "", "made up here", ("late", "early"), *parts)
 
 
 def load_task(dataset: str, data_dir: Path | None) -> Task:
     """A data set of LOADERS, or the made-up one. Raises UserError where it cannot be had."""
-    task = (LOADERS | {MADE_UP: made_up_task})[dataset](data_dir)
+    task = (LOADERS | {TOY: toy_task})[dataset](data_dir)
     if task is None:
         raise UserError(f"{dataset} is not at hand: give --data-dir a folder with a download.")
     return task
@@ -121,21 +142,61 @@ def load_data(recipe: Recipe, data_dir: Path | None) -> Data:
 def _load_data(
     dataset: str, train_rows: int, letters: bool, max_length: int, model: str, data_dir: Path | None
 ) -> Data:
-    task = load_task(dataset, data_dir)
-    task, encode = limit_task(task, train_rows, MEASURED_ROWS), load_tokenizer(model)
-    if letters:
-        task = in_corpus_text(task)
-    train, validation = (encode_rows(r, encode, max_length) for r in (task.train, task.validation))
+    task = limit_task(load_task(dataset, data_dir), train_rows, MEASURED_ROWS)
+    return as_tokens(model, max_length, in_corpus_text(task) if letters else task)
+
+
+@functools.lru_cache(maxsize=8)  # sentences among phrases take a while to find
+def load_split(dataset: str, data_dir: Path | None) -> tuple[Task, Rows]:
+    """A task in the letters of the own language models, and TUNING_ROWS of its training rows.
+
+    Raises UserError where rows cannot be had.
+    """
+    task = apart_from_validation(in_corpus_text(load_task(dataset, data_dir)))
+    return tuning_split(task, min(TUNING_ROWS, len(task.train) // 5))
+
+
+def apart_from_validation(task: Task) -> Task:
+    """The task without training rows that have the text of a validation row.
+
+    Official splits have some that differ in capitals and marks alone, which corpus text drops.
+    """
+    return dataclasses.replace(task, train=without_texts(task.train, task.validation.texts))
+
+
+def as_tokens(
+    model: str,
+    max_length: int,
+    task: Task,
+    tuning_rows: Rows | None = None,
+    other: Task | None = None,
+) -> Data:
+    """Rows as the tokens of a model. other: a data set whose labels states are probed for."""
+    encode = load_tokenizer(model)
+
+    def tokens(rows: Rows) -> Split:
+        return encode_rows(rows, encode, max_length)
+
+    train, validation = tokens(task.train), tokens(task.validation)
+    probe = limit_task(other, TRANSFER_ROWS, TRANSFER_ROWS) if other else None
     return Data(
         classes=len(task.class_names),
         train=train,
-        validation=validation,
-        measured_train=draw_rows(train, MEASURED_TRAIN_ROWS),
-        language=draw_rows(validation, LANGUAGE_ROWS),
+        validation=monitor.draw_rows(validation, MEASURED_ROWS),
+        measured_train=monitor.draw_rows(train, MEASURED_TRAIN_ROWS),
+        language=monitor.draw_rows(validation, LANGUAGE_ROWS),
+        all_validation=validation,
+        tuning=tokens(tuning_rows) if tuning_rows else None,
+        other=(tokens(probe.train), tokens(probe.validation)) if probe else None,
     )
 
 
-@functools.cache  # a process runs many cells of one model
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+@functools.cache  # a process runs many trials of one model
 def digest_of_model(name: str) -> str | None:
     """Digest of the weights of a model in a folder; None of one of the hub."""
     folder = Path(find_model(name))
@@ -158,6 +219,12 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
     return common.put_heads_on(causal_lm, arm, classes, "pooled", config), start_head
 
 
+def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> common.Trainer:
+    if plan := model.memory_plan:
+        plan.unpack_what_fits(train, recipe.batch_size)
+    return common.make_trainer(model, train, recipe.config(), common.find_arm(recipe.arm))
+
+
 def batches_of(recipe: Recipe, train: Split) -> Iterator[np.ndarray]:
     """Row numbers of the steps, epoch after epoch; from the seed: the same for every arm."""
     lengths = train.lengths
@@ -166,91 +233,203 @@ def batches_of(recipe: Recipe, train: Split) -> Iterator[np.ndarray]:
         yield from length_grouped_batches(lengths, recipe.batch_size, rng)
 
 
-def tune(
+def train(
+    recipe: Recipe,
+    trainer: common.Trainer,
+    measure: Callable[[int], Iterable[Record]],
+    after_step: Callable[[], None] = lambda: None,
+    batches: Iterator[np.ndarray] | None = None,
+) -> list[Record]:
+    """Train for recipe.steps; all that measure(step) gave, before the first step and after each.
+
+    It gives nothing for most steps. A training that meets a number that is not finite ends there,
+    whether a step or `measure` raises FloatingPointError: its last record has the step, and None
+    for all else. batches: row numbers of the steps, by default those of batches_of.
+    """
+    config, batches = recipe.config(), batches or batches_of(recipe, trainer.split)
+    records, step = [], 0
+    try:
+        records.extend(measure(0))
+        for step in range(1, recipe.steps + 1):
+            trainer.model.train()
+            trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
+            after_step()
+            records.extend(measure(step))
+    except FloatingPointError:
+        records.append(dict.fromkeys(records[0] if records else ()) | {"step": step})
+    return records
+
+
+@torch.inference_mode()
+def lm_loss(model: nn.Module, split: Split, lm_head: nn.Linear) -> float | None:
+    """Mean next-token loss (nats) of the split under that LM head; None where it is not finite."""
+    model.eval()
+    total, device = 0.0, lm_head.weight.device
+    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type]):
+        batch = collate(split, rows, device)
+        total += lm_loss_sum(model(batch.input_ids, batch.text_mask).hidden, batch, lm_head).item()
+    return total / count_targets(split, range(len(split.labels))) if math.isfinite(total) else None
+
+
+# --------------------------------------------------------------------------------------------------
+# What has become of a model
+# --------------------------------------------------------------------------------------------------
+
+
+def watch(
     recipe: Recipe,
     data: Data,
     measure_at: Collection[int],
     after_step: Callable[[], None] = lambda: None,
     few_rows_too: bool = False,
-    start: Sequence[dict[str, Any]] = (),
-) -> list[dict[str, Any]]:
+    start: Sequence[Record] = (),
+) -> list[Record]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
-    Along the way on fewer rows, see Measuring; with few_rows_too at both ends on these, too, so
-    that any two steps can be compared at as many rows: ranks grow with them. The first record and
-    the last are of all measured rows. `start` spares the measurement before the first step where
-    another training has made it from the same model and seed. A training that meets a number that
-    is not finite ends there: its last record has None for every measure.
+    Along the way on fewer rows, see monitor.Measuring; with few_rows_too at both ends on these,
+    too, so that any two steps can be compared at as many rows: ranks grow with them. The first
+    record and the last are of all measured rows. `start` spares the measurement before the first
+    step where another training has made it from the same model and seed.
     """
     model, start_head = build(recipe, data.classes)
-    along_the_way = Measuring(model, data.measured_train, data.validation)
+    along_the_way = monitor.Measuring(model, data.measured_train, data.validation)
+    limits = [None, monitor.MEASURED_ROWS] if few_rows_too else [None]
 
-    def both_ends(step: int) -> list[dict[str, Any]]:
-        limits = [None, MEASURED_ROWS_ON_THE_WAY] if few_rows_too else [None]
+    def measure(step: int) -> list[Record]:
+        if step == 0:
+            return list(start) or both_ends(step)
+        if step == recipe.steps:
+            return both_ends(step)[::-1]
+        return [{"step": step, **along_the_way(), "lm_loss": None}] if step in measure_at else []
+
+    def both_ends(step: int) -> list[Record]:
         return [{"step": step, **r} for r in full_records(model, data, start_head, limits)]
 
-    records = list(start or both_ends(0))
-    try:
-        for step in steps_of(recipe, trainer_of(recipe, model, data.train)):
-            after_step()
-            if step in measure_at and step < recipe.steps:
-                records.append({"step": step, **along_the_way(), "lm_loss": None})
-    except Diverged as error:
-        return [*records, {"step": error.step} | dict.fromkeys(records[0].keys() - {"step"})]
-    return [*records, *reversed(both_ends(recipe.steps))]
-
-
-@dataclass
-class Diverged(Exception):
-    """A loss or gradient was not finite; no weight has changed by it."""
-
-    step: int
-
-
-def steps_of(
-    recipe: Recipe, trainer: common.Trainer, batches: Iterator[np.ndarray] | None = None
-) -> Iterator[int]:
-    """Train; after each step its number, from 1 on. Raises Diverged.
-
-    batches: row numbers of the steps, by default those of batches_of.
-    """
-    config, batches = recipe.config(), batches or batches_of(recipe, trainer.split)
-    for step in range(1, recipe.steps + 1):
-        trainer.model.train()
-        try:
-            trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
-        except FloatingPointError:
-            raise Diverged(step) from None
-        yield step
-
-
-def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> common.Trainer:
-    if plan := model.memory_plan:
-        plan.unpack_what_fits(train, recipe.batch_size)
-    return common.make_trainer(model, train, recipe.config(), common.find_arm(recipe.arm))
-
-
-def full_record(model: nn.Module, data: Data, start_head: nn.Linear) -> dict[str, float | None]:
-    """`measures` on all measured rows, and the LM loss under the LM head of the start."""
-    return full_records(model, data, start_head, [None])[0]
+    return train(recipe, trainer_of(recipe, model, data.train), measure, after_step)
 
 
 def full_records(
-    model: nn.Module, data: Data, start_head: nn.Linear, limits: Sequence[int | None]
+    model: nn.Module, data: Data, start_head: nn.Linear, limits: Sequence[int | None] = (None,)
 ) -> list[dict[str, float | None]]:
-    """full_record on so many rows for every limit, the first of them all; one has the LM loss."""
+    """Measures on so many rows for every limit, the first of them all; it has the LM loss, too."""
     model.eval()
-    first, *others = measures_on(model, data.measured_train, data.validation, limits)
-    loss = lm_loss(model, data.language, start_head)
-    first |= {"lm_loss": loss if math.isfinite(loss) else None}
+    first, *others = monitor.measures_on(model, data.measured_train, data.validation, limits)
+    first |= {"lm_loss": lm_loss(model, data.language, start_head)}
     return [first, *(record | {"lm_loss": None} for record in others)]
 
 
-@torch.inference_mode()
-def lm_loss(model: nn.Module, split: Split, lm_head: nn.Linear) -> float:
-    """Mean next-token loss in nats over the split's targets, under that LM head."""
-    total, device = 0.0, lm_head.weight.device
-    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type]):
-        batch = collate(split, rows, device)
-        total += lm_loss_sum(model(batch.input_ids, batch.text_mask).hidden, batch, lm_head).item()
-    return total / count_targets(split, range(len(split.labels)))
+# --------------------------------------------------------------------------------------------------
+# To the epoch that is best on tuning rows
+# --------------------------------------------------------------------------------------------------
+
+# Accuracy and losses (nats; scaled: by the temperature that fits tuning rows) of all validation
+# rows at the best epoch; LM loss under the start's LM head and transfer after the last step;
+# seconds of the steps alone.
+AT_BEST = ("best_epoch", "best_accuracy", "best_loss", "best_scaled_loss")
+AT_THE_END = (*AT_BEST, "lm_loss", "transfer_accuracy", "seconds")
+
+
+def whole_epochs(recipe: Recipe, data: Data, epochs: int) -> Recipe:
+    """The recipe for whole epochs of these data: of its arm's factor times as many."""
+    own = common.find_arm(recipe.arm).epochs_of(epochs)
+    return dataclasses.replace(recipe, steps=data.steps(own, recipe.batch_size))
+
+
+def to_best_epoch(
+    recipe: Recipe,
+    data: Data,
+    validate: bool = True,
+    after_step: Callable[[], None] = lambda: None,
+) -> tuple[list[Record], dict[str, Tensor] | None]:
+    """Train for recipe.steps, whole epochs; without `validate` tuning rows alone are asked.
+
+    Its measurements in order, and each validation row at the best epoch, as predictions.pack has
+    them, None without a whole epoch. The last record also has what AT_THE_END names. The best epoch
+    of a training that meets a number that is not finite is one before.
+    """
+    model, start_head = build(recipe, data.classes)
+    selection = Selection(recipe, data, model, start_head, validate)
+    records = train(recipe, trainer_of(recipe, model, data.train), selection.measure, after_step)
+    records[-1] |= selection.best | {"epoch": records[-1]["step"] / selection.an_epoch}
+    records[-1] |= {"seconds": round(selection.seconds, 2)}
+    return records, selection.rows
+
+
+class Selection:
+    """The best epoch of a training so far, and what is measured on the way to it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        model: common.DualHeadModel,
+        start_head: nn.Linear,
+        validate: bool,
+    ):
+        self.data, self.model, self.start_head, self.validate = data, model, start_head, validate
+        self.steps, self.an_epoch = recipe.steps, data.steps(1, recipe.batch_size)
+        self.best: Record = dict.fromkeys(AT_BEST)
+        self.rows: dict[str, Tensor] | None = None
+        self.highest = -1.0  # tuning accuracy
+        self.seconds, self._stopped = 0.0, time.perf_counter()
+
+    def measure(self, step: int) -> Iterator[Record]:
+        """A few times an epoch; at its end tuning rows are asked, at both ends what else is known.
+
+        Raises FloatingPointError where the classifier's outputs on tuning rows are not finite.
+        """
+        self.seconds += time.perf_counter() - self._stopped if step else 0.0
+        in_epoch = step % self.an_epoch
+        if in_epoch % math.ceil(self.an_epoch / MEASURED_AN_EPOCH) == 0:
+            record = {"step": step, "epoch": step / self.an_epoch}
+            if self.validate:
+                data = self.data
+                record |= monitor.measures(self.model, data.measured_train, data.validation)
+            record |= dict.fromkeys(("tuning_accuracy", "tuning_loss", *AT_THE_END))
+            yield record  # it is told also where what follows raises
+            if step and not in_epoch:
+                record |= self.select(step // self.an_epoch)
+            if step in (0, self.steps):
+                record |= self.finish()
+        self._stopped = time.perf_counter()
+
+    def select(self, epoch: int) -> Record:
+        """Ask tuning rows; all validation rows where this epoch is the best so far."""
+        logits, labels = self.ask(self.data.tuning), self.data.tuning.labels
+        if not logits.isfinite().all():
+            raise FloatingPointError("an output on tuning rows is not finite")
+        accuracy = monitor.accuracy(logits, labels)
+        if accuracy > self.highest:
+            self.highest, self.best["best_epoch"] = accuracy, epoch
+            if self.validate:
+                self.best |= self.ask_validation_rows(logits)
+        loss = F.cross_entropy(logits, labels).item()
+        return {"tuning_accuracy": accuracy, "tuning_loss": loss}
+
+    def ask(self, split: Split) -> Tensor:
+        """Logits (N, C) in evaluation mode."""
+        self.model.eval()
+        return monitor.outputs(self.model, split)[1]
+
+    def ask_validation_rows(self, tuning_logits: Tensor) -> dict[str, float]:
+        """Numbers of all validation rows as the model stands; the rows themselves are kept."""
+        split, tuning = self.data.all_validation, self.data.tuning
+        logits, labels = self.ask(split).numpy(), split.labels.numpy()
+        temperature = fit_temperature(tuning_logits.numpy(), tuning.labels.numpy())
+        plain, scaled = (
+            log_probabilities(logits, labels, np.full(len(labels), t)) for t in (1.0, temperature)
+        )
+        correct = logits.argmax(1) == labels
+        self.rows = pack(correct, plain, scaled)
+        losses = {"best_loss": -float(plain.mean()), "best_scaled_loss": -float(scaled.mean())}
+        return {"best_accuracy": float(correct.mean()), **losses}
+
+    def finish(self) -> dict[str, float | None]:
+        """What a model knows beside its task: LM loss, accuracy of a probe on another data set."""
+        found = {"lm_loss": lm_loss(self.model, self.data.language, self.start_head)}
+        if self.validate and self.data.other and found["lm_loss"] is not None:
+            (train, _), (test, _) = (monitor.outputs(self.model, s) for s in self.data.other)
+            of_train, of_test = (split.labels.numpy() for split in self.data.other)
+            probe = transfer_accuracy(train[0].numpy(), of_train, test[0].numpy(), of_test, seed=0)
+            found["transfer_accuracy"] = probe["accuracy"]
+        return found

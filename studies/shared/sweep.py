@@ -1,19 +1,21 @@
-"""What studies share that take own language models, one after another, and train each many times.
+"""What a study is: trials, each trained and measured once, their rows on disk, and what these say.
 
-A backbone is the unit that repeats: all its trainings run, their rows are in a table of its own,
-then comes the next. So a study that is stopped has whole backbones, and goes on by what its tables
-lack.
+Studies fine-tune own language models. A backbone is the unit that repeats: all its trials run,
+their rows are in a table of its own, then comes the next. So a study that is stopped has whole
+backbones, and goes on by what its tables lack.
 """
 
 import dataclasses
 import itertools
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import tyro
 
 import common
 from collapse.config import check_bounds
@@ -23,7 +25,7 @@ from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError
-from collapse.utils.files import ROOT
+from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit, hardware_name
 from studies.shared import finetune, pretrain
 from studies.shared.tables import into_table, read_rows, without_rows
@@ -36,8 +38,10 @@ PILOTS = (100, 101, 102)
 
 @dataclass
 class Config:
-    """Settings of such a study; the comment above a field is its --help text."""
+    """Settings of a study; the comment above a field is its --help text."""
 
+    # A study's own setting: what is trained instead, seeds are then no backbones.
+    model: ClassVar[str | None] = None
     # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
     data_dir: Path | None = None
     # Text of the own language models: tinystories from the hub, or newsgroups, of `make corpus`.
@@ -64,8 +68,8 @@ class Config:
         return self.output_dir / self.corpus
 
 
-class Cell(Protocol):
-    """One training of a study."""
+class Trial(Protocol):
+    """One training of a study: a frozen dataclass, whose fields are columns of the tables."""
 
     seed: int  # of its backbone, heads, and order of rows
     arm: str  # its name in results
@@ -74,58 +78,173 @@ class Cell(Protocol):
     def name(self) -> str: ...  # unique among its seed's
 
 
-def table_of(folder: Path, seed: int) -> Path:
-    return folder / f"seed-{seed}.csv"
+Row = dict[str, Any]
 
 
-def run_missing(
-    config: Config,
-    cells: Sequence[Cell],
-    job_of: Callable[[Cell], Job],
-    rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
-    line_of: Callable[[str, list[dict[str, Any]]], str],
-    settings_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
-    model: str | None = None,
-) -> None:
-    """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
+@dataclass(frozen=True)
+class Study:
+    """A study as functions; `config` stands for its settings, an instance of config_type."""
 
-    rows_of(cell, progress) trains and gives rows; the cell and settings_of(its fields) go before
-    each, behind it what it was made with. line_of(job's name, rows) is printed then. With
-    `model`, as --model takes it, seeds are no backbones but trainings of that one. Raises UserError
-    for a table that was made with other settings, or other weights.
-    """
-    commit = git_commit()
-    for seed in config.seeds:
-        check_settings(table_of(config.folder, seed), settings_of)
-    together = 1 if model else config.workers  # seeds; those of one model are whole one by one
-    for first in range(0, len(config.seeds), together):
-        seeds = config.seeds[first : first + together]
-        here = {job_of(cell): cell for cell in cells if cell.seed in seeds}
+    config_type: type[Config]
+    # Settings of the whole study in small, see --miniature.
+    miniature: Mapping[str, Any]
+    # trials(config): in batches, where a later batch may rest on the rows of the ones before.
+    trials: Callable[[Any], Iterable[Sequence[Any]]]
+    # settings(config, fields of a trial): what its rows are made with, in the table behind them.
+    # `steps`, or `epochs` of `train_rows`, say how long it trains.
+    settings: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
+    # run(config, trial, progress): trains, and gives the rows that it measured.
+    run: Callable[[Any, Any, Progress], list[Row]]
+    # line(rows): what is printed of a trial that has ended.
+    line: Callable[[list[Row]], str]
+    # summary(config): what results.json holds.
+    summary: Callable[[Any], dict[str, Any]]
+    # text(results): what is printed of them.
+    text: Callable[[dict[str, Any]], str]
+    # draw(config, results): figures, into config.folder.
+    draw: Callable[[Any, dict[str, Any]], None] = lambda config, results: None
+    # check(config): raises UserError for settings that cannot be run.
+    check: Callable[[Any], None] = lambda config: None
+    # Of all measurements of a trial, in steps of Model 1.
+    evaluation_cost: float = 100.0
 
-        def place_of(job: Job, here=here) -> tuple[Path, str]:
-            return table_of(config.folder, here[job].seed), here[job].name
+    def main(self, description: str) -> None:
+        """Of the script: run what is missing, unless only a summary is asked for, and report."""
+        config = tyro.cli(self.config_type, description=description)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive a fork
+        set_allocator()
+        self.check_config(config)
+        if config.miniature:
+            config = self.in_small(config)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        if not config.summarize:
+            self.run_missing(config)
+        print(self.text(self.report(config)))
 
-        def rows(job: Job, progress: Progress, here=here) -> list[dict[str, Any]]:
+    def check_config(self, config: Config) -> None:
+        """Raise UserError for settings that cannot be run."""
+        check_bounds("workers", config.workers, 1, 1024)
+        if not config.seeds:
+            raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+        self.check(config)
+
+    def in_small(self, config: Any) -> Any:
+        """The settings of the study's miniature, in folders of its own."""
+        folder = config.output_dir / "limit-miniature"
+        places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
+        return dataclasses.replace(config, corpus="miniature", **places, **self.miniature)
+
+    def report(self, config: Config) -> dict[str, Any]:
+        """Write results.json and the figures from the rows that are there."""
+        results = self.summary(config)
+        write_json(config.folder / "results.json", results)
+        self.draw(config, results)
+        return results
+
+    def run_missing(self, config: Config) -> None:
+        """Have every trial's rows in its seed's table: backbones side by side, up to workers.
+
+        Raises UserError for a table that was made with other settings, or other weights.
+        """
+        for trials in self.trials(config):
+            seeds = list(dict.fromkeys(trial.seed for trial in trials))
+            for seed in seeds:
+                check_settings(
+                    table_of(config.folder, seed), lambda row: self.settings(config, row)
+                )
+            together = 1 if config.model else config.workers  # seeds; one model's are whole
+            for first in range(0, len(seeds), together):
+                some = seeds[first : first + together]
+                self.run_seeds(
+                    config,
+                    [trial for trial in trials if trial.seed in some],
+                    f"seeds {', '.join(map(str, some))} of {len(seeds)}",
+                )
+
+    def run_seeds(self, config: Config, trials: Sequence[Trial], title: str) -> None:
+        """Run the trials of some seeds whose rows are not there; pretrain their backbones before.
+
+        In the table the trial and its settings go before a row, behind it what it was made with.
+        """
+        commit = git_commit()
+        by_job = {self.job(config, trial): trial for trial in trials}
+
+        def place_of(job: Job) -> tuple[Path, str]:
+            return table_of(config.folder, by_job[job].seed), by_job[job].name
+
+        def rows_of(job: Job, progress: Progress) -> list[Row]:
             set_threads(1)  # sums of more threads differ in their last digits
-            cell = here[job]
-            fields = dataclasses.asdict(cell)
-            head = {"training": cell.name} | fields | rounded(settings_of(fields))
-            digest = finetune.digest_of_model(model or backbone(config, cell.seed))
+            trial = by_job[job]
+            fields = dataclasses.asdict(trial)
+            head = {"training": trial.name} | fields | rounded(self.settings(config, fields))
+            digest = finetune.digest_of_model(model_of(config, trial.seed))
             made_with = commit, digest, hardware_name(pick_device(config.device))
             tail = dict(zip(MADE_WITH, made_with, strict=True))
-            found = rows_of(cell, progress)
-            progress.say(line_of(job.name, found), time_left=True)
-            return [head | rounded(row) | tail for row in found]
+            rows = self.run(config, trial, progress)
+            progress.say(f"{job.name}: {self.line(rows)}", time_left=True)
+            return [head | rounded(row) | tail for row in rows]
 
-        missing = without_rows(here, place_of, "training")
+        missing = without_rows(by_job, place_of, "training")
         if not missing:
-            continue
-        print(f"seeds {', '.join(map(str, seeds))} of {len(config.seeds)}", flush=True)
-        if not model:
+            return
+        print(title, flush=True)
+        seeds = list(dict.fromkeys(trial.seed for trial in trials))
+        if not config.model:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
         for seed in seeds:
-            check_weights(table_of(config.folder, seed), model or backbone(config, seed))
-        run_all(missing, into_table(rows, place_of, "training"), config.workers)
+            check_weights(table_of(config.folder, seed), model_of(config, seed))
+        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
+
+    def job(self, config: Config, trial: Trial) -> Job:
+        """The unit of work that run_all takes."""
+        made_with, arm = (
+            self.settings(config, dataclasses.asdict(trial)),
+            common.find_arm(trial.arm),
+        )
+        steps = made_with.get("steps")
+        if steps is None:
+            an_epoch = math.ceil(made_with["train_rows"] / finetune.Recipe.batch_size)
+            steps = arm.epochs_of(made_with["epochs"]) * an_epoch
+        return Job(
+            name=f"seed {trial.seed}, {trial.name}",
+            folder=config.folder / "state" / f"{trial.seed}-{trial.name.replace(', ', '-')}",
+            cost=arm.cost,
+            evaluation_cost=self.evaluation_cost,
+            steps=steps,
+            evaluations=1,
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# A trial's model
+# --------------------------------------------------------------------------------------------------
+
+
+def model_of(config: Config, seed: int) -> str:
+    """As --model takes it: the given one, or the folder of an own language model."""
+    if config.model:
+        return config.model
+    own = pretrain.fixed_size(seed, config.corpus)
+    return str(config.models_dir / pretrain.folder_name(own, config.corpus))
+
+
+def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
+    """Of a training of all weights of the trial's backbone, but where `other` fields say else."""
+    fields = {"model": model_of(config, trial.seed), "arm": trial.arm, "seed": trial.seed}
+    fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
+    return finetune.Recipe(**fields | other)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------
+
+MADE_WITH = ("git_commit", "weights_sha256", "hardware")
+OF_A_MODEL = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
+
+
+def table_of(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}.csv"
 
 
 def check_settings(
@@ -147,8 +266,8 @@ def check_weights(table: Path, model: str) -> None:
 
     Arms are compared on one backbone, and another kind of machine pretrains another one.
     """
-    theirs = {row["weights_sha256"] for row in read_rows(table)}
-    if theirs - {finetune.digest_of_model(model) or ""}:
+    weights = {row["weights_sha256"] for row in read_rows(table)}
+    if weights - {finetune.digest_of_model(model) or ""}:
         raise UserError(
             f"{table} has rows of other weights than {model} has: move it away, or give another "
             "--output-dir."
@@ -161,84 +280,52 @@ def published_rows(folder: Path) -> list[dict[str, str]]:
     return [row for table in tables for row in read_rows(table)]
 
 
-MADE_WITH = ("git_commit", "weights_sha256", "hardware")
-OF_A_MODEL = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
+@dataclass(frozen=True)
+class Run:
+    """A trial that has ended."""
+
+    trial: Any
+    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+
+    @property
+    def end(self) -> dict[str, float | None]:
+        return self.path[-1]
 
 
-def read_paths(
-    table: Path, cell_type: type[Cell]
-) -> Iterator[tuple[Cell, list[dict[str, float | None]]]]:
-    """Each training in a table: its cell, and its measurements in order, numbers as numbers."""
-    fields = {field.name: field.type for field in dataclasses.fields(cell_type)}
-    for _, rows in itertools.groupby(read_rows(table), key=lambda row: row["training"]):
-        rows = list(rows)
-        cell = cell_type(**{name: kind(rows[0][name]) for name, kind in fields.items()})
-        words = {"training", *MADE_WITH, *OF_A_MODEL, *fields}
-        yield (
-            cell,
-            [
-                {
-                    key: float(value) if value else None
-                    for key, value in row.items()
-                    if key not in words
-                }
-                for row in rows
-            ],
-        )
+def read_runs(
+    folder: Path, seeds: Iterable[int], trial_type: type, run_type: type[Run] = Run
+) -> list[Any]:
+    """Every trial in the tables of these seeds, numbers as numbers."""
+    fields = {field.name: field.type for field in dataclasses.fields(trial_type)}
+    words = {"training", *MADE_WITH, *OF_A_MODEL, *fields}
+    runs = []
+    for seed in seeds:
+        rows = read_rows(table_of(folder, seed))
+        for _, group in itertools.groupby(rows, key=lambda row: row["training"]):
+            of_trial = list(group)
+            first = of_trial[0]
+            trial = trial_type(**{name: kind(first[name]) for name, kind in fields.items()})
+            path = [
+                {key: float(v) if v else None for key, v in row.items() if key not in words}
+                for row in of_trial
+            ]
+            runs.append(run_type(trial, path))
+    return runs
 
 
-def backbone(config: Config, seed: int) -> str:
-    """An own language model as --model takes it: its folder."""
-    own = pretrain.fixed_size(seed, config.corpus)
-    return str(config.models_dir / pretrain.folder_name(own, config.corpus))
+def arms_of(runs: Iterable[Run]) -> list[str]:
+    """Arms that ran, in their order."""
+    return sorted({run.trial.arm for run in runs}, key=lambda name: common.find_arm(name).place)
 
 
-def recipe_of(config: Config, cell: Cell, **other: Any) -> finetune.Recipe:
-    """Of a training of all weights of the cell's backbone, but where `other` fields say else."""
-    fields = {"model": backbone(config, cell.seed), "arm": cell.arm, "seed": cell.seed}
-    fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
-    return finetune.Recipe(**fields | other)
+def rounded(row: Mapping[str, Any]) -> Row:
+    """Six digits, more than two machines share; a table of thousands of rows stays small."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
-def job_of(config: Config, cell: Cell, steps: int, evaluation_cost: float = 100.0) -> Job:
-    """The unit of work that run_all takes.
-
-    evaluation_cost: of all measurements, in steps of Model 1.
-    """
-    return Job(
-        name=f"seed {cell.seed}, {cell.name}",
-        folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        steps=steps,
-        cost=common.find_arm(cell.arm).cost,
-        evaluations=1,
-        evaluation_cost=evaluation_cost,
-    )
-
-
-def in_small(config: Config, **other: Any) -> Any:
-    """The settings of a study's miniature; `other` fields are the study's."""
-    folder = config.output_dir / "limit-miniature"
-    places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
-    return dataclasses.replace(config, corpus="miniature", **places, **other)
-
-
-def carry_out(
-    config: Config, run_missing: Callable[[Any], None], report: Callable[[Any], dict[str, Any]]
-) -> dict[str, Any]:
-    """Run what is missing, unless only a summary is asked for, and report; gives the report."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    if not config.summarize:
-        run_missing(config)
-    return report(config)
-
-
-def check_config(config: Config) -> None:
-    """Raise UserError for settings that cannot be run; prepare what worker processes inherit."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not outlive a fork
-    set_allocator()
-    check_bounds("workers", config.workers, 1, 1024)
-    if not config.seeds:
-        raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
+# --------------------------------------------------------------------------------------------------
+# What rows say
+# --------------------------------------------------------------------------------------------------
 
 
 def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
@@ -266,8 +353,3 @@ def endpoint(
     lower_bound = found.get("lower_bound", False)
     said = verdict(estimate, widest, interval_90, margin, done, lower_bound)
     return {**found, "holm_at_most": widest, "interval_90": interval_90, **said, "done": done}
-
-
-def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Six digits, more than two machines share; a table of thousands of rows stays small."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}

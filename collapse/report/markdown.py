@@ -99,6 +99,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool
     return "\n".join((head, rule, *body))
 
 
+def text_table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    """The same for the log: columns stand below each other."""
+    lines = [[column.title for column in columns]]
+    lines += [[column.cell(row) for column in columns] for row in rows]
+    widths = [max(map(len, entries)) for entries in zip(*lines, strict=True)]
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
 def rows_of(nested: dict[str, Any], *names: str) -> list[dict[str, Any]]:
     """A row for each innermost dict of nested ones: the keys that lead to it, under these names,
     and its entries.

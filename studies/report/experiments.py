@@ -14,9 +14,9 @@ import numpy as np
 import common
 from collapse.measures.statistics import format_interval
 from collapse.report import records
-from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type
+from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type, p_values
 from collapse.report.markdown import Column, at, cell, plain, rows_of, table
-from collapse.report.records import keys_of, title_of, title_of_change, values_of
+from collapse.report.records import level, title_of_change
 from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
 from studies.report.page import Page
@@ -147,7 +147,9 @@ def provenance(folder: Path, results: dict) -> str:
 def provenance_of_ranks(file: str, results: dict) -> str:
     """How the records of Experiment 4 were measured, and by which code on which machine."""
     measured_by = [
-        r for row in models_of_ranks(results) for r in at(row, ("result", row["key"], "seeds", "*"))
+        r
+        for row in records.models_of(results)
+        for r in at(row, ("result", row["key"], "seeds", "*"))
     ]
     measured = next(iter(results.values()))["measured"]
     return (
@@ -190,9 +192,6 @@ def accuracy_columns(theirs: dict | None) -> list[Column]:
 
 
 def comparison_columns(theirs: dict | None) -> list[Column]:
-    def p_values(row: dict) -> str:
-        return ", ".join(f"{p:.2g}" for p in row["mcnemar_p"])
-
     def published(row: dict) -> float | None:
         b, a = (theirs[row["epoch"]].get(model) for model in row["pair"].split(" - "))
         return None if None in (a, b) else b - a
@@ -342,11 +341,6 @@ def add_study(page: Page, study: Study) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def level(title: str, number: str, digits: int = 1) -> Column:
-    """A number of a model's records, by seed."""
-    return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
-
-
 def change(title: str, number: str, digits: int = 1) -> Column:
     """The change of a number between two models."""
     return Column(title, lambda row: change_cell(row["change"], number, digits))
@@ -410,18 +404,9 @@ DEPTH_COLUMNS = (
 )
 
 
-def models_of_ranks(ranks: dict) -> list[dict[str, Any]]:
-    """A row for each model of each study of Experiment 4."""
-    return [
-        {"name": name, "result": result, "key": key, "title": title_of(key, result)}
-        for name, result in ranks.items()
-        for key in keys_of(result)
-    ]
-
-
 def table_records(ranks: dict, columns: tuple[Column, ...]) -> str:
     """Numbers of every study and model; those that no record holds have no column."""
-    return table(columns, models_of_ranks(ranks), hide_unknown=True)
+    return table(columns, records.models_of(ranks), hide_unknown=True)
 
 
 def change_cell(changes: dict, number: str, digits: int) -> str | None:
@@ -451,7 +436,7 @@ def table_depth(ranks: dict) -> str:
     lowest, and of the last state; for each measure that the records have.
     """
     rows = []
-    for model in models_of_ranks(ranks):
+    for model in records.models_of(ranks):
         if "model" not in model["result"]["settings"]["config"]:
             continue
         for number, measure in {"effective_rank": "effective rank", **RANKS_WITHOUT}.items():

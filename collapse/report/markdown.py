@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collapse.measures.statistics import format_interval, format_spread
+from collapse.measures.statistics import format_bounds, format_interval, format_spread
 
 Path = str | tuple[str, ...]
 UNKNOWN = "n/a"
@@ -35,15 +35,17 @@ def cell(value: Any, digits: int | str = 2, scale: float = 1.0, sign: str = "") 
     """A value as a table shows it; its type decides how.
 
     digits: of a number, also a format such as ".2g".
-    A dict with `mean`, `low` and `high` is an interval, `mean [low, high]` with signs; a list holds
-    the values of several seeds, `mean (lowest to highest)`; an int is a count. n/a stands for None,
-    an interval without a mean, and a list with nothing or None in it.
+    A dict with `mean`, `low` and `high` is an interval, `mean [low, high]` with signs, its bounds
+    alone where it has no key `mean`; a list holds the values of several seeds, `mean (lowest to
+    highest)`; an int is a count. n/a stands for None, a mean of None, and a list with nothing or
+    None in it.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        known = value.get("mean") is not None
-        return format_interval(value, digits, scale, sign or "+") if known else UNKNOWN
+        written = format_bounds if value.get("mean") is None else format_interval
+        known = value.get("mean", value.get("low")) is not None
+        return written(value, digits, scale, sign or "+") if known else UNKNOWN
     if isinstance(value, list):
         known = value and None not in value
         return format_spread(value, digits, scale, sign) if known else UNKNOWN

@@ -300,10 +300,7 @@ P1_COLUMNS = (
     Column("accuracy, points", lambda _: "Model 2 - Model 1"),
     Column("mean of the sets [95%]", "P1", 2, 100),
     Column("seeds and rows drawn anew [95%]", "P1.pigeonhole", 2, 100),
-    Column(
-        "90%",
-        lambda row: row["P1_equivalence"] and format_bounds(row["P1_equivalence"], 2, 100, "+"),
-    ),
+    Column("90%", "P1_equivalence", 2, 100),
     Column("margin", "P1.margin", "g", 100),
     Column("p of an effect outside it", "P1_equivalence.p", ".2g"),
     Column("backbones", lambda row: count_of(row["P1"])),

@@ -73,9 +73,7 @@ def table_threshold(
     columns = [ARM, *(edge_column(data, steps) for data in datasets), *map(shift, kinds)]
     if unit:
         columns.append(
-            Column(
-                unit, lambda row: merge_equal([str(e["n"] if e else 0) for e in at(row, "edge.*")])
-            )
+            Column(unit, lambda row: merge_equal([str(n or 0) for n in at(row, "edge.*.n")]))
         )
     return table(columns, results["arms"])
 

@@ -171,12 +171,12 @@ CROSS_COLUMNS = (
     Column("there", "there", 2, 100),
     Column("here - there", "more_here", 2, 100),
 )
-MODEL_COLUMNS = (
+ACCURACY_COLUMNS = (
     Column("model", "title"),
     Column("final epoch", "runs.*.final.accuracy", 2, 100),
     Column("best epoch (flatters: chosen on this split)", "runs.*.best.accuracy", 2, 100),
 )
-ENGRAM_COLUMNS = (
+CLUSTER_COLUMNS = (
     Column("engrams", "case"),
     Column("seed", "seed"),
     Column("ARI", "ari", 3),
@@ -204,7 +204,7 @@ def summary_table(results: dict) -> str:
         for key, runs in results["models"].items()
     ]
     text = "\nvalidation accuracy in %, mean (lowest to highest seed)\n"
-    text += text_table(MODEL_COLUMNS, models)
+    text += text_table(ACCURACY_COLUMNS, models)
     if pairs := rows_of(comparisons_of(results)["final"], "pair"):
         text += "\n\ndifference in points, final epoch [95% interval for other seeds and rows]\n"
         text += text_table(PAIR_COLUMNS, pairs)
@@ -213,7 +213,7 @@ def summary_table(results: dict) -> str:
         for seed, run in results["models"].get("model3", {}).items()
         for case, cluster in run["cluster"].items()
     ]
-    return f"{text}\n\n{text_table(ENGRAM_COLUMNS, engrams)}" if engrams else text
+    return f"{text}\n\n{text_table(CLUSTER_COLUMNS, engrams)}" if engrams else text
 
 
 REPRODUCTION_COLUMNS = (

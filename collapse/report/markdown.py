@@ -10,11 +10,11 @@ from typing import Any
 
 from collapse.measures.statistics import format_bounds, format_interval, format_spread
 
-Path = str | tuple[str, ...]
+KeyPath = str | tuple[str, ...]
 UNKNOWN = "n/a"
 
 
-def at(record: Any, path: Path) -> Any:
+def at(record: Any, path: KeyPath) -> Any:
     """The value under a path of keys, "val.-1.accuracy" say; None where a part is missing.
 
     `*` stands for every entry of a list or dict and gives a list; "" is the record itself. Keys
@@ -64,7 +64,7 @@ class Column:
     """
 
     title: str
-    value: Path | Callable[[Any], Any]
+    value: KeyPath | Callable[[Any], Any]
     digits: int | str = 2
     scale: float = 1.0
     sign: str = ""

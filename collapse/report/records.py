@@ -213,7 +213,7 @@ def level(title: str, number: str, digits: int = 1) -> Column:
     return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
 
 
-COLUMNS = (
+LOG_COLUMNS = (
     Column("", "title"),
     level("effective_rank", "effective_rank"),
     level("effective_rank_share", "effective_rank_share", 3),
@@ -224,7 +224,7 @@ COLUMNS = (
     level("intermediate.cdnv", "intermediate.cdnv", 2),
     level("intermediate.ncc_agreement", "intermediate.ncc_agreement", 3),
 )
-CHANGE_COLUMNS = (
+RANK_CHANGE_COLUMNS = (
     Column("changes of the effective rank", "title"),
     Column("[95% interval for other seeds and rows]", "both.effective_rank", 1),
 )
@@ -243,7 +243,7 @@ def table(results: dict[str, dict]) -> str:
     """The outcome for the log."""
     parts = []
     for name, result in results.items():
-        matched, columns = result["matched_rows"], COLUMNS
+        matched, columns = result["matched_rows"], LOG_COLUMNS
         if matched:
             title = f"effective rank at {matched} rows"
             columns = (*columns, level(title, "effective_rank_matched"))
@@ -254,7 +254,7 @@ def table(results: dict[str, dict]) -> str:
         parts += [
             f"\n{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)",
             text_table(columns, models_of({name: result})),
-            text_table(CHANGE_COLUMNS, pairs),
+            text_table(RANK_CHANGE_COLUMNS, pairs),
         ]
     return "\n".join(parts)
 

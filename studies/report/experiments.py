@@ -168,7 +168,7 @@ def model_name(key: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def models_of(results: dict) -> list[dict[str, Any]]:
+def trainings_by_model(results: dict) -> list[dict[str, Any]]:
     """A row for each model: its key, name, and trainings."""
     return [
         {"key": key, "name": model_name(key), "runs": list(runs.values())}
@@ -308,7 +308,7 @@ def table_cross(results: dict, other: dict) -> str:
 
 def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
     """Name of a table -> its caption and text; the text is empty where there is nothing to tell."""
-    theirs, models = reference_for(folder), models_of(results)
+    theirs, models = reference_for(folder), trainings_by_model(results)
     comparisons = rows_of(comparisons_of(results), "epoch", "pair")
     trainings = rows_of(results["models"], "model", "seed")
     return {
@@ -346,7 +346,7 @@ def change(title: str, number: str, digits: int = 1) -> Column:
     return Column(title, lambda row: change_cell(row["change"], number, digits))
 
 
-MODEL_COLUMNS = (
+HEAD_COLUMNS = (
     Column("data, backbone", "name"),
     Column("rows", "result.num_samples"),
     Column("model", "title"),
@@ -358,7 +358,7 @@ RANKS_WITHOUT = {
     "effective_rank_within_without_first": "within, without first",
 }
 RANK_COLUMNS = (
-    *MODEL_COLUMNS,
+    *HEAD_COLUMNS,
     level("effective rank", "effective_rank"),
     *(level(title, number) for number, title in RANKS_WITHOUT.items()),
     level("over N - 1", "effective_rank_share", 3),
@@ -371,7 +371,7 @@ RANK_COLUMNS = (
     level("share of 1/length", "length_share", 3),
 )
 COLLAPSE_COLUMNS = (
-    *MODEL_COLUMNS,
+    *HEAD_COLUMNS,
     level("NC1 CDNV, pooled", "cdnv", 2),
     level("the same, training rows", "train.cdnv", 2),
     level("NC1 CDNV, intermediate", "intermediate.cdnv", 2),

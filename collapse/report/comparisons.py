@@ -15,11 +15,10 @@ from collapse.measures.predictions import RowResults, compare_losses
 from collapse.measures.statistics import (
     compare_models,
     difference_interval,
-    format_interval,
-    format_spread,
     independent_difference,
     paired_difference,
 )
+from collapse.report.markdown import Column, rows_of, text_table
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_json, settings_difference
 
@@ -156,70 +155,74 @@ def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
     return {"other": other, "comparisons": comparisons}
 
 
+def p_values(row: dict) -> str:
+    """McNemar's p of a comparison, by seed."""
+    return ", ".join(f"{p:.2g}" for p in row["mcnemar_p"])
+
+
+PAIR_COLUMNS = (
+    Column("models", "pair"),
+    Column("mean [95%]", "interval", 2, 100),
+    Column("McNemar's p, each seed", p_values),
+)
+CROSS_COLUMNS = (
+    Column("models", "pair"),
+    Column("here", "here", 2, 100),
+    Column("there", "there", 2, 100),
+    Column("here - there", "more_here", 2, 100),
+)
+ACCURACY_COLUMNS = (
+    Column("model", "title"),
+    Column("final epoch", "runs.*.final.accuracy", 2, 100),
+    Column("best epoch (flatters: chosen on this split)", "runs.*.best.accuracy", 2, 100),
+)
+CLUSTER_COLUMNS = (
+    Column("engrams", "case"),
+    Column("seed", "seed"),
+    Column("ARI", "ari", 3),
+    Column("cluster accuracy, %", "cluster_accuracy", 1, 100),
+    Column("cosine within", "cosines.within", 3),
+    Column("cosine between", "cosines.between", 3),
+)
+
+
 def cross_dataset_table(results: dict) -> str:
     """This data set beside the other one, for the log."""
     cross = results["cross_dataset"]
-    here, there = study_name(results["settings"]), cross["other"]["study"]
-    lines = [
-        "",
-        "difference in points on two data sets, final epoch [95% interval]",
-        f"here: {here}",
-        f"there: {there}",
-    ]
-    lines.append(f"{'models':26}{'here':24}{'there':24}here - there")
-    for name, found in cross["comparisons"].items():
-        cells = [
-            format_interval(found[key], scale=100, sign="+")
-            for key in ("here", "there", "more_here")
-        ]
-        lines.append(f"{name:26}{cells[0]:24}{cells[1]:24}{cells[2]}")
-    return "\n".join(lines)
+    return (
+        "\ndifference in points on two data sets, final epoch [95% interval]\n"
+        f"here: {study_name(results['settings'])}\nthere: {cross['other']['study']}\n"
+        + text_table(CROSS_COLUMNS, rows_of(cross["comparisons"], "pair"))
+    )
 
 
 def summary_table(results: dict) -> str:
     """The run's outcome for the log."""
-    lines = [
-        "",
-        "validation accuracy in %, mean (lowest to highest seed)",
-    ]
-    names = {
-        key: f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"
+    models = [
+        {"title": f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"}
+        | {"runs": runs}
         for key, runs in results["models"].items()
-    }
-    width = column_width(names.values(), 32)
-    lines.append(f"{'model':{width}}{'final epoch':26}best epoch (flatters: chosen on this split)")
-    for key, runs in results["models"].items():
-        final, best = (
-            format_spread((run[epoch]["accuracy"] for run in runs.values()), scale=100)
-            for epoch in ("final", "best")
-        )
-        lines.append(f"{names[key]:{width}}{final:26}{best}")
-    comparisons = comparisons_of(results)["final"]
-    width = column_width(comparisons, 26)
-    if comparisons:
-        title = "difference in points, final epoch [95% interval for other seeds and rows]"
-        lines += ["", title, f"{'models':{width}}{'difference':30}McNemar's p, each seed"]
-    for name, comparison in comparisons.items():
-        shown = format_interval(comparison["interval"], scale=100, sign="+")
-        p = ", ".join(f"{value:.2g}" for value in comparison["mcnemar_p"])
-        lines.append(f"{name:{width}}{shown:30}{p}")
-    lines.append("")
-    for seed, run in results["models"].get("model3", {}).items():
-        for case, cluster in run["cluster"].items():
-            pairs = (
-                f"{kind} {value:.3f}"
-                for kind, value in run["engram_cos"][case].items()
-                if value is not None
-            )
-            accuracy, cosine = f"{cluster['cluster_accuracy']:.1%}", ", ".join(pairs)
-            found = f"ARI {cluster['ari']:.3f}, cluster accuracy {accuracy}, cosine {cosine}"
-            lines.append(f"engrams, seed {seed}, {case + ':':12}{found}")
-    return "\n".join(lines)
+    ]
+    text = "\nvalidation accuracy in %, mean (lowest to highest seed)\n"
+    text += text_table(ACCURACY_COLUMNS, models)
+    if pairs := rows_of(comparisons_of(results)["final"], "pair"):
+        text += "\n\ndifference in points, final epoch [95% interval for other seeds and rows]\n"
+        text += text_table(PAIR_COLUMNS, pairs)
+    engrams = [
+        cluster | {"seed": seed, "case": case, "cosines": run["engram_cos"][case]}
+        for seed, run in results["models"].get("model3", {}).items()
+        for case, cluster in run["cluster"].items()
+    ]
+    return f"{text}\n\n{text_table(CLUSTER_COLUMNS, engrams)}" if engrams else text
 
 
-def column_width(names: Iterable[str], least: int) -> int:
-    """Of a first column that holds the names, with a space after the longest."""
-    return max([least, *(len(name) + 1 for name in names)])
+REPRODUCTION_COLUMNS = (
+    Column("model", "model"),
+    Column("published", "published"),
+    Column("yours", "yours"),
+    Column("difference [95% interval]", "difference", 2, 100),
+    Column("", "verdict"),
+)
 
 
 def reproduction_table(published: dict, results: dict) -> str:
@@ -228,14 +231,8 @@ def reproduction_table(published: dict, results: dict) -> str:
     Both read the same rows, so they differ by their trainings: paired over seeds where both ran the
     same two or more, else as independent seeds.
     """
-    keys = [key for key in results["models"] if key in published["models"]]
-    width = column_width(keys, 10)
-    lines = [
-        "",
-        "published results beside this run's: final validation accuracy in %",
-        f"{'model':{width}}{'published':14}{'yours':14}difference [95% interval]",
-    ]
-    for key in keys:
+    rows = []
+    for key in [key for key in results["models"] if key in published["models"]]:
         theirs, yours = (
             {seed: run["final"]["accuracy"] for seed, run in part["models"][key].items()}
             for part in (published, results)
@@ -253,13 +250,12 @@ def reproduction_table(published: dict, results: dict) -> str:
             verdict = f"{how}no difference found"
         else:
             verdict = f"{how}yours differ from the published ones"
-        columns = [
-            f"{100 * np.mean([*values.values()]):.2f} (n={len(values)})"
-            for values in (theirs, yours)
-        ]
-        shown = format_interval(difference, scale=100, sign="+")
-        lines.append(f"{key:{width}}{columns[0]:14}{columns[1]:14}{shown}  {verdict}")
-    return "\n".join(lines)
+        row = {"model": key, "difference": difference, "verdict": verdict}
+        for name, values in (("published", theirs), ("yours", yours)):
+            row[name] = f"{100 * np.mean([*values.values()]):.2f} (n={len(values)})"
+        rows.append(row)
+    title = "published results beside this run's: final validation accuracy in %"
+    return f"\n{title}\n{text_table(REPRODUCTION_COLUMNS, rows)}"
 
 
 def tidy_table(results: dict) -> str:

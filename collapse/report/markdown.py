@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from collapse.measures.statistics import format_interval, format_spread
+from collapse.measures.statistics import format_bounds, format_interval, format_spread
 
-Path = str | tuple[str, ...]
+KeyPath = str | tuple[str, ...]
 UNKNOWN = "n/a"
 
 
-def at(record: Any, path: Path) -> Any:
+def at(record: Any, path: KeyPath) -> Any:
     """The value under a path of keys, "val.-1.accuracy" say; None where a part is missing.
 
     `*` stands for every entry of a list or dict and gives a list; "" is the record itself. Keys
@@ -35,15 +35,17 @@ def cell(value: Any, digits: int | str = 2, scale: float = 1.0, sign: str = "") 
     """A value as a table shows it; its type decides how.
 
     digits: of a number, also a format such as ".2g".
-    A dict with `mean`, `low` and `high` is an interval, `mean [low, high]` with signs; a list holds
-    the values of several seeds, `mean (lowest to highest)`; an int is a count. n/a stands for None,
-    an interval without a mean, and a list with nothing or None in it.
+    A dict with `mean`, `low` and `high` is an interval, `mean [low, high]` with signs, its bounds
+    alone where it has no key `mean`; a list holds the values of several seeds, `mean (lowest to
+    highest)`; an int is a count. n/a stands for None, a mean of None, and a list with nothing or
+    None in it.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        known = value.get("mean") is not None
-        return format_interval(value, digits, scale, sign or "+") if known else UNKNOWN
+        written = format_bounds if value.get("mean") is None else format_interval
+        known = value.get("mean", value.get("low")) is not None
+        return written(value, digits, scale, sign or "+") if known else UNKNOWN
     if isinstance(value, list):
         known = value and None not in value
         return format_spread(value, digits, scale, sign) if known else UNKNOWN
@@ -62,7 +64,7 @@ class Column:
     """
 
     title: str
-    value: Path | Callable[[Any], Any]
+    value: KeyPath | Callable[[Any], Any]
     digits: int | str = 2
     scale: float = 1.0
     sign: str = ""
@@ -97,6 +99,15 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool
     rule = "|---" + ("|--:" if numbers else "|---") * (len(header) - 1) + "|"
     head, *body = ("| " + " | ".join(line) + " |" for line in (header, *rows))
     return "\n".join((head, rule, *body))
+
+
+def text_table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    """The same for the log: columns stand below each other."""
+    lines = [[column.title for column in columns]]
+    lines += [[column.cell(row) for column in columns] for row in rows]
+    widths = [max(map(len, entries)) for entries in zip(*lines, strict=True)]
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def rows_of(nested: dict[str, Any], *names: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Experiment 4: from records of single models to a study's means, changes and table."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,12 @@ import numpy as np
 
 from collapse.arms import find_arm
 from collapse.measures.statistics import (
-    format_interval,
-    format_spread,
     mean_interval,
     seeds_and_rows_interval,
 )
 from collapse.report import model_records
 from collapse.report.comparisons import controls_of
+from collapse.report.markdown import Column, text_table
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_json, settings_difference
 
@@ -209,31 +208,55 @@ def title_of_change(pair: str, result: dict) -> str:
     return pair.replace("pretrained", before)
 
 
-TABLE = (("effective_rank", 1), ("effective_rank_share", 3), ("stable_rank", 1))
-TABLE += (("participation_ratio", 1), ("dims_95pct", 0), ("cdnv", 2))
-TABLE += (("intermediate.cdnv", 2), ("intermediate.ncc_agreement", 3))
+def level(title: str, number: str, digits: int = 1) -> Column:
+    """A number of a model's records, by seed; rows are those of `models_of`."""
+    return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
+
+
+LOG_COLUMNS = (
+    Column("", "title"),
+    level("effective_rank", "effective_rank"),
+    level("effective_rank_share", "effective_rank_share", 3),
+    level("stable_rank", "stable_rank"),
+    level("participation_ratio", "participation_ratio"),
+    level("dims_95pct", "dims_95pct", 0),
+    level("cdnv", "cdnv", 2),
+    level("intermediate.cdnv", "intermediate.cdnv", 2),
+    level("intermediate.ncc_agreement", "intermediate.ncc_agreement", 3),
+)
+RANK_CHANGE_COLUMNS = (
+    Column("changes of the effective rank", "title"),
+    Column("[95% interval for other seeds and rows]", "both.effective_rank", 1),
+)
+
+
+def models_of(results: dict[str, dict]) -> list[dict[str, Any]]:
+    """A row for each model of each study."""
+    return [
+        {"name": name, "result": result, "key": key, "title": title_of(key, result)}
+        for name, result in results.items()
+        for key in keys_of(result)
+    ]
 
 
 def table(results: dict[str, dict]) -> str:
     """The outcome for the log."""
-    return "\n".join(line for name, r in results.items() for line in _lines(name, r))
-
-
-def _lines(name: str, result: dict) -> Iterator[str]:
-    yield ""
-    yield f"{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)"
-    width, rows = 28, result["matched_rows"]
-    last = f"effective rank at {rows} rows" if rows else ""
-    yield f"{'':22}" + "".join(f"{key:{width}}" for key, _ in TABLE) + last
-    for key in keys_of(result):
-        cells = [format_spread(values_of(result, key, n), digits) for n, digits in TABLE]
-        last = format_spread(values_of(result, key, "effective_rank_matched"), 1) if rows else ""
-        row = "".join(f"{cell:{width}}" for cell in cells)
-        yield f"{title_of(key, result):22}{row}{last}"
-    yield "changes of the effective rank [95% interval for other seeds and rows]"
-    for pair, found in result["changes"].items():
-        shown = format_interval(found["both"]["effective_rank"], 1, sign="+")
-        yield f"{title_of_change(pair, result):26}{shown}"
+    parts = []
+    for name, result in results.items():
+        matched, columns = result["matched_rows"], LOG_COLUMNS
+        if matched:
+            title = f"effective rank at {matched} rows"
+            columns = (*columns, level(title, "effective_rank_matched"))
+        pairs = [
+            changes | {"title": title_of_change(pair, result)}
+            for pair, changes in result["changes"].items()
+        ]
+        parts += [
+            f"\n{name}: {result['num_samples']:,} rows; mean (lowest to highest seed)",
+            text_table(columns, models_of({name: result})),
+            text_table(RANK_CHANGE_COLUMNS, pairs),
+        ]
+    return "\n".join(parts)
 
 
 def values_of(result: dict, key: str, number: str) -> list[float]:

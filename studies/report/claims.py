@@ -154,7 +154,7 @@ def claims_of_rank(ran: dict[str, dict]) -> list[dict[str, str]]:
     ]
 
 
-def claims() -> tuple[str, list[str]]:
+def reference_claims() -> tuple[str, list[str]]:
     """What the reference claims, and what stands beside it here; keys of the full tables."""
     ran, names = own_models.endpoints(), [study.short for study in repeated()]
     columns = [Column("claim of the reference", "claim"), Column("its number", "theirs")]
@@ -174,7 +174,7 @@ EXPERIMENT_COLUMNS = (
 )
 
 
-def experiments() -> tuple[str, list[str]]:
+def repeated_experiments() -> tuple[str, list[str]]:
     """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its; keys
     of the full tables.
     """

@@ -14,9 +14,9 @@ import numpy as np
 import common
 from collapse.measures.statistics import format_interval
 from collapse.report import records
-from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type
+from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type, p_values
 from collapse.report.markdown import Column, at, cell, plain, rows_of, table
-from collapse.report.records import keys_of, title_of, title_of_change, values_of
+from collapse.report.records import level, title_of_change
 from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
 from studies.report.page import Page
@@ -147,7 +147,9 @@ def provenance(folder: Path, results: dict) -> str:
 def provenance_of_ranks(file: str, results: dict) -> str:
     """How the records of Experiment 4 were measured, and by which code on which machine."""
     measured_by = [
-        r for row in models_of_ranks(results) for r in at(row, ("result", row["key"], "seeds", "*"))
+        r
+        for row in records.models_of(results)
+        for r in at(row, ("result", row["key"], "seeds", "*"))
     ]
     measured = next(iter(results.values()))["measured"]
     return (
@@ -166,7 +168,7 @@ def model_name(key: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def models_of(results: dict) -> list[dict[str, Any]]:
+def trainings_by_model(results: dict) -> list[dict[str, Any]]:
     """A row for each model: its key, name, and trainings."""
     return [
         {"key": key, "name": model_name(key), "runs": list(runs.values())}
@@ -190,9 +192,6 @@ def accuracy_columns(theirs: dict | None) -> list[Column]:
 
 
 def comparison_columns(theirs: dict | None) -> list[Column]:
-    def p_values(row: dict) -> str:
-        return ", ".join(f"{p:.2g}" for p in row["mcnemar_p"])
-
     def published(row: dict) -> float | None:
         b, a = (theirs[row["epoch"]].get(model) for model in row["pair"].split(" - "))
         return None if None in (a, b) else b - a
@@ -309,7 +308,7 @@ def table_cross(results: dict, other: dict) -> str:
 
 def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
     """Name of a table -> its caption and text; the text is empty where there is nothing to tell."""
-    theirs, models = reference_for(folder), models_of(results)
+    theirs, models = reference_for(folder), trainings_by_model(results)
     comparisons = rows_of(comparisons_of(results), "epoch", "pair")
     trainings = rows_of(results["models"], "model", "seed")
     return {
@@ -342,17 +341,12 @@ def add_study(page: Page, study: Study) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def level(title: str, number: str, digits: int = 1) -> Column:
-    """A number of a model's records, by seed."""
-    return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
-
-
 def change(title: str, number: str, digits: int = 1) -> Column:
     """The change of a number between two models."""
     return Column(title, lambda row: change_cell(row["change"], number, digits))
 
 
-MODEL_COLUMNS = (
+HEAD_COLUMNS = (
     Column("data, backbone", "name"),
     Column("rows", "result.num_samples"),
     Column("model", "title"),
@@ -364,7 +358,7 @@ RANKS_WITHOUT = {
     "effective_rank_within_without_first": "within, without first",
 }
 RANK_COLUMNS = (
-    *MODEL_COLUMNS,
+    *HEAD_COLUMNS,
     level("effective rank", "effective_rank"),
     *(level(title, number) for number, title in RANKS_WITHOUT.items()),
     level("over N - 1", "effective_rank_share", 3),
@@ -377,7 +371,7 @@ RANK_COLUMNS = (
     level("share of 1/length", "length_share", 3),
 )
 COLLAPSE_COLUMNS = (
-    *MODEL_COLUMNS,
+    *HEAD_COLUMNS,
     level("NC1 CDNV, pooled", "cdnv", 2),
     level("the same, training rows", "train.cdnv", 2),
     level("NC1 CDNV, intermediate", "intermediate.cdnv", 2),
@@ -410,18 +404,9 @@ DEPTH_COLUMNS = (
 )
 
 
-def models_of_ranks(ranks: dict) -> list[dict[str, Any]]:
-    """A row for each model of each study of Experiment 4."""
-    return [
-        {"name": name, "result": result, "key": key, "title": title_of(key, result)}
-        for name, result in ranks.items()
-        for key in keys_of(result)
-    ]
-
-
 def table_records(ranks: dict, columns: tuple[Column, ...]) -> str:
     """Numbers of every study and model; those that no record holds have no column."""
-    return table(columns, models_of_ranks(ranks), hide_unknown=True)
+    return table(columns, records.models_of(ranks), hide_unknown=True)
 
 
 def change_cell(changes: dict, number: str, digits: int) -> str | None:
@@ -451,7 +436,7 @@ def table_depth(ranks: dict) -> str:
     lowest, and of the last state; for each measure that the records have.
     """
     rows = []
-    for model in models_of_ranks(ranks):
+    for model in records.models_of(ranks):
         if "model" not in model["result"]["settings"]["config"]:
             continue
         for number, measure in {"effective_rank": "effective rank", **RANKS_WITHOUT}.items():

@@ -136,8 +136,8 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
         own_models.table_indices(),
         ["salience trainings", "salience", "pieces"],
     ),
-    "claims": claims.claims,
-    "experiments": claims.experiments,
+    "claims": claims.reference_claims,
+    "experiments": claims.repeated_experiments,
     "linguistic": lambda: (table_linguistic(), ["linguistic"]),
 }
 

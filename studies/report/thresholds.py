@@ -73,9 +73,7 @@ def table_threshold(
     columns = [ARM, *(edge_column(data, steps) for data in datasets), *map(shift, kinds)]
     if unit:
         columns.append(
-            Column(
-                unit, lambda row: merge_equal([str(e["n"] if e else 0) for e in at(row, "edge.*")])
-            )
+            Column(unit, lambda row: merge_equal([str(n or 0) for n in at(row, "edge.*.n")]))
         )
     return table(columns, results["arms"])
 
@@ -219,14 +217,16 @@ def table_time(results: dict[str, Any]) -> str:
 
 def table_bounds(results: dict[str, Any]) -> str:
     """P6 and P7 with other shares of components as bound of a collapse, and from step 50 on."""
-    rules = {f"below {float(bound):.0%}": at for bound, at in results["other_bounds"].items()}
+    rules = {
+        f"below {float(bound):.0%}": shares for bound, shares in results["other_bounds"].items()
+    }
     rules["from the first measurement on"] = {"P6": results["from_first"]}
     columns = (Column("collapsed", "rule"), Column("P6 [95%]", "P6"))
     columns += (Column("P7, a lower bound [95%]", "P7"),)
     return table(columns, rows_of(rules, "rule"))
 
 
-MODEL_COLUMNS = (
+REAL_MODEL_COLUMNS = (
     ARM,
     RATE,
     *plain("runs", "fell", "came back"),
@@ -237,7 +237,7 @@ MODEL_COLUMNS = (
 )
 
 
-def table_model(results: dict[str, Any]) -> str:
+def table_real_model(results: dict[str, Any]) -> str:
     """Thresholds of each arm and seed as rates, and what became of the runs at each rate."""
     rows, bounds = rows_of(results["runs"], "arm", "rate"), {">=": "≥ ", "<=": "≤ "}
     for arm, by_seed in results["arms"].items():
@@ -247,7 +247,7 @@ def table_model(results: dict[str, Any]) -> str:
         )
         first = next(row for row in rows if row["arm"] == arm)
         first["thresholds"] = "; ".join(thresholds)  # told beside the arm's first rate
-    return table(MODEL_COLUMNS, ({"thresholds": ""} | row for row in rows))
+    return table(REAL_MODEL_COLUMNS, ({"thresholds": ""} | row for row in rows))
 
 
 def add_time(page: Page) -> None:
@@ -282,5 +282,5 @@ def add_real_model(page: Page, config: collapse_threshold.Config) -> None:
         caption = f"{config.model}, {data}: thresholds by components alone, after the steps "
         caption += "above; a run fell where it had fewer than a quarter of its start's components "
         caption += f"at a measurement from step {collapse_threshold.FIRST_JUDGED} on."
-        page.table(f"{config.model} {data}", caption, table_model(thresholds))
+        page.table(f"{config.model} {data}", caption, table_real_model(thresholds))
     page.figure(f"{folder_of(config)}/collapse.png", f"Components that {config.model} keeps")

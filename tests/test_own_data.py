@@ -62,7 +62,7 @@ def draw(tmp_path, monkeypatch):
     """draw(class names) gives the figure of some engrams, drawn; and the size of its PNG."""
     figures = []
     plane = SimpleNamespace(fit_transform=lambda engrams: engrams[:, :2])
-    monkeypatch.setattr(plots, "TSNE", lambda **_: plane)
+    monkeypatch.setattr("sklearn.manifold.TSNE", lambda **_: plane)
     monkeypatch.setattr(plots, "k_means", lambda engrams, k, seed: np.arange(len(engrams)) % k)
     matched = {"mapping": list(range(3000))}
     monkeypatch.setattr(plots, "match_clusters", lambda *_: matched)

@@ -68,7 +68,7 @@ from collapse.training.checkpoints import load_weights
 from collapse.training.loop import History, StepSums, TrainingLoop, Validation
 from collapse.training.monitor import Measuring
 from collapse.training.optimizer import SharedScaleAdamW
-from collapse.utils.device import pick_device, set_threads
+from collapse.utils.device import check_card, pick_device, set_threads
 from collapse.utils.errors import UserError, is_out_of_memory
 from collapse.utils.files import digest_weights, read_json, write_json, write_tensors
 from collapse.utils.provenance import environment, git_commit
@@ -870,8 +870,12 @@ def engram_analysis(
     return analyse_engrams(evaluation.engrams, untrained, labels, classes, seed)
 
 
-def check_device_for(model: str, device: torch.device) -> None:
-    """Raise UserError where the 7B model would run on a CPU."""
+def check_device_for(model: str, device: torch.device, dtype: str | None = None) -> None:
+    """Raise UserError where the 7B model would run on a CPU, or on a GPU too old for its type.
+
+    dtype: as in LanguageModelConfig.compute_dtype.
+    """
+    check_card(device, dtype or "bfloat16")
     if device.type == "cpu" and model == DEFAULT_MODEL:
         raise UserError(
             f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and this would run on the CPU:"
@@ -894,7 +898,7 @@ def run_language_model_experiment(
     device = training_device(config)
     config = fill_in_for(device, config)
     check_config(config)
-    check_device_for(config.model, device)
+    check_device_for(config.model, device, config.compute_dtype)
     task = load_task(config)
     if task is None:
         raise UserError(

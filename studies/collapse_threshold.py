@@ -643,7 +643,7 @@ def main() -> None:
     if config.miniature:
         config = miniature_of(config)
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
-        common.check_device_for(config.model, pick_device(config.device))
+        common.check_device_for(config.model, pick_device(config.device), config.compute_dtype)
         load_tokenizer(config.model)
         check_weights(find_model(config.model), None)
     print(text_of(sweep.carry_out(config, run_missing, report)))

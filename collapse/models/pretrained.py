@@ -130,14 +130,18 @@ def weights_of(name: str) -> str:
     return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
-def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, dict[str, str]]:
+def pin_model(
+    config: LanguageModelConfig,
+    before_weights: Callable[[LanguageModelConfig], None] = lambda settings: None,
+) -> tuple[LanguageModelConfig, str, dict[str, str]]:
     """What of a study depends on where its model comes from.
 
     Gives the settings with what from_pretrained takes, the model's name in results, and what else
     results hold of it: of a folder the digest of its weights, for where a folder lies is no part
     of a study; of a model of the hub the commit, to which the settings are pinned. A model that is
-    stored in 4 bits is used as it is. Raises UserError for a model that is not there or not whole,
-    is no causal LM of text, or a folder with a revision.
+    stored in 4 bits is used as it is. `before_weights` is called with these settings before any
+    weights are asked for. Raises UserError for a model that is not there or not whole, is no causal
+    LM of text, or a folder with a revision.
     """
     from transformers.utils import cached_file
 
@@ -154,8 +158,9 @@ def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, di
     if own_quantization(model_config):
         print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
         config = dataclasses.replace(config, quantization="none")
-    check_weights(found, commit)
     settings = dataclasses.replace(config, model=found, revision=commit)
+    before_weights(settings)
+    check_weights(found, commit)
     if config.model == STANDIN_MODEL:
         return settings, config.model, {}
     if is_folder:

@@ -260,7 +260,10 @@ def test_hours_are_a_range_and_measured_where_the_check_has_run(qwen, monkeypatc
     assert high / low == pytest.approx(1.5, rel=0.1)
     twice = common.expected_hours(task, cuda, dataclasses.replace(settings, seeds=(1, 2)))
     assert float(twice.partition("; ")[2].split()[0]) == pytest.approx(2 * low, rel=0.1)
-    check = {"hardware": {"device": "Abacus 16"}, "ratio": {"low": 3.0, "high": 3.1}}
+    check = {
+        "hardware": {"device": "Abacus 16"},
+        "ratio": {"busy": [3.0, 3.05], "wall": [3.05, 3.1]},
+    }
     (tmp_path / "gpu_check.json").write_text(json.dumps(check))
     said = common.expected_hours(task, cuda, settings)
     assert "3.0 to 3.1 times that, as studies/gpu_check.py measured here" in said

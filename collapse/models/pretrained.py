@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from collapse.config import STANDIN_MODEL, LanguageModelConfig
 from collapse.data.batches import Split, collate
 from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.liger import use_liger
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
 from collapse.models.weights import (
@@ -331,14 +332,17 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
+def add_lora(causal_lm: nn.Module, config: LanguageModelConfig, liger: bool = True) -> Any:
     """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the linear layers, in place.
 
-    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model(). Raises
-    UserError for layers that peft cannot adapt.
+    liger: with Liger's kernels where they are installed (see use_liger). Returns the peft.PeftModel
+    around the causal LM, which gives it back by get_base_model(). Raises UserError for layers that
+    peft cannot adapt.
     """
     import peft
 
+    if liger:
+        use_liger(causal_lm)
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

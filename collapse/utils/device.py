@@ -73,6 +73,15 @@ def cap_memory_on_wsl(device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(allowed, max(0.0, most / total)), device)
 
 
+def cap_memory(gib: float) -> None:
+    """Let this process take so much of the GPU, what the CUDA context takes included."""
+    torch.cuda.synchronize()  # makes the context
+    free, total = torch.cuda.mem_get_info()
+    # A context takes less than a GiB; what is more, other processes hold.
+    context = min(2**30, total - free - torch.cuda.memory_reserved())
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - context) / total))
+
+
 FIRST_WITH_BFLOAT16 = (8, 0)  # CUDA's compute capability: Ampere
 
 

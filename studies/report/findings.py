@@ -223,20 +223,20 @@ def add_other_studies(page: Page) -> None:
 
 
 def add_speed_and_reference(page: Page) -> None:
-    page.text("## Speed\n\nCommand: `python studies/throughput.py --help`")
+    page.text("## Speed\n\nCommands: `python studies/throughput.py`, `python studies/hours.py`")
     measured = read_json(ROOT / "results/throughput.json")
     caption = "Experiment 1, measured against padding to the maximum length."
     page.table("throughput", caption, tables.table_throughput(measured))
-    paper = {
-        place: read_json(ROOT / place / "throughput_on_paper.json")
-        for place in ("results_7b", "results_agnews")
-    }
-    caption = "The 7B experiments, counted: bytes over bandwidth plus operations over their rate."
-    page.table("paper", caption, tables.table_paper(paper))
-    page.figure("results_7b/throughput_on_paper.png", "Counted throughput, SST-2")
+    caption = "The 7B experiments: hours of a training, by card."
+    page.table("paper", caption, tables.table_paper(paper_hours()))
     page.text("## The reference's numbers\n\nOne seed each; ranks of its two data sets at other N.")
     page.table("reference accuracy", "Accuracy, %.", tables.table_reference_accuracy())
     page.table("reference ranks", "Ranks.", tables.table_reference_ranks())
+
+
+def paper_hours() -> dict[str, dict]:
+    places = ("results_7b", "results_agnews")
+    return {place: read_json(ROOT / place / "throughput_on_paper.json") for place in places}
 
 
 REFERENCES = """## Works cited
@@ -277,6 +277,10 @@ def repeated() -> list[Study]:
     """Studies on data sets that the reference used, with all three models."""
     found = [study for study in present() if reference_for(Path(study.folder))]
     return [study for study in found if "model3" in results_of(study)["models"]]
+
+
+def block_hours(page: Page) -> str:
+    return tables.table_hours(paper_hours())
 
 
 Cells = dict[str, str]  # short name of a study -> what a claim's row says of it

@@ -273,9 +273,8 @@ def out_of_memory(card: Card) -> Checks:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(cap / total)
     sums = trainer.step(np.arange(16), 1e-4)
-    found = f"{unpacked} -> {plan.unpacked} unpacked, "
-    found += f"{plan.layers_to_recompute(plan.tokens)} recomputed, "
-    found += f"micro-batches of {trainer.micro_batch_size}"
+    found = f"{unpacked} -> {plan.unpacked} unpacked, micro-batches of {trainer.micro_batch_size}, "
+    found += f"{plan.layers_to_recompute(plan.tokens)} recomputed"
     yield "a step with little memory", "ends", found, bool(np.isfinite(sums.cls_loss))
     evaluation = common.evaluate(model, split)
     yield "an evaluation with little memory", "ends", evaluation.cls_loss, True
@@ -391,6 +390,12 @@ def do(number: int, card: Card) -> dict:
     return {"checks": checks, "seconds": round(time.monotonic() - started, 1)}
 
 
+def take_rtx_route() -> None:
+    """Multiprocessors and compute capability of an RTX 4080, before bitsandbytes asks for them."""
+    kernels = importlib.import_module("bitsandbytes.backends.cuda.ops")
+    kernels._gpu_dispatch_props = lambda device_index: (76, 8, 9)
+
+
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     set_allocator()
@@ -398,12 +403,10 @@ def main() -> None:
         check_bounds("steps", number, 1, len(STEPS))
     folder = config.output_dir or ROOT / "results_7b" / ("limit-tiny" if config.tiny else "")
     card, file, results = Card(config.tiny, config.memory_gib), folder / "gpu_check.json", {}
-    if config.as_rtx:  # before its first product
-        import bitsandbytes.backends.cuda.ops as kernels
-
-        kernels._gpu_dispatch_props = lambda _: (76, 8, 9)
     if not config.tiny:
         cap_memory(config.memory_gib)
+        if config.as_rtx:
+            take_rtx_route()
     kind = {"tiny": config.tiny, "as_rtx": config.as_rtx}
     if file.exists():
         results = read_json(file)

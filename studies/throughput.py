@@ -259,9 +259,9 @@ def describe_data(config: Config, task: Task, split: Split, settings) -> dict[st
 
 
 def save(config: Config, folder: str, results: dict) -> None:
-    """The miniature's into a folder that git ignores."""
     place = (config.output_dir or ROOT) / folder
-    place = place / "limit-tiny" if config.backbone == "tiny" and not config.output_dir else place
+    if config.backbone == "tiny" and not config.output_dir:
+        place = place / "limit-tiny"  # which git ignores
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "throughput.json", results)
 
@@ -306,7 +306,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     set_allocator()
-    {"small": measure_small}.get(config.backbone, measure_language_model)(config)
+    measure_it = measure_small if config.backbone == "small" else measure_language_model
+    measure_it(config)
 
 
 if __name__ == "__main__":

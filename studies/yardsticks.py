@@ -59,6 +59,8 @@ def make_trainer(
     if mixed_in:
         kind = type(trainer)
         trainer.__class__ = type(f"{recipe} {kind.__name__}", (mixed_in, kind), {})
+    if recipe == "ecosystem":
+        trainer.optimizer = None  # transformers makes its own
     if recipe == "conventional" and isinstance(settings, LanguageModelConfig):
         trainer.micro_batch_size = 8
     return trainer

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
@@ -46,14 +48,16 @@ def test_batches_of_the_profile_are_grouped_and_only_kernels_count(tmp_path, mon
 
 
 def test_as_rtx_has_bitsandbytes_choose_as_on_such_a_card(tmp_path, monkeypatch, capsys):
-    import bitsandbytes.backends.cuda.ops as kernels
-
-    monkeypatch.setattr(kernels, "_gpu_dispatch_props", lambda index: (132, 9, 0))
+    """Its module for CUDA cannot be imported without one: this has its function alone."""
+    kernels = types.ModuleType("ops")
+    kernels._gpu_dispatch_props = lambda device_index: (132, 9, 0)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.backends.cuda.ops", kernels)
+    gpu_check.take_rtx_route()
+    assert kernels._gpu_dispatch_props(0) == (76, 8, 9)
     monkeypatch.setitem(gpu_check.STEPS, 2, lambda card: iter([("a number", "3", 3, True)]))
     check(tmp_path, "2", "--tiny --as-rtx")
-    assert kernels._gpu_dispatch_props(0) == (76, 8, 9)
     assert json.loads((tmp_path / "gpu_check.json").read_text())["as_rtx"]
-    assert "another kind of check" in fails(check, capsys, tmp_path, "2")
+    assert "another kind of check" in fails(check, capsys, tmp_path, "2")  # results are not mixed
 
 
 def test_steps_that_are_done_are_skipped_unless_asked_for_again(tmp_path, monkeypatch, capsys):

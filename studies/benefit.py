@@ -30,7 +30,7 @@ from collapse.measures.statistics import (
 from collapse.measures.verdicts import equivalence
 from collapse.report import rank_plots
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, write_json
 from studies.shared import finetune, fitting, sweep
@@ -118,7 +118,7 @@ def run_some(config: Config, cells: Sequence[Cell]) -> None:
     fitting.run_cells(
         config,
         cells,
-        lambda cell: training_of(config, cell),
+        lambda cell: job_of(config, cell),
         lambda cell, progress: fit_cell(config, cell, progress),
         settings_of,
     )
@@ -161,11 +161,11 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
     return fitting.best_rates(config, Cell, lambda cell: (cell.dataset, cell.arm), wanted)
 
 
-def training_of(config: Config, cell: Cell) -> Training:
+def job_of(config: Config, cell: Cell) -> Job:
     size = SIZES[cell.dataset]
     epochs = common.find_arm(cell.arm).epochs_of(size.epochs)
     steps = epochs * math.ceil(size.train_rows / finetune.Recipe.batch_size)
-    return sweep.training_of(config, cell, f"{cell.dataset}, {cell.arm}", steps)
+    return sweep.job_of(config, cell, steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:

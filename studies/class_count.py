@@ -28,7 +28,7 @@ from collapse.measures.statistics import (
     mean_interval,
 )
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
 from studies.shared import finetune, fitting, sweep
@@ -174,7 +174,7 @@ def run_some(config: Config, cells: Sequence[Cell]) -> None:
     fitting.run_cells(
         config,
         cells,
-        lambda cell: training_of(config, cell),
+        lambda cell: job_of(config, cell),
         lambda cell, progress: fit_cell(config, cell, progress),
         lambda cell: SETTINGS,
     )
@@ -201,9 +201,9 @@ def chosen_rates(config: Config) -> dict[str, float]:
     return fitting.best_rates(config, Cell, kind_of, MODELS)
 
 
-def training_of(config: Config, cell: Cell) -> Training:
+def job_of(config: Config, cell: Cell) -> Job:
     steps = EPOCHS * math.ceil(TRAIN_ROWS / finetune.Recipe.batch_size)
-    return sweep.training_of(config, cell, cell.arm, steps)
+    return sweep.job_of(config, cell, steps)
 
 
 def fit_cell(config: Config, cell: Cell, progress: Progress) -> fitting.Fit:

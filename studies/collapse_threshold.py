@@ -33,7 +33,7 @@ from collapse.models.fetching import fetch
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
@@ -122,7 +122,7 @@ def run_missing(config: Config) -> None:
     sweep.run_missing(
         config,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: training_of(config, cell),
+        lambda cell: job_of(config, cell),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
         lambda cell: {"steps": config.steps} | settings_of_model(config),
@@ -162,9 +162,8 @@ def miniature_of(config: Config) -> Config:
     )
 
 
-def training_of(config: Config, cell: Cell) -> Training:
-    kind = f"{cell.dataset}, {cell.arm}"
-    return sweep.training_of(config, cell, kind, config.steps, evaluation_cost=20.0)
+def job_of(config: Config, cell: Cell) -> Job:
+    return sweep.job_of(config, cell, config.steps, evaluation_cost=20.0)
 
 
 def recipe_of(config: Config, cell: Cell) -> finetune.Recipe:

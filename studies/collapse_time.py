@@ -27,7 +27,7 @@ from collapse.measures.statistics import differences_interval, mean_interval
 from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.training.monitor import outputs
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
@@ -149,7 +149,7 @@ def run_missing(config: Config) -> None:
     sweep.run_missing(
         config,
         [trial for seed in config.seeds for trial in trials_of(config, seed)],
-        lambda trial: training_of(config, trial),
+        lambda trial: job_of(config, trial),
         lambda trial, progress: run_trial(config, trial, progress),
         line_of,
         lambda trial: settings_of(config, trial),
@@ -161,9 +161,9 @@ def miniature_of(config: Config) -> Config:
     return sweep.in_small(config, seeds=BACKBONES[:2], **short)
 
 
-def training_of(config: Config, trial: Trial) -> Training:
+def job_of(config: Config, trial: Trial) -> Job:
     steps = settings_of(config, dataclasses.asdict(trial))["steps"]
-    return sweep.training_of(config, trial, f"{trial.part}, {steps}", steps)
+    return sweep.job_of(config, trial, steps)
 
 
 def recipe_of(config: Config, trial: Trial) -> tuning.Recipe:

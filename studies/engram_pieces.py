@@ -153,7 +153,7 @@ def run_missing(config: Config) -> None:
     sweep.run_missing(
         config,
         [Cell(seed, arm) for seed in config.seeds for arm in ARMS],
-        lambda cell: sweep.training_of(config, cell, cell.arm, config.steps),
+        lambda cell: sweep.job_of(config, cell, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
         lambda cell: {name: getattr(config, name) for name in SETTINGS},

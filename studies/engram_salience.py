@@ -192,7 +192,7 @@ def run_missing(config: Config) -> None:
     sweep.run_missing(
         config,
         [cell for seed in config.seeds for cell in cells_of(config, seed)],
-        lambda cell: sweep.training_of(config, cell, cell.arm, config.steps),
+        lambda cell: sweep.job_of(config, cell, config.steps),
         lambda cell, progress: run_cell(config, cell, progress),
         line_of,
         lambda cell: {"steps": config.steps, "learning_rate": config.learning_rate},

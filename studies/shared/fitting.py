@@ -30,7 +30,7 @@ from collapse.measures.predictions import (
 )
 from collapse.measures.probe import transfer_accuracy
 from collapse.models.pretrained import load_tokenizer
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.training.monitor import accuracy, draw_rows, measures, outputs
 from collapse.utils.errors import UserError
 from collapse.utils.files import locked, read_tensors, write_tensors
@@ -257,7 +257,7 @@ def run_parts(
 def run_cells(
     config: Config,
     cells: Sequence[Any],
-    training_of: Callable[[Any], Training],
+    job_of: Callable[[Any], Job],
     fit_of: Callable[[Any, Progress], Fit],
     settings_of: Callable[[Mapping[str, Any]], Mapping[str, float]],
 ) -> None:
@@ -269,7 +269,7 @@ def run_cells(
             put_rows(rows_file(config.folder, cell.seed), cell.name, found.rows)
         return found.records
 
-    sweep.run_missing(config, cells, training_of, rows_of, line_of, settings_of)
+    sweep.run_missing(config, cells, job_of, rows_of, line_of, settings_of)
 
 
 def line_of(name: str, records: list[dict[str, Any]]) -> str:

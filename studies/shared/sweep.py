@@ -19,8 +19,8 @@ import common
 from collapse.config import check_bounds
 from collapse.measures.statistics import t_interval
 from collapse.measures.verdicts import verdict
-from collapse.runs.jobs import run_all
-from collapse.runs.progress import Progress, Training
+from collapse.runs.engine import run_all
+from collapse.runs.progress import Job, Progress
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
@@ -81,7 +81,7 @@ def table_of(folder: Path, seed: int) -> Path:
 def run_missing(
     config: Config,
     cells: Sequence[Cell],
-    training_of: Callable[[Cell], Training],
+    job_of: Callable[[Cell], Job],
     rows_of: Callable[[Cell, Progress], list[dict[str, Any]]],
     line_of: Callable[[str, list[dict[str, Any]]], str],
     settings_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
@@ -90,7 +90,7 @@ def run_missing(
     """Have every cell's rows in its seed's table: backbones side by side, as many as workers.
 
     rows_of(cell, progress) trains and gives rows; the cell and settings_of(its fields) go before
-    each, behind it what it was made with. line_of(training's name, rows) is printed then. With
+    each, behind it what it was made with. line_of(job's name, rows) is printed then. With
     `model`, as --model takes it, seeds are no backbones but trainings of that one. Raises UserError
     for a table that was made with other settings, or other weights.
     """
@@ -100,21 +100,21 @@ def run_missing(
     together = 1 if model else config.workers  # seeds; those of one model are whole one by one
     for first in range(0, len(config.seeds), together):
         seeds = config.seeds[first : first + together]
-        here = {training_of(cell): cell for cell in cells if cell.seed in seeds}
+        here = {job_of(cell): cell for cell in cells if cell.seed in seeds}
 
-        def place_of(training: Training, here=here) -> tuple[Path, str]:
-            return table_of(config.folder, here[training].seed), here[training].name
+        def place_of(job: Job, here=here) -> tuple[Path, str]:
+            return table_of(config.folder, here[job].seed), here[job].name
 
-        def rows(training: Training, progress: Progress, here=here) -> list[dict[str, Any]]:
+        def rows(job: Job, progress: Progress, here=here) -> list[dict[str, Any]]:
             set_threads(1)  # sums of more threads differ in their last digits
-            cell = here[training]
+            cell = here[job]
             fields = dataclasses.asdict(cell)
             head = {"training": cell.name} | fields | rounded(settings_of(fields))
             digest = finetune.digest_of_model(model or backbone(config, cell.seed))
             made_with = commit, digest, hardware_name(pick_device(config.device))
             tail = dict(zip(MADE_WITH, made_with, strict=True))
             found = rows_of(cell, progress)
-            progress.say(line_of(training.name, found), time_left=True)
+            progress.say(line_of(job.name, found), time_left=True)
             return [head | rounded(row) | tail for row in found]
 
         missing = without_rows(here, place_of, "training")
@@ -200,21 +200,18 @@ def recipe_of(config: Config, cell: Cell, **other: Any) -> finetune.Recipe:
     return finetune.Recipe(**fields | other)
 
 
-def training_of(
-    config: Config, cell: Cell, kind: str, steps: int, evaluation_cost: float = 100.0
-) -> Training:
+def job_of(config: Config, cell: Cell, steps: int, evaluation_cost: float = 100.0) -> Job:
     """The unit of work that run_all takes.
 
-    evaluation_cost: of all measurements, in steps of Model 1; kind: of trainings that take alike.
+    evaluation_cost: of all measurements, in steps of Model 1.
     """
-    return Training(
+    return Job(
         name=f"seed {cell.seed}, {cell.name}",
         folder=config.folder / "state" / f"{cell.seed}-{cell.name.replace(', ', '-')}",
-        kind=kind,
-        cost=common.find_arm(cell.arm).cost,
-        evaluation_cost=evaluation_cost,
         steps=steps,
+        cost=common.find_arm(cell.arm).cost,
         evaluations=1,
+        evaluation_cost=evaluation_cost,
     )
 
 

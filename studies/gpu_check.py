@@ -1,10 +1,9 @@
 """Does the 7B path do on this GPU what it was written to do? Run this first on a new card.
 
 Eight steps, each below ten minutes, on the architecture of Qwen2.5-7B with random weights: no
-download, no data. Every check prints what is expected and what was found; results are kept after
-each step in gpu_check.json, and steps that are done are skipped the next time. The last line is by
-what factor training steps are slower than the least that the card's rates allow: with it
-experiment_7b.py expects its hours.
+download, no data. Every check prints what is expected and what was found; gpu_check.json keeps it,
+and steps that are done are skipped the next time. The last line is by what factor steps are slower
+than the least that the card's rates allow: with it experiment_7b.py expects its hours.
 
 1 libraries: driver, versions, bitsandbytes, attention    5 peak memory against the plan
 2 memory of plan, unpacking, a model that is dropped      6 out of memory in a step, an evaluation
@@ -373,7 +372,7 @@ STEPS = dict(enumerate(EVERY, 1))
 
 
 def do(number: int, card: Card) -> dict:
-    """One step: its checks, printed as they come; an error is kept as one that went wrong."""
+    """A step's checks, printed as they come; an error is kept as one that went wrong."""
     started, checks = time.monotonic(), []
     print(f"step {number}: {STEPS[number].__name__.replace('_', ' ')}", flush=True)
     try:
@@ -407,12 +406,13 @@ def main() -> None:
         cap_memory(config.memory_gib)
         if config.as_rtx:
             take_rtx_route()
-    kind = {"tiny": config.tiny, "as_rtx": config.as_rtx}
-    if file.exists():
-        results = read_json(file)
-        if {"as_rtx": False} | {k: results[k] for k in kind if k in results} != kind:
+    here = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
+    found = read_json(file) if file.exists() else here
+    if found["hardware"]["device"] == here["hardware"]["device"]:  # else another card's is replaced
+        if any(found.get(k, False) != here[k] for k in ("tiny", "as_rtx")):
             raise UserError(f"{file} is of another kind of check: choose another --output-dir.")
-    results |= kind | environment(card.device)
+        results = found
+    results |= here
     steps = results.setdefault("steps", {})
     folder.mkdir(parents=True, exist_ok=True)
     for number in config.steps:

@@ -247,8 +247,7 @@ def encode_for(config: Config, task: Task | None, encode, settings) -> Split:
         raise UserError(
             "--rounds times --steps needs more rows than the training split has: lower one of them."
         )
-    mean, longest = split.lengths.mean(), settings.max_length
-    print(f"{task.title()}, {mean:.1f} tokens a row, conventionally {longest}", flush=True)
+    print(f"{task.title()}, {split.lengths.mean():.1f} tokens a row", flush=True)
     return split
 
 
@@ -259,9 +258,8 @@ def describe_data(config: Config, task: Task, split: Split, settings) -> dict[st
 
 
 def save(config: Config, folder: str, results: dict) -> None:
-    place = (config.output_dir or ROOT) / folder
-    if config.backbone == "tiny" and not config.output_dir:
-        place = place / "limit-tiny"  # which git ignores
+    part = "limit-tiny" if config.backbone == "tiny" else ""  # which git ignores
+    place = (config.output_dir or ROOT) / folder / part
     place.mkdir(parents=True, exist_ok=True)
     write_json(place / "throughput.json", results)
 
@@ -306,8 +304,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     set_allocator()
-    measure_it = measure_small if config.backbone == "small" else measure_language_model
-    measure_it(config)
+    (measure_small if config.backbone == "small" else measure_language_model)(config)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,18 @@ def test_steps_that_are_done_are_skipped_unless_asked_for_again(tmp_path, monkey
     assert done[-1] == 2 and len(done) == 6 and set(steps) == {"1", "2", "3", "5"}
 
 
+def test_what_another_card_did_is_not_done_here(tmp_path, monkeypatch):
+    """The published file is of one: somebody's first check starts anew."""
+    done = []
+    monkeypatch.setitem(gpu_check.STEPS, 2, lambda card: iter([("n", "3", done.append(2), True)]))
+    check(tmp_path, "2")
+    file = tmp_path / "gpu_check.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hardware": {"device": "Abacus"}}))
+    check(tmp_path, "2")
+    check(tmp_path, "2")
+    assert done == [2, 2]
+
+
 def test_what_is_not_as_expected_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gpu_check.STEPS, 4, lambda card: iter([("a number", "three", 4, False)]))
     assert "not as expected: step 4" in fails(check, capsys, tmp_path, "4")

@@ -229,6 +229,8 @@ def add_speed_and_reference(page: Page) -> None:
     page.table("throughput", caption, tables.table_throughput(measured))
     caption = "The 7B experiments: hours of a training, by card."
     page.table("paper", caption, tables.table_paper(paper_hours()))
+    caption = "7B runs on other people's cards (`results_7b/by-others/`), not checked by us."
+    page.table("by others", caption, tables.table_by_others(ROOT / "results_7b/by-others"))
     page.text("## The reference's numbers\n\nOne seed each; ranks of its two data sets at other N.")
     page.table("reference accuracy", "Accuracy, %.", tables.table_reference_accuracy())
     page.table("reference ranks", "Ranks.", tables.table_reference_ranks())

@@ -15,6 +15,7 @@ from collapse.measures.statistics import format_interval, format_spread
 from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type
 from collapse.report.records import keys_of, title_of, title_of_change, values_of
 from collapse.report.reference import REFERENCE, reference_for
+from collapse.utils.files import read_json
 
 THREE_MODELS = ("model1", "model2", "model3")
 
@@ -496,6 +497,24 @@ def table_hours(counts_of: dict[str, dict]) -> str:
     names = [REFERENCE[place]["data"].partition(",")[0] for place in counts_of]
     header = [f"{name}, Model {key[-1]}" for name in names for key in THREE_MODELS]
     return markdown(["card", *header], rows)
+
+
+def table_by_others(folder: Path) -> str:
+    """7B runs that people sent, a row for each training: folder/NAME/results.json."""
+    rows = []
+    for file in sorted(folder.glob("*/results.json")):
+        results = read_json(file)
+        for key, runs in results["models"].items():
+            for seed, run in runs.items():
+                peak, name = run["peak_memory_bytes"], f"{file.parent.name}, {key} seed {seed}"
+                cells = [results["settings"]["data"]["name"], f"{run['seconds'] / 3600:.1f}"]
+                cells += [f"{peak / 2**30:.1f}" if peak else "n/a"]
+                cells += [f"{100 * run['final']['accuracy']:.2f}"]
+                rows.append([name, run["hardware"]["device"], *cells])
+    if not rows:
+        return "*None yet.*"
+    header = ["run", "card", "data", "hours", "peak, GiB", "final accuracy, %"]
+    return markdown(header, rows)
 
 
 def hours_range(counts: dict, key: str, card: str) -> str:

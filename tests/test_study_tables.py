@@ -1,6 +1,7 @@
 """Tables of the studies on own models: each number in its cell, n/a where there is none."""
 
 import dataclasses
+import json
 
 import pytest
 from conftest import cells_of_row
@@ -9,7 +10,7 @@ from collapse.measures.statistics import paired_difference
 from collapse.utils.files import write_json
 from studies import class_count as class_count_study
 from studies import collapse_threshold, engram_pieces, linguistic_collapse
-from studies.report import findings, gain_tables, own_models, study_tables
+from studies.report import findings, gain_tables, own_models, result_tables, study_tables
 from studies.report import page as results_document
 from studies.shared import sweep
 from studies.shared.tables import put_rows
@@ -457,7 +458,7 @@ def test_runs_by_others_stand_apart_and_none_is_said(tmp_path):
     assert cells["final accuracy, %"] == "90.00"
 
 
-def test_hours_by_card_are_the_least_times_what_is_assumed(monkeypatch):
+def test_hours_by_card_are_the_least_times_what_is_assumed():
     counts = {"cards": {"Abacus": {}}, "assumed_ratio": [2.0, 3.0], "git_commit": None}
     rates = {"conventional": 1.0, "ecosystem": 5.0, "ours": 10.0}
     for number in (1, 2, 3):

@@ -28,6 +28,7 @@ from collapse.measures.statistics import (
     sign_flip_p,
 )
 from collapse.measures.thresholds import Threshold, threshold_shift
+from collapse.models.fetching import fetch
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
@@ -596,8 +597,9 @@ def check(config: Config) -> None:
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, math.inf)
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
-        common.check_device_for(config.model, pick_device(config.device))
+        common.check_device_for(config.model, pick_device(config.device), config.compute_dtype)
         load_tokenizer(config.model)
+        fetch(find_model(config.model), None)
         check_weights(find_model(config.model), None)
 
 

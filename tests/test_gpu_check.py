@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
+import types
 
 import pytest
 import torch
 from conftest import fails, start_script
 
-from studies import gpu_check, gpu_steps
+from studies import gpu_check
 
 
 def check(folder, steps: str, options: str = "--tiny") -> dict:
@@ -16,11 +18,46 @@ def check(folder, steps: str, options: str = "--tiny") -> dict:
 
 
 def test_all_steps_run_in_miniature_and_print_what_was_expected_and_found(tmp_path, capsys):
-    steps = check(tmp_path, "1 2 3 4 5 6 7 8 9")
-    assert list(steps) == [str(number) for number in range(1, 10)]
-    printed = re.findall("expected .+, found ", capsys.readouterr().out)
+    steps = check(tmp_path, "1 2 3 4 5 6 7 8")
+    assert list(steps) == [str(number) for number in range(1, 9)]
+    said = capsys.readouterr().out
+    printed = re.findall("expected .+, found ", said)
     assert len(printed) == sum(len(step["checks"]) for step in steps.values()) > 40
     assert all(c["right"] is not False for step in steps.values() for c in step["checks"])
+    (low, high) = json.loads((tmp_path / "gpu_check.json").read_text())["ratio"]["busy"]
+    assert said.splitlines()[-1] == f"busy time / time at the least: {low:.1f} to {high:.1f}"
+    assert 0 < low <= high
+
+
+def test_batches_of_the_profile_are_grouped_and_only_kernels_count(tmp_path, monkeypatch):
+    rows, step = [], gpu_check.common.Trainer.step
+    monkeypatch.setattr(
+        gpu_check.common.Trainer,
+        "step",
+        lambda self, r, rate: rows.append((self, r)) or step(self, r, rate),
+    )
+    found = check(tmp_path, "7")["7"]["checks"]
+    assert sum(c["what"].startswith("model ") for c in found) == 4
+    times = [
+        float(x) for c in found if c["what"].startswith("model") for x in c["found"].split(",")
+    ]
+    assert all(time > 0 for time in times)
+    padded = sum(len(r) * int(t.split.lengths[r].max()) for t, r in rows)
+    true = sum(int(t.split.lengths[r].sum()) for t, r in rows)
+    assert padded < 1.4 * true  # at random it is about twice as many
+
+
+def test_as_rtx_has_bitsandbytes_choose_as_on_such_a_card(tmp_path, monkeypatch, capsys):
+    """Its module for CUDA cannot be imported without one: this has its function alone."""
+    kernels = types.ModuleType("ops")
+    kernels._gpu_dispatch_props = lambda device_index: (132, 9, 0)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.backends.cuda.ops", kernels)
+    gpu_check.take_rtx_route()
+    assert kernels._gpu_dispatch_props(0) == (76, 8, 9)
+    monkeypatch.setitem(gpu_check.STEPS, 2, lambda card: iter([("a number", "3", 3, True)]))
+    check(tmp_path, "2", "--tiny --as-rtx")
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["as_rtx"]
+    assert "another kind of check" in fails(check, capsys, tmp_path, "2")  # results are not mixed
 
 
 def test_steps_that_are_done_are_skipped_unless_asked_for_again(tmp_path, monkeypatch, capsys):
@@ -43,17 +80,29 @@ def test_steps_that_are_done_are_skipped_unless_asked_for_again(tmp_path, monkey
     assert done[-1] == 2 and len(done) == 6 and set(steps) == {"1", "2", "3", "5"}
 
 
+def test_what_another_card_did_is_not_done_here(tmp_path, monkeypatch):
+    """The published file is of one: somebody's first check starts anew."""
+    done = []
+    monkeypatch.setitem(gpu_check.STEPS, 2, lambda card: iter([("n", "3", done.append(2), True)]))
+    check(tmp_path, "2")
+    file = tmp_path / "gpu_check.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hardware": {"device": "Abacus"}}))
+    check(tmp_path, "2")
+    check(tmp_path, "2")
+    assert done == [2, 2]
+
+
 def test_what_is_not_as_expected_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gpu_check.STEPS, 4, lambda card: iter([("a number", "three", 4, False)]))
     assert "not as expected: step 4" in fails(check, capsys, tmp_path, "4")
-    assert "between 1 and 9" in fails(check, capsys, tmp_path, "10")
+    assert "between 1 and 8" in fails(check, capsys, tmp_path, "10")
 
 
 def test_a_leak_is_found(tmp_path, monkeypatch, capsys):
     """Step 2, with a plan that holds on to a megabyte and more."""
-    kept, make = [], gpu_steps.MemoryPlan
+    kept, make = [], gpu_check.MemoryPlan
     monkeypatch.setattr(
-        gpu_steps, "MemoryPlan", lambda *a: kept.append(torch.zeros(2**20)) or make(*a)
+        gpu_check, "MemoryPlan", lambda *a: kept.append(torch.zeros(2**20)) or make(*a)
     )
     assert "step 2" in fails(check, capsys, tmp_path, "2")
 

@@ -125,6 +125,15 @@ def test_readme_names_files_that_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_the_form_for_runs_by_others_is_one_and_the_readme_links_it():
+    file = ".github/ISSUE_TEMPLATE/7b-run.yml"
+    form = yaml.safe_load((ROOT / file).read_text())
+    assert form["name"] and form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert all(field["id"] and field["attributes"]["label"] for field in fields)
+    assert f"({file})" in (ROOT / "README.md").read_text()
+
+
 def test_the_workflow_runs_what_is_there_on_the_oldest_and_the_newest_python():
     job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]
     limits = re.search(r"\((3, \d+)\) <= .* <= \((3, \d+)\)", (ROOT / "Makefile").read_text())

@@ -33,7 +33,7 @@ from collapse.training.optimizer import learning_rate_at
 from collapse.utils import files
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, read_tensors, write_file
-from studies import throughput
+from studies import gpu_check, hours, throughput
 
 
 def contents(folder):
@@ -491,7 +491,16 @@ def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, dat
 
 
 @pytest.mark.parametrize(
-    "script", [experiment, experiment_7b, experiment_agnews_7b, effective_rank_analysis, throughput]
+    "script",
+    [
+        experiment,
+        experiment_7b,
+        experiment_agnews_7b,
+        effective_rank_analysis,
+        throughput,
+        gpu_check,
+        hours,
+    ],
 )
 def test_help_explains_every_setting(capsys, script):
     with pytest.raises(SystemExit) as stopped:

@@ -1,22 +1,25 @@
 """The throughput study: the yardstick measures the same model and counts what it costs."""
 
 import gc
-import math
+import json
 import weakref
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import arm_of, random_split, tiny_config, tiny_model
+from conftest import arm_of, random_split, start_script, tiny_config, tiny_model
 
 import common
 from collapse.config import LanguageModelConfig
-from collapse.data.batches import Split, collate
+from collapse.data.batches import Split
+from collapse.models import costs
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
-from studies import throughput
+from collapse.utils import device
+from studies import hours, random_checkpoint, throughput
 from studies.report import side_studies
+from studies.yardsticks import Conventional, EcosystemLoss
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
@@ -43,8 +46,8 @@ def miniature(model_number):
     settings = LanguageModelConfig(
         lora_rank=4, classifier_size=16, engram_size=8, batch_size=16, max_length=20
     )
-    causal_lm = throughput.random_language_model(
-        throughput.TINY, torch.float32, torch.device("cpu")
+    causal_lm = random_checkpoint.random_language_model(
+        random_checkpoint.TINY, torch.float32, torch.device("cpu")
     )
     adapters = add_lora(causal_lm, settings)
     for name, parameter in causal_lm.named_parameters():
@@ -63,14 +66,11 @@ def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, m
     split, rows, found = random_split(rows=16, longest=20, vocabulary=900), np.arange(16), {}
     for recipe in throughput.RECIPES:
         model.zero_grad()
+        trainer = throughput.make_trainer(model_number, recipe, model, split, settings)
+        assert trainer.micro_batch_size == (8 if recipe == "conventional" else 16)
         if recipe == "ecosystem":
-            batch = collate(split, rows, torch.device("cpu"))
-            throughput.EcosystemLoss(model, 0.5)(batch.input_ids, batch.text_mask, batch.labels)[
-                "loss"
-            ].backward()
+            EcosystemLoss(trainer)(torch.from_numpy(rows))["loss"].backward()
         else:
-            trainer = throughput.make_trainer(model_number, recipe, model, split, settings)
-            assert trainer.micro_batch_size == (16 if recipe == "ours" else 8)
             trainer.accumulate_gradients(rows)
         found[recipe] = {name: p.grad.clone() for name, p in model.trainable().items()}
     for name, expected in found["conventional"].items():
@@ -84,7 +84,7 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
 
     def seen(trainer, rows):
         if trainer.model is model:
-            unpacked[isinstance(trainer, throughput.Conventional)].add(model.memory_plan.unpacked)
+            unpacked[isinstance(trainer, Conventional)].add(model.memory_plan.unpacked)
         return accumulate(trainer, rows)
 
     monkeypatch.setattr(common.Trainer, "accumulate_gradients", seen)
@@ -92,8 +92,8 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         throughput.Config(rounds=2, steps=1),
         random_split(rows=48, longest=20, vocabulary=900),
     )
-    rates = throughput.device_rates(torch.device("cpu"))
-    found = throughput.measure(model_number, model, split, settings, config, rates)
+    least = sizes_of_tiny(), costs.device_rates(torch.device("cpu"))
+    found = throughput.measure(model_number, model, split, settings, config, least)
     assert set(found["examples_per_second"]) == set(throughput.RECIPES)
     assert unpacked == {True: {0}, False: {2}} and (
         found["layers_unpacked"],
@@ -103,7 +103,7 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
     assert all(
         ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratio"].values()
     )
-    assert 0 < found["limit_share"] < 1 and found["binding_limit"] in ("bytes", "operations")
+    assert found["limit_share"] > 0  # a tiny model lies in caches faster than memory
     small = throughput.measure(
         model_number, tiny_model(model_number), random_split(rows=60), tiny_config(), config, None
     )
@@ -120,109 +120,43 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
     assert row.split("|")[4].strip() == f"{small['ratio']['conventional']['median']:.1f}"
 
 
-def test_the_limit_counts_weights_and_tokens(miniature, model_number):
-    """Two batches of known length against a count by hand, one byte and operation a second."""
+def sizes_of_tiny() -> costs.Sizes:
+    return costs.Sizes.of(transformers.Qwen2Config(**random_checkpoint.TINY), 4)
+
+
+def test_the_least_time_is_of_true_tokens(miniature, model_number):
+    """Two batches of known length; an engram's model reads its weights twice a step."""
     model, _ = miniature
     split = Split([torch.arange(n) for n in (3, 5, 7, 9)], torch.zeros(4, dtype=torch.int64))
-    rates = {"bytes": 1.0, "operations": 1.0}
-    found = throughput.limit_seconds(
-        model, model_number, [np.array([0, 1]), np.array([2, 3])], split, rates
-    )
-    layer = (
-        2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
-    )  # q and o, k and v (two heads of 16), gate, up and down
-    passes = 8 if model_number == 3 else 4
-    head = 0 if model_number == 1 else 1000 * 64
-    assert found["bytes"] == passes * (
-        2 * layer // 2 + 4 * head
-    )  # two layers, half a byte a weight; the head in fp32
-    adapters = sum(p.numel() for name, p in model.trainable().items() if ".lora_" in name)
-    frozen = sum(
-        math.prod(getattr(p, "quant_state", p).shape)
-        for p in model.backbone.layers.parameters()
-        if not p.requires_grad
-    )
-    tokens = 24 + (4 if model_number == 3 else 0)
-    assert found["operations"] == tokens * (4 * frozen + 6 * adapters) + 20 * 4 * head
+    rates, rows = {"bytes": 1.0, "operations": 1.0}, [np.array([0, 1]), np.array([2, 3])]
+    found = throughput.least_step_seconds(sizes_of_tiny(), rates, model, split, rows)
+    tokens, reads = (28, 4) if model_number == 3 else (24, 2)
+    targets = 0 if model_number == 1 else 20
+    shape = sizes_of_tiny(), rates, tokens, targets, reads
+    assert found == costs.least_seconds(*shape, itemsize=4)
 
 
-def test_steps_on_paper_count_the_real_architecture(model_number):
-    """Operations of one step against the parameters of Qwen2.5-7B's architecture, built without
-    memory.
-    """
-    with torch.device("meta"):
-        causal_lm = transformers.AutoModelForCausalLM.from_config(
-            transformers.Qwen2Config(**throughput.QWEN)
-        )
-    assert causal_lm.num_parameters() == pytest.approx(7.6e9, rel=0.01)
-    settings = LanguageModelConfig()
-    weights = sum(p.numel() for p in causal_lm.model.layers.parameters() if p.ndim == 2)
-    add_lora(causal_lm, settings)
-    adapters = sum(p.numel() for name, p in causal_lm.named_parameters() if ".lora_" in name)
-    assert adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
-    lengths = np.array([5, 7, 8, 8])
-    memory = {"memory_gib": 14, "typical": 200, "longest": 1000}
-    found = throughput.count_step(lengths, "ours", model_number, settings, **memory)
-    tokens = 4 * (9 if model_number == 3 else 8)
-    head = 0 if model_number == 1 else 24 * 4 * causal_lm.lm_head.weight.numel()
-    assert found["operations"] == pytest.approx(tokens * (4 * weights + 6 * adapters) + head)
-    assert found["recomputed"] == 0
-    long = throughput.count_step(np.full(16, 200), "ours", model_number, settings, **memory)
-    assert 0 < long["recomputed"] <= 1 < long["seconds"] / found["seconds"]
-    assert 0 < found["unpacked"] < 1
-    roomy = throughput.count_step(
-        lengths, "ours", model_number, settings, **memory | {"memory_gib": 80}
-    )
-    halves, head = (
-        (2 if model_number == 3 else 1),
-        0 if model_number == 1 else causal_lm.lm_head.weight.numel(),
-    )
-    assert roomy["unpacked"] == 1  # every weight is read as bfloat16, forward and backward
-    elementwise = tokens * 28 * throughput.ELEMENTWISE_BYTES["ours"]
-    assert roomy["bytes"] == pytest.approx(halves * (2 * 2 * weights + 2 * 2 * head) + elementwise)
-    least_bytes = halves * (weights + 4 * head)  # half a byte a weight, twice
-    least_operations = (28 + 4 * (model_number == 3)) * (4 * weights + 6 * adapters) + 4 * 24 * head
-    least = max(
-        least_bytes / throughput.RTX_4080["bytes"],
-        least_operations / throughput.RTX_4080["operations"],
-    )
-    assert roomy["limit_share"] == pytest.approx(least / roomy["seconds"])
-    conventional = throughput.count_step(lengths, "conventional", model_number, settings, **memory)
-    assert conventional["operations"] > 128 / 8 * (found["operations"] - 24 * 4 * head)
-    full = throughput.count_step(
-        np.full(16, 8), "conventional", model_number, settings, **memory
-    )  # two micro-batches of 8 x 128
-    elementwise = 16 * (129 if model_number == 3 else 128) * 28 * (1 + 1 / 3)
-    elementwise *= throughput.ELEMENTWISE_BYTES["conventional"]
-    expected = 2 * halves * (3 * 4.52 * weights + 4 * head) + elementwise
-    assert full["bytes"] == pytest.approx(expected)
-    ecosystem = throughput.count_step(
-        lengths, "ecosystem", model_number, settings, **memory
-    )  # at 32 tokens most is fused
-    again = ecosystem["bytes"] - tokens * 28 * (1 + 1 / 3) * throughput.ELEMENTWISE_BYTES["ours"]
-    assert 4.52 * weights < again / halves - 4 * head < 2 * 4.52 * weights
-
-
-def test_an_evaluation_on_paper_is_a_forward_pass_over_all_rows(model_number, monkeypatch):
-    """On unpacked weights: two bytes a weight in each batch, a third of the elementwise work."""
-    monkeypatch.setitem(throughput.EVALUATION_TOKENS, "cuda", 40)
-    settings, lengths = LanguageModelConfig(), np.array([5, 5, 5, 5, 20])
-    a = throughput.count_architecture(settings, model_number)
-    found = throughput.count_evaluation(lengths, "ours", model_number, settings, unpacked=1.0)
-    tokens = 40 + 5 * (model_number == 3)
-    per_token = 28 * throughput.ELEMENTWISE_BYTES["ours"] / 3
-    moved = 2 * (28 * 2 * a.layer + 2 * a.head) + tokens * per_token
-    operations = 2 * tokens * (28 * a.layer + a.adapters) + 2 * a.head * 35
-    card = throughput.RTX_4080
-    assert found == pytest.approx(moved / card["bytes"] + operations / card["operations"])
-    long = np.full(9, 400)  # each batch is long enough that packed weights are unpacked for it
-    packed, plain = (
-        throughput.count_evaluation(long, "ours", model_number, settings, unpacked)
-        for unpacked in (0.0, 1.0)
-    )
-    saved = 9 * 28 * (4.52 - 2) * a.layer / card["bytes"]
-    assert packed - plain == pytest.approx(saved)
-    assert throughput.evaluation_passes(model_number, 3) == (7 if model_number == 3 else 4)
+def test_hours_are_counted_on_the_real_architecture(tmp_path, phrases_dir, qwen, monkeypatch):
+    """Of Qwen2.5-7B's parameters, built without memory; the more a recipe computes the slower."""
+    sizes = costs.Sizes.of(transformers.Qwen2Config(**random_checkpoint.QWEN), lora_rank=16)
+    assert sizes.layers + 2 * sizes.head == pytest.approx(7.6e9, rel=0.01)
+    assert sizes.adapters == pytest.approx(41e6, rel=0.02)  # as the reference reports
+    monkeypatch.setattr(hours, "STUDIES", throughput.STUDIES[:1])
+    line = f"--data-dir {phrases_dir} --tokenizer {qwen} --output-dir {tmp_path}"
+    start_script(hours, line)
+    found = json.loads((tmp_path / "results_7b/throughput_on_paper.json").read_text())
+    one, two, three = (found[f"model{number}"] for number in (1, 2, 3))
+    for kind in (one, two, three):
+        rates = kind["examples_per_second"]
+        assert rates["conventional"] < rates["ecosystem"] < rates["ours"]
+        assert list(kind["least_hours"]) == list(hours.CARDS)
+    assert one["least_hours"]["RTX 4080"] < two["least_hours"]["RTX 4080"]
+    assert two["least_hours"]["RTX 4080"] < three["least_hours"]["RTX 4080"]
+    assert two["least_hours"]["RTX 4060 Ti"] > 2 * two["least_hours"]["RTX 4080"]
+    rows = (67_349, found["data"]["validation_rows"])
+    how = rows, found["tokens_per_row"], 16, 3, True, False
+    seconds = costs.least_training_seconds(sizes, hours.CARDS["RTX 4080"], *how)
+    assert two["least_hours"]["RTX 4080"] == pytest.approx(seconds / 3600)
 
 
 def test_the_random_model_is_what_a_real_nf4_model_is_to_peft(miniature, qwen, model_number):
@@ -250,16 +184,17 @@ def test_a_random_model_fills_no_matrix_on_the_way(monkeypatch):
         "kaiming_uniform_",
         lambda tensor, **k: drawn.append(tensor.device) or kaiming(tensor, **k),
     )
-    throughput.random_language_model(throughput.TINY, torch.float32, torch.device("cpu"))
+    random_checkpoint.random_language_model(
+        random_checkpoint.TINY, torch.float32, torch.device("cpu")
+    )
     assert {device.type for device in drawn} <= {"meta"}
 
 
 @pytest.mark.parametrize("failing", ["conventional", "ecosystem", "ours"])
 def test_a_recipe_that_runs_out_of_memory_is_recorded_and_the_others_go_on(
-    miniature, model_number, failing, monkeypatch, tmp_path
+    miniature, model_number, failing, monkeypatch
 ):
     model, settings = miniature
-    seconds = throughput.ecosystem_seconds
     forward, now_running = model.forward, []
 
     def short_of_memory(*arguments):
@@ -274,22 +209,15 @@ def test_a_recipe_that_runs_out_of_memory_is_recorded_and_the_others_go_on(
         now_running.append(recipe)
         return make(number, recipe, *rest)
 
-    def ecosystem(*arguments):
-        now_running.append("ecosystem")
-        return seconds(*arguments)
-
     monkeypatch.setattr(throughput, "make_trainer", making)
-    monkeypatch.setattr(throughput, "ecosystem_seconds", ecosystem)
     monkeypatch.setattr(throughput, "evaluation_rate", lambda *_: 1.0)
     split = random_split(rows=48, longest=20, vocabulary=900)
     config = throughput.Config(rounds=1, steps=1)
-    rates = {"bytes": 1e9, "operations": 1e9}
-    found = throughput.measure(model_number, model, split, settings, config, rates)
+    least = sizes_of_tiny(), {"bytes": 1e9, "operations": 1e9}
+    found = throughput.measure(model_number, model, split, settings, config, least)
     assert found["out_of_memory"] == [failing] and now_running.count(failing) == 1
     assert set(found["examples_per_second"]) == set(throughput.RECIPES) - {failing}
     assert failing in throughput.describe(found)
-    results = {f"model{model_number}": found, "tokens_per_row": 9.0}
-    throughput.plot(tmp_path / "plot.png", {"data": results}, "title")
 
 
 def test_recipes_never_hold_the_moments_of_two_optimizers(miniature, model_number, monkeypatch):
@@ -321,5 +249,5 @@ def test_the_cap_leaves_out_what_the_context_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (15.6 * gib, 16 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
-    throughput.cap_memory(15.0)
+    device.cap_memory(15.0)
     assert caps == [pytest.approx(14.6 / 16)]

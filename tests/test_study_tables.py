@@ -1,6 +1,7 @@
 """Tables of the studies on own models: each number in its cell, n/a where there is none."""
 
 import dataclasses
+import json
 
 import pytest
 from conftest import cells_of_row
@@ -11,7 +12,7 @@ from collapse.report.markdown import table as table_of
 from collapse.utils.files import write_json
 from studies import class_count as class_count_study
 from studies import collapse_threshold, engram_pieces, linguistic_collapse
-from studies.report import findings, own_models, thresholds
+from studies.report import findings, own_models, side_studies, thresholds
 from studies.report import page as results_document
 from studies.shared import sweep
 from studies.shared.tables import put_rows
@@ -441,3 +442,31 @@ def test_endpoints_are_those_of_every_study(published, standin):
     ran = own_models.endpoints()
     assert list(ran) == ["P1", "P3", "P4", "P5"] and ran["P3"]["mean"] == 0.02
     assert own_models.standing(ran, "P2") == "P2 not run"
+
+
+def test_runs_by_others_stand_apart_and_none_is_said(tmp_path):
+    assert side_studies.table_by_others(tmp_path) == "*None yet.*"
+    run = {"seconds": 5400.0, "peak_memory_bytes": 14 * 2**30, "final": {"accuracy": 0.9}}
+    run["hardware"] = {"device": "Abacus 16"}
+    results = {"settings": {"data": {"name": "AG News"}}, "models": {"model1": {"42": run}}}
+    (tmp_path / "somebody").mkdir()
+    (tmp_path / "somebody/results.json").write_text(json.dumps(results))
+    cells = cells_of_row(side_studies.table_by_others(tmp_path), "Abacus 16")
+    assert cells["run"] == "somebody, model1 seed 42" and cells["data"] == "AG News"
+    assert (cells["hours"], cells["peak, GiB"]) == ("1.5", "14.0")
+    assert cells["final accuracy, %"] == "90.00"
+
+
+def test_hours_by_card_are_the_least_times_what_is_assumed():
+    counts = {"cards": {"Abacus": {}}, "assumed_ratio": [2.0, 3.0], "git_commit": None}
+    rates = {"conventional": 1.0, "ecosystem": 5.0, "ours": 10.0}
+    for number in (1, 2, 3):
+        found = {"examples_per_second": rates, "least_hours": {"Abacus": float(number)}}
+        counts[f"model{number}"] = found
+    cells = cells_of_row(side_studies.table_hours({"results_7b": counts}), "Abacus")
+    assert cells["SST-2, Model 1"] == "2.0 to 3.0" and cells["SST-2, Model 3"] == "6.0 to 9.0"
+    counts |= {"tokens_per_row": 11.2, "data": {"name": "SST-2"}}
+    table = side_studies.table_paper({"results_7b": counts})
+    cells = cells_of_row(table.partition("\n\n")[0], "4.0 to 6.0")
+    assert cells["times as fast as conventional, at most"] == "10.0"
+    assert "not measured" in table

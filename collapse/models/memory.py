@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from collapse.data.batches import EVALUATION_TOKENS, Split, token_budget_batches
 from collapse.models.architectures import decoder_layers
+from collapse.utils.device import cap_memory_on_wsl
 from collapse.utils.errors import UserError, is_out_of_memory
 
 
@@ -55,7 +56,9 @@ class MemoryPlan:
         self.optimizer_bytes = 3 * sum(
             p.numel() * p.element_size() for p in model.trainable().values()
         )
-        self.free_bytes = self.weight_bytes + _free_bytes(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        cap_memory_on_wsl(device)
+        self.free_bytes = self.weight_bytes + _free_bytes(device)
         self.packed = [_packed_linears(layer) for layer in self.layers]
         linear = [module for _, _, module in self.packed[0]]
         plain = sum(

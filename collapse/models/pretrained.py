@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from collapse.config import STANDIN_MODEL, LanguageModelConfig
 from collapse.data.batches import Split, collate
 from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.liger import use_liger
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
 from collapse.models.weights import (
@@ -130,14 +131,18 @@ def weights_of(name: str) -> str:
     return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
-def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, dict[str, str]]:
+def pin_model(
+    config: LanguageModelConfig,
+    before_weights: Callable[[LanguageModelConfig], None] = lambda settings: None,
+) -> tuple[LanguageModelConfig, str, dict[str, str]]:
     """What of a study depends on where its model comes from.
 
     Gives the settings with what from_pretrained takes, the model's name in results, and what else
     results hold of it: of a folder the digest of its weights, for where a folder lies is no part
     of a study; of a model of the hub the commit, to which the settings are pinned. A model that is
-    stored in 4 bits is used as it is. Raises UserError for a model that is not there or not whole,
-    is no causal LM of text, or a folder with a revision.
+    stored in 4 bits is used as it is. `before_weights` is called with these settings before any
+    weights are asked for. Raises UserError for a model that is not there or not whole, is no causal
+    LM of text, or a folder with a revision.
     """
     from transformers.utils import cached_file
 
@@ -154,8 +159,9 @@ def pin_model(config: LanguageModelConfig) -> tuple[LanguageModelConfig, str, di
     if own_quantization(model_config):
         print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
         config = dataclasses.replace(config, quantization="none")
-    check_weights(found, commit)
     settings = dataclasses.replace(config, model=found, revision=commit)
+    before_weights(settings)
+    check_weights(found, commit)
     if config.model == STANDIN_MODEL:
         return settings, config.model, {}
     if is_folder:
@@ -326,14 +332,17 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def add_lora(causal_lm: nn.Module, config: LanguageModelConfig) -> Any:
+def add_lora(causal_lm: nn.Module, config: LanguageModelConfig, liger: bool = True) -> Any:
     """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the linear layers, in place.
 
-    Returns the peft.PeftModel around the causal LM, which gives it back by get_base_model(). Raises
-    UserError for layers that peft cannot adapt.
+    liger: with Liger's kernels where they are installed (see use_liger). Returns the peft.PeftModel
+    around the causal LM, which gives it back by get_base_model(). Raises UserError for layers that
+    peft cannot adapt.
     """
     import peft
 
+    if liger:
+        use_liger(causal_lm)
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

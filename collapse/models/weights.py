@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,8 +30,7 @@ def loading(name: str):
     """Turn what transformers raises for a model that cannot be had into one sentence."""
     quiet_transformers()
     is_path = Path(name).exists()
-    if not is_path:
-        use_cache_if_hub_is_silent()
+    silent = not is_path and use_cache_if_hub_is_silent()
     try:
         yield
     except Exception as error:  # each of these libraries raises its own kinds for damaged files
@@ -48,11 +48,15 @@ def loading(name: str):
             mend += "`git lfs install` where git fetched them"
         elif "pytorch_model.bin" in str(error) and not is_path:
             reason, mend = NO_SAFETENSORS, convert(name)
+        elif silent or (not is_path and NOT_CONNECTED.search(str(error))):
+            reason = "the hub does not answer, and its cache does not hold all of the model"
+            mend = "run the same command again when it does, or give a folder"
         elif is_path:
             mend = "mend it, or give another one of a causal LM"
         raise UserError(f"cannot load the model {name} ({reason}): {mend}.") from None
 
 
+NOT_CONNECTED = re.compile("connect|timed? ?out|offline", re.IGNORECASE)
 NO_SAFETENSORS = "it has no weights in safetensors, and other files can run code when they are read"
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 

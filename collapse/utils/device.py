@@ -1,6 +1,7 @@
 """Where to compute: the device, its driver, threads, the allocator."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,8 +18,13 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if name == "auto" else name)
     driver = nvidia_driver()
     found = f"NVIDIA's driver {driver} is here, but torch {torch.__version__} sees no CUDA device"
-    mend = "its builds for CUDA 13 need driver 580 or newer: update the driver, or install a build "
-    mend += "of torch for an older CUDA"
+    version = torch.__version__.partition("+")[0]
+    mend = (
+        "its builds for CUDA 13 need driver 580 or newer: update the driver, or install the build "
+        "for CUDA 12.9, `.venv/bin/pip install --force-reinstall --no-deps "
+        f"torch=={version} --index-url ADDRESS/cu129`, the address being the one that the selector "
+        "on PyTorch's installation page gives, and then what that build asks for"
+    )
     if name == "cuda" and driver:
         raise UserError(f"--device cuda: {found}; {mend}.")
     if name == "cuda":
@@ -38,9 +44,58 @@ def set_allocator() -> None:
     """Have torch's memory on a GPU grow in segments; call it before anything is on the GPU.
 
     Steps differ in length: in segments that grow, freed memory fits a step of any size. A setting
-    that is there already stays.
+    that is there already stays. Under WSL nothing is set: there the first allocation in such a
+    segment can fail ("CUDA driver error: unknown error").
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if not on_wsl():
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def on_wsl() -> bool:
+    """Whether this is Linux under Windows, whose kernels are named after their maker."""
+    return "microsoft" in platform.release().lower()
+
+
+WSL_RESERVE = 2 * 2**30  # bytes
+
+
+def cap_memory_on_wsl(device: torch.device) -> None:
+    """Under WSL let torch take what is free on the GPU but for WSL_RESERVE.
+
+    Windows counts as free what it does not give, and may move what is too much into the computer's
+    memory, a hundred times slower and without an error: with this cap torch itself raises.
+    """
+    if device.type != "cuda" or not on_wsl():
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    most = torch.cuda.memory_reserved(device) + free - WSL_RESERVE
+    allowed = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(allowed, max(0.0, most / total)), device)
+
+
+def cap_memory(gib: float) -> None:
+    """Let this process take so much of the GPU, what the CUDA context takes included."""
+    torch.cuda.synchronize()  # makes the context
+    free, total = torch.cuda.mem_get_info()
+    # A context takes less than a GiB; what is more, other processes hold.
+    context = min(2**30, total - free - torch.cuda.memory_reserved())
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - context) / total))
+
+
+FIRST_WITH_BFLOAT16 = (8, 0)  # CUDA's compute capability: Ampere
+
+
+def check_card(device: torch.device, dtype: str) -> None:
+    """Raise UserError where a GPU is too old for bfloat16, in which language models train here."""
+    if device.type != "cuda" or dtype != "bfloat16" or not torch.cuda.is_available():
+        return
+    found = torch.cuda.get_device_capability(device)
+    if found < FIRST_WITH_BFLOAT16:
+        raise UserError(
+            f"the {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) "
+            "does not compute in bfloat16, which takes 8.0 or more (RTX 30 and newer, A100, L4): "
+            "give --compute-dtype float32 and a smaller model, as --model Qwen/Qwen2.5-0.5B."
+        )
 
 
 def set_threads(count: int) -> None:

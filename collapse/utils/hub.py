@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+import time
+from dataclasses import dataclass
 from typing import Any
 
 from collapse.utils.errors import DISK_FULL
@@ -59,8 +61,7 @@ def _tables(
     import datasets
 
     datasets.logging.set_verbosity_error()
-    if use_cache_if_hub_is_silent():
-        datasets.config.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = use_cache_if_hub_is_silent()
     try:
         return [datasets.load_dataset(dataset, configuration, split=split) for split in splits]
     except Exception as error:  # each of these libraries raises its own kinds for "not there"
@@ -71,17 +72,42 @@ def _tables(
         return None
 
 
+ASK_AGAIN_SECONDS = 120.0
+
+
+@dataclass
+class _Silence:
+    """What this process has found of the hub: one slow answer is not the end of all questions."""
+
+    until: float = 0.0  # by time.monotonic()
+    switched: bool = False  # the libraries to offline, here and not by the person's HF_HUB_OFFLINE
+
+
+_silence = _Silence()
+
+
 def use_cache_if_hub_is_silent() -> bool:
-    """Keep Hugging Face's libraries to their cache when the hub is silent; True when it is."""
+    """Keep Hugging Face's libraries to their cache while the hub is silent; True when it is.
+
+    It is asked again after two minutes, and the libraries may then ask it, too.
+    """
     import huggingface_hub
 
-    if not _hub_answers():
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-    return huggingface_hub.constants.HF_HUB_OFFLINE
+    constants = huggingface_hub.constants
+    if _silence.switched and time.monotonic() >= _silence.until:
+        constants.HF_HUB_OFFLINE = _silence.switched = False
+    if not constants.HF_HUB_OFFLINE and not _hub_answers():
+        constants.HF_HUB_OFFLINE = _silence.switched = True
+        _silence.until = time.monotonic() + ASK_AGAIN_SECONDS
+    return constants.HF_HUB_OFFLINE
 
 
 def _hub_answers() -> bool:
-    """Does the hub answer one short question within seconds?"""
+    """Does the hub answer a short question within seconds, or once more within twice as many?"""
+    return any(_answers_within(seconds) for seconds in (HUB_SECONDS, 2 * HUB_SECONDS))
+
+
+def _answers_within(seconds: float) -> bool:
     import huggingface_hub
 
     answers = []
@@ -89,10 +115,10 @@ def _hub_answers() -> bool:
     def ask() -> None:
         session, url = huggingface_hub.get_session(), huggingface_hub.constants.ENDPOINT
         with contextlib.suppress(Exception):
-            answers.append(session.head(url, timeout=HUB_SECONDS).status_code < 500)
+            answers.append(session.head(url, timeout=seconds).status_code < 500)
 
     # A name lookup knows no time limit, so it has a thread of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(HUB_SECONDS)
+    thread.join(seconds)
     return answers == [True]

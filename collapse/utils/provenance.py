@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 from pathlib import Path
@@ -34,6 +35,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
     """Versions, hardware and git commit (default: the present one), for results.json."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
     versions = {name: importlib.metadata.version(name) for name in packages}
+    if liger := liger_version(device):
+        versions["liger-kernel"] = liger
     return {
         "versions": {"python": platform.python_version(), **versions},
         "hardware": {
@@ -42,6 +45,13 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         },
         "git_commit": commit or git_commit(),
     }
+
+
+def liger_version(device: torch.device) -> str | None:
+    """Version of the liger-kernel that models on this device use; None where they use none."""
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return None
+    return importlib.metadata.version("liger-kernel")
 
 
 def hardware_name(device: torch.device) -> str:

@@ -139,6 +139,7 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
     "claims": claims.reference_claims,
     "experiments": claims.repeated_experiments,
     "linguistic": lambda: (table_linguistic(), ["linguistic"]),
+    "hours": lambda: (side_studies.table_hours(side_studies.paper_hours()), []),
 }
 
 
@@ -147,8 +148,9 @@ def fill(text: str, page: Page) -> str:
 
     def replace(match: re.Match) -> str:
         content, keys = BLOCKS[match["name"]]()
-        full = ", ".join(page.numbers[key] for key in keys)
-        return f"{match['begin']}\n{content}\n\n*Full: {full}.*\n\n{match['end']}"
+        if keys:
+            content += f"\n\n*Full: {', '.join(page.numbers[key] for key in keys)}.*"
+        return f"{match['begin']}\n{content}\n\n{match['end']}"
 
     return BLOCK.sub(replace, text)
 

@@ -2,6 +2,8 @@
 an attention sink, what the statistics resolve, speed, and the reference's numbers.
 """
 
+from pathlib import Path
+
 from collapse.report.markdown import Column, markdown, rows_of, table
 from collapse.report.reference import REFERENCE
 from collapse.utils.files import ROOT, read_json
@@ -97,48 +99,87 @@ def table_throughput(results: dict) -> str:
 
 
 def table_paper(counts_of: dict[str, dict]) -> str:
-    """Counts for data sets (folder -> counts) beside the reference's published times, which are of
-    its own number of training rows.
+    """Hours expected by card for data sets (folder -> counts of studies/hours.py), and the
+    reference's; how many times as fast as other recipes ours can be at most.
     """
-    rows, sources = [], []
+    rows, sources, cards = [], [], []
     for place, counts in counts_of.items():
-        theirs = REFERENCE[place]
+        theirs, cards = REFERENCE[place], list(counts["cards"])
         for key in THREE_MODELS:
-            rates, step = counts[key]["examples_per_second"], counts[key]["step"]["ours"]
-            ratios = [
-                f"{rates['ours'] / rates[other]:.1f}" for other in ("conventional", "ecosystem")
-            ]
-            seen, hours = counts["settings"]["epochs"] * theirs["train_rows"], []
-            for recipe in ("ours", "conventional"):
-                means = counts[key]["step"][recipe]
-                evaluations = means["evaluation_passes"] * means["evaluation_seconds"]
-                hours.append(f"{(seen / rates[recipe] + evaluations) / 3600:.1f}")
-            cells = [f"{step['limit_share']:.0%}", f"{step['unpacked']:.0%}", *hours]
-            name = f"{theirs['data']}, {model_name(key)}"
-            rows.append([name, *ratios, *cells, f"{theirs['minutes'][key] / 60:.1f}"])
+            rates = counts[key]["examples_per_second"]
+            cells = [hours_range(counts, key, card) for card in cards]
+            cells += [f"{theirs['minutes'][key] / 60:.1f}"]
+            cells += [f"{rates['ours'] / rates[other]:.1f}" for other in rates if other != "ours"]
+            rows.append([f"{theirs['data']}, {model_name(key)}", *cells])
         sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
-    header = ["data, model", "examples/s over conventional", "over ecosystem's"]
-    header += ["share of the limit", "layers kept unpacked", "hours, ours", "hours, conventional"]
-    card = f"{counts['rates']['name']}, {counts['settings']['memory_gib']:.0f} GiB"
+    low, high = counts["assumed_ratio"]
     note = (
-        f"*On paper, not measured: {'; '.join(sources)}; {card}; evaluations included; hours are "
-        f"for the reference's rows. Made by commit {short_commit(counts['git_commit'])}.*"
+        f"*Estimated, not measured: operations and bytes of three epochs with evaluations over the "
+        f"card's specifications, times {low:g} to {high:g}, as assumed until studies/gpu_check.py "
+        f"has measured it; {'; '.join(sources)}; hours are for the reference's rows. Made by "
+        f"commit {short_commit(counts['git_commit'])}.*"
     )
-    return f"{markdown([*header, 'reference: hours'], rows)}\n\n{note}"
+    header = ["data, model", *(f"hours, {card}" for card in cards), "reference: hours"]
+    header += ["times as fast as conventional, at most", "as transformers' Trainer, at most"]
+    return f"{markdown(header, rows)}\n\n{note}"
+
+
+def table_hours(counts_of: dict[str, dict]) -> str:
+    """For the README: hours of a training by card, models 1 to 3 and data sets."""
+    first = next(iter(counts_of.values()))
+    rows = [
+        [
+            card,
+            *(
+                hours_range(counts, key, card)
+                for counts in counts_of.values()
+                for key in THREE_MODELS
+            ),
+        ]
+        for card in first["cards"]
+    ]
+    names = [REFERENCE[place]["data"].partition(",")[0] for place in counts_of]
+    header = [f"{name}, Model {key[-1]}" for name in names for key in THREE_MODELS]
+    return markdown(["card", *header], rows)
+
+
+def table_by_others(folder: Path) -> str:
+    """7B runs that people sent, a row for each training: folder/NAME/results.json."""
+    rows = []
+    for file in sorted(folder.glob("*/results.json")):
+        results = read_json(file)
+        for key, runs in results["models"].items():
+            for seed, run in runs.items():
+                peak, name = run["peak_memory_bytes"], f"{file.parent.name}, {key} seed {seed}"
+                cells = [results["settings"]["data"]["name"], f"{run['seconds'] / 3600:.1f}"]
+                cells += [f"{peak / 2**30:.1f}" if peak else "n/a"]
+                cells += [f"{100 * run['final']['accuracy']:.2f}"]
+                rows.append([name, run["hardware"]["device"], *cells])
+    if not rows:
+        return "*None yet.*"
+    header = ["run", "card", "data", "hours", "peak, GiB", "final accuracy, %"]
+    return markdown(header, rows)
+
+
+def hours_range(counts: dict, key: str, card: str) -> str:
+    least = counts[key]["least_hours"][card]
+    return " to ".join(f"{least * ratio:.1f}" for ratio in counts["assumed_ratio"])
+
+
+def paper_hours() -> dict[str, dict]:
+    places = ("results_7b", "results_agnews")
+    return {place: read_json(ROOT / place / "throughput_on_paper.json") for place in places}
 
 
 def add_speed(page: Page) -> None:
-    page.text("## Speed\n\nCommand: `python studies/throughput.py --help`")
+    page.text("## Speed\n\nCommands: `python studies/throughput.py`, `python studies/hours.py`")
     measured = read_json(ROOT / "results/throughput.json")
     caption = "Experiment 1, measured against padding to the maximum length."
     page.table("throughput", caption, table_throughput(measured))
-    paper = {
-        place: read_json(ROOT / place / "throughput_on_paper.json")
-        for place in ("results_7b", "results_agnews")
-    }
-    caption = "The 7B experiments, counted: bytes over bandwidth plus operations over their rate."
-    page.table("paper", caption, table_paper(paper))
-    page.figure("results_7b/throughput_on_paper.png", "Counted throughput, SST-2")
+    caption = "The 7B experiments: hours of a training, by card."
+    page.table("paper", caption, table_paper(paper_hours()))
+    caption = "7B runs on other people's cards (`results_7b/by-others/`), not checked by us."
+    page.table("by others", caption, table_by_others(ROOT / "results_7b/by-others"))
 
 
 def table_reference_accuracy() -> str:

@@ -1,0 +1,125 @@
+"""Two other recipes on the same model and the same rows: what training is timed against.
+
+- conventional: every row padded to the maximum length, LM logits at every position; on a language
+  model also micro-batches of 8 x accumulation 2 and gradient checkpointing.
+
+- ecosystem (language models): transformers' Trainer: padding to the longest row, gradient
+  checkpointing, LM logits at every position.
+"""
+
+import dataclasses
+import tempfile
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import common
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import Batch, Split, count_targets
+from collapse.models.costs import now
+from collapse.training.loop import StepSums
+
+RECIPES = ("conventional", "ecosystem", "ours")
+
+
+class LogitsEverywhere:
+    """Mixed into a trainer: makes LM logits at every position, pads included."""
+
+    def lm_loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
+        targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]  # (B, L - 1)
+        logits = self.model.lm_head(hidden)[:, :-1].float()  # (B, L - 1, V)
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
+        )
+
+    def use_less_memory(self) -> None:
+        """It knows of no way to."""
+        raise torch.OutOfMemoryError("the recipe runs out of memory")
+
+
+class Conventional(LogitsEverywhere):
+    """Pads to the maximum length, too."""
+
+    def collate(self, rows: np.ndarray) -> Batch:
+        batch = super().collate(rows)
+        missing = self.config.max_length - batch.input_ids.shape[1]
+        ids, mask = F.pad(batch.input_ids, (0, missing)), F.pad(batch.text_mask, (0, missing))
+        return dataclasses.replace(batch, input_ids=ids, text_mask=mask)
+
+
+def make_trainer(
+    number: int, recipe: str, model: common.DualHeadModel, split: Split, settings
+) -> common.Trainer:
+    trainer = common.make_trainer(model, split, settings, common.find_arm(str(number)))
+    mixed_in = {"conventional": Conventional, "ecosystem": LogitsEverywhere}.get(recipe)
+    if mixed_in:
+        kind = type(trainer)
+        trainer.__class__ = type(f"{recipe} {kind.__name__}", (mixed_in, kind), {})
+    if recipe == "ecosystem":
+        trainer.optimizer = None  # transformers makes its own
+    if recipe == "conventional" and isinstance(settings, LanguageModelConfig):
+        trainer.micro_batch_size = 8
+    return trainer
+
+
+class EcosystemLoss(nn.Module):
+    """What transformers' Trainer trains: the loss of a trainer's batch."""
+
+    def __init__(self, trainer: common.Trainer):
+        super().__init__()
+        self.trainer, self.model = trainer, trainer.model
+
+    def forward(self, rows: Tensor) -> dict[str, Tensor]:
+        rows = rows.numpy(force=True)
+        targets = count_targets(self.trainer.split, rows)
+        sums = StepSums(rows=len(rows), targets=targets, steps=1)
+        (sequence,) = self.trainer.sequences(rows)
+        return {"loss": self.trainer.losses(sequence, sums)[0]}
+
+
+class StepTimes(transformers.TrainerCallback):
+    def __init__(self):
+        self.stamps: list[float] = []
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.stamps.append(now())
+
+    on_step_end = on_step_begin
+
+
+def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
+    """Seconds that transformers' Trainer takes for the rows, between its first step's start and its
+    last one's end.
+    """
+    times, settings = StepTimes(), trainer.config
+    with tempfile.TemporaryDirectory() as folder:  # it makes one, though it saves nothing
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=1,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.clip_norm,
+            # the rows are grouped: a few steps' rows alone it would group coarsely
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            bf16=False,  # the model itself multiplies in bfloat16, in every recipe
+            use_cpu=trainer.device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        theirs = transformers.Trainer(
+            EcosystemLoss(trainer),
+            arguments,
+            train_dataset=datasets.Dataset.from_dict({"rows": rows.tolist()}),
+            callbacks=[times],
+        )
+        theirs.remove_callback(transformers.PrinterCallback)
+        theirs.train()
+    return times.stamps[-1] - times.stamps[0]

@@ -315,7 +315,7 @@ def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
 def test_the_figure_shows_means_and_the_commonest_end(standin, monkeypatch):
     drawn = []
     monkeypatch.setattr(collapse_threshold, "save_figure", lambda figure, _: drawn.append(figure))
-    collapse_threshold.draw(standin.folder)
+    collapse_threshold.draw(standin, {})
     above, other_set, below, _ = drawn[0].axes
     lines = [{line.get_label(): line for line in axis.lines} for axis in (above, below)]
     kept, accuracy = (list(found["Dual Head"].get_ydata()) for found in lines)

@@ -341,10 +341,10 @@ def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
     ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
     if name in KEPT:
         twos = (*twos[:2], ones[2])
-    theirs, ours = (study.runs.get(place, {}) for place in (ones, twos))
+    sides = [study.runs.get(place, {}) for place in (ones, twos)]
     found = {}
-    for seed in sorted(theirs.keys() & ours.keys()):
-        one, two = (measure(side[seed], name) for side in (theirs, ours))
+    for seed in sorted(sides[0].keys() & sides[1].keys()):
+        one, two = (measure(side[seed], name) for side in sides)
         if None not in (one, two):
             found[seed] = two - one
     return found

@@ -11,7 +11,7 @@ figure. The same command goes on where it was stopped.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -229,12 +229,14 @@ class Run(sweep.Run):
             return None
         return end["dims_95pct"] / self.path[0]["dims_95pct"]
 
-    def outcome(self, best: float, bound: float = KEPT) -> str:
-        """One of OUTCOMES; best: the highest training accuracy on this backbone and data set."""
+    def outcome(self, best: float, bound: float = KEPT, line: float = 0.5) -> str:
+        """One of OUTCOMES; best: the highest training accuracy on this backbone and data set.
+
+        line: how far from chance to the best a run must come to have learned.
+        """
         if self.kept is None:
             return "diverged"
-        end = self.end
-        learned = end["accuracy"] >= (end["chance"] + best) / 2
+        learned = self.end["accuracy"] >= (1 - line) * self.end["chance"] + line * best
         if self.kept >= bound:
             return "healthy" if learned else "not learning"
         return "collapsed, functional" if learned else "collapsed, dead"
@@ -278,36 +280,42 @@ def read_runs(folder: Path) -> list[Run]:
     return sweep.read_runs(folder, seeds, Trial, Run)
 
 
-def outcomes_of(runs: list[Run], bound: float = KEPT) -> dict[Trial, str]:
+def outcomes_of(runs: Sequence[Run], bound: float = KEPT, line: float = 0.5) -> dict[Trial, str]:
     """What became of each; the best accuracy is that of Models 1 and 2, whatever else has run."""
     best: dict[tuple, float] = {}
     for run in runs:
         if run.trial.arm in ("model1", "model2"):
             place = run.trial.seed, run.trial.dataset
             best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
-    return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound) for r in runs}
+    return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound, line) for r in runs}
+
+
+def good_by_rate(
+    outcomes: dict[Trial, str], good: Collection[str]
+) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
+    """(data set, arm) -> seed -> base-10 logarithm of the rate -> whether its run is `good`."""
+    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    for trial, outcome in outcomes.items():
+        by_seed = found.setdefault((trial.dataset, trial.arm), {})
+        by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
+    return found
 
 
 def thresholds_of(
     outcomes: dict[Trial, str], good: Collection[str], rates: Mapping[str, Collection[float]]
-) -> dict[tuple[str, str], dict]:
+) -> dict[tuple[str, str], dict[int, float]]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
 
     By Spearman and Karber, see `threshold_of`. Outcomes need not change once only. Runs at other
     rates than a data set's do not count, seeds without a run at each of these are left out.
     """
-    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
-    for trial, outcome in outcomes.items():
-        if trial.rate in rates[trial.dataset]:
-            by_seed = found.setdefault((trial.dataset, trial.arm), {})
-            by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
     return {
         (dataset, arm): {
-            seed: threshold_of(by_rate)
+            seed: threshold_of({rate: by_rate[rate] for rate in rates[dataset]})
             for seed, by_rate in by_seed.items()
-            if len(by_rate) == len(set(rates[dataset]))
+            if by_rate.keys() >= set(rates[dataset])
         }
-        for (dataset, arm), by_seed in found.items()
+        for (dataset, arm), by_seed in good_by_rate(outcomes, good).items()
     }
 
 

@@ -27,29 +27,13 @@ LOSSES = (0.5, 0.4, 0.3, 0.2)  # nats, of 512 training rows
 FEWEST_PAIRS = 5  # at a rate, for components at equal loss to be told
 
 
-def healthy_by_line(
-    runs: Sequence[threshold.Run], line: float
-) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
+def healthy_by_line(runs: Sequence[threshold.Run], line: float) -> dict[tuple[str, str], Any]:
     """(data set, arm) -> backbone -> rate -> whether components are kept and accuracy above a line.
 
     The line is so far from chance to the backbone's best accuracy, .5 of P2.
     """
-    best: dict[tuple[int, str], float] = {}
-    for run in runs:
-        if run.trial.arm in ("model1", "model2"):
-            place = run.trial.seed, run.trial.dataset
-            best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
-    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
-    for run in runs:
-        end, trial = run.end, run.trial
-        kept = run.kept is not None and run.kept >= threshold.KEPT
-        if kept:
-            chance = end["chance"]
-            needed = chance + line * (best[trial.seed, trial.dataset] - chance)
-            kept = end["accuracy"] >= needed
-        by_seed = found.setdefault((trial.dataset, trial.arm), {})
-        by_seed.setdefault(trial.seed, {})[trial.rate] = bool(kept)
-    return found
+    outcomes = threshold.outcomes_of(runs, line=line)
+    return threshold.good_by_rate(outcomes, threshold.GOOD["healthy"])
 
 
 def highest_healthy(good: Mapping[float, bool]) -> float | None:
@@ -103,16 +87,9 @@ def shifts(
     return found | {"mean": mean | {"at_the_top": at_the_top}}
 
 
-def kept_by_rate(
-    runs: Sequence[threshold.Run],
-) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
+def kept_by_rate(runs: Sequence[threshold.Run]) -> dict[tuple[str, str], Any]:
     """(data set, arm) -> backbone -> rate -> whether components were kept, accuracy aside."""
-    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
-    for run in runs:
-        kept = run.kept is not None and run.kept >= threshold.KEPT
-        by_seed = found.setdefault((run.trial.dataset, run.trial.arm), {})
-        by_seed.setdefault(run.trial.seed, {})[run.trial.rate] = kept
-    return found
+    return threshold.good_by_rate(threshold.outcomes_of(runs), threshold.GOOD["not collapsed"])
 
 
 def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Tiny models and data for the tests: every test runs in seconds on a CPU."""
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -164,6 +166,13 @@ def start_script(script, line: str, with_plots: bool = False) -> None:
             patch.setattr(plots, plot, lambda *_: None)
         patch.setattr(sys, "argv", [script.__name__, *line.split()])
         run_script(script.main)
+
+
+def rehearse(study, folder: Path) -> str:
+    """Run the miniature of a study, or what is missing of it; what it prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        start_script(study, f"--miniature --output-dir {folder}")
+    return printed.getvalue()
 
 
 @pytest.fixture

@@ -212,6 +212,15 @@ def rehearse(folder: Path) -> str:
     return found.stdout
 
 
+def backbone_in(miniature: Path) -> Path:
+    return miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+
+
+def recipe_in(miniature: Path, arm: str = "1", rate: float = 1e-3, steps: int = 10):
+    model = str(backbone_in(miniature))
+    return finetune.Recipe(model, finetune.TOY, arm, rate, 0, steps, 64, True, True)
+
+
 def test_miniature_runs_every_trial_and_keeps_those_that_diverge(miniature):
     folder = miniature / "limit-miniature" / "miniature"
     results = json.loads((folder / "results.json").read_text())
@@ -257,8 +266,7 @@ def test_all_arms_begin_alike_and_measures_say_when_they_are_of_which_rows(minia
 
 def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
     """Training moves a tied LM head; the loss under the start's must be taken with its copy."""
-    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.TOY, "2", 0.1, 0, 10, 64, True, True)
+    recipe = recipe_in(miniature, "2", rate=0.1)
     model, head = finetune.build(recipe, 2)
     before = head.weight.clone()
     data = finetune.load_data(recipe, None)
@@ -278,9 +286,9 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
 
 
 def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
-    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 10, 64, True, True)
-    records = finetune.watch(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
+    recipe = recipe_in(miniature)
+    data = finetune.load_data(recipe, None)
+    records = finetune.watch(recipe, data, (5,), few_rows_too=True)
     assert [(r["step"], r["lm_loss"] is None) for r in records] == [
         (0, False),
         (0, True),
@@ -288,16 +296,13 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
         (10, True),
         (10, False),
     ]
-    again = finetune.watch(recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True)
-    taken = finetune.watch(
-        recipe, finetune.load_data(recipe, None), (5,), few_rows_too=True, start=records[:2]
-    )
+    again = finetune.watch(recipe, data, (5,), few_rows_too=True)
+    taken = finetune.watch(recipe, data, (5,), few_rows_too=True, start=records[:2])
     assert again == records == taken  # what is spared draws no random number
 
 
 def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
-    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 10, 64, True, True)
+    recipe = recipe_in(miniature)
     data = finetune.load_data(recipe, None)
     model, _ = finetune.build(recipe, 2)
     some, all_rows = (
@@ -313,7 +318,7 @@ def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
 
 def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
     """A folder as --model: the second training takes over what the first one measured."""
-    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+    folder = backbone_in(miniature)
     config = study.Config(
         model=str(folder),
         datasets=(finetune.TOY,),
@@ -342,12 +347,11 @@ def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
 
 @pytest.mark.parametrize("arm", study.Config().arms)
 def test_every_arm_trains_all_weights_of_a_network_with_one_embedding_for_both_ends(arm, miniature):
-    folder = miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
-    recipe = finetune.Recipe(str(folder), finetune.TOY, arm, 1e-3, 0, 3, 64, True, True)
+    recipe = recipe_in(miniature, arm, steps=3)
     start, end = finetune.watch(recipe, finetune.load_data(recipe, None), ())
     assert end["step"] == 3 and None not in end.values()
     assert (start["rows"], end["loss"] != start["loss"]) == (80, True)
-    plain = finetune.Recipe(str(folder), finetune.TOY, "1", 1e-3, 0, 3, 64, True, True)
+    plain = recipe_in(miniature, steps=3)
     assert finetune.watch(plain, finetune.load_data(plain, None), ())[0] == start
 
 
@@ -373,9 +377,8 @@ def test_a_model_that_is_not_there_is_one_sentence_and_a_summary_needs_none(
 
 def test_a_table_of_other_weights_is_not_gone_on_with(miniature, tmp_path):
     """As on another kind of machine, whose pretraining ends with other last digits."""
-    folder = miniature / "limit-miniature"
-    model = str(folder / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0")
-    table = folder / "miniature" / "seed-0.csv"
+    model = str(backbone_in(miniature))
+    table = miniature / "limit-miniature" / "miniature" / "seed-0.csv"
     sweep.check_weights(table, model)
     sweep.check_weights(tmp_path / "none.csv", model)
     other = tmp_path / "seed-0.csv"

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import fails, start_script
+from conftest import fails, rehearse, start_script
 
 from collapse.training.optimizer import learning_rate_at
 from collapse.utils.errors import UserError
@@ -186,7 +186,7 @@ def test_p7_needs_both_ends_and_is_refuted_by_the_largest_slope_alone():
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    start_script(study, f"--miniature --output-dir {folder}")
+    rehearse(study, folder)
     return folder / "limit-miniature" / "miniature"
 
 

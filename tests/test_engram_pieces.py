@@ -1,21 +1,17 @@
 """engram_pieces.py: engrams go from a post's first piece to its second, and the study in small."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import arm_of, cells_of_row, tiny_config, tiny_model
+from conftest import arm_of, cells_of_row, rehearse, tiny_config, tiny_model
 
 import common
 from collapse.data.batches import Split
 from collapse.measures.statistics import paired_difference
 from collapse.report.markdown import rows_of, table
 from collapse.utils.errors import UserError
-from collapse.utils.files import ROOT
 from studies import engram_pieces as study
 from studies.report import own_models
 from studies.shared import sweep
@@ -121,17 +117,8 @@ def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_
         assert row["LM loss, nats"].startswith(f"{found[title]['lm_loss']['mean']:+.4f} [")
 
 
-def rehearse(folder: Path) -> str:
-    command = [sys.executable, "studies/engram_pieces.py", "--miniature"]
-    found = subprocess.run(
-        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
 def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
-    assert rehearse(tmp_path).count("LM loss (accuracy)") == 4
+    assert rehearse(study, tmp_path).count("LM loss (accuracy)") == 4
     folder = tmp_path / "limit-miniature" / "miniature"
     found = json.loads((folder / "results.json").read_text())
     assert [pair["lm_loss"]["n"] for pair in found.values()] == [2, 2, 2, 2]
@@ -139,7 +126,7 @@ def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
     before = read_rows(table)
     table.unlink()
     put_rows(table, before[:1], "training")
-    assert rehearse(tmp_path).count("LM loss (accuracy)") == 1
+    assert rehearse(study, tmp_path).count("LM loss (accuracy)") == 1
     assert read_rows(table) == before
     config = study.STUDY.in_small(study.Config(output_dir=tmp_path, learning_rate=0.1))
     with pytest.raises(UserError, match="learning_rate"):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -11,14 +9,13 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import cells_of_row
+from conftest import cells_of_row, rehearse
 
 import common
 from collapse.data.task import Rows
 from collapse.models.pretrained import load_tokenizer
 from collapse.report.markdown import table
 from collapse.utils.errors import UserError
-from collapse.utils.files import ROOT
 from studies import engram_salience as study
 from studies.report import own_models
 from studies.shared import finetune
@@ -231,16 +228,7 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("study")
-    return folder, rehearse(folder)
-
-
-def rehearse(folder: Path) -> str:
-    command = [sys.executable, "studies/engram_salience.py", "--miniature"]
-    found = subprocess.run(
-        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    return folder, rehearse(study, folder)
 
 
 def test_miniature_runs_every_trial_and_trains_only_what_is_lost_again(miniature):
@@ -257,7 +245,7 @@ def test_miniature_runs_every_trial_and_trains_only_what_is_lost_again(miniature
     kept = [row for row in before if row["training"] != lost]
     for name in dict.fromkeys(row["training"] for row in kept):
         put_rows(table, [row for row in kept if row["training"] == name], "training")
-    assert rehearse(miniature[0]).count("adjusted Rand index") == 1
+    assert rehearse(study, miniature[0]).count("adjusted Rand index") == 1
     key = lambda row: (row["training"], int(row["step"]))  # noqa: E731
     assert sorted(read_rows(table), key=key) == sorted(before, key=key)
 

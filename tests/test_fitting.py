@@ -129,6 +129,20 @@ def test_a_training_that_diverges_keeps_the_epochs_before(made):
     assert set(end) == set(records[0])
 
 
+def test_a_measure_that_is_not_finite_ends_a_training_with_a_record_of_none(made):
+    recipe, data = made
+    model, _ = finetune.build(recipe, data.classes)
+
+    def measure(step):
+        if step != 1:
+            yield {"step": step, "loss": 1.0}
+        if step == 2:
+            raise FloatingPointError("an output is not finite")
+
+    records = finetune.train(recipe, finetune.trainer_of(recipe, model, data.train), measure)
+    assert [(record["step"], record["loss"]) for record in records] == [(0, 1), (2, 1), (2, None)]
+
+
 def test_rows_of_many_trainings_share_a_file(tmp_path):
     rng = np.random.default_rng(0)
     stored = {}

@@ -149,17 +149,13 @@ class Study:
         for trials in self.trials(config):
             seeds = list(dict.fromkeys(trial.seed for trial in trials))
             for seed in seeds:
-                check_settings(
-                    table_of(config.folder, seed), lambda row: self.settings(config, row)
-                )
+                table = table_of(config.folder, seed)
+                check_settings(table, lambda row: self.settings(config, row))
             together = 1 if config.model else config.workers  # seeds; one model's are whole
             for first in range(0, len(seeds), together):
                 some = seeds[first : first + together]
-                self.run_seeds(
-                    config,
-                    [trial for trial in trials if trial.seed in some],
-                    f"seeds {', '.join(map(str, some))} of {len(seeds)}",
-                )
+                title = f"seeds {', '.join(map(str, some))} of {len(seeds)}"
+                self.run_seeds(config, [t for t in trials if t.seed in some], title)
 
     def run_seeds(self, config: Config, trials: Sequence[Trial], title: str) -> None:
         """Run the trials of some seeds whose rows are not there; pretrain their backbones before.
@@ -197,12 +193,11 @@ class Study:
 
     def job(self, config: Config, trial: Trial) -> Job:
         """The unit of work that run_all takes."""
-        made_with, arm = (
-            self.settings(config, dataclasses.asdict(trial)),
-            common.find_arm(trial.arm),
-        )
-        steps = made_with.get("steps")
-        if steps is None:
+        arm = common.find_arm(trial.arm)
+        made_with = self.settings(config, dataclasses.asdict(trial))
+        if "steps" in made_with:
+            steps = made_with["steps"]
+        else:
             an_epoch = math.ceil(made_with["train_rows"] / finetune.Recipe.batch_size)
             steps = arm.epochs_of(made_with["epochs"]) * an_epoch
         return Job(

@@ -58,11 +58,10 @@ from collapse.models.pretrained import (
     without_mask,
 )
 from collapse.report import comparisons
-from collapse.runs import jobs, publishing, sharing
+from collapse.runs import engine, publishing, sharing
 from collapse.runs.classifier import TextClassifier, base_model_of, settings_beside
-from collapse.runs.cluster import cluster_of
 from collapse.runs.folder import RunFolder
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.runs.tracking import load_tracker, tracked
 from collapse.training.checkpoints import load_weights
 from collapse.training.loop import History, StepSums, TrainingLoop, Validation
@@ -707,10 +706,11 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     )
     run = Run(experiment, dataclasses.replace(config), device, folder, settings)
     run.splits = splits
-    trainings = [run.training(arm, seed) for seed in dict.fromkeys(config.seeds) for arm in arms]
-    left = [training for training in trainings if not training.finished]
-    run.config.workers = jobs.how_many(config, device, len(left))
-    jobs.run_all(trainings, run, run.config.workers, cluster_of(config, device))
+    jobs = [run.job(arm, seed) for seed in dict.fromkeys(config.seeds) for arm in arms]
+    left = sum(not job.finished for job in jobs)
+    workers, cluster = engine.plan_workers(config, device, left)
+    run.share = engine.share_of_device(workers, cluster)
+    engine.run_all(jobs, run, workers, cluster)
     results = run.publish()  # a command that shares the folder may have ended before it could
     print(comparisons.summary_table(results), flush=True)
     if elsewhere := folder.trained_elsewhere():
@@ -748,6 +748,7 @@ class Run:
     device: torch.device
     folder: RunFolder
     settings: dict
+    share: float = 1.0  # of the device's free memory, for others run beside
 
     def __post_init__(self) -> None:
         self.commit = git_commit()  # now: the code may be edited while a long run goes on
@@ -759,20 +760,19 @@ class Run:
     def splits(self) -> tuple[Split, Split]:
         return encode_task(self.experiment, self.config)
 
-    def training(self, arm: Arm, seed: int) -> Training:
+    def job(self, arm: Arm, seed: int) -> Job:
         config = arm.config_in(self.config)
         steps = math.ceil(len(self.experiment.task.train) / config.batch_size)
-        return Training(
+        return Job(
             name=f"{arm.label} seed {seed}",
             folder=self.folder.training(arm.name, seed),
-            kind=arm.name,
-            cost=arm.cost,
-            evaluation_cost=arm.cost * EVALUATION_COST * len(self.experiment.task.validation),
             steps=config.epochs * steps,
+            cost=arm.cost,
             evaluations=1 + config.epochs,
+            evaluation_cost=arm.cost * EVALUATION_COST * len(self.experiment.task.validation),
         )
 
-    def __call__(self, training: Training, progress: Progress) -> None:
+    def __call__(self, job: Job, progress: Progress) -> None:
         """Train one model from start to metrics, and publish; nothing of it stays on the device."""
         gc.collect()  # the model before is gone; its memory is not, while a ring of references is
         set_threads(self.config.threads)
@@ -780,34 +780,34 @@ class Run:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
         self.folder.check()
-        name, _, seed = training.folder.name.rpartition("-seed")
+        name, _, seed = job.folder.name.rpartition("-seed")
         arm, seed = find_arm(name), int(seed)
         config = arm.config_in(self.config)
         torch.manual_seed(seed)
         train, validation = self.splits
         model = self.experiment.build_model(arm).to(self.device)
         trainer = make_trainer(model, train, config, arm)
-        announce(training.name, trainer, progress)
+        announce(job.name, trainer, progress, self.share)
         settings = {**self.folder.settings["config"], "arm": arm.name, "seed": seed}
         title = self.experiment.title()
-        with tracked(config.log_to, training.folder, training.name, title, settings) as track:
+        with tracked(config.log_to, job.folder, job.name, title, settings) as track:
             loop = TrainingLoop(
-                label=training.name,
+                label=job.name,
                 trainer=trainer,
                 validate=partial(validate, trainer, validation),
                 measure=Measuring(model, train, validation, WATCHED_ROWS),
                 config=config,
                 seed=seed,
-                folder=training.folder,
+                folder=job.folder,
                 progress=progress,
                 track=track,
             )
             history, evaluation = loop.run()
         metrics = self.metrics(trainer.model, history)
         if evaluation.engrams is not None:
-            metrics |= engram_analysis(trainer.model, evaluation, seed, training.folder)
+            metrics |= engram_analysis(trainer.model, evaluation, seed, job.folder)
         here = environment(self.device, self.commit)
-        write_json(training.folder / "metrics.json", {**metrics, **here})
+        write_json(job.folder / "metrics.json", {**metrics, **here})
         loop.checkpoint.unlink(missing_ok=True)
         self.publish()
 
@@ -842,15 +842,14 @@ class Run:
 
 
 WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
-EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a first guess
+EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a guess
 
 
-def announce(label: str, trainer: Trainer, progress: Progress) -> None:
+def announce(label: str, trainer: Trainer, progress: Progress, share: float) -> None:
     """Say what trains and what memory it expects; unpack what fits into its share."""
     model, lengths, config = trainer.model, trainer.split.lengths, trainer.config
     if plan := model.memory_plan:
-        if config.cluster == "none":  # there a job has memory of its own
-            plan.take_share(1 / (config.workers or 1))
+        plan.take_share(share)
         count = count_parameters(model)
         plan.unpack_what_fits(trainer.split, config.batch_size)
         trained = f"{count['trainable']:,} of {count['total']:,} parameters train"

@@ -48,13 +48,13 @@ class RunConfig:
     eval_limit: int | None = None
     # Where to compute; auto takes a GPU when there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Trainings side by side, each in a process of its own. Default: one for each core, at most one
-    # for each training; on a GPU one.
+    # Trainings side by side, each in a process of its own. Default: one for each core, or GPU, at
+    # most one for each training.
     workers: int | None = None
     # Threads of one training on the CPU. Part of the study: with more, sums differ in their last
     # digits.
     threads: int = 1
-    # Where trainings run: on this machine, or each as a job of a Slurm cluster that shares this
+    # Where trainings run: on this machine, or in so many jobs of a Slurm cluster that shares this
     # folder.
     cluster: Literal["none", "slurm"] = "none"
     # Longest time of a job on the cluster, in minutes; what that cuts short is queued again and

@@ -20,8 +20,8 @@ import tyro
 from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY
 from collapse.measures.statistics import format_interval, paired_difference
-from collapse.runs.jobs import run_all
-from collapse.runs.progress import Progress, Training
+from collapse.runs.engine import run_all
+from collapse.runs.progress import Job, Progress
 from collapse.training import pretraining
 from collapse.utils.device import set_threads
 from collapse.utils.errors import run_script
@@ -80,17 +80,17 @@ def run_missing(config: Config) -> None:
     cells = {cell.name: cell for cell in itertools.starmap(Cell, product)}
     commit = git_commit()
 
-    def place_of(training: Training) -> tuple[Path, str]:
-        return config.table, training.name
+    def place_of(job: Job) -> tuple[Path, str]:
+        return config.table, job.name
 
-    missing = without_rows((training_of(config, cell) for cell in cells.values()), place_of, "name")
-    seeds = list(dict.fromkeys(cells[training.name].seed for training in missing))
+    missing = without_rows((job_of(config, cell) for cell in cells.values()), place_of, "name")
+    seeds = list(dict.fromkeys(cells[job.name].seed for job in missing))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))
 
-    def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
+    def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
         set_threads(1)  # sums of more threads differ in their last digits
-        cell = cells[training.name]
+        cell = cells[job.name]
         row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
         progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
         return [row]
@@ -98,15 +98,13 @@ def run_missing(config: Config) -> None:
     run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
 
 
-def training_of(config: Config, cell: Cell) -> Training:
-    return Training(
+def job_of(config: Config, cell: Cell) -> Job:
+    return Job(
         name=cell.name,
         folder=config.output_dir / "state" / cell.name.replace(", ", "-"),
-        kind=cell.dataset,
-        cost=1.0,
-        evaluation_cost=30.0,
         steps=DATASETS[cell.dataset][1],
         evaluations=1,
+        evaluation_cost=30.0,
     )
 
 

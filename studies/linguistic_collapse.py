@@ -25,8 +25,8 @@ from collapse.measures.statistics import paired_difference
 from collapse.measures.tokens_as_classes import token_collapse_metrics
 from collapse.measures.verdicts import holm
 from collapse.report.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
-from collapse.runs.jobs import run_all
-from collapse.runs.progress import Progress, Training
+from collapse.runs.engine import run_all
+from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, states_and_targets
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
@@ -103,18 +103,18 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
     table, state = config.output_dir / "models.csv", config.output_dir / "state"
     train_one = pretrain.trainer(recipes, config.corpus, config.models_dir)
     models = {
-        pretrain.folder_name(recipe, config.corpus): pretrain.training_of(
+        pretrain.folder_name(recipe, config.corpus): pretrain.job_of(
             recipe, config.corpus, config.models_dir
         )
         for recipe in recipes
     }
 
-    def place_of(training: Training) -> tuple[Path, str]:
-        return table, training.name
+    def place_of(job: Job) -> tuple[Path, str]:
+        return table, job.name
 
-    def rows_of(training: Training, progress: Progress) -> list[dict[str, Any]]:
+    def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
         set_threads(1)  # two workers would wait for each other in numpy
-        model = models[training.name]
+        model = models[job.name]
         with locked(model.folder):  # other studies train backbones there
             if not model.finished:
                 train_one(model, progress)
@@ -123,8 +123,8 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         row |= measure(model.folder, config)
         return [row | {"measuring_seconds": round(time.monotonic() - started, 1)}]
 
-    trainings = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
-    missing = without_rows(trainings, place_of, "name")
+    jobs = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
+    missing = without_rows(jobs, place_of, "name")
     run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
 
 

@@ -5,8 +5,6 @@
 A third of the kills is of commands with two workers: of the whole process group, of the parent
 alone, or of one worker alone. Half of the runs write a checkpoint after every step. Exit code 1
 when a file that a run leaves differs, but for times, from that of a run that nothing disturbed.
-The workers of every fourth run with two are started as experiment.py starts them, which imports
-everything anew; those of the others are forked, so that many kills are a matter of minutes.
 """
 
 import argparse
@@ -31,20 +29,28 @@ from conftest import TINY, without_times, write_tiny_sst2
 from collapse.utils.files import read_tensors
 
 STUDY = "--models 1 3 kl shared-scale --seeds 1 2"
-# The script that is killed: experiment.py, in its workers too, with some settings changed.
+# The script that is killed: experiment.py, with some settings changed, in its workers too.
 SCRIPT = """
-import multiprocessing
 import experiment
-from collapse.training import loop
 from collapse.report import plots
+from collapse.runs import engine
+from collapse.training import loop
 from collapse.utils.errors import run_script
-loop.CHECKPOINT_SECONDS = {seconds}
-if not {with_plots}:  # they take longer than such trainings
-    plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None
+
+def change():
+    loop.CHECKPOINT_SECONDS = {seconds}
+    if not {with_plots}:  # they take longer than such trainings
+        plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None
+
+def run_all(jobs, run_job, workers, cluster):
+    def run_changed(job, progress):
+        change()
+        run_job(job, progress)
+    inside(jobs, run_changed, workers, cluster)
+
 if __name__ == "__main__":
-    if {forked}:
-        forking = multiprocessing.get_context("fork")
-        multiprocessing.get_context = lambda method: forking
+    change()
+    inside, engine.run_all = engine.run_all, run_all
     run_script(experiment.main)
 """
 WHOM = ("the group", "the parent", "a worker", "a worker")  # a command outlives the last kind
@@ -100,11 +106,7 @@ class Command:
 
     def workers(self) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
-            return [
-                child
-                for child in psutil.Process(self.pid).children()
-                if "resource_tracker" not in " ".join(child.cmdline())
-            ]
+            return psutil.Process(self.pid).children()
         return []
 
     def kill(self, whom: str, rng: random.Random) -> bool:
@@ -232,10 +234,9 @@ def main() -> None:
         data.mkdir()
         line = f"--data-dir {write_tiny_sst2(data)} {TINY} {STUDY} --output-dir"
 
-        def script(seconds: float, with_plots: bool = False, forked: bool = False) -> Path:
-            file = scratch / f"script-{seconds:.0f}-{with_plots}-{forked}.py"
-            values = {"seconds": seconds, "with_plots": with_plots, "forked": forked}
-            file.write_text(SCRIPT.format(**values))
+        def script(seconds: float, with_plots: bool = False) -> Path:
+            file = scratch / f"script-{seconds:.0f}-{with_plots}.py"
+            file.write_text(SCRIPT.format(seconds=seconds, with_plots=with_plots))
             return file
 
         whole = Command(script(600.0), f"{line} {scratch / 'whole'}", scratch / "whole.log")
@@ -252,14 +253,13 @@ def main() -> None:
             workers = 2 if by_workers[2] < kills / 3 else 1
             seconds = (-1.0, 600.0)[runs % 2]
             with_plots = workers == 1 and rng.random() < 0.2
-            forked = workers == 2 and runs % 4 > 0
             folder, log = scratch / f"run-{runs}", scratch / f"run-{runs}.log"
             own = f"{line} {folder} --workers {workers}"
             often = "after every step" if seconds < 0 else "after every epoch"
             shown = f"run {runs}: {workers} workers, a checkpoint {often}"
-            shown += ", with plots" * with_plots + ", forked" * forked
+            shown += ", with plots" * with_plots
             print(shown, flush=True)
-            start = partial(Command, script(seconds, with_plots, forked), own, log)
+            start = partial(Command, script(seconds, with_plots), own, log)
             most = min(MOST_KILLS, kills - count)
             if workers == 2:
                 most = min(most, -(-kills // 3) - by_workers[2])

@@ -2,7 +2,7 @@
 # Run commands with a Slurm cluster of one node, this machine, around them; the cluster ends with them.
 # Needs Debian and root; installs Slurm where it is missing.
 #   tests/slurm.sh .venv/bin/python experiment.py --cluster slurm --device cpu --seeds 0 1
-#   tests/slurm.sh .venv/bin/python -m pytest tests/test_jobs.py
+#   tests/slurm.sh .venv/bin/python -m pytest tests/test_engine.py -k slurm
 set -euo pipefail
 
 [ "$(id -u)" = 0 ] || { echo "error: tests/slurm.sh must run as root" >&2; exit 2; }
@@ -21,7 +21,6 @@ scratch=$(mktemp -d) host=$(hostname -s) own_munge=""
 export SLURM_CONF=$scratch/slurm.conf
 
 stop() {
-    scancel --signal=USR1 --user root 2>/dev/null || true
     scancel --user root 2>/dev/null || true
     for _ in $(seq 40); do # a job's last process outlives its result a little
         [ -n "$(squeue --noheader 2>/dev/null)" ] || break

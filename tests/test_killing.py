@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import TINY, fails, without_times
 
-from collapse.runs import jobs
+from collapse.runs.engine import Worker
 from collapse.utils.files import ROOT
 
 LONG = "--models 3 1 --epochs 60"  # long enough to be killed in its middle
@@ -38,8 +38,7 @@ def results_of(folder) -> dict:
 
 
 def workers_of(command: subprocess.Popen) -> list[psutil.Process]:
-    children = psutil.Process(command.pid).children()
-    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    return psutil.Process(command.pid).children()
 
 
 def wait_for(files, count: int, command: subprocess.Popen) -> None:
@@ -154,15 +153,16 @@ def test_a_command_does_not_go_on_in_a_folder_that_another_study_has_taken(
     run, capsys, tmp_path, monkeypatch
 ):
     """--fresh came while the first command was between two trainings, where it holds no lock."""
-    settle, taken = jobs.Queue.settle, []
+    attempt, taken = Worker.attempt, []
 
     def take_over(*arguments):
-        settle(*arguments)
+        done = attempt(*arguments)
         if not taken:
             taken.append(True)
             run("--models 2 --lm-weight 0.25 --fresh")
+        return done
 
-    monkeypatch.setattr(jobs.Queue, "settle", take_over)
+    monkeypatch.setattr(Worker, "attempt", take_over)
     error = fails(run, capsys, "--models 1 2")
     assert "lm_weight is 0.25 there and 0.5 here" in error and "--output-dir" in error
     assert list(results_of(tmp_path / "out")["models"]) == ["model2"]

@@ -111,7 +111,7 @@ def test_what_experiment_4_measures_depends_on_the_models_and_not_on_plots_or_jo
         ("collapse/report/plots.py", "CLASS_COLORS"),
         ("collapse/report/rank_plots.py", "plot_layers"),
         ("collapse/report/records.py", "table"),
-        ("collapse/runs/jobs.py", "run_all"),
+        ("collapse/runs/engine.py", "run_all"),
         ("common.py", "Trainer"),
         ("collapse/report/comparisons.py", "summary_table"),
     ):

@@ -12,16 +12,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY, fails, start_script, without_times
 from test_labelled_text import FORMATS, write_table
 
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse.config import RunConfig
 from collapse.report import plots, rank_plots
-from collapse.runs.jobs import how_many
 from collapse.utils.files import ROOT, read_json
 from common import load_classifier
 
@@ -58,15 +55,6 @@ def test_a_path_that_is_no_utf_8_is_refused_before_a_training(option, tmp_path, 
     line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} {TINY} {option}"
     assert "is no UTF-8: rename it" in fails(start_script, capsys, experiment, f"{line}={path}")
     assert not (tmp_path / "out").exists()
-
-
-def test_workers_are_counted_where_the_system_knows_no_affinity(monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    config, device = RunConfig(threads=2), torch.device("cpu")
-    assert [how_many(config, device, trainings) for trainings in (0, 2, 9)] == [1, 2, 3]
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert how_many(config, device, 9) == 1
 
 
 @pytest.fixture

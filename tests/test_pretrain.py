@@ -19,7 +19,7 @@ from collapse.data.corpus import Corpus, check_no_row_inside, rows_inside, to_bl
 from collapse.data.sst2 import load_sst2_by_sentence
 from collapse.data.text import corpus_text
 from collapse.models.ngram import KneserNeyBigram
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.training import pretraining
 from collapse.training.pretraining import Recipe, build, loss_sum, validation_loss
 from collapse.utils.errors import UserError
@@ -189,7 +189,7 @@ def train_model(tmp_path):
     def train(name, recipe=SMALL, stop_after=None):
         folder, done = tmp_path / name, []
         folder.mkdir(exist_ok=True)
-        progress = Progress(Training(name, folder, "", 1, 1, 16, 1), lambda *_: None)
+        progress = Progress(Job(name, folder, 16), lambda *_: None)
 
         def step():
             done.append(1)

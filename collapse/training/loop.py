@@ -158,7 +158,7 @@ class TrainingLoop:
 
     def begin(self) -> History:
         self.log.unlink(missing_ok=True)
-        history = History(initial=self.timed_validation().record)
+        history = History(initial=self.reported_validation().record)
         self.write({"step": 0, "epoch": 0, "validation": history.initial})
         if self.config.measure_every:
             self.log_measures(history, {"step": 0, "epoch": 0})
@@ -226,7 +226,7 @@ class TrainingLoop:
     def end_epoch(self) -> Validation:
         """Validate, append the epoch's records, keep the weights if they are the best so far."""
         history = self.history
-        validation = self.timed_validation()
+        validation = self.reported_validation()
         train = self.trainer.record(history.sums)
         for name, rows in validation.correct.items():
             history.correct.setdefault(name, []).append(rows)
@@ -241,10 +241,9 @@ class TrainingLoop:
         self.progress.say(epoch_line(self.label, history, self.config.epochs), time_left=True)
         return validation
 
-    def timed_validation(self) -> Validation:
-        started = time.monotonic()
+    def reported_validation(self) -> Validation:
         validation = self.validate()
-        self.progress.evaluation(time.monotonic() - started)
+        self.progress.evaluation()
         return validation
 
 

@@ -8,7 +8,6 @@ where it was stopped.
 
 import dataclasses
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,8 @@ from collapse.data.corpus import VOCABULARY, check_no_row_inside, load_corpus, t
 from collapse.data.registry import LOADERS
 from collapse.models.ngram import KneserNeyBigram
 from collapse.models.weights import read_causal_lm
-from collapse.runs.jobs import run_all
-from collapse.runs.progress import Progress, Training
+from collapse.runs.engine import run_all
+from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
@@ -84,30 +83,28 @@ def backbones(
     one thread of one kind of machine they are the same bit for bit.
     """
     recipes = [fixed_size(seed, corpus) for seed in seeds]
-    trainings = [training_of(recipe, corpus, models_dir) for recipe in recipes]
-    for training, recipe in zip(trainings, recipes, strict=True):
-        if training.finished:
-            check_recipe(training.folder / "recipe.json", recipe)
-    left = [training for training in trainings if not training.finished]
-    run_all(left, trainer(recipes, corpus, models_dir), max(1, min(workers, len(left))))
-    return [training.folder for training in trainings]
+    jobs = [job_of(recipe, corpus, models_dir) for recipe in recipes]
+    for job, recipe in zip(jobs, recipes, strict=True):
+        if job.finished:
+            check_recipe(job.folder / "recipe.json", recipe)
+    run_all(jobs, trainer(recipes, corpus, models_dir), workers)
+    return [job.folder for job in jobs]
 
 
 def folder_name(recipe: Recipe, corpus: str) -> str:
     return f"{corpus}-{recipe.name()}"
 
 
-def training_of(recipe: Recipe, corpus: CorpusName, models_dir: Path) -> Training:
+def job_of(recipe: Recipe, corpus: CorpusName, models_dir: Path) -> Job:
     """The unit of work that run_all takes."""
     _, blocks, _ = tokens_of(corpus, models_dir)
-    return Training(
+    return Job(
         name=folder_name(recipe, corpus),
         folder=models_dir / folder_name(recipe, corpus),
-        kind=f"w{recipe.width} l{recipe.layers}",
-        cost=step_cost(recipe, VOCABULARY),
-        evaluation_cost=step_cost(recipe, VOCABULARY) * 10,
         steps=recipe.steps(len(blocks)),
+        cost=step_cost(recipe, VOCABULARY),
         evaluations=1,
+        evaluation_cost=step_cost(recipe, VOCABULARY) * 10,
     )
 
 
@@ -120,19 +117,18 @@ def trainer(
     """What run_all calls: pretrain, evaluate, put the model's row into the table, write metrics."""
     by_name = {folder_name(recipe, corpus): recipe for recipe in recipes}
 
-    def train(training: Training, progress: Progress) -> None:
+    def train(job: Job, progress: Progress) -> None:
         set_threads(1)  # sums of more threads differ in their last digits
-        recipe = by_name[training.name]
+        recipe = by_name[job.name]
         tokenizer, blocks, validation = tokens_of(corpus, models_dir)
-        record = pretrain(recipe, blocks, VOCABULARY, tokenizer, training.folder, progress)
-        started = time.monotonic()
-        row = model_row(training.name, recipe, record, training.folder, blocks, validation)
-        progress.evaluation(time.monotonic() - started)
+        record = pretrain(recipe, blocks, VOCABULARY, tokenizer, job.folder, progress)
+        row = model_row(job.name, recipe, record, job.folder, blocks, validation)
+        progress.evaluation()
         if results:
             put_row(results, row, "name")
-        write_json(training.folder / "metrics.json", row)
+        write_json(job.folder / "metrics.json", row)
         progress.say(
-            f"{training.name}: {row['validation_loss']:.3f} nats, bigram {row['bigram_loss']:.3f}",
+            f"{job.name}: {row['validation_loss']:.3f} nats, bigram {row['bigram_loss']:.3f}",
             time_left=True,
         )
 
@@ -219,7 +215,7 @@ def main() -> None:
     recipe = Recipe(**{name: getattr(config, name) for name in names})
     recipes = [dataclasses.replace(recipe, seed=seed) for seed in config.seeds]
     run_all(
-        [training_of(recipe, config.corpus, config.models_dir) for recipe in recipes],
+        [job_of(recipe, config.corpus, config.models_dir) for recipe in recipes],
         trainer(recipes, config.corpus, config.models_dir, config.results),
         config.workers,
     )

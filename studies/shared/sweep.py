@@ -21,8 +21,8 @@ import common
 from collapse.config import check_bounds
 from collapse.measures.statistics import t_interval
 from collapse.measures.verdicts import verdict
-from collapse.runs.jobs import run_all
-from collapse.runs.progress import Progress, Training
+from collapse.runs.engine import run_all
+from collapse.runs.progress import Job, Progress
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, write_json
@@ -165,10 +165,10 @@ class Study:
         commit = git_commit()
         by_job = {self.job(config, trial): trial for trial in trials}
 
-        def place_of(job: Training) -> tuple[Path, str]:
+        def place_of(job: Job) -> tuple[Path, str]:
             return table_of(config.folder, by_job[job].seed), by_job[job].name
 
-        def rows_of(job: Training, progress: Progress) -> list[Row]:
+        def rows_of(job: Job, progress: Progress) -> list[Row]:
             set_threads(1)  # sums of more threads differ in their last digits
             trial = by_job[job]
             fields = dataclasses.asdict(trial)
@@ -191,7 +191,7 @@ class Study:
             check_weights(table_of(config.folder, seed), model_of(config, seed))
         run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
 
-    def job(self, config: Config, trial: Trial) -> Training:
+    def job(self, config: Config, trial: Trial) -> Job:
         """The unit of work that run_all takes."""
         arm = common.find_arm(trial.arm)
         made_with = self.settings(config, dataclasses.asdict(trial))
@@ -200,10 +200,9 @@ class Study:
         else:
             an_epoch = math.ceil(made_with["train_rows"] / finetune.Recipe.batch_size)
             steps = arm.epochs_of(made_with["epochs"]) * an_epoch
-        return Training(
+        return Job(
             name=f"seed {trial.seed}, {trial.name}",
             folder=config.folder / "state" / f"{trial.seed}-{trial.name.replace(', ', '-')}",
-            kind=trial.name,
             cost=arm.cost,
             evaluation_cost=self.evaluation_cost,
             steps=steps,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from collapse.runs.progress import Progress, Training
+from collapse.runs.progress import Job, Progress
 from collapse.utils.errors import UserError
 from collapse.utils.files import locked, write_file, write_json
 
@@ -49,35 +49,35 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
 
 
 def without_rows(
-    trainings: Iterable[Training], place_of: Callable[[Training], tuple[Path, str]], key: str
-) -> list[Training]:
-    """Those trainings that have no row in their table, to be done, or to be done again.
+    jobs: Iterable[Job], place_of: Callable[[Job], tuple[Path, str]], key: str
+) -> list[Job]:
+    """Those jobs that have no row in their table, to be done, or to be done again.
 
-    place_of(training) gives its table and the value that its rows have for `key`. Tables outlive
-    the folders of trainings: that one there was finished does not count.
+    place_of(job) gives its table and the value that its rows have for `key`. Tables outlive the
+    folders of jobs: that one there was finished does not count.
     """
     there: dict[Path, set[str]] = {}
     missing = []
-    for training in trainings:
-        table, value = place_of(training)
+    for job in jobs:
+        table, value = place_of(job)
         if table not in there:
             there[table] = {row[key] for row in read_rows(table)}
         if value not in there[table]:
-            (training.folder / "metrics.json").unlink(missing_ok=True)
-            missing.append(training)
+            (job.folder / "metrics.json").unlink(missing_ok=True)
+            missing.append(job)
     return missing
 
 
 def into_table(
-    rows_of: Callable[[Training, Progress], Sequence[Mapping[str, Any]]],
-    place_of: Callable[[Training], tuple[Path, str]],
+    rows_of: Callable[[Job, Progress], Sequence[Mapping[str, Any]]],
+    place_of: Callable[[Job], tuple[Path, str]],
     key: str,
-) -> Callable[[Training, Progress], None]:
-    """What run_all calls: make a training's rows, put them into its table, and finish it."""
+) -> Callable[[Job, Progress], None]:
+    """What run_all calls: make a job's rows, put them into its table, and finish it."""
 
-    def train(training: Training, progress: Progress) -> None:
-        rows = rows_of(training, progress)
-        put_rows(place_of(training)[0], rows, key)
-        write_json(training.folder / "metrics.json", rows[-1])
+    def train(job: Job, progress: Progress) -> None:
+        rows = rows_of(job, progress)
+        put_rows(place_of(job)[0], rows, key)
+        write_json(job.folder / "metrics.json", rows[-1])
 
     return train

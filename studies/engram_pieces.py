@@ -11,6 +11,7 @@ same command goes on where it was stopped.
 """
 
 import functools
+import importlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -278,4 +279,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    # By its name, not as __main__: workers find cached functions by the name of their module.
+    run_script(importlib.import_module("studies.engram_pieces").main)

@@ -9,6 +9,7 @@ and a figure. The same command goes on where it was stopped.
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -468,4 +469,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    # By its name, not as __main__: workers find cached functions by the name of their module.
+    run_script(importlib.import_module("studies.engram_salience").main)

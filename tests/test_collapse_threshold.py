@@ -368,6 +368,7 @@ def test_a_model_that_is_not_there_is_one_sentence_and_a_summary_needs_none(
         raise UserError(f"{name} is not there")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the GPU is no reason then
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 9))
     monkeypatch.setattr(study, "load_tokenizer", load)
     options = f"--model {common.DEFAULT_MODEL} --seeds 0 --output-dir {tmp_path}"
     assert fails(start_script, capsys, study, options).count("is not there") == 1

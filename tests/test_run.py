@@ -33,7 +33,7 @@ from collapse.training.optimizer import learning_rate_at
 from collapse.utils import files
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, read_tensors, write_file
-from studies import gpu_check, hours, throughput
+from studies import hours, throughput
 
 
 def contents(folder):
@@ -498,7 +498,6 @@ def test_saved_weights_load_to_the_models_that_were_evaluated(run, tmp_path, dat
         experiment_agnews_7b,
         effective_rank_analysis,
         throughput,
-        gpu_check,
         hours,
     ],
 )

@@ -156,7 +156,7 @@ def table_by_others(folder: Path) -> str:
                 cells += [f"{100 * run['final']['accuracy']:.2f}"]
                 rows.append([name, run["hardware"]["device"], *cells])
     if not rows:
-        return "*None yet.*"
+        return ""
     header = ["run", "card", "data", "hours", "peak, GiB", "final accuracy, %"]
     return markdown(header, rows)
 
@@ -178,8 +178,11 @@ def add_speed(page: Page) -> None:
     page.table("throughput", caption, table_throughput(measured))
     caption = "The 7B experiments: hours of a training, by card."
     page.table("paper", caption, table_paper(paper_hours()))
-    caption = "7B runs on other people's cards (`results_7b/by-others/`), not checked by us."
-    page.table("by others", caption, table_by_others(ROOT / "results_7b/by-others"))
+    if runs := table_by_others(ROOT / "results_7b/by-others"):
+        caption = "7B runs on other people's cards (`results_7b/by-others/`), not checked by us."
+        page.table("by others", caption, runs)
+    else:
+        page.text("Nobody has sent a 7B run on a card of their own yet (`results_7b/by-others/`).")
 
 
 def table_reference_accuracy() -> str:

@@ -64,7 +64,7 @@ WITH_LM = (evenly(-3.5, -2, 0.5), (-1.5, *evenly(-1.25, -0.75)))
 # In the order of the protocol: P6, P7, then what is exploratory.
 PARTS = {
     "model1": Part(*NEWS, "1", 8, evenly(-4.25, -2.25), (-2.0, -1.75)),
-    "model2": Part(*NEWS, "2", 5, *WITH_LM),
+    "model2": Part(*NEWS, "2", 8, *WITH_LM),
     "kl": Part(*NEWS, "kl", 3, *WITH_LM),
     "2,000 rows": Part("AG News", 2_000, 32, "1", 3, evenly(-3.5, -2.5)),
     "SST-2": Part("SST-2 by sentence", 35_074, 64, "1", 5, evenly(-3.75, -2.5)),

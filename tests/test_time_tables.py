@@ -59,7 +59,7 @@ def test_an_estimate_that_bounds_nothing_rejects_nothing():
 
 def test_an_endpoint_without_any_slope_has_its_row(published, monkeypatch):
     results = dict(own_models.results_of(own_models.TIME))
-    slopes = dict.fromkeys(range(200, 205), -0.8)
+    slopes = dict.fromkeys(range(200, 208), -0.8)
     nowhere = dict.fromkeys(slopes, (-math.inf, math.inf))
     results["P7"] = own_models.collapse_time.p7(own_models.TIME, slopes, nowhere)
     write_json(own_models.TIME.folder / "results.json", results)

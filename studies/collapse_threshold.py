@@ -11,7 +11,7 @@ figure. The same command goes on where it was stopped.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,9 @@ OTHER_BOUNDS = (0.1, 0.5)  # to see what P2 would be with another
 FIRST_JUDGED = 25  # steps: a low share before it, in the warm-up's wake, is no collapse of P8
 SEEDS_OF_A_MODEL = 5  # of P8
 MEASUREMENTS = 4  # along the way
+# Base-10 logarithms of learning rates
+RATES = tuple(-3.25 + k / 4 for k in range(8))
+RATES_OF_A_MODEL = tuple(round(math.log10(2e-4 * 2**k), 5) for k in range(6))
 
 
 @dataclass
@@ -70,11 +73,18 @@ class Config(sweep.Config):
     # Models and controls, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
     # Base-10 logarithms of the learning rates, in order; without --model equally far apart.
-    rates: tuple[float, ...] = tuple(-3.25 + k / 4 for k in range(8))
+    # Default: quarter decades from -3.25 to -1.5; with --model 2e-4 and five doublings of it.
+    rates: tuple[float, ...] = ()
+    # With --model: run only the rates that a threshold is found with, two or three of six.
+    bracket: bool = False
     # Optimizer steps of a training: ten of warm-up, then a constant rate.
     steps: int = 200
     # Folder for results, in it one for each --model or corpus.
     output_dir: Path = ROOT / "studies" / "results" / "collapse_threshold"
+
+    def __post_init__(self) -> None:
+        if not self.rates:
+            self.rates = RATES_OF_A_MODEL if self.model else RATES
 
     @property
     def folder(self) -> Path:
@@ -105,10 +115,33 @@ class Trial:
         return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
 
 
-def trials(config: Config) -> list[list[Trial]]:
+def trials(config: Config) -> Iterator[list[Trial]]:
     arms = [common.find_arm(name).name for name in config.arms]
-    product = itertools.product(config.seeds, config.datasets, arms, config.rates)
-    return [list(itertools.starmap(Trial, product))]
+    places = list(itertools.product(config.seeds, config.datasets, arms))
+    if not config.bracket:
+        yield [Trial(*place, rate) for place in places for rate in config.rates]
+        return
+    for seed in config.seeds:
+        here = [place for place in places if place[0] == seed]
+        while missing := [trial for place in here for trial in next_of_bracket(config, *place)]:
+            yield missing
+
+
+def next_of_bracket(config: Config, seed: int, dataset: str, arm: str) -> list[Trial]:
+    """The trial that a seed's threshold needs next; none where two neighbouring rates hold it.
+
+    The first seed of an arm is bisected. The next ones try what lies nearest to the mean threshold
+    of those before, and go on from there.
+    """
+    runs = [run for run in read_runs(config.folder) if run.trial.dataset == dataset]
+    thresholds = thresholds_by_components(runs, config.rates).get(arm, {})
+    known = Threshold.of(kept_by_rate(runs).get(arm, {}).get(seed, {}))
+    between = [rate for rate in config.rates if known.low < rate < known.high]
+    if not between:
+        return []
+    before = [found.value for number, found in thresholds.items() if number < seed]
+    aim = float(np.mean(before)) if before else (between[0] + between[-1]) / 2
+    return [Trial(seed, dataset, arm, min(between, key=lambda rate: abs(rate - aim)))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +443,10 @@ def summary(config: Config) -> dict[str, Any]:
     }
     if config.model and any(starts_on_few_rows(run) for run in runs):
         results["by_components"] = {
-            dataset: by_components([run for run in runs if run.trial.dataset == dataset])
+            dataset: by_components(
+                [run for run in runs if run.trial.dataset == dataset],
+                sorted({*config.rates, *rates_of(outcomes, dataset)}),
+            )
             for dataset in datasets
         }
     return results
@@ -421,25 +457,44 @@ def starts_on_few_rows(run: Run) -> bool:
     return sum(record["step"] == 0 for record in run.path) > 1
 
 
-def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
+def kept_by_rate(runs: list[Run], bound: float = KEPT) -> dict[str, dict[int, dict[float, bool]]]:
+    """Arm -> seed -> base-10 logarithm of the rate -> whether its run never fell; one data set."""
+    found: dict[str, dict[int, dict[float, bool]]] = {}
+    for run in runs:
+        by_rate = found.setdefault(run.trial.arm, {}).setdefault(run.trial.seed, {})
+        by_rate[run.trial.rate] = run.fell_at(bound) is None
+    return found
+
+
+def thresholds_by_components(
+    runs: list[Run], rates: Sequence[float], bound: float = KEPT
+) -> dict[str, dict[int, Threshold]]:
+    """Arm -> seed -> threshold, where no rate of the grid lies untried between its two ends."""
+    found: dict[str, dict[int, Threshold]] = {}
+    for arm, by_seed in kept_by_rate(runs, bound).items():
+        found[arm] = {}
+        for seed, kept in sorted(by_seed.items()):
+            threshold = Threshold.of(kept)
+            if not any(threshold.low < rate < threshold.high for rate in rates):
+                found[arm][seed] = threshold
+    return found
+
+
+def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) -> dict[str, Any]:
     """P8's reading of one data set: thresholds by components alone, at any measurement.
+
+    rates: the grid, base-10 logarithms in order; a threshold needs runs at its neighbours alone.
 
     `arms`: arm -> seed -> its threshold after the last step; `runs`: arm -> rate -> how many ran,
     fell, came back, and after which step each fell first; `shift`: Model 2's threshold less Model
     1's, with the verdict that P8's rule gives it, see threshold_shift.
     """
-    thresholds: dict[str, dict[int, Threshold]] = {}
+    thresholds = thresholds_by_components(runs, rates, bound)
     counts: dict[str, dict[str, Any]] = {}
     for arm in sweep.arms_of(runs):
         here = [run for run in runs if run.trial.arm == arm]
-        rates = sorted({run.trial.rate for run in here})
-        kept: dict[int, dict[float, bool]] = {}
-        for run in here:
-            kept.setdefault(run.trial.seed, {})[run.trial.rate] = run.fell_at(bound) is None
-        whole = {seed: by for seed, by in kept.items() if sorted(by) == rates}
-        thresholds[arm] = {seed: Threshold.of(by) for seed, by in sorted(whole.items())}
         counts[arm] = {}
-        for rate in rates:
+        for rate in sorted({run.trial.rate for run in here}):
             at = [run for run in here if run.trial.rate == rate]
             steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
             counts[arm][f"{rate:g}"] = {
@@ -456,7 +511,6 @@ def by_components(runs: list[Run], bound: float = KEPT) -> dict[str, Any]:
         for arm, by_seed in thresholds.items()
     }
     sides = thresholds.get("model1", {}), thresholds.get("model2", {})
-    rates = sorted({run.trial.rate for run in runs if run.trial.arm in ("model1", "model2")})
     step = max(np.diff(rates), default=0.0)
     shift = threshold_shift(*sides, float(step))
     done = shift["n"] >= SEEDS_OF_A_MODEL
@@ -598,6 +652,8 @@ def text(results: dict[str, Any]) -> str:
 
 
 def check(config: Config) -> None:
+    if config.bracket and not (config.model and config.measure_at):
+        raise UserError("--bracket needs --model, whose thresholds it finds, and --measure-at.")
     if config.model:
         if list(config.rates) != sorted(set(config.rates)):
             raise UserError("--rates are base-10 logarithms in order.")

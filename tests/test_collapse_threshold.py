@@ -15,6 +15,7 @@ from conftest import fails, start_script
 
 import common
 from collapse.measures.statistics import sign_flip_p
+from collapse.measures.thresholds import Threshold
 from collapse.training import monitor
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
@@ -139,7 +140,10 @@ def test_a_fall_counts_from_step_25_on_and_at_as_many_rows_as_the_start(shares, 
     assert (run.fell_at(), run.came_back()) == (fell, back)
 
 
-def planted(thresholds, rates=(-3.7, -3.4, -3.1, -2.8)):
+GRID = (-3.7, -3.4, -3.1, -2.8)
+
+
+def planted(thresholds, rates=GRID):
     """Runs of (arm, seed) -> rate from which on they fall."""
     return [
         measured_run([1.0, 1.0, 0.1 if rate >= at else 0.9, 0.1 if rate >= at else 0.9], a, rate, s)
@@ -150,7 +154,7 @@ def planted(thresholds, rates=(-3.7, -3.4, -3.1, -2.8)):
 
 def test_thresholds_by_components_and_their_shift():
     at = {("model1", 0): -3.4, ("model1", 1): -3.1, ("model2", 0): -2.8, ("model2", 1): -2.8}
-    found = study.by_components(planted(at))
+    found = study.by_components(planted(at), GRID)
     values = {arm: [t["value"] for t in by.values()] for arm, by in found["arms"].items()}
     assert values["model1"] == pytest.approx([-3.55, -3.25])
     assert values["model2"] == pytest.approx([-2.95, -2.95])
@@ -159,16 +163,43 @@ def test_thresholds_by_components_and_their_shift():
     assert "not all planned seeds ran" in found["shift"]["text"]
 
 
+def test_a_threshold_needs_its_two_neighbours_alone():
+    at = {("model1", 0): -3.4, ("model1", 1): -3.1}
+    found = study.thresholds_by_components(planted(at, (-3.7, -3.4)), GRID)["model1"]
+    assert found == {0: Threshold(-3.7, -3.4)}  # the other: kept up to -3.4, and -3.1 untried
+
+
+@pytest.mark.parametrize("at", [[-3.7] * 3, [-3.1] * 3, [0.0] * 3, [-3.4, -2.8, -3.7]])
+def test_a_bracket_is_found_with_few_runs_and_is_what_all_would_give(monkeypatch, at):
+    runs, tried = [], []
+    monkeypatch.setattr(study, "read_runs", lambda folder: runs)
+    asked = {"model": "any", "bracket": True, "rates": GRID, "datasets": ("AG News",)}
+    config = study.Config(**asked, seeds=(0, 1, 2), arms=("1",))
+    for batch in study.trials(config):
+        tried.append([trial.seed for trial in batch])
+        for trial in batch:
+            fallen = 0.1 if trial.rate >= at[trial.seed] else 0.9
+            path = [1.0, 1.0, fallen, fallen]
+            runs.append(measured_run(path, trial.arm, trial.rate, trial.seed))
+    every_rate = planted({("model1", seed): rate for seed, rate in enumerate(at)})
+    found, whole = (study.thresholds_by_components(r, GRID) for r in (runs, every_rate))
+    assert found == whole and len(found["model1"]) == 3
+    assert len(runs) < len(every_rate) and tried == sorted(tried)
+    assert max(sum(run.trial.seed == seed for run in runs) for seed in (1, 2)) <= 4
+    if at == [-3.1] * 3:
+        assert len(runs) == 6
+
+
 def test_what_is_kept_at_every_rate_bounds_the_shift_and_a_base_that_is_decides_nothing():
     shifted = {("model1", seed): -3.1 for seed in range(5)}
     shifted |= {("model2", seed): 0.0 for seed in range(5)}
-    found = study.by_components(planted(shifted))["shift"]
+    found = study.by_components(planted(shifted), GRID)["shift"]
     assert found["lower_bound"] and found["verdict"] == "supported"
     assert found["mean"] == pytest.approx(-2.8 + 3.25) and "a lower bound" in found["text"]
     reversed_arms = {
         ("model1" if arm == "model2" else "model2", s): r for (arm, s), r in shifted.items()
     }
-    found = study.by_components(planted(reversed_arms))["shift"]
+    found = study.by_components(planted(reversed_arms), GRID)["shift"]
     assert found["verdict"] == "not decided" and "no interval" in found["text"]
 
 

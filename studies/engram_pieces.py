@@ -12,8 +12,6 @@ same command goes on where it was stopped.
 
 import functools
 import importlib
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,16 +130,14 @@ def runs_of_tokens(ids: torch.Tensor) -> set[tuple[int, ...]]:
     return {tuple(tokens[start : start + COPIED]) for start in range(len(tokens) - COPIED + 1)}
 
 
-def post_batches(posts: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
-    """Rows of `Pieces.joined` for each step: first pieces, then the second ones of the same posts.
+def post_batches(posts: int, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """An epoch's rows of `Pieces.joined`: first pieces, then the second ones of the same posts.
 
     In this order model 3 puts the engram of a post's first piece before its second.
     """
-    for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(posts)
-        for start in range(0, posts, batch_size // 2):
-            some = order[start : start + batch_size // 2]
-            yield np.concatenate([some, some + posts])
+    order, size = generator.permutation(posts), batch_size // 2
+    parts = [order[first : first + size] for first in range(0, posts, size)]
+    return [np.concatenate([some, some + posts]) for some in parts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,12 +159,12 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Recor
     train, validation, classes = load_pieces(config, load_tokenizer(recipe.model))
     model, _ = finetune.build(recipe, classes)
     trainer = finetune.trainer_of(recipe, model, train.joined)
-    batches = post_batches(len(train.first.labels), recipe.batch_size, trial.seed)
+    shuffle = functools.partial(post_batches, len(train.first.labels), recipe.batch_size)
 
     def measure(step: int) -> list[finetune.Record]:
         return [measures(model, validation)] if step == config.steps else []
 
-    (record,) = finetune.train(recipe, trainer, measure, progress.step, batches)
+    (record,) = finetune.train(recipe, trainer, measure, progress.step, shuffle)
     known = {name: record.get(name) for name in MEASURES}
     return [known | {"posts": len(validation.first.labels)}]
 

@@ -25,7 +25,8 @@ from collapse.config import LanguageModelConfig
 from collapse.data.batches import Split, length_grouped_batches
 from collapse.training import loop
 from collapse.training.checkpoints import load_weights, save_weights
-from collapse.training.optimizer import SharedScaleAdamW, learning_rate_at
+from collapse.training.optimizer import SharedScaleAdamW
+from collapse.training.steps import learning_rate_at
 from collapse.utils.errors import UserError
 
 CONTROLS = ("shuffled-lm", "kl", "l2-start", "shared-scale", "2@0.1")

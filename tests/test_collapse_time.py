@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import fails, rehearse, start_script
 
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import learning_rate_at
 from collapse.utils.errors import UserError
 from studies import collapse_time as study
 from studies.shared import finetune, sweep

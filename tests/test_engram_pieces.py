@@ -59,9 +59,10 @@ def test_the_engram_of_a_posts_first_piece_stands_before_its_second(pieces):
     posts, joined = len(train.first.labels), train.joined
     config, arm = tiny_config(batch_size=16), arm_of(3)
     trainer = common.make_trainer(tiny_model(3), joined, config, arm)
-    batches, seen = study.post_batches(posts, 16, seed=0), []
-    for size in [8] * (posts // 8) + [posts % 8]:  # the last batch of an epoch is short
-        ((first, second),) = trainer.sequences(next(batches))
+    batches, seen = study.post_batches(posts, 16, np.random.default_rng(0)), []
+    sizes = [8] * (posts // 8) + [posts % 8]  # the last batch of an epoch is short
+    for size, batch in zip(sizes, batches, strict=True):
+        ((first, second),) = trainer.sequences(batch)
         assert len(first) == size > 0
         assert (first < posts).all() and (second == first + posts).all()
         seen += first.tolist()

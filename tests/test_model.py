@@ -10,7 +10,7 @@ import common
 from collapse.data.batches import Split, collate, count_targets, length_grouped_batches
 from collapse.models import losses
 from collapse.models.losses import LinearCrossEntropy, lm_loss_sum
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import learning_rate_at
 from collapse.utils.errors import UserError
 
 CPU = torch.device("cpu")

@@ -29,7 +29,7 @@ from collapse.measures.rank import rank_metrics
 from collapse.report.comparisons import COMPARISONS
 from collapse.runs import publishing
 from collapse.training import loop
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import learning_rate_at
 from collapse.utils import files
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, read_tensors, write_file

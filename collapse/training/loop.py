@@ -3,12 +3,12 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from collapse.data.batches import length_grouped_batches
 from collapse.measures.predictions import file_of
 from collapse.runs.progress import Progress
 from collapse.training.checkpoints import optimizer_tensors, restore_optimizer, save_weights
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import Step, steps
 from collapse.utils.errors import UserError
 from collapse.utils.files import append_line, drop_lines_after, read_tensors, write_tensors
 
@@ -117,26 +117,26 @@ class TrainingLoop:
         self.folder.mkdir(exist_ok=True)
         self.batches_per_epoch = math.ceil(len(self.trainer.split.labels) / self.config.batch_size)
         self.started = self.saved = time.monotonic()
-        self.step, self.rate = -1, 0.0
         try:
             history = self.history = self.resume() if self.checkpoint.exists() else self.begin()
         except FloatingPointError as error:
             raise UserError(f"{self.label} is not finite before its first step: {error}.") from None
         last = None
-        while history.epoch < self.config.epochs:
+        for step in self.steps_left():
             try:
-                self.train_epoch()
-                last = self.end_epoch()
+                self.train_step(step)
+                if step.ends_epoch:
+                    last = self.end_epoch()
+                    self.save()
             except FloatingPointError as error:
                 good = "no checkpoint was written yet"
                 if self.checkpoint.exists():
                     good = f"the last good checkpoint is {self.checkpoint}"
                 raise UserError(
-                    f"{self.label} diverged at step {self.step + 1} (learning rate "
-                    f"{self.rate:.2g}: {error}); {good}. "
+                    f"{self.label} diverged at step {step.number + 1} (learning rate "
+                    f"{step.learning_rate:.2g}: {error}); {good}. "
                     "Try a smaller --learning-rate with another --output-dir."
                 ) from None
-            self.save()
         if last is None:  # killed between the last epoch and the end
             last = self.validate()
         save_weights(self.folder, "final", self.trainer.model, history.epoch)
@@ -168,10 +168,10 @@ class TrainingLoop:
         tensors, metadata = read_tensors(self.checkpoint)
         history = History.from_dict(metadata["history"])
         restore_optimizer(self.trainer.model, self.trainer.optimizer, tensors)
-        steps = history.epoch * self.batches_per_epoch + history.batch
-        history.resumed.append(steps)
-        drop_lines_after(self.log, steps)
-        self.progress.go_on_after(steps, 1 + history.epoch)
+        done = history.epoch * self.batches_per_epoch + history.batch
+        history.resumed.append(done)
+        drop_lines_after(self.log, done)
+        self.progress.go_on_after(done, 1 + history.epoch)
         done = f"{history.epoch} epochs and {history.batch} batches"
         self.progress.say(f"{self.label}: going on after {done}")
         return history
@@ -183,39 +183,39 @@ class TrainingLoop:
         tensors = optimizer_tensors(self.trainer.model, self.trainer.optimizer)
         write_tensors(self.checkpoint, tensors, {"history": dataclasses.asdict(self.history)})
 
-    def train_epoch(self) -> None:
-        history, trainer = self.history, self.trainer
-        # From seed and epoch alone: the order is the same for every arm, and a resumed run finds
-        # its place in it.
-        rng = np.random.default_rng([self.seed, history.epoch])
-        batches = length_grouped_batches(trainer.split.lengths, self.config.batch_size, rng)
-        title = f"{self.label} epoch {history.epoch + 1}"
-        hidden = None if self.progress.alone else True  # None: hidden where no terminal shows it
-        total_steps = self.config.epochs * len(batches)
-        trainer.model.train()
-        for number in tqdm(range(history.batch, len(batches)), title, leave=False, disable=hidden):
-            self.step = history.epoch * len(batches) + number
-            self.rate = learning_rate_at(self.step, total_steps, self.config)
-            sums = trainer.step(batches[number], self.rate)
-            history.sums.add(sums)
-            history.unlogged.add(sums)
-            history.batch = number + 1
-            self.progress.step()
-            if (self.step + 1) % LOG_STEPS == 0:
-                self.log_steps()
-            last = self.step + 1 == total_steps
-            if (every := self.config.measure_every) and (last or (self.step + 1) % every == 0):
-                place = {"step": self.step + 1, "epoch": history.epoch + 1}
-                place["learning_rate"] = self.rate
-                self.log_measures(history, place, grad_norm=sums.grad_norm)
-            if time.monotonic() - self.saved > CHECKPOINT_SECONDS and number + 1 < len(batches):
-                self.save()
+    def steps_left(self) -> Iterator[Step]:
+        """All steps but those that a training gone on with has taken; with a bar on a terminal."""
+        lengths, config, history = self.trainer.split.lengths, self.config, self.history
+        shuffle = partial(length_grouped_batches, lengths, config.batch_size)
+        total = config.epochs * self.batches_per_epoch
+        done = history.epoch * self.batches_per_epoch + history.batch
+        return tqdm(
+            steps(shuffle, total, config, self.seed, first=done),
+            self.label,
+            total=total,
+            initial=done,
+            leave=False,
+            disable=None if self.progress.alone else True,  # None: where no terminal shows it
+        )
 
-    def log_steps(self) -> None:
-        """A line of metrics.jsonl: means over the steps since the last one."""
-        place = {"step": self.step + 1, "epoch": self.history.epoch + 1, "learning_rate": self.rate}
-        self.write(place | self.trainer.record(self.history.unlogged))
-        self.history.unlogged = StepSums()
+    def train_step(self, step: Step) -> None:
+        """Take it; log, measure and save where one of these is due."""
+        history, done, config = self.history, step.number + 1, self.config
+        self.trainer.model.train()
+        sums = self.trainer.step(step.rows, step.learning_rate)
+        history.sums.add(sums)
+        history.unlogged.add(sums)
+        history.batch = step.batch + 1
+        self.progress.step()
+        place = {"step": done, "epoch": step.epoch + 1, "learning_rate": step.learning_rate}
+        if done % LOG_STEPS == 0:
+            self.write(place | self.trainer.record(history.unlogged))
+            history.unlogged = StepSums()
+        last = done == config.epochs * self.batches_per_epoch
+        if config.measure_every and (last or done % config.measure_every == 0):
+            self.log_measures(history, place, grad_norm=sums.grad_norm)
+        if time.monotonic() - self.saved > CHECKPOINT_SECONDS and not step.ends_epoch:
+            self.save()
 
     def log_measures(self, history: History, place: dict[str, Any], **of_step: float) -> None:
         """The model as it stands, and numbers of the last step, for results and metrics.jsonl."""

@@ -1,22 +1,7 @@
-"""The learning rate's schedule, and an AdamW whose scale and direction part."""
-
-import math
+"""AdamW whose second moment follows another gradient."""
 
 import torch
 from torch import Tensor
-
-from collapse.config import RunConfig
-
-
-def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
-    """Learning rate of step 0 .. total_steps-1: linear warm-up, then held or cosine to zero."""
-    warmup = math.ceil(config.warmup_fraction * total_steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    done = (step - warmup) / max(1, total_steps - warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class SharedScaleAdamW(torch.optim.AdamW):

@@ -19,7 +19,7 @@ from collapse.data.corpus import BLOCK_LENGTH
 from collapse.models.losses import LinearCrossEntropy
 from collapse.runs.progress import Progress
 from collapse.training.checkpoints import optimizer_tensors, restore_optimizer
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import Step, steps
 from collapse.utils.errors import UserError
 from collapse.utils.files import digest_weights, read_json, read_tensors, write_json, write_tensors
 
@@ -166,12 +166,11 @@ class Pretraining:
         total = self.recipe.steps(len(self.blocks))
         self.causal_lm.train()
         saved = self.started
-        for step in range(state.step, total):
-            epoch, place = divmod(step, total // self.recipe.epochs)
-            if place == 0:
+        for step in steps(self.shuffle, total, self.schedule, self.recipe.seed, state.step):
+            if step.batch == 0:
                 state.loss, state.targets = 0.0, 0
-            loss, targets = self.step(self.batch(epoch, place), step, total)
-            state.step, state.loss = step + 1, state.loss + loss
+            loss, targets = self.step(step)
+            state.step, state.loss = step.number + 1, state.loss + loss
             state.targets += targets
             self.progress.step()
             if time.monotonic() - saved > CHECKPOINT_SECONDS and state.step < total:
@@ -180,22 +179,22 @@ class Pretraining:
         state.seconds += time.monotonic() - self.started
         return state
 
-    def batch(self, epoch: int, place: int) -> Tensor:
-        """Token ids (B, L); the order is from seed and epoch alone, so a resumed run finds it."""
-        order = np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.blocks))
-        size = self.recipe.batch_blocks
-        return torch.from_numpy(self.blocks[order[place * size : (place + 1) * size]]).long()
+    def shuffle(self, generator: np.random.Generator) -> list[np.ndarray]:
+        """An epoch's blocks, batch by batch."""
+        order, size = generator.permutation(len(self.blocks)), self.recipe.batch_blocks
+        return [order[first : first + size] for first in range(0, len(order), size)]
 
-    def step(self, ids: Tensor, step: int, total: int) -> tuple[float, int]:
+    def step(self, step: Step) -> tuple[float, int]:
         """One step of AdamW; returns the summed loss and the number of its targets."""
+        ids = torch.from_numpy(self.blocks[step.rows]).long()  # (B, L)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total, self.schedule)
+            group["lr"] = step.learning_rate
         loss, targets = loss_sum(self.causal_lm, ids), ids[:, 1:].numel()
         (loss / targets).backward()
         norm = nn.utils.clip_grad_norm_(self.causal_lm.parameters(), self.recipe.clip_norm)
         if not torch.isfinite(norm):
             raise UserError(
-                f"{self.checkpoint.parent.name} diverged at step {step + 1}: "
+                f"{self.checkpoint.parent.name} diverged at step {step.number + 1}: "
                 "delete its folder and take a smaller learning rate."
             )
         self.optimizer.step()

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import functools
 import gc
-import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -41,7 +40,7 @@ from collapse.measures.probe import transfer_accuracy
 from collapse.models.losses import lm_loss_sum
 from collapse.models.pretrained import find_model, load_causal_lm, load_tokenizer
 from collapse.training import monitor
-from collapse.training.optimizer import learning_rate_at
+from collapse.training.steps import Shuffle, steps
 from collapse.utils.errors import UserError
 from collapse.utils.files import digest_weights
 
@@ -225,38 +224,32 @@ def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> com
     return common.make_trainer(model, train, recipe.config(), common.find_arm(recipe.arm))
 
 
-def batches_of(recipe: Recipe, train: Split) -> Iterator[np.ndarray]:
-    """Row numbers of the steps, epoch after epoch; from the seed: the same for every arm."""
-    lengths = train.lengths
-    for epoch in itertools.count():
-        rng = np.random.default_rng([recipe.seed, epoch])
-        yield from length_grouped_batches(lengths, recipe.batch_size, rng)
-
-
 def train(
     recipe: Recipe,
     trainer: common.Trainer,
     measure: Callable[[int], Iterable[Record]],
     after_step: Callable[[], None] = lambda: None,
-    batches: Iterator[np.ndarray] | None = None,
+    shuffle: Shuffle | None = None,
 ) -> list[Record]:
     """Train for recipe.steps; all that measure(step) gave, before the first step and after each.
 
     It gives nothing for most steps. A training that meets a number that is not finite ends there,
     whether a step or `measure` raises FloatingPointError: its last record has the step, and None
-    for all else. batches: row numbers of the steps, by default those of batches_of.
+    for all else. shuffle: an epoch's batches, by default of rows of similar length.
     """
-    config, batches = recipe.config(), batches or batches_of(recipe, trainer.split)
-    records, step = [], 0
+    lengths = trainer.split.lengths
+    shuffle = shuffle or functools.partial(length_grouped_batches, lengths, recipe.batch_size)
+    records, done = [], 0
     try:
         records.extend(measure(0))
-        for step in range(1, recipe.steps + 1):
+        for step in steps(shuffle, recipe.steps, recipe.config(), recipe.seed):
+            done = step.number + 1
             trainer.model.train()
-            trainer.step(next(batches), learning_rate_at(step - 1, recipe.steps, config))
+            trainer.step(step.rows, step.learning_rate)
             after_step()
-            records.extend(measure(step))
+            records.extend(measure(done))
     except FloatingPointError:
-        records.append(dict.fromkeys(records[0] if records else ()) | {"step": step})
+        records.append(dict.fromkeys(records[0] if records else ()) | {"step": done})
     return records
 
 

@@ -4,7 +4,6 @@ Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden siz
 E engram size, T target tokens, V vocabulary, N rows of a split, S seeds.
 """
 
-import contextlib
 import copy
 import dataclasses
 import gc
@@ -31,7 +30,6 @@ from collapse.config import (
     check_config,
 )
 from collapse.data.batches import (
-    EVALUATION_TOKENS,
     Batch,
     Split,
     collate,
@@ -41,13 +39,13 @@ from collapse.data.batches import (
 from collapse.data.registry import load_task, preparation
 from collapse.data.task import Task, fixed_draw
 from collapse.measures.engrams import analyse_engrams
-from collapse.measures.layers import LayerStates, pool, summaries_of_layers, summarize_states
+from collapse.measures.layers import pool
 from collapse.measures.predictions import measure_rows
 from collapse.measures.rank import rank_metrics
 from collapse.models.costs import Sizes, device_rates, least_training_seconds, ratio_on
 from collapse.models.fetching import describe_card, fetch
 from collapse.models.losses import combined_loss, kl_from_start_sum, lm_loss_sum
-from collapse.models.memory import DOES_NOT_FIT, MemoryPlan, count_parameters, in_batches_that_fit
+from collapse.models.memory import DOES_NOT_FIT, MemoryPlan, count_parameters
 from collapse.models.pretrained import (
     add_lora,
     check_lm_loss,
@@ -67,6 +65,7 @@ from collapse.runs.folder import RunFolder
 from collapse.runs.progress import Job, Progress
 from collapse.runs.tracking import load_tracker, tracked
 from collapse.training.checkpoints import load_weights
+from collapse.training.evaluation import Evaluation, evaluate
 from collapse.training.loop import History, StepSums, TrainingLoop, Validation
 from collapse.training.monitor import Measuring
 from collapse.training.optimizer import SharedScaleAdamW
@@ -539,37 +538,6 @@ def make_trainer(model: DualHeadModel, split: Split, config: RunConfig, arm: Arm
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Evaluation:
-    """A model's outputs on a split, in the split's order."""
-
-    logits: np.ndarray  # (N, C)
-    labels: np.ndarray  # (N,)
-    pooled: np.ndarray  # (N, D)
-    intermediate: np.ndarray  # (N, classifier's inner size)
-    engrams: np.ndarray | None  # (N, E)
-    layers: LayerStates | None  # with_layers; its last depth is `pooled`
-    cls_loss: float  # mean over rows
-    lm_loss: float | None  # mean over target tokens
-
-    @property
-    def accuracy(self) -> float:
-        return float((self.logits.argmax(1) == self.labels).mean())
-
-    def correct(self) -> str:
-        """A character for each row, 1 where the prediction is right: for tests that pair rows."""
-        return "".join("1" if right else "0" for right in self.logits.argmax(1) == self.labels)
-
-    def record(self, arm: Arm, config: RunConfig) -> dict[str, float | None]:
-        """As Trainer.record has it, of true tokens and without anchors."""
-        return {
-            "loss": arm.loss(self.cls_loss, self.lm_loss, config),
-            "cls_loss": self.cls_loss,
-            "lm_loss": self.lm_loss,
-            "accuracy": self.accuracy,
-        }
-
-
 RANK_ROWS = 2000  # validation rows, a fixed draw, whose features give the rank after each epoch
 
 
@@ -591,55 +559,6 @@ def validate(trainer: Trainer, split: Split) -> Validation:
         record["carried"] = carried.record(trainer.arm, trainer.config)
         correct["carried"] = carried.correct()
     return Validation(record, correct, measure_rows(cold.logits, cold.labels), cold)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: DualHeadModel, split: Split, engrams: np.ndarray | None = None, with_layers: bool = False
-) -> Evaluation:
-    """Run a split through the model without dropout.
-
-    engrams (N, E): each row's prefix for model 3; None runs it cold, with the zero engram.
-    with_layers also keeps every layer's states, pooled. Leaves the model in evaluation mode and the
-    random generators as they were.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    layers = None
-
-    def run(rows: np.ndarray) -> tuple:
-        nonlocal layers
-        batch = collate(split, rows, device)
-        prefix = None if engrams is None else torch.from_numpy(engrams[rows]).to(device)
-        with summaries_of_layers(model) if with_layers else contextlib.nullcontext() as found:
-            out = model(batch.input_ids, batch.text_mask, prefix)
-        cls_loss = F.cross_entropy(out.logits, batch.labels, reduction="sum").item()
-        lm = model.lm_head is not None
-        lm_loss = lm_loss_sum(out.hidden, batch, model.lm_head).item() if lm else 0.0
-        if with_layers:
-            found.append(summarize_states(out.hidden, batch.text_mask))
-            size = out.pooled.shape[1]
-            layers = layers or LayerStates.empty(len(found), len(split.labels), size)
-            layers.put(rows, found)
-        parts = (out.logits, batch.labels, out.pooled, out.intermediate, out.engram)
-        return [None if part is None else part.cpu() for part in parts], cls_loss, lm_loss
-
-    runs = in_batches_that_fit(split.lengths, EVALUATION_TOKENS[device.type], run)
-    batches, found = zip(*runs, strict=True)
-    outputs, cls_losses, lm_losses = zip(*found, strict=True)
-    back = np.argsort(np.concatenate(batches))
-    columns = [
-        None if column[0] is None else torch.cat(column).numpy()[back]
-        for column in zip(*outputs, strict=True)
-    ]
-    return Evaluation(
-        *columns,
-        layers=layers,
-        cls_loss=sum(cls_losses) / len(back),
-        lm_loss=sum(lm_losses) / max(1, count_targets(split, range(len(back))))
-        if model.lm_head is not None
-        else None,
-    )
 
 
 def carried_engrams(engrams: np.ndarray) -> np.ndarray:

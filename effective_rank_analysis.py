@@ -2,8 +2,8 @@
 
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation
 rows through each model as it runs (model 3 with its cold prefix), and measures pooled hidden states
-of every layer and the classifier's intermediate features. Each measured model is kept until the
-code that measures changes: a run that is started again goes on. What earlier runs measured of
+of every layer and the classifier's intermediate features. Each measured model is kept until code
+that measures changes: a run that is started again goes on. What earlier runs measured of
 published trainings whose checkpoints are not here stays as it is.
 """
 
@@ -39,12 +39,10 @@ from collapse.report.model_records import (
     train_record,
 )
 from collapse.training.checkpoints import load_weights
-from collapse.training.monitor import outputs
 from collapse.utils.device import pick_device, set_allocator
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, digest_files, finished_trainings, read_json, write_json
 from collapse.utils.provenance import environment
-from collapse.utils.source import digest_of_code
 
 
 @dataclass
@@ -190,7 +188,8 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
     if splits.transfer is not None:
         arrays = []
         for split in splits.transfer:
-            arrays += [outputs(model.eval(), split)[0][0].numpy(), split.labels.numpy()]
+            states = common.evaluate(model, split, losses=False)
+            arrays += [states.pooled, states.labels]
         beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     times.append(time.perf_counter())
     outer = model.classifier.outer
@@ -212,6 +211,17 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
 # --------------------------------------------------------------------------------------------------
 
 
+# Files and folders, from the repository: a change to one of them measures every model anew.
+MEASURED_WITH = ("effective_rank_analysis.py", "common.py", "experiment.py", "collapse/data")
+MEASURED_WITH += ("collapse/measures", "collapse/models", "collapse/training")
+MEASURED_WITH += ("collapse/report/model_records.py",)
+
+
+def files_that_measure() -> list[Path]:
+    places = [ROOT / place for place in MEASURED_WITH]
+    return sorted(file for p in places for file in (p.glob("*.py") if p.is_dir() else [p]))
+
+
 def measure_study(
     folder: Path, config: Config, device: torch.device, here: dict
 ) -> tuple[str, dict]:
@@ -226,10 +236,7 @@ def measure_study(
     state = config.output_dir / "state" / where.strip("/").replace("/", "-")
     state.mkdir(parents=True, exist_ok=True)
     measured = config.how_measured()
-    code = [
-        digest_of_code(measure, models_of, load_again, draw_splits),
-        splits.transfer is not None,
-    ]
+    code = [digest_files(files_that_measure()), splits.transfer is not None]
     print(f"{name}: {n:,} validation rows, {config.weights} weights of {folder}", flush=True)
     found: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:

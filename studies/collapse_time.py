@@ -28,7 +28,6 @@ from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, 
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
 from collapse.runs.progress import Progress
-from collapse.training.monitor import outputs
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
 from studies.collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, threshold_of
@@ -181,7 +180,7 @@ def measured_run(
         nonlocal before
         if step == 0 or step in measured:
             (found,) = finetune.full_records(model, data, start_head)
-            states = outputs(model, data.validation)[0][0].numpy()  # (N, D)
+            states = common.evaluate(model, data.validation, losses=False).pooled  # (N, D)
             finite, now = bool(np.isfinite(states).all()), weights_of(model)
             share = length_share(states, data.validation.lengths) if finite else None
             yield {

@@ -186,6 +186,7 @@ def test_measures_are_of_the_engrams_that_a_cold_reading_gives(monkeypatch):
         logits=np.eye(2)[labels[:, 0]],
         labels=labels[:, 0],
         pooled=sides[:, 0].astype(np.float32),
+        pooled_without_first=sides[:, 0].astype(np.float32),
         intermediate=np.zeros((200, 3)),
         engrams=sides[:, 1],
         layers=None,

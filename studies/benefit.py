@@ -379,11 +379,10 @@ def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Above, accuracy less Model 1's; below, rank within classes as the training loss falls."""
+    """Accuracy less Model 1's; in another figure rank within classes as the training loss falls."""
     study, datasets = read_study(config), list(config.datasets)
-    figure = plt.figure(figsize=(max(8, 2.9 * len(datasets)), 6.5), layout="constrained")
-    above, below = figure.subfigures(2, 1)
-    left, right = above.subplots(1, 2)
+    size = max(8, 2.9 * len(datasets)), 3.3
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     differences = results["accuracy_differences"]
     gains = differences.get("model2", {})
     draw_differences(left, {place: (gains.get(place), "model2") for place in [*datasets, "mean"]})
@@ -396,12 +395,17 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     }
     draw_differences(right, controls)
     right.set(title="Controls")
-    panels = below.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
+    save_figure(figure, config.folder / "benefit.png")
+    figure, grid = plt.subplots(
+        1, len(datasets), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    panels = grid[0]
     for axis, dataset in zip(panels, datasets, strict=True):
         draw_ranks(axis, study, dataset)
     panels[0].set_ylabel("rank within classes,\nshare of the start's")
-    panels[0].legend(fontsize=8)
-    save_figure(figure, config.folder / "benefit.png")
+    panels[0].legend(fontsize=9)
+    figure.supxlabel("training loss (nats), falling from left to right", fontsize=10)
+    save_figure(figure, config.folder / "rank_at_equal_loss.png")
 
 
 def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]]) -> None:
@@ -430,7 +434,7 @@ def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
             y = [row["effective_rank_within"] / start for row in path]
             axis.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
         axis.plot([], [], color=arm.color, label=arm.title)
-    axis.set(xscale="log", xlabel="training loss (nats)", title=dataset)
+    axis.set(xscale="log", title=dataset)
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.invert_xaxis()
 

@@ -262,7 +262,8 @@ def add_tables(page: Page) -> None:
     if not OUTPUT.exists():
         return
     found = read_json(OUTPUT)
-    page.text("## What P2, P3 and P5 rest on (exploratory)")
+    title = "What P2, P3 and P5 rest on (exploratory)"
+    page.section(title, "Would another reading of the same runs give another verdict?")
     page.text(
         "Command: `python studies/sensitivity.py`. Source: "
         f"`{OUTPUT.relative_to(ROOT)}`, from the tables of the studies above."

@@ -279,12 +279,12 @@ def test_tables_of_a_given_model(standin):
     found = collapse_threshold.summary(standin)
     table = thresholds.table_threshold(found, unit="seeds")
     row = cells_of_row(table, "Dual Head")
-    assert row["edge, SST-2"] == "2.4e-03" and row["edge, AG News"] == "≥ 3.2e-01"
+    assert row["threshold, SST-2"] == "2.4e-03" and row["threshold, AG News"] == "≥ 3.2e-01"
     assert row["seeds"] == "3, 2"
     row = cells_of_row(table, "Classification Only")
-    assert row["edge, AG News"] == "≤ 3.2e-03" and row["shift of the edge"] == "0"
+    assert row["threshold, AG News"] == "≤ 3.2e-03" and row["shift of healthy runs"] == "0"
     row = cells_of_row(thresholds.table_shifts(found), "AG News")
-    assert row["shift of the edge"] == "≥ +2.00 [+2.00, +2.00]" and row["pairs"] == "2"
+    assert row["shift of healthy runs"] == "≥ +2.00 [+2.00, +2.00]" and row["pairs"] == "2"
 
 
 def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
@@ -294,7 +294,7 @@ def test_a_shift_without_pairs_is_no_shift_of_zero(standin):
             shifts |= dict.fromkeys(shifts, NOTHING)
         row["edge"]["AG News"] = None
     row = cells_of_row(thresholds.table_threshold(found), "Dual Head")
-    assert row["shift of the edge"] == row["edge, AG News"] == "n/a"
+    assert row["shift of healthy runs"] == row["threshold, AG News"] == "n/a"
     assert row["backbones"] == "3, 0"
 
 
@@ -398,22 +398,12 @@ def test_blocks_of_the_findings(published, tmp_path, monkeypatch):
     page = findings.Page()
     for add in ADDED:
         add(page)
-    page.numbers |= {"linguistic": "A99", "bag of words": "A98"}
-    titles = linguistic_collapse.TITLES
-    found = {"r": 0.4, "low": 0.1, "high": 0.6, "p": 0.01, "n": 30, "p_holm": 0.04}
-    unknown = {"r": None, "low": None, "high": None, "p": None, "n": 2}
-    results = {"primary": ["agreement", "cdnv"], "fixed_scale": dict.fromkeys(titles, found)}
-    results |= {"grid": {name: {"spearman": unknown} for name in titles}}
-    results |= {"paper": {"fixed_scale": {"agreement": found | {"r": -0.5}}, "grid": {}}}
-    (tmp_path / own_models.LINGUISTIC).mkdir(parents=True)
-    write_json(tmp_path / own_models.LINGUISTIC / "results.json", results)
+    page.numbers |= {"bag of words": "A98"}
     folder = own_models.folder_of(published["benefit"])
     words = {"rows": [{"data": "AG News", "accuracy": 0.8, "folder": folder}]}
     write_json(tmp_path / "words.json", words)
     monkeypatch.setattr(own_models, "BAG_OF_WORDS", tmp_path / "words.json")
-    names = ("gains", "salience", "linguistic")
-    text = "\n\n".join(f"<!--begin {name}-->\nold\n<!--end-->" for name in names)
-    gains, salience, linguistic = findings.fill(text, page).split("<!--end-->")[:3]
+    gains = findings.fill("<!--begin gains-->\nold\n<!--end-->", page)
     assert shown(gains, "AG News") == [
         "+1.23 [+0.23, +2.23]",
         "+0.50 [+0.49, +0.51]",
@@ -422,19 +412,21 @@ def test_blocks_of_the_findings(published, tmp_path, monkeypatch):
     ]
     assert shown(gains, "Banking77") == ["n/a", "n/a", "81.0", "n/a"]
     assert f"*Full: {page.numbers['benefit differences']}, " in gains
-    row = cells_of_row(salience, "sentiment")
-    assert row["Dual + Engram"] == "0.300, 0.100 (4)"
-    assert row["untrained, same states"] == "0.050, 0.020 (4)"
-    assert row["LM-only engram"] == "" and "start" not in salience
-    assert cells_of_row(salience, "topic")["LM-only engram"] == "n/a, n/a (0)"
-    assert cells_of_row(salience, "neither")["Dual + Engram"] == "0.300, 0.100 (4)"
-    assert shown(linguistic, titles["agreement"]) == [
+
+
+def test_correlations_at_one_size_over_sizes_and_of_the_paper():
+    titles = linguistic_collapse.TITLES
+    known = {"r": 0.4, "low": 0.1, "high": 0.6, "p": 0.01, "n": 30, "p_holm": 0.04}
+    unknown = {"r": None, "low": None, "high": None, "p": None, "n": 2}
+    results = {"fixed_scale": dict.fromkeys(titles, known)}
+    results |= {"grid": {name: {"spearman": unknown} for name in titles}}
+    results |= {"paper": {"fixed_scale": {"agreement": known | {"r": -0.5}}, "grid": {}}}
+    assert shown(own_models.table_linguistic(results, titles), titles["agreement"]) == [
         "+0.40 [+0.10, +0.60]",
         "0.04",
         "-0.50 [+0.10, +0.60]",
         *["n/a"] * 3,
     ]
-    assert linguistic.count("\n| NC") == 2 and "*Full: A99.*" in linguistic
 
 
 def test_endpoints_are_those_of_every_study(published, standin):

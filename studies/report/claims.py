@@ -174,10 +174,8 @@ EXPERIMENT_COLUMNS = (
 )
 
 
-def repeated_experiments() -> tuple[str, list[str]]:
-    """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its; keys
-    of the full tables.
-    """
+def table_repeated() -> str:
+    """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its."""
     rows = []
     for ranks in read_ranks().values():
         folder, theirs = ranks["folder"], reference_for(Path(ranks["folder"]))
@@ -201,5 +199,4 @@ def repeated_experiments() -> tuple[str, list[str]]:
             rows.append(row)
         for accuracy in own_models.bag_of_words(folder).values():
             rows.append(empty | {"model": "bag of words", "accuracy": f"{100 * accuracy:.2f}"})
-    keys = [*full_tables("accuracy", "engrams"), "ranks levels", "bag of words"]
-    return table(EXPERIMENT_COLUMNS, rows), keys
+    return table(EXPERIMENT_COLUMNS, rows)

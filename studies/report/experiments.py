@@ -323,7 +323,8 @@ def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
 
 def add_study(page: Page, study: Study) -> None:
     results = results_of(study)
-    page.text(f"## {study.title}\n\nCommand: `{study.command}`")
+    page.section(study.title, "What became of Models 1, 2 and 3, seed by seed?")
+    page.text(f"Command: `{study.command}`")
     page.text(provenance(Path(study.folder), results))
     for name, (caption, text) in tables_of(Path(study.folder), results).items():
         if text:
@@ -456,7 +457,8 @@ def table_depth(ranks: dict) -> str:
 
 def add_ranks(page: Page) -> None:
     ranks = read_ranks()
-    page.text("## Experiment 4: ranks and neural collapse of the saved models")
+    title = "Experiment 4: ranks and neural collapse of the saved models"
+    page.section(title, "What did fine-tuning do to the states of every saved model?")
     page.text("Command: `python effective_rank_analysis.py --data-dir DIR`")
     page.text(provenance_of_ranks(RANKS, ranks))
     matched = next(iter(ranks.values()))["matched_rows"]

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from collapse.report import plots, rank_plots
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_file
-from studies import linguistic_collapse, sensitivity, sink
-from studies.report import claims, experiments, own_models, side_studies, thresholds
+from studies import collapse_threshold, sensitivity, sink
+from studies.report import claims, experiments, hero, own_models, side_studies, thresholds
 from studies.report.page import Page
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
+AG = "AG News"
 BLOCK = re.compile(r"(?P<begin><!--begin (?P<name>\S+)-->\n).*?(?P<end><!--end-->)", re.DOTALL)
 
 # --------------------------------------------------------------------------------------------------
@@ -43,19 +44,24 @@ mean stands in [FINDINGS.md](FINDINGS.md).
 
 
 def add_endpoints(page: Page) -> None:
-    page.text("## The protocol's endpoints")
+    page.section("The protocol's endpoints", "What was claimed beforehand, and what came of it?")
     page.text("Rules and margins: [studies/PROTOCOL.md](studies/PROTOCOL.md).")
     caption = "P1 to P5, adjusted together by Holm."
     page.table("endpoints", caption, own_models.table_endpoints())
 
 
 def add_experiments(page: Page) -> None:
+    title = "The reference's three experiments, repeated"
+    page.section(title, "How do our numbers stand beside the published ones?")
+    caption = "Final epoch, three seeds, and *(the reference's)*, one seed; Model 3 with the zero "
+    caption += "engram; *untrained*: a compressor as it was drawn."
+    page.table("experiments", caption, claims.table_repeated())
     for study in experiments.present():
         experiments.add_study(page, study)
 
 
 def add_bag_of_words(page: Page) -> None:
-    page.text("## What a bag of words reaches")
+    page.section("What a bag of words reaches", "Do the models know more than which words occur?")
     page.text("Command: `python studies/bag_of_words.py --data-dir DIR`")
     made = experiments.origin([read_json(own_models.BAG_OF_WORDS)])
     page.text(f"*Source: `{own_models.BAG_OF_WORDS.relative_to(ROOT)}`, made {made}.*")
@@ -110,17 +116,12 @@ def results_page() -> Page:
 
 
 def table_threshold() -> str:
-    config = own_models.CONFIGS["collapse_threshold"]
-    results, steps = own_models.results_of(config), thresholds.steps_of(config)
-    kinds = ("healthy", "not collapsed")
-    return thresholds.table_threshold(results, kinds, unit=None, steps=steps)
+    results = own_models.results_of(own_models.CONFIGS["collapse_threshold"])
+    return thresholds.table_threshold(results, ("not collapsed", "healthy"), unit=None)
 
 
-def table_linguistic() -> str:
-    """The protocol's four correlations alone."""
-    results = read_json(own_models.ROOT / own_models.LINGUISTIC / "results.json")
-    primary = {name: linguistic_collapse.TITLES[name] for name in results["primary"]}
-    return own_models.table_linguistic(results, primary)
+def table_qwen() -> str:
+    return thresholds.table_real_model(own_models.results_of(own_models.QWEN)["by_components"][AG])
 
 
 # Name of a block -> a function that gives its table, and the keys of the tables of RESULTS.md that
@@ -132,13 +133,8 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
         own_models.table_gains(),
         ["benefit differences", "benefit ranks", "bag of words"],
     ),
-    "salience": lambda: (
-        own_models.table_indices(),
-        ["salience trainings", "salience", "pieces"],
-    ),
+    "qwen": lambda: (table_qwen(), [f"{own_models.QWEN.model} {AG}", "later endpoints"]),
     "claims": claims.reference_claims,
-    "experiments": claims.repeated_experiments,
-    "linguistic": lambda: (table_linguistic(), ["linguistic"]),
     "hours": lambda: (side_studies.table_hours(side_studies.paper_hours()), []),
 }
 
@@ -155,6 +151,26 @@ def fill(text: str, page: Page) -> str:
     return BLOCK.sub(replace, text)
 
 
+def draw_heroes() -> None:
+    """Rank and accuracy by learning rate on AG News: of own models, and of the reference's family.
+
+    The first has the rate that tuning rows chose for Model 1 in benefit.py.
+    """
+    own, benefit = (own_models.CONFIGS[name] for name in ("collapse_threshold", "benefit"))
+    chosen = own_models.results_of(benefit)["rates"][f"{AG}, model1"]
+    for config, title, marked in (
+        (own, "Small language models", {"shaded": JUST_COLLAPSED, "chosen": chosen}),
+        (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct, LoRA", {}),
+    ):
+        runs = [r for r in collapse_threshold.read_runs(config.folder) if r.trial.dataset == AG]
+        if runs:
+            title += f": {thresholds.steps_of(config)} steps on {AG}"
+            hero.draw(config.folder / "hero.png", title, runs, **marked)
+
+
+JUST_COLLAPSED = -2.25  # base-10 logarithm of the lowest rate at which nearly all of Model 1 did
+
+
 def summarize_and_draw() -> None:
     """Summaries and figures of the tables of own models, figures of what the JSON files hold.
 
@@ -162,6 +178,7 @@ def summarize_and_draw() -> None:
     """
     rank_plots.plot_all((ROOT / experiments.RANKS).parent, experiments.read_ranks())
     own_models.summarize()
+    draw_heroes()
     sensitivity.write_summary()
     path = ROOT / side_studies.SINK
     sink.plot(path.with_suffix(".png"), read_json(path))

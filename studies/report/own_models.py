@@ -87,6 +87,7 @@ def source_of(
 def begin(
     page: Page,
     title: str,
+    question: str,
     config: sweep.Config,
     options: str = "--corpus newsgroups",
     settings: Sequence[str] = (),
@@ -99,7 +100,7 @@ def begin(
     results = results_of(config)
     if results is None or (once and not results[once]):
         return None
-    page.text(f"## {title}")
+    page.section(title, question)
     page.text(source_of(config, options, settings))
     if "rates" in results:
         rates = (f"{name} {10**rate:.1e}" for name, rate in results["rates"].items())
@@ -128,7 +129,7 @@ BACKBONES = Column("backbones", count_of)
 # multiplied by for the unit.
 ENDPOINTS = {
     "P1": ("accuracy, Model 2 - Model 1, points", 100),
-    "P2": ("shift of the edge by the LM loss, decades", 1),
+    "P2": ("shift of the threshold by the LM loss, decades", 1),
     "P3": ("slope of the gain on log2 classes, logits", 1),
     "P4": ("ARI, trained label - other label", 1),
     "P5": ("log rank within classes at equal loss, Model 2 - Model 1", 1),
@@ -393,7 +394,8 @@ def table_gains() -> str:
 def add_benefit(page: Page) -> None:
     config = CONFIGS["benefit"]
     title = "Accuracy and rank on four data sets, each model at its own rate"
-    results = begin(page, title, config, once="P1")  # before that it is its pilots alone
+    question = "Does the LM head help accuracy, and does it keep rank at equal training loss?"
+    results = begin(page, title, question, config, once="P1")  # before, it is its pilots alone
     if results is None:
         return
     caption = "Differences in accuracy; controls ran on two sets, their mean is of these."
@@ -409,8 +411,9 @@ def add_benefit(page: Page) -> None:
     page.table("benefit kept", caption, table(KEPT_COLUMNS, rows_of(results["kept"], "data")))
     if results["times"]:
         page.table("benefit times", "Cost on a CPU, a training a core.", table_times(results))
-    caption = "Accuracy less Model 1's; rank within classes as the training loss falls"
-    page.figure(f"{folder_of(config)}/benefit.png", caption)
+    page.figure(f"{folder_of(config)}/benefit.png", "Accuracy less Model 1's")
+    caption = "Rank within classes as the training loss falls, both models at Model 1's rate"
+    page.figure(f"{folder_of(config)}/rank_at_equal_loss.png", caption)
 
 
 def of_both_models(title: str, number: str, digits: int = 1, scale: float = 1) -> list[Column]:
@@ -437,7 +440,8 @@ def add_class_count(page: Page) -> None:
     results, options = results_of(config), "--corpus newsgroups"
     if results and all(row["merge"] != "random" for row in results["table"]):
         options += " --parts pilot endpoint"
-    results = begin(page, "CLINC150's classes merged", config, options)
+    question = "Does the LM head help more where there are more classes?"
+    results = begin(page, "CLINC150's classes merged", question, config, options)
     if results is None:
         return
     caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."
@@ -480,32 +484,6 @@ PIECES_COLUMNS = (
 )
 
 
-def table_indices() -> str:
-    """For FINDINGS.md: a column an arm, mean index with either label, a row a trained label."""
-    trainings = results_of(CONFIGS["engram_salience"])["trainings"]
-    trained = [row for row in trainings if row["arm"] != "start"]
-    by_label: dict[str, dict[str, dict]] = {}
-    for row in trained:
-        by_label.setdefault(row["trained"], {})[row["arm"]] = row
-
-    def column(title: str, arm: str, kind: str) -> Column:
-        def indices(label: str) -> str:
-            row = by_label[label].get(arm)
-            if row is None:
-                return ""
-            means = (cell(at(row, f"{kind}_{label}.mean"), 3) for label in LABELS)
-            return f"{', '.join(means)} ({row['backbones']})"
-
-        return Column(title, indices)
-
-    columns = [Column("trained", "")]
-    for arm in dict.fromkeys(row["arm"] for row in trained):
-        columns.append(column(find_arm(arm).title, arm, "ari"))
-        if arm == "model3":
-            columns.append(column("untrained, same states", arm, "ari_untrained"))
-    return table(columns, by_label)
-
-
 def add_salience(page: Page) -> None:
     config = CONFIGS["engram_salience"]
     title = "Two labels in one input: what an engram organizes by"
@@ -516,7 +494,8 @@ def add_salience(page: Page) -> None:
     arms = dict.fromkeys(row["arm"].removeprefix("model") for row in trainings)
     trained = dict.fromkeys(row["trained"] for row in trainings)
     options = f"--corpus newsgroups --arms {' '.join(arms)} --trained {' '.join(trained)}"
-    begin(page, title, config, options, ["learning_rate", "steps"])
+    question = "Do engrams group by the label that was trained, or by what lies in the states?"
+    begin(page, title, question, config, options, ["learning_rate", "steps"])
     least = f"{engram_salience.LEARNED:.0%}"
     caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
     page.table("salience trainings", caption, table(TRAINING_COLUMNS, results["trainings"]))
@@ -528,7 +507,8 @@ def add_salience(page: Page) -> None:
 def add_pieces(page: Page) -> None:
     config = CONFIGS["engram_pieces"]
     title = "What an engram carries from one piece of a post to the next (exploratory)"
-    results = begin(page, title, config, settings=engram_pieces.SETTINGS)
+    question = "Does an engram help with the text that follows its own?"
+    results = begin(page, title, question, config, settings=engram_pieces.SETTINGS)
     if results is None:
         return
     caption = "Second pieces read with another prefix, less the own engram's reading; other posts "
@@ -604,7 +584,10 @@ def add_linguistic(page: Page) -> None:
     if not (ROOT / LINGUISTIC / "results.json").exists():
         return
     results = read_json(ROOT / LINGUISTIC / "results.json")
-    page.text("## Tokens as classes: Linguistic Collapse on own language models")
+    page.section(
+        "Tokens as classes: Linguistic Collapse on own language models",
+        "Does neural collapse over next tokens go with a lower validation loss?",
+    )
     models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in results["models"].items())
     not_run = ", ".join(name.partition("-")[2] for name in results["not_run"])
     shorter = ", here with `--max-epochs 3`" if "-e10-" in not_run else ""

@@ -1,5 +1,6 @@
-"""RESULTS.md as it grows: texts, tables and figures in order."""
+"""RESULTS.md as it grows: sections, texts, tables and figures in order."""
 
+import re
 from dataclasses import dataclass, field
 
 from collapse.utils.files import ROOT
@@ -12,16 +13,25 @@ class Page:
     parts: list[str] = field(default_factory=list)
     numbers: dict[str, str] = field(default_factory=dict)  # FOLDER TABLE -> A1 and so on
     figures: int = 0
+    contents: list[str] = field(default_factory=list)  # a line a section
 
     def text(self, text: str) -> None:
         self.parts.append(text.strip("\n"))
+
+    def section(self, title: str, question: str) -> None:
+        """Begin a section, which answers the question."""
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")  # as GitHub makes it
+        self.contents.append(f"* [{title}](#{anchor}): {question}")
+        self.text(f"## {title}\n\n*{question}*")
 
     def table(self, key: str, caption: str, table: str) -> None:
         self.numbers[key] = f"A{len(self.numbers) + 1}"
         self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
 
     def document(self) -> str:
-        return "\n\n".join(self.parts) + "\n"
+        """The page; its table of contents stands behind its first part."""
+        first, *others = self.parts
+        return "\n\n".join([first, "\n".join(self.contents), *others]) + "\n"
 
     def figure(self, path: str, caption: str) -> None:
         if (ROOT / path).exists():

@@ -34,7 +34,8 @@ def table_sink(results: dict) -> str:
 def add_sink(page: Page) -> None:
     results = read_json(ROOT / SINK)
     lengths, data = results["lengths"], results["data"]
-    page.text("## The first token as an attention sink")
+    title = "The first token as an attention sink"
+    page.section(title, "Can one token make a healthy model look collapsed?")
     page.text("Command: `python studies/sink.py --data-dir DIR`")
     page.text(
         f"*{results['model']} before fine-tuning, {data['name']}: {data['validation_rows']:,} "
@@ -74,7 +75,8 @@ def table_false_positives(results: dict) -> str:
 
 def add_statistics(page: Page) -> None:
     simulation = read_json(ROOT / SIMULATION)
-    page.text("## What the statistics resolve")
+    title = "What the statistics resolve"
+    page.section(title, "How small a difference could be seen, and how often is one seen in error?")
     page.text(f"Command: `python studies/statistics_simulation.py`. Source: `{SIMULATION}`.")
     caption = "Half-widths that ten seeds would have, by the variances of our runs."
     page.table("half widths", caption, table_half_widths(simulation))
@@ -172,7 +174,8 @@ def paper_hours() -> dict[str, dict]:
 
 
 def add_speed(page: Page) -> None:
-    page.text("## Speed\n\nCommands: `python studies/throughput.py`, `python studies/hours.py`")
+    page.section("Speed", "How fast does training run, and how long would 7B take?")
+    page.text("Commands: `python studies/throughput.py`, `python studies/hours.py`")
     measured = read_json(ROOT / "results/throughput.json")
     caption = "Experiment 1, measured against padding to the maximum length."
     page.table("throughput", caption, table_throughput(measured))
@@ -209,6 +212,7 @@ def table_reference_ranks() -> str:
 
 
 def add_reference(page: Page) -> None:
-    page.text("## The reference's numbers\n\nOne seed each; ranks of its two data sets at other N.")
+    page.section("The reference's numbers", "What did the published study report?")
+    page.text("One seed each; ranks of its two data sets at other N.")
     page.table("reference accuracy", "Accuracy, %.", table_reference_accuracy())
     page.table("reference ranks", "Ranks.", table_reference_ranks())

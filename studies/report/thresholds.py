@@ -18,10 +18,10 @@ from studies.shared import sweep
 FINETUNED = "studies/results/pretrain/finetuned.json"
 OUTCOMES = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 SHIFTS = {
-    "healthy": "shift of the edge",
-    "not collapsed": "of collapse alone",
-    "learning": "of learning",
-    "not dead": "of dead runs",
+    "healthy": "shift of healthy runs",
+    "not collapsed": "shift of collapse alone",
+    "learning": "shift of learning",
+    "not dead": "shift of dead runs",
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -30,23 +30,23 @@ SHIFTS = {
 
 
 def bound_of(row: dict, datasets: Sequence[str]) -> str:
-    """`≥ ` or `≤ ` where some edges of an arm are beyond the rates, on one of these sets."""
+    """`≥ ` or `≤ ` where some thresholds of an arm are beyond the rates, on one of these sets."""
     ends = (("≥ ", "at_the_top"), ("≤ ", "at_the_bottom"))
     return "".join(sign for sign, end in ends if any(row[end][data] for data in datasets))
 
 
-def edge_column(data: str, steps: str) -> Column:
-    """Mean edge of an arm as a rate."""
+def threshold_column(data: str, steps: str) -> Column:
+    """Mean threshold of an arm as a rate."""
 
-    def edge(row: dict) -> str | None:
+    def threshold(row: dict) -> str | None:
         interval = row["edge"][data]
         return interval and f"{bound_of(row, [data])}{10 ** interval['mean']:.1e}"
 
-    return Column(f"edge{f' after {steps} steps' if steps else ''}, {data}", edge)
+    return Column(f"threshold{f' after {steps} steps' if steps else ''}, {data}", threshold)
 
 
 def shift_cell(row: dict, kind: str, place: str, datasets: Sequence[str]) -> str:
-    """A shift from Model 1's edge; that of healthy runs as a bound where the arm's edge is one."""
+    """A shift from Model 1's threshold; as a bound where the arm's own is one of healthy runs."""
     if row["arm"] == "model1":
         return "0"
     interval = row["shift"][kind][place]
@@ -63,14 +63,14 @@ def table_threshold(
     """Where runs of each arm stop being healthy, against Model 1; unit: what repeats.
 
     Its number is that on each data set, told as one where they agree; without a unit it is left
-    out. `steps`: after how many of them, which an edge depends on.
+    out. `steps`: after how many of them, which a threshold depends on.
     """
     datasets = list(results["arms"][0]["edge"])
 
     def shift(kind: str) -> Column:
         return Column(SHIFTS[kind], lambda row: shift_cell(row, kind, "mean", datasets))
 
-    columns = [ARM, *(edge_column(data, steps) for data in datasets), *map(shift, kinds)]
+    columns = [ARM, *(threshold_column(data, steps) for data in datasets), *map(shift, kinds)]
     if unit:
         columns.append(
             Column(unit, lambda row: merge_equal([str(n or 0) for n in at(row, "edge.*.n")]))
@@ -132,7 +132,8 @@ def steps_of(config: collapse_threshold.Config) -> str:
 def add_threshold(page: Page) -> None:
     config = own_models.CONFIGS["collapse_threshold"]
     results, folder = results_of(config), folder_of(config)
-    page.text("## The learning rate at which a representation collapses")
+    title = "The learning rate at which a representation collapses"
+    page.section(title, "From which rate on do small models collapse, and what moves that rate?")
     page.text(
         "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
         f"--workers 2`. Source: `{folder}/seed-*.csv`, a row for every measurement of "
@@ -142,7 +143,7 @@ def add_threshold(page: Page) -> None:
     shifts = (f"{cell(shift)} ({float(bound):.0%})" for bound, shift in others)
     caption = (
         "Where runs stop being healthy; shifts are paired over backbones. With another share of "
-        f"components as bound of a collapse, Dual Head's shift of the edge is {'; '.join(shifts)}."
+        f"components as bound of a collapse, Dual Head's shift is {'; '.join(shifts)}."
     )
     page.table("threshold", caption, table_threshold(results, steps=steps_of(config)))
     add_shifts_and_ends(page, results)
@@ -158,10 +159,11 @@ def add_standin_threshold(page: Page) -> None:
     config = own_models.STANDIN
     title = "The same of the stand-in: SmolLM2-135M-Instruct with LoRA"
     options = f"--model {config.model} --arms 1 2"
-    results = own_models.begin(page, title, config, options, ["steps"])
+    question = "The same question of a pretrained model of 135 million parameters."
+    results = own_models.begin(page, title, question, config, options, ["steps"])
     if results is None:
         return
-    caption = "Edges over the rates that ran; shifts: mean of the sets, of seeds that have each."
+    caption = "Thresholds over the rates that ran; shifts: mean of the sets, by seeds with each."
     text = table_threshold(results, unit="seeds", steps=steps_of(config))
     page.table("standin threshold", caption, text)
     add_shifts_and_ends(page, results, "standin ", "the stand-in's runs", "seed", "of the seeds")
@@ -256,7 +258,8 @@ def add_time(page: Page) -> None:
     results, family = results_of(config), own_models.LATER_ENDPOINTS
     if not own_models.endpoints(family) and results is None:
         return
-    page.text("## Rate, time and real models")
+    question = "Does that rate fall as training goes on, and where does it lie in real models?"
+    page.section("Rate, time and real models", question)
     caption = "P6 to P8, a family of three adjusted by Holm; *n*: backbones, of P8 seeds."
     page.table("later endpoints", caption, own_models.table_endpoints(family, "n"))
     if results:

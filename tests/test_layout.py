@@ -27,6 +27,13 @@ def test_measures_are_imported_without_the_libraries_that_few_of_them_need():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_starts_jobs_is_imported_without_torch():
+    """Which takes seconds in every worker, and not every job needs it."""
+    code = "import sys\nsys.modules['torch'] = None\nimport collapse.runs.engine"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A small one, whose one function is measured; change(file, old, new) edits a file of it."""

@@ -1,6 +1,7 @@
 """Tiny models and data for the tests: every test runs in seconds on a CPU."""
 
 import contextlib
+import gc
 import io
 import json
 import sys
@@ -67,6 +68,13 @@ def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadMo
     """A small model in evaluation mode, so that dropout does not hide what a test looks for."""
     torch.manual_seed(seed)
     return experiment.build_model(arm_of(number), 2, tiny_config(**changes)).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freeze_imports() -> None:
+    """Trainings collect garbage; a million objects of imported modules are none."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=[1, 2, 3])

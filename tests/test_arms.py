@@ -1,6 +1,8 @@
 """The controls: each does what its row of ARMS says, and not what it must not do."""
 
+import contextlib
 import copy
+import io
 import json
 import math
 
@@ -492,7 +494,7 @@ def test_longer_rounds_up_to_whole_epochs():
 def test_longer_is_model_1_but_for_its_length(run, whole):
     """Two epochs become five; at a constant rate the first two are model 1's."""
     short = run("--seeds 1 --models 1")["models"]["model1"]["1"]
-    found = whole["longer"]["1"]
+    found = whole[0]["models"]["longer"]["1"]
     assert len(found["val"]) == len(found["train"]) == 5 and found["final"]["epoch"] == 5
     for split in ("train", "val"):
         assert without_times(found[split][:2]) == without_times(short[split])
@@ -517,13 +519,12 @@ def test_the_schedule_of_longer_spans_all_its_steps(run, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(data_dir, tmp_path_factory):
-    """A run of all controls that nothing disturbed."""
+    """results.json of a run of all controls that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    names = " ".join(CONTROLS)
-    start_script(
-        experiment, f"--data-dir {data_dir} --output-dir {folder} {TINY} --seeds 1 --models {names}"
-    )
-    return json.loads((folder / "results.json").read_text())["models"]
+    line = f"{TINY} --seeds 1 2 --models 1 2 {' '.join(CONTROLS)}"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} {line}")
+    return json.loads((folder / "results.json").read_text()), printed.getvalue()
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -544,16 +545,15 @@ def test_a_control_that_was_killed_goes_on_to_the_same_numbers(run, whole, monke
         run(f"--seeds 1 --models {name}")
     key = arm_of(name).name
     found = run(f"--seeds 1 --models {name}")["models"][key]["1"]
-    assert without_times(found) == without_times(whole[key]["1"])
+    assert without_times(found) == without_times(whole[0]["models"][key]["1"])
 
 
-def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path, capsys):
-    results = run(f"--models 1 2 {' '.join(CONTROLS)} --seeds 1 2")
+def test_controls_run_and_are_compared_with_models_1_and_2(whole):
+    results, shown = whole
     names = ["model1", "model2", "model2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale"]
     names += [*ENGRAM_CONTROLS, "longer"]
     assert list(results["models"]) == names
     compared = results["comparisons"]["final"]
-    shown = capsys.readouterr().out
     for name in names[2:]:
         assert f"\n{name.removeprefix('model')} {arm_of(name).title} (n = 2) " in shown
         for other in ("model1", "model2"):
@@ -565,4 +565,3 @@ def test_controls_run_and_are_compared_with_models_1_and_2(run, tmp_path, capsys
     assert last["shuffled-lm"]["lm_loss"] is None and last["shuffled-lm"]["shuffled_lm_loss"] > 0
     engrams = {name for name, runs in results["models"].items() if "cluster" in runs["1"]}
     assert engrams == {"frozen-compressor", "lm-only-engram"}
-    assert json.loads((tmp_path / "out/results.json").read_text()) == results

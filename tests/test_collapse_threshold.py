@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import fails, start_script
+from conftest import fails, rehearse, start_script
 
 import common
 from collapse.measures.statistics import sign_flip_p
@@ -230,21 +230,12 @@ def test_a_table_made_in_another_type_is_not_gone_on_with(tmp_path):
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    rehearse(folder)
+    rehearse(study, folder)
     return folder
 
 
-def rehearse(folder: Path) -> str:
-    command = [sys.executable, "studies/collapse_threshold.py", "--miniature", "--workers", "2"]
-    found = subprocess.run(
-        [*command, "--output-dir", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
-
-
-def backbone_in(miniature: Path) -> Path:
-    return miniature / "limit-miniature" / "state" / "lm" / "miniature-w32-l1-e1-d0.1-s0"
+def backbone_in(miniature: Path, seed: int = 0) -> Path:
+    return miniature / "limit-miniature" / "state" / "lm" / f"miniature-w32-l1-e1-d0.1-s{seed}"
 
 
 def recipe_in(miniature: Path, arm: str = "1", rate: float = 1e-3, steps: int = 10):
@@ -268,17 +259,24 @@ def test_miniature_runs_every_trial_and_keeps_those_that_diverge(miniature):
 
 
 def test_what_is_lost_is_trained_again_to_the_same_numbers(miniature):
-    table = miniature / "limit-miniature" / "miniature" / "seed-1.csv"
-    before = read_rows(table)
-    lost = before[0]["training"]
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(before[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([row for row in before if row["training"] != lost])
-    output = rehearse(miniature)
-    assert output.count("components") == 1  # one training alone
+    """By two workers of the script itself, what one process trained: backbones, one trial each."""
+    tables = [miniature / "limit-miniature" / "miniature" / f"seed-{seed}.csv" for seed in (0, 1)]
+    before = [read_rows(table) for table in tables]
+    for seed, (table, rows) in enumerate(zip(tables, before, strict=True)):
+        shutil.rmtree(backbone_in(miniature, seed))
+        with open(table, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([row for row in rows if row["training"] != rows[0]["training"]])
+    command = [sys.executable, "studies/collapse_threshold.py", "--miniature", "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--output-dir", str(miniature)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("components") == 2  # two trainings alone
     key = lambda row: (row["training"], int(row["step"]))  # noqa: E731
-    assert sorted(read_rows(table), key=key) == sorted(before, key=key)
+    for table, rows in zip(tables, before, strict=True):
+        assert sorted(read_rows(table), key=key) == sorted(rows, key=key)
 
 
 def test_all_arms_begin_alike_and_measures_say_when_they_are_of_which_rows(miniature):

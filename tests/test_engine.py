@@ -16,7 +16,6 @@ from pathlib import Path
 import filelock
 import psutil
 import pytest
-import torch
 
 from collapse.config import RunConfig
 from collapse.runs import engine, progress
@@ -158,6 +157,8 @@ def test_workers_run_a_closure_side_by_side_the_longest_job_first(tmp_path):
 
 
 def test_workers_take_a_core_or_a_gpu_each(tmp_path, monkeypatch):
+    import torch  # here alone: every worker imports this file
+
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert plan_workers(RunConfig(), cpu, 99) == (8, None)

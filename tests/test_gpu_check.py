@@ -1,5 +1,8 @@
 """The check that comes first on a new GPU: in miniature it runs on a CPU, goes on, and says why."""
 
+import contextlib
+import functools
+import io
 import json
 import re
 import sys
@@ -17,31 +20,50 @@ def check(folder, steps: str, options: str = "--tiny") -> dict:
     return json.loads((folder / "gpu_check.json").read_text())["steps"]
 
 
-def test_all_steps_run_in_miniature_and_print_what_was_expected_and_found(tmp_path, capsys):
-    steps = check(tmp_path, "1 2 3 4 5 6 7 8")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A check of all steps: its file, what it printed, and trainer and rows of step 7's steps."""
+    folder, profiles, profiled = tmp_path_factory.mktemp("gpu"), gpu_check.STEPS[7], []
+    step = gpu_check.common.Trainer.step
+
+    def noted(self, rows, rate):
+        profiled.append((self, rows))
+        return step(self, rows, rate)
+
+    @functools.wraps(profiles)
+    def watched(card):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(gpu_check.common.Trainer, "step", noted)
+            yield from profiles(card)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gpu_check.STEPS, 7, watched)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            check(folder, "1 2 3 4 5 6 7 8")
+    return json.loads((folder / "gpu_check.json").read_text()), printed.getvalue(), profiled
+
+
+def test_all_steps_run_in_miniature_and_print_what_was_expected_and_found(whole):
+    results, said, _ = whole
+    steps = results["steps"]
     assert list(steps) == [str(number) for number in range(1, 9)]
-    said = capsys.readouterr().out
     printed = re.findall("expected .+, found ", said)
     assert len(printed) == sum(len(step["checks"]) for step in steps.values()) > 40
     assert all(c["right"] is not False for step in steps.values() for c in step["checks"])
-    (low, high) = json.loads((tmp_path / "gpu_check.json").read_text())["ratio"]["busy"]
+    (low, high) = results["ratio"]["busy"]
     assert said.splitlines()[-1] == f"busy time / time at the least: {low:.1f} to {high:.1f}"
     assert 0 < low <= high
 
 
-def test_batches_of_the_profile_are_grouped_and_only_kernels_count(tmp_path, monkeypatch):
-    rows, step = [], gpu_check.common.Trainer.step
-    monkeypatch.setattr(
-        gpu_check.common.Trainer,
-        "step",
-        lambda self, r, rate: rows.append((self, r)) or step(self, r, rate),
-    )
-    found = check(tmp_path, "7")["7"]["checks"]
+def test_batches_of_the_profile_are_grouped_and_only_kernels_count(whole):
+    results, _, rows = whole
+    found = results["steps"]["7"]["checks"]
     assert sum(c["what"].startswith("model ") for c in found) == 4
     times = [
         float(x) for c in found if c["what"].startswith("model") for x in c["found"].split(",")
     ]
     assert all(time > 0 for time in times)
+    assert rows
     padded = sum(len(r) * int(t.split.lengths[r].max()) for t, r in rows)
     true = sum(int(t.split.lengths[r].sum()) for t, r in rows)
     assert padded < 1.4 * true  # at random it is about twice as many

@@ -672,7 +672,7 @@ def test_settings_of_the_adapters_are_checked(run, capsys, qwen):
 
 
 def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
-    """12 steps of model 2 on AG News, cut to 16 tokens; chance is 25%."""
+    """8 steps of model 2 on AG News, cut to 16 tokens; chance is 25%."""
     try:
         folder = standin_folder()
     except UserError as missing:
@@ -680,7 +680,7 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
     config = LanguageModelConfig(
         model=str(folder), quantization="none", learning_rate=1e-3, max_length=16
     )
-    task = limit_task(load_ag_news(shared_data), 12 * 16, 96)
+    task = limit_task(load_ag_news(shared_data), 8 * 16, 64)
     encode = load_tokenizer(config.model)
     train, validation = (
         encode_rows(rows, encode, config.max_length) for rows in (task.train, task.validation)

@@ -23,6 +23,13 @@ def test_measures_are_imported_without_the_libraries_that_few_of_them_need():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_starts_jobs_is_imported_without_torch():
+    """Which takes seconds in every worker, and not every job needs it."""
+    code = "import sys\nsys.modules['torch'] = None\nimport collapse.runs.engine"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_experiment_4_keeps_depends_on_the_code_that_measures_and_not_on_plots_or_jobs():
     files = {str(file.relative_to(ROOT)) for file in effective_rank_analysis.files_that_measure()}
     for name in (

@@ -280,18 +280,30 @@ def test_main_sets_the_allocator_and_an_import_does_not():
     scripts = [path.stem for path in ROOT.glob("*.py") if path.stem != "common"]
     show = "print(os.environ.get('PYTORCH_ALLOC_CONF'))"
     stop = "tyro.cli = lambda *_, **__: SystemExit"  # whatever main does next with that fails
-    code = (
-        f"import importlib, os, sys, tyro\nscript = importlib.import_module(sys.argv[1])\n{show}\n"
-    )
-    code += f"{stop}\ntry:\n    script.main()\nexcept Exception:\n    {show}\n"
+    code = f"""
+import importlib, os, sys, tyro
+import common  # once; each script is then a process of its own
+for name in sys.argv[1:]:
+    if os.fork() == 0:
+        script = importlib.import_module(name)
+        {show}
+        {stop}
+        try:
+            script.main()
+        except Exception:
+            {show}
+        sys.stdout.flush()
+        os._exit(0)
+    os.wait()
+"""
     environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_ALLOC_CONF"}
     environment["PYTHONPATH"] = str(ROOT)
     for given, expected in ((None, "expandable_segments:True"), ("backend:native",) * 2):
         own = {} if given is None else {"PYTORCH_ALLOC_CONF": given}
-        for name in scripts if given is None else scripts[:1]:
-            command = [sys.executable, "-c", code, name]
-            found = subprocess.run(command, env=environment | own, capture_output=True, text=True)
-            assert found.stdout.split() == [str(given), expected], found.stderr
+        names = scripts if given is None else scripts[:1]
+        command = [sys.executable, "-c", code, *names]
+        found = subprocess.run(command, env=environment | own, capture_output=True, text=True)
+        assert found.stdout.split() == [str(given), expected] * len(names), found.stderr
 
 
 def test_a_plan_counts_as_free_what_an_earlier_model_left(qwen, monkeypatch):

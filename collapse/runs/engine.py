@@ -27,17 +27,19 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import filelock
-import torch
 from tqdm import tqdm
 
 from collapse.config import RunConfig
 from collapse.runs.progress import Job, Progress, RunBar
 from collapse.utils.errors import UserError, run_script, what_to_do
 from collapse.utils.files import append_line, is_held, locked, read_json, write_file, write_json
+
+if TYPE_CHECKING:  # torch takes seconds, and not every job needs it
+    import torch
 
 LOOK_SECONDS = 0.1  # between two looks of a command at its workers
 WAIT_SECONDS = 1.0  # between two looks at jobs that other commands hold
@@ -48,7 +50,7 @@ RunJob = Callable[[Job, Progress], None]
 
 
 def plan_workers(
-    config: RunConfig, device: torch.device, jobs: int
+    config: RunConfig, device: "torch.device", jobs: int
 ) -> tuple[int, dict[str, Any] | None]:
     """How many workers so many jobs get, and the cluster to run them on, as run_all takes both.
 
@@ -74,8 +76,12 @@ def plan_workers(
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them."""
-    count = torch.cuda.device_count()
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES takes them.
+
+    A process that has not imported torch has use for none.
+    """
+    torch = sys.modules.get("torch")
+    count = torch.cuda.device_count() if torch else 0
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return names.split(",")[:count]
 

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -72,9 +70,10 @@ def what_to_do(error: Exception) -> str | None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's memory was too small: torch's allocator says so, CUDA, or cuBLAS."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
+    if not isinstance(error, RuntimeError):  # as torch's OutOfMemoryError and AcceleratorError are
+        return False
+    import torch  # takes seconds, and whoever only starts jobs needs none of it
+
     message = str(error).lower()
-    return isinstance(error, RuntimeError) and (  # torch.AcceleratorError is one
-        "out of memory" in message or "cublas_status_alloc_failed" in message
-    )
+    full = "out of memory" in message or "cublas_status_alloc_failed" in message
+    return full or isinstance(error, torch.OutOfMemoryError)

@@ -6,15 +6,15 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
 
 from collapse.utils.errors import DISK_FULL, UserError
+
+if TYPE_CHECKING:  # torch takes seconds, and whoever only starts jobs needs none of it
+    from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
@@ -63,15 +63,17 @@ def drop_lines_after(path: Path, step: int) -> None:
     write_file(path, "".join(kept).encode())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, Any]) -> None:
     """Store tensors and JSON-able metadata in one safetensors file, with a checksum of both."""
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     texts[CHECKSUM] = _checksum(tensors, texts)
     write_file(path, safetensors.torch.save(tensors, texts))
 
 
-def read_tensors(path: Path, job: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path, job: Path | None = None) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read what write_tensors wrote: (tensors, metadata).
 
     job is the folder of the training that the file belongs to; default: the one it lies in.
@@ -94,8 +96,10 @@ def read_tensors(path: Path, job: Path | None = None) -> tuple[dict[str, Tensor]
 CHECKSUM = "sha256"
 
 
-def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+def _checksum(tensors: "dict[str, Tensor]", texts: dict[str, str]) -> str:
     """SHA-256 of names, types, shapes and bytes of CPU tensors, and of the other metadata."""
+    import torch
+
     digest = hashlib.sha256(json.dumps(sorted(texts.items())).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ def git_commit() -> str | None:
     return commit
 
 
+# Read once in a process: every training asks, and a version takes milliseconds.
+version_of = cache(importlib.metadata.version)
+
+
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """Versions, hardware and git commit (default: the present one), for results.json."""
     packages = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "scikit-learn", "scipy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: version_of(name) for name in packages}
     if liger := liger_version(device):
         versions["liger-kernel"] = liger
     return {

@@ -256,12 +256,15 @@ def add_time(page: Page) -> None:
     """P6 to P8, the study of time, and each real model that ran."""
     config = own_models.TIME
     results, family = results_of(config), own_models.LATER_ENDPOINTS
-    if not own_models.endpoints(family) and results is None:
+    endpoints = own_models.endpoints(family)
+    models = [model for model in own_models.REAL_MODELS if results_of(model)]
+    if not (endpoints or results or models):
         return
     question = "Does that rate fall as training goes on, and where does it lie in real models?"
     page.section("Rate, time and real models", question)
-    caption = "P6 to P8, a family of three adjusted by Holm; *n*: backbones, of P8 seeds."
-    page.table("later endpoints", caption, own_models.table_endpoints(family, "n"))
+    if endpoints:
+        caption = "P6 to P8, a family of three adjusted by Holm; *n*: backbones, of P8 seeds."
+        page.table("later endpoints", caption, own_models.table_endpoints(family, "n"))
     if results:
         page.text(own_models.source_of(config))
         caption = "Learning rate above which a quarter of the components is not kept, after so "
@@ -271,8 +274,8 @@ def add_time(page: Page) -> None:
         page.table("time bounds", caption, table_bounds(results))
         caption = "Components kept over steps and learning rate"
         page.figure(f"{folder_of(config)}/collapse_time.png", caption)
-    for config in own_models.REAL_MODELS:
-        add_real_model(page, config)
+    for model in models:
+        add_real_model(page, model)
 
 
 def add_real_model(page: Page, config: collapse_threshold.Config) -> None:

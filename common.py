@@ -351,7 +351,7 @@ class Trainer:
         found = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
-            if self.arm.parts_gradients:
+            if self.arm.needs_separate_lm_grad:
                 self.add_lm_gradients(lm_loss)
             loss.backward()
             found += numbers

@@ -49,7 +49,7 @@ class Arm:
         return self.anchor == "kl"
 
     @property
-    def parts_gradients(self) -> bool:
+    def needs_separate_lm_grad(self) -> bool:
         """Whether the LM loss's gradient must be known apart from the classification loss's."""
         return self.shared_scale or self.compressor == "lm"
 

@@ -346,7 +346,7 @@ class Trainer:
         targets = count_targets(self.split, rows) if self.arm.needs_lm_head else 0
         sums = StepSums(rows=len(rows), targets=targets, steps=1)
         if self.arm.lm == "shuffled":
-            self.deal_targets(rows)
+            self.shuffle_targets(rows)
         self.lm_gradients = [None] * len(self.apart)
         found = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
@@ -413,7 +413,7 @@ class Trainer:
             )
         return torch.zeros((), device=self.device)
 
-    def deal_targets(self, rows: np.ndarray) -> None:
+    def shuffle_targets(self, rows: np.ndarray) -> None:
         """Give the LM targets of all rows of the step to their positions at random."""
         own = [self.split.token_ids[row][1:] for row in rows]
         tokens = torch.cat(own)

@@ -55,7 +55,7 @@ from collapse.models.pretrained import (
     find_model,
     load_causal_lm,
     load_tokenizer,
-    pin_model,
+    resolve_model,
     whole_tokenizer,
     without_mask,
 )
@@ -953,7 +953,7 @@ def run_language_model_experiment(
             "the data is neither in the Hugging Face cache nor on the hub: "
             "give --data-dir a folder with a download."
         )
-    settings, name_in_results, found = pin_model(config, partial(announce_run, task, device))
+    settings, name_in_results, found = resolve_model(config, partial(announce_run, task, device))
     packed = settings.quantization  # by us
     short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name

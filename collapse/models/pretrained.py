@@ -131,7 +131,7 @@ def weights_of(name: str) -> str:
     return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
-def pin_model(
+def resolve_model(
     config: LanguageModelConfig,
     before_weights: Callable[[LanguageModelConfig], None] = lambda settings: None,
 ) -> tuple[LanguageModelConfig, str, dict[str, str]]:

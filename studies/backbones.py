@@ -28,7 +28,7 @@ from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit
 from studies.shared import finetune, pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 # Data set -> training rows, steps of 16 rows.
 DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), finetune.TOY: (64, 10)}
@@ -83,7 +83,7 @@ def run_missing(config: Config) -> None:
     def place_of(job: Job) -> tuple[Path, str]:
         return config.table, job.name
 
-    missing = without_rows((job_of(config, cell) for cell in cells.values()), place_of, "name")
+    missing = reset_missing_jobs((job_of(config, cell) for cell in cells.values()), place_of, "name")
     seeds = list(dict.fromkeys(cells[job.name].seed for job in missing))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))

@@ -32,7 +32,7 @@ from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, locked, read_json, write_json
 from studies.shared import pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
 TITLES = {
@@ -124,7 +124,7 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         return [row | {"measuring_seconds": round(time.monotonic() - started, 1)}]
 
     jobs = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
-    missing = without_rows(jobs, place_of, "name")
+    missing = reset_missing_jobs(jobs, place_of, "name")
     run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
 
 

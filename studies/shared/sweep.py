@@ -28,7 +28,7 @@ from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit, hardware_name
 from studies.shared import finetune, pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
 ENDPOINTS = 5  # of the protocol's first part
@@ -180,7 +180,7 @@ class Study:
             progress.say(f"{job.name}: {self.line(rows)}", time_left=True)
             return [head | rounded(row) | tail for row in rows]
 
-        missing = without_rows(by_job, place_of, "training")
+        missing = reset_missing_jobs(by_job, place_of, "training")
         if not missing:
             return
         print(title, flush=True)

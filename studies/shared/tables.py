@@ -48,7 +48,7 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
         write_file(path, text.getvalue().encode())
 
 
-def without_rows(
+def reset_missing_jobs(
     jobs: Iterable[Job], place_of: Callable[[Job], tuple[Path, str]], key: str
 ) -> list[Job]:
     """Those jobs that have no row in their table, to be done, or to be done again.

@@ -152,7 +152,7 @@ def models_of(
         for seed in seeds:
             torch.manual_seed(seed)
             yield "pretrained", seed, build(common.find_arm("2"))  # states and classifier as of 1
-        for key, seed in sorted(jobs, key=lambda job: (common.find_arm(job[0]).place, job[1])):
+        for key, seed in sorted(jobs, key=lambda job: (common.find_arm(job[0]).sort_key, job[1])):
             model = build(common.find_arm(key))
             load_weights(folder / "state" / f"{key}-seed{seed}", weights, model)
             yield key, seed, model

@@ -34,7 +34,7 @@ class Arm:
         return self.name.replace("model", "model ")
 
     @property
-    def place(self) -> tuple[int, float, float]:
+    def sort_key(self) -> tuple[int, float, float]:
         """Where it stands in tables: as in ARMS, weights and factors in order."""
         names = [arm.name for arm in ARMS.values()]
         return names.index(self.name.partition("@")[0]), self.weight or 0.0, self.epochs

@@ -294,7 +294,7 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
     None for all of it.
     """
     runs = sweep.read_runs(folder, range(sweep.PLANNED), Trial)
-    in_order = sorted(runs, key=lambda run: common.find_arm(run.trial.arm).place)
+    in_order = sorted(runs, key=lambda run: common.find_arm(run.trial.arm).sort_key)
     starts = {run.trial: run.path[0] for run in runs if run.path[0]["step"] == 0}
     return {run.trial: run.end for run in in_order}, starts
 

@@ -48,7 +48,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
 
 def place_of(key: str) -> tuple:
     """Sorts the keys of models: the one before training, then the arms as they stand."""
-    return (-1,) if key == "pretrained" else find_arm(key).place
+    return (-1,) if key == "pretrained" else find_arm(key).sort_key
 
 
 def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:

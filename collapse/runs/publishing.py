@@ -30,7 +30,7 @@ def publish(
     with locked(folder.path):
         folder.check()
         here, elsewhere = folder.finished(), folder.trained_elsewhere()
-        names = sorted(here.keys() | elsewhere, key=lambda name: find_arm(name).place)
+        names = sorted(here.keys() | elsewhere, key=lambda name: find_arm(name).sort_key)
         models = {name: by_seed(elsewhere.get(name, {}) | here.get(name, {})) for name in names}
         results = {**through_json(head), "models": models}
         kept = {(name, seed) for name, runs in elsewhere.items() for seed in runs}

@@ -368,7 +368,7 @@ def table_rank_at_equal_loss(results: dict) -> str:
 def table_times(results: dict) -> str:
     """Time of all steps over Model 1's of the same backbone and set."""
     times = {
-        data: dict(sorted(arms.items(), key=lambda pair: find_arm(pair[0]).place))
+        data: dict(sorted(arms.items(), key=lambda pair: find_arm(pair[0]).sort_key))
         for data, arms in results["times"].items()
     }
     return table(TIME_COST_COLUMNS, rows_of(times, "data", "arm"))

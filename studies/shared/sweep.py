@@ -310,7 +310,7 @@ def read_runs(
 
 def arms_of(runs: Iterable[Run]) -> list[str]:
     """Arms that ran, in their order."""
-    return sorted({run.trial.arm for run in runs}, key=lambda name: common.find_arm(name).place)
+    return sorted({run.trial.arm for run in runs}, key=lambda name: common.find_arm(name).sort_key)
 
 
 def rounded(row: Mapping[str, Any]) -> Row:

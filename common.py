@@ -24,11 +24,11 @@ from tqdm import tqdm
 from collapse.arms import Arm, chosen_arms, find_arm
 from collapse.config import (
     DEFAULT_MODEL,
-    NOT_IN_FINGERPRINT,
     STANDIN_MODEL,
     LanguageModelConfig,
     RunConfig,
     check_config,
+    fingerprint,
 )
 from collapse.data.batches import (
     EVALUATION_TOKENS,
@@ -697,8 +697,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     set_threads(config.threads)
     load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
-        "config": {k: v for k, v in vars(config).items() if k not in NOT_IN_FINGERPRINT}
-        | experiment.details,
+        "config": fingerprint(config) | experiment.details,
         "data": task.summary(),
     }
     path = experiment.folder(config)

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 import common
 import experiment
@@ -40,6 +39,7 @@ from collapse.report.model_records import (
 )
 from collapse.training.checkpoints import load_weights
 from collapse.training.monitor import outputs
+from collapse.utils import command_line
 from collapse.utils.device import pick_device, set_allocator
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, digest_files, finished_trainings, read_json, write_json
@@ -53,26 +53,26 @@ class Config:
 
     # Result folders to analyse. Default: all with checkpoints under results/, results_7b/ and
     # results_agnews/ but limit-*.
-    folders: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = command_line.grouped((), "data")
     # Folder for the results.
-    output_dir: Path = ROOT / "results_effective_rank"
+    output_dir: Path = command_line.grouped(ROOT / "results_effective_rank", "execution")
     # Folder with the data in its official layout. Default: the Hugging Face cache, then the hub.
-    data_dir: Path | None = None
+    data_dir: Path | None = command_line.grouped(None, "data")
     # Where a pretrained model's folder lies now, if it has moved since the training.
-    model: str | None = None
+    model: str | None = command_line.grouped(None, "data")
     # Where the file or folder of own data lies now, if it has moved since the training.
-    dataset: str | None = None
+    dataset: str | None = command_line.grouped(None, "data")
     # Validation rows to measure, a fixed draw.
-    rows: int = 2000
+    rows: int = command_line.grouped(2000, "measurement")
     # Random subsets of rows behind each interval, two or more.
-    draws: int = 50
+    draws: int = command_line.grouped(50, "measurement")
     # Weights to load: of the last epoch, or of the one with the best validation accuracy.
-    weights: Literal["final", "best"] = "final"
+    weights: Literal["final", "best"] = command_line.grouped("final", "measurement")
     # Where to compute; auto takes a GPU when there is one.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = command_line.grouped("auto", "execution")
     # Measure everything anew, and replace results in the output folder that were measured
     # otherwise.
-    fresh: bool = False
+    fresh: bool = command_line.grouped(False, "execution")
 
     def how_measured(self) -> dict[str, Any]:
         return {"rows": self.rows, "draws": self.draws, "weights": self.weights}
@@ -258,7 +258,7 @@ def measure_study(
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = command_line.parse(Config, __doc__, negative_flags=False)
     set_allocator()
     check_bounds("rows", config.rows, LEAST_ROWS, math.inf)
     check_bounds("draws", config.draws, 2, math.inf)

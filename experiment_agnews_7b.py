@@ -7,10 +7,9 @@ the pooled hidden state. Another causal LM goes by --model. Without a GPU: `make
 
 from dataclasses import dataclass
 
-import tyro
-
 import common
-from collapse.config import LanguageModelConfig
+from collapse.config import DATA, LanguageModelConfig, run_setting, study_setting
+from collapse.utils import command_line
 from collapse.utils.device import set_allocator
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT
@@ -22,12 +21,13 @@ class Config(LanguageModelConfig):
 
     # Data set: a name of LOADERS in collapse/data/registry.py, a file, a folder or a hub set, as in
     # experiment_7b.py. Any but AG News has results in a subfolder.
-    dataset: str = "AG News"
-    max_length: int = 256  # Longest input in tokens; the rest of a row is cut off.
+    dataset: str = run_setting("AG News", DATA)
+    # Longest input in tokens; the rest of a row is cut off.
+    max_length: int = study_setting(256, DATA)
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = command_line.parse(Config, __doc__, negative_flags=False)
     set_allocator()
     common.run_language_model_experiment(
         "Experiment 3",

@@ -83,7 +83,9 @@ def run_missing(config: Config) -> None:
     def place_of(job: Job) -> tuple[Path, str]:
         return config.table, job.name
 
-    missing = reset_missing_jobs((job_of(config, cell) for cell in cells.values()), place_of, "name")
+    missing = reset_missing_jobs(
+        (job_of(config, cell) for cell in cells.values()), place_of, "name"
+    )
     seeds = list(dict.fromkeys(cells[job.name].seed for job in missing))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))

@@ -33,6 +33,7 @@ from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, 
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
 from collapse.runs.progress import Progress
+from collapse.utils import command_line
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
@@ -57,28 +58,30 @@ class Config(sweep.Config):
 
     # A causal LM instead of own language models: hub name, folder or GGUF file. --seeds are then of
     # adapters, heads and order of rows, and each is whole before the next begins.
-    model: str | None = None
+    model: str | None = command_line.grouped(None, "language model")
     # With --model: frozen weights in 4 bits (NF4) or as they are. Default: nf4 on a GPU.
-    quantization: Literal["nf4", "none"] | None = None
+    quantization: Literal["nf4", "none"] | None = command_line.grouped(None, "language model")
     # With --model: type of activations and weights. Default: bfloat16 on a GPU, float32 on a CPU;
     # on a CPU that multiplies bfloat16 in hardware (avx512_bf16, AMX) that is the faster one, too.
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
+    compute_dtype: Literal["bfloat16", "float32"] | None = command_line.grouped(
+        None, "language model"
+    )
     # Steps after which fewer rows (256) are measured along the way; given, they are measured before
     # the first step and after the last, too. Default: four, and not at the ends.
     measure_at: tuple[int, ...] = ()
     # LoRA on own language models, instead of training all their weights.
-    lora: bool = False
+    lora: bool = command_line.grouped(False, "language model")
     # Data sets: names that experiment.py --dataset takes.
-    datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
+    datasets: tuple[str, ...] = command_line.grouped(("AG News", "SST-2 by sentence"), "data")
     # Models and controls, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
     # Base-10 logarithms of the learning rates, in order; without --model equally far apart.
     # Default: quarter decades from -3.25 to -1.5; with --model 2e-4 and five doublings of it.
-    rates: tuple[float, ...] = ()
+    rates: tuple[float, ...] = command_line.grouped((), "optimization")
     # With --model: run only the rates that a threshold is found with, two or three of six.
-    bracket: bool = False
+    bracket: bool = command_line.grouped(False, "optimization")
     # Optimizer steps of a training: ten of warm-up, then a constant rate.
-    steps: int = 200
+    steps: int = command_line.grouped(200, "optimization")
     # Folder for results, in it one for each --model or corpus.
     output_dir: Path = ROOT / "studies" / "results" / "collapse_threshold"
 

@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-import tyro
 
 from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY, tokens_of
@@ -28,6 +27,7 @@ from collapse.report.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, states_and_targets
+from collapse.utils import command_line
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, locked, read_json, write_json
@@ -54,9 +54,9 @@ class Config:
     """Settings of the study; the comment above a field is its --help text."""
 
     # Text: tinystories from the hub, or newsgroups, which `make corpus` fetches.
-    corpus: pretrain.CorpusName = "tinystories"
+    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
     # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
+    workers: int = command_line.grouped(1, "execution")
     # Parts of the study to run: seeds (30 of one size), decay (ten seeds of it with less weight
     # decay), grid (sizes). The results are always of all rows that are there.
     parts: tuple[str, ...] = ("seeds", "decay", "grid")
@@ -65,15 +65,17 @@ class Config:
     # Run no model of more epochs; of the sizes, two thirds of the time go into those of ten.
     max_epochs: int = 10
     # The whole study with a few tiny models on made-up text, in a folder that git ignores.
-    miniature: bool = False
+    miniature: bool = command_line.grouped(False, "execution")
     # Only results.json and the figure, from the rows that are there.
-    summarize: bool = False
+    summarize: bool = command_line.grouped(False, "execution")
     # Wu & Papyan's table, to be shown beside ours. Default: not shown.
-    paper_table: Path | None = None
+    paper_table: Path | None = command_line.grouped(None, "data")
     # Folder for models.
-    models_dir: Path = pretrain.LANGUAGE_MODELS
+    models_dir: Path = command_line.grouped(pretrain.LANGUAGE_MODELS, "execution")
     # Folder for results.
-    output_dir: Path = ROOT / "studies" / "results" / "linguistic_collapse"
+    output_dir: Path = command_line.grouped(
+        ROOT / "studies" / "results" / "linguistic_collapse", "execution"
+    )
 
 
 def plan(miniature: bool) -> dict[str, list[Recipe]]:
@@ -334,7 +336,7 @@ def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float])
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = command_line.parse(Config, __doc__)
     # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)

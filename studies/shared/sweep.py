@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-import tyro
 
 import common
 from collapse.config import check_bounds
@@ -23,6 +22,7 @@ from collapse.measures.statistics import t_interval
 from collapse.measures.verdicts import verdict
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
+from collapse.utils import command_line
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, write_json
@@ -43,24 +43,24 @@ class Config:
     # A study's own setting: what is trained instead, seeds are then no backbones.
     model: ClassVar[str | None] = None
     # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
-    data_dir: Path | None = None
+    data_dir: Path | None = command_line.grouped(None, "data")
     # Text of the own language models: tinystories from the hub, or newsgroups, of `make corpus`.
-    corpus: pretrain.CorpusName = "tinystories"
+    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
     # Own language models, by their seeds.
     seeds: tuple[int, ...] = tuple(range(PLANNED))
     # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
+    workers: int = command_line.grouped(1, "execution")
     # Where trainings compute: auto takes a GPU where there is one. Own models are pretrained on
     # the CPU in any case.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = command_line.grouped("auto", "execution")
     # The whole study in small, on made-up text, in a folder that git ignores.
-    miniature: bool = False
+    miniature: bool = command_line.grouped(False, "execution")
     # Only results.json and the figures, from the rows that are there.
-    summarize: bool = False
+    summarize: bool = command_line.grouped(False, "execution")
     # Folder for own language models.
-    models_dir: Path = pretrain.LANGUAGE_MODELS
+    models_dir: Path = command_line.grouped(pretrain.LANGUAGE_MODELS, "execution")
     # Folder for results, in it one for each corpus.
-    output_dir: Path = ROOT / "studies" / "results"
+    output_dir: Path = command_line.grouped(ROOT / "studies" / "results", "execution")
 
     @property
     def folder(self) -> Path:
@@ -110,7 +110,7 @@ class Study:
 
     def main(self, description: str) -> None:
         """Of the script: run what is missing, unless only a summary is asked for, and report."""
-        config = tyro.cli(self.config_type, description=description)
+        config = command_line.parse(self.config_type, description)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive a fork
         set_allocator()
         self.check_config(config)

@@ -85,29 +85,33 @@ SCRIPTS["results_agnews"] = "experiment_agnews_7b.py"
 def find_folders(config: Config) -> list[Path]:
     """Result folders with at least one finished training; says how the missing ones are made."""
     if config.folders:
-        found = [folder for folder in config.folders if finished_trainings(folder)]
-        missing = [f"{f} holds no finished training" for f in config.folders if f not in found]
+        folders = [folder for folder in config.folders if finished_trainings(folder)]
+        missing = [f"{f} holds no finished training" for f in config.folders if f not in folders]
     else:
-        found, missing = [], []
+        folders, missing = [], []
         for top, script in SCRIPTS.items():
             states = (ROOT / top).glob("**/state/settings.json")
-            here = sorted(f.parent.parent for f in states if finished_trainings(f.parent.parent))
-            limited = [folder for folder in here if "limit-" in str(folder.relative_to(ROOT))]
-            found += [folder for folder in here if folder not in limited]
+            with_checkpoints = sorted(
+                f.parent.parent for f in states if finished_trainings(f.parent.parent)
+            )
+            limited = [
+                folder for folder in with_checkpoints if "limit-" in str(folder.relative_to(ROOT))
+            ]
+            folders += [folder for folder in with_checkpoints if folder not in limited]
             why = "is left out, as a run on fewer rows"
             missing += [f"{folder} {why}: --folders {folder} takes it" for folder in limited]
-            if ROOT / top not in here:
+            if ROOT / top not in with_checkpoints:
                 missing.append(f"no checkpoints in {top}/ itself: `python {script}` makes them")
-    if not found:
+    if not folders:
         raise UserError(f"nothing to analyse; {'; '.join(missing)}.")
-    for folder in found:
-        made = dict(finished_trainings(folder))
-        if lacking := [key for key in ("model1", "model2", "model3") if key not in made]:
+    for folder in folders:
+        seed_by_model = dict(finished_trainings(folder))
+        if lacking := [key for key in ("model1", "model2", "model3") if key not in seed_by_model]:
             how = "the command that made it adds them by --models 1 2 3"
             missing.append(f"{folder} lacks {', '.join(lacking)}: {how}")
     for sentence in missing:
         print(f"NOTE: {sentence}")
-    return found
+    return folders
 
 
 def published_trainings(folder: Path) -> list[tuple[str, str]]:
@@ -213,7 +217,7 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
 
 
 def measure_study(
-    folder: Path, config: Config, device: torch.device, here: dict
+    folder: Path, config: Config, device: torch.device, made_with: dict
 ) -> tuple[str, dict]:
     """The study's name; its settings, data and records (model -> seed -> record)."""
     settings = read_json(folder / "state" / "settings.json")
@@ -231,7 +235,7 @@ def measure_study(
         splits.transfer is not None,
     ]
     print(f"{name}: {n:,} validation rows, {config.weights} weights of {folder}", flush=True)
-    found: dict[str, dict[str, dict]] = {}
+    records_by_model: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
         training = folder / "state" / f"{key}-seed{seed}"
         files = training.rglob("*.safetensors")  # none of a baseline
@@ -241,20 +245,20 @@ def measure_study(
         file = state / f"{key}-seed{seed}.json"
         record = read_json(file) if file.exists() and not config.fresh else {}
         if record.get("made_from") != made_from:
-            record = {**measure(model, splits, config.draws), "made_from": made_from, **here}
+            record = {**measure(model, splits, config.draws), "made_from": made_from, **made_with}
             write_json(file, record)
         if key == "model3" and config.weights == "final":
             # The training has clustered the engrams of its last epoch.
             clusters = read_json(training / "metrics.json")["cluster"]
             for case, column in (("trained", "engram_ari"), ("untrained", "engram_ari_untrained")):
                 record[column] = clusters[case]["ari"]
-        found.setdefault(key, {})[str(seed)] = record
+        records_by_model.setdefault(key, {})[str(seed)] = record
         times = ", ".join(f"{part} {s:.0f} s" for part, s in record["seconds"].items())
         rank = record["effective_rank"]
         print(f"  {key} seed {seed}: effective rank {rank:.1f} ({times})", flush=True)
-    records.add_losses_of_training(found)
+    records.add_losses_of_training(records_by_model)
     study = {"folder": where, "settings": settings, "num_samples": n}
-    return name, study | {"measured": measured, "records": found}
+    return name, study | {"measured": measured, "records": records_by_model}
 
 
 def main() -> None:
@@ -266,11 +270,11 @@ def main() -> None:
     file = config.output_dir / "effective_rank_results.json"
     earlier = records.earlier_studies(file, config.how_measured(), config.fresh)
     studies, names = dict(earlier), {study["folder"]: name for name, study in earlier.items()}
-    folders, here = find_folders(config), environment(device)
+    folders, made_with = find_folders(config), environment(device)
     measured, unusable = set(), []
     for folder in folders:
         try:
-            name, study = measure_study(folder, config, device, here)
+            name, study = measure_study(folder, config, device, made_with)
         except UserError as error:
             unusable.append(f"{folder}: {error}")
             print(f"NOTE: {folder}: {error}", flush=True)

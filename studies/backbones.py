@@ -155,13 +155,20 @@ def summary(rows: list[dict[str, str]]) -> dict[str, Any]:
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         by_seed = {}
         for start in STARTS:
-            here = [row for row in rows if row["dataset"] == dataset and row["start"] == start]
+            rows_of_start = [
+                row for row in rows if row["dataset"] == dataset and row["start"] == start
+            ]
             by_rate: dict[str, dict[str, float]] = {}
-            for row in here:
+            for row in rows_of_start:
                 by_rate.setdefault(row["rate"], {})[row["seed"]] = float(row["accuracy"])
-            by_seed[start] = max(by_rate.values(), key=lambda found: np.mean(list(found.values())))
+            by_seed[start] = max(
+                by_rate.values(), key=lambda accuracies: np.mean(list(accuracies.values()))
+            )
         difference = paired_difference(by_seed["random"], by_seed["pretrained"])
-        accuracy = {start: float(np.mean(list(found.values()))) for start, found in by_seed.items()}
+        accuracy = {
+            start: float(np.mean(list(accuracies.values())))
+            for start, accuracies in by_seed.items()
+        }
         result[dataset] = {"accuracy": accuracy, "pretrained - random": difference}
     return result
 
@@ -175,8 +182,8 @@ def main() -> None:
     run_missing(config)
     results = summary(read_rows(config.table))
     write_json(config.output_dir / "finetuned.json", results)
-    for dataset, found in results.items():
-        difference = format_interval(found["pretrained - random"], 1, 100, "+")
+    for dataset, comparison in results.items():
+        difference = format_interval(comparison["pretrained - random"], 1, 100, "+")
         print(f"{dataset}: pretrained less random {difference} points")
 
 

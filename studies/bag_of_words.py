@@ -87,8 +87,8 @@ def main() -> None:
     rows = []
     for folder, name, task in tasks(config.data_dir):
         rows.append({"folder": folder, "data": name, **measure(task)})
-        found = rows[-1]
-        print(f"{folder}, {name}: {found['accuracy']:.2%} (C {found['C']:g})", flush=True)
+        row = rows[-1]
+        print(f"{folder}, {name}: {row['accuracy']:.2%} (C {row['C']:g})", flush=True)
     made = environment(pick_device("cpu"))
     write_json(BAG_OF_WORDS, {"rows": rows, **made})
 

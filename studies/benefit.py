@@ -115,18 +115,18 @@ def trials_at(config: Config, rates: dict[tuple[str, str], float]) -> list[Trial
 
     A control has the rate of the model that it varies: `longer` Model 1's, others Model 2's.
     """
-    found = []
+    trials = []
     for seed in config.seeds:
         if "endpoint" in config.parts:
             for dataset in config.datasets:
                 ones, twos = rates[dataset, "model1"], rates[dataset, "model2"]
-                found.append(Trial(seed, dataset, "model1", ones))
-                found += [Trial(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
+                trials.append(Trial(seed, dataset, "model1", ones))
+                trials += [Trial(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
         if "controls" in config.parts and seed < sweep.PLANNED // 2:
             for dataset, name in itertools.product(config.control_datasets, config.controls):
                 arm = common.find_arm(name).name
-                found.append(Trial(seed, dataset, arm, rate_of(rates, dataset, arm)))
-    return found
+                trials.append(Trial(seed, dataset, arm, rate_of(rates, dataset, arm)))
+    return trials
 
 
 def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> float:
@@ -192,19 +192,19 @@ def sets_difference(
 
     Seeds that lack a set do not enter the mean. None where there are no two seeds.
     """
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     values = {dataset: study.differences(dataset, arm, base) for dataset in datasets}
     for dataset, by_seed in values.items():
         rows = list(by_seed.values())
-        found[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
+        intervals[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
     shared = sorted(set.intersection(*map(set, values.values())))
-    found["mean"] = None
+    intervals["mean"] = None
     if len(shared) > 1:
         arrays = [np.stack([by_seed[s] for s in shared]) for by_seed in values.values()]
-        found["mean"] = sets_interval(arrays)
+        intervals["mean"] = sets_interval(arrays)
         if len(shared) >= FEWEST_TO_DRAW_FROM:
-            found["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
-    return found
+            intervals["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
+    return intervals
 
 
 def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | None:
@@ -239,13 +239,15 @@ def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
 
 def rank_differences(study: Runs, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
     """Data set -> seed -> rank_at_equal_loss, both at Model 1's rate."""
-    found: dict[str, dict[int, float]] = {}
+    differences: dict[str, dict[int, float]] = {}
     for dataset in datasets:
         rate = study.rates[dataset, "model1"]
         ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
         by_seed = {s: rank_at_equal_loss(ones[s], twos[s]) for s in ones.keys() & twos.keys()}
-        found[dataset] = {s: value for s, value in sorted(by_seed.items()) if value is not None}
-    return found
+        differences[dataset] = {
+            s: value for s, value in sorted(by_seed.items()) if value is not None
+        }
+    return differences
 
 
 def summary(config: Config) -> dict[str, Any]:
@@ -272,7 +274,7 @@ def summary(config: Config) -> dict[str, Any]:
         },
         "P5": sweep.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= sweep.PLANNED),
         "rank_at_equal_loss": {
-            dataset: differences_interval(found) for dataset, found in ranks.items()
+            dataset: differences_interval(differences) for dataset, differences in ranks.items()
         },
         "arms": {
             dataset: {
@@ -300,13 +302,13 @@ def ends(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
 
     `language_kept` (nats) and `transfer_kept` are less what they were before training.
     """
-    here = study.runs.get(study.place(dataset, arm), {}).values()
+    runs = study.runs.get(study.place(dataset, arm), {}).values()
     means = {}
     for name in (*finetune.AT_BEST, *KEPT):
-        known = [value for run in here if (value := measure(run, name)) is not None]
+        known = [value for run in runs if (value := measure(run, name)) is not None]
         means[name] = mean_interval(known) if known else None
-    diverged = sum(run.end["best_epoch"] is None for run in here)
-    return means | {"n": len(here), "diverged": diverged}
+    diverged = sum(run.end["best_epoch"] is None for run in runs)
+    return means | {"n": len(runs), "diverged": diverged}
 
 
 # Measure -> whose change it is, from before the first step to after the last.
@@ -327,13 +329,13 @@ def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str
     What is kept at one rate, Model 1's, since a higher rate alone loses more; `best_scaled_loss`
     at each model's own.
     """
-    found: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
+    intervals: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
     for name in (*KEPT, "best_scaled_loss"):
         per_set = {data: differences_of(study, data, name) for data in datasets}
         per_set["mean"] = sweep.mean_over_sets(list(per_set.values()))
         for place, by_seed in per_set.items():
-            found[place][name] = differences_interval(by_seed)
-    return found
+            intervals[place][name] = differences_interval(by_seed)
+    return intervals
 
 
 def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
@@ -342,12 +344,12 @@ def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
     if name in KEPT:
         twos = (*twos[:2], ones[2])
     sides = [study.runs.get(place, {}) for place in (ones, twos)]
-    found = {}
+    differences = {}
     for seed in sorted(sides[0].keys() & sides[1].keys()):
         one, two = (measure(side[seed], name) for side in sides)
         if None not in (one, two):
-            found[seed] = two - one
-    return found
+            differences[seed] = two - one
+    return differences
 
 
 def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
@@ -363,14 +365,16 @@ def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
             continue  # another set, on the way, or diverged
         own = float(row["rate"]) == rate_of(study.rates, dataset, arm)
         if own and row["hardware"] and "NVIDIA" not in row["hardware"]:
-            here = seconds.setdefault((dataset, row["seed"], row["hardware"]), {})
-            here[arm] = float(row["seconds"])
-    found: dict[str, dict[str, list[float]]] = {}
+            by_arm = seconds.setdefault((dataset, row["seed"], row["hardware"]), {})
+            by_arm[arm] = float(row["seconds"])
+    ratios_by_data: dict[str, dict[str, list[float]]] = {}
     for (dataset, *_), by_arm in seconds.items():
         for arm in sorted(by_arm.keys() - {"model1"}) if "model1" in by_arm else ():
-            ratios = found.setdefault(dataset, {}).setdefault(arm, [])
+            ratios = ratios_by_data.setdefault(dataset, {}).setdefault(arm, [])
             ratios.append(by_arm[arm] / by_arm["model1"])
-    return {d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in found.items()}
+    return {
+        d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in ratios_by_data.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,10 +393,13 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     draw_differences(left, {place: (gains.get(place), "model2") for place in [*datasets, "mean"]})
     left.set(title="Dual Head, each model at its own rate")
     controls = {
-        f"{common.find_arm(name).title}, {place.removesuffix(' by sentence')}": (found[place], name)
-        for name, found in differences.items()
+        f"{common.find_arm(name).title}, {place.removesuffix(' by sentence')}": (
+            intervals[place],
+            name,
+        )
+        for name, intervals in differences.items()
         for place in config.control_datasets
-        if name != "model2" and place in found
+        if name != "model2" and place in intervals
     }
     draw_differences(right, controls)
     right.set(title="Controls")
@@ -407,9 +414,9 @@ def draw(config: Config, results: dict[str, Any]) -> None:
 def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]]) -> None:
     """Name -> accuracy less Model 1's and its arm, a line each; the margin is gray."""
     known = {name: pair for name, pair in shown.items() if pair[0]}
-    for line, (found, name) in enumerate(known.values()):
+    for line, (interval, name) in enumerate(known.values()):
         arm = common.find_arm(name)
-        points = rank_plots.ends(found, lambda value: 100 * value)
+        points = rank_plots.ends(interval, lambda value: 100 * value)
         rank_plots.point(axis, line, points, marker=arm.marker, color=arm.color)
     axis.set_yticks(range(len(known)), list(known))
     axis.axvline(0, color="gray", linewidth=0.8)
@@ -439,10 +446,10 @@ def text(results: dict[str, Any]) -> str:
     lines = []
     for name in ("P1", "P5"):
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
-    for arm, found in results["accuracy_differences"].items():
+    for arm, intervals in results["accuracy_differences"].items():
         parts = [
             f"{place} {format_interval(value, 2, 100, '+')}"
-            for place, value in found.items()
+            for place, value in intervals.items()
             if value
         ]
         lines.append(f"{arm} less Model 1, points: {', '.join(parts) or 'no two seeds yet'}")

@@ -208,16 +208,16 @@ def slope(gains: dict[int, float]) -> float:
 
 def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]]]:
     """(merge, classes) -> seed -> model -> run, of what has both models at their rates."""
-    found: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
+    runs: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
     rates = chosen_rates(config)
     for run in read_runs(config.folder, PLANNED, Trial):
         trial = run.trial
         if run.correct is not None and trial.rate == rates[trial.arm]:
-            by_seed = found.setdefault((trial.merge, trial.classes), {})
+            by_seed = runs.setdefault((trial.merge, trial.classes), {})
             by_seed.setdefault(trial.seed, {})[trial.arm] = run
     return {
         place: {seed: pair for seed, pair in by_seed.items() if len(pair) == len(MODELS)}
-        for place, by_seed in found.items()
+        for place, by_seed in runs.items()
     }
 
 
@@ -248,14 +248,14 @@ def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) ->
     )  # (S, C, 2, N)
     n_rows, rng = correct.shape[-1], np.random.default_rng(0)
     x = np.log2(counts) - np.log2(counts).mean()
-    found = []
+    mean_slopes = []
     for _ in range(draws):
         rows = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows))  # (N,) how often
         right = correct @ rows  # (S, C, 2)
         logits = np.log((right + 0.5) / (n_rows - right + 0.5))
         slopes = (logits[..., 1] - logits[..., 0]) @ x / (x @ x)  # (S,)
-        found.append(slopes[rng.integers(0, len(seeds), len(seeds))].mean())
-    low, high = np.quantile(found, [0.025, 0.975])
+        mean_slopes.append(slopes[rng.integers(0, len(seeds), len(seeds))].mean())
+    low, high = np.quantile(mean_slopes, [0.025, 0.975])
     return {"low": float(low), "high": float(high), "n": len(seeds)}
 
 
@@ -263,10 +263,10 @@ def summary(config: Config) -> dict[str, Any]:
     """What results.json holds."""
     study, counts = read_study(config), counts_of(config)
     slopes = {seed: slope(gains) for seed, gains in gains_of(study, "nested", counts).items()}
-    found = differences_interval(slopes)
+    interval = differences_interval(slopes)
     return {
         "rates": chosen_rates(config),
-        "P3": sweep.endpoint(found, MARGIN, found["n"] >= PLANNED),
+        "P3": sweep.endpoint(interval, MARGIN, interval["n"] >= PLANNED),
         "P3_rows_too": pigeonhole_slope(study, counts),
         "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
     }

@@ -125,8 +125,10 @@ def trials(config: Config) -> Iterator[list[Trial]]:
         yield [Trial(*place, rate) for place in places for rate in config.rates]
         return
     for seed in config.seeds:
-        here = [place for place in places if place[0] == seed]
-        while missing := [trial for place in here for trial in next_of_bracket(config, *place)]:
+        places_of_seed = [place for place in places if place[0] == seed]
+        while missing := [
+            trial for place in places_of_seed for trial in next_of_bracket(config, *place)
+        ]:
             yield missing
 
 
@@ -142,7 +144,7 @@ def next_of_bracket(config: Config, seed: int, dataset: str, arm: str) -> list[T
     between = [rate for rate in config.rates if known.low < rate < known.high]
     if not between:
         return []
-    before = [found.value for number, found in thresholds.items() if number < seed]
+    before = [threshold.value for number, threshold in thresholds.items() if number < seed]
     aim = float(np.mean(before)) if before else (between[0] + between[-1]) / 2
     return [Trial(seed, dataset, arm, min(between, key=lambda rate: abs(rate - aim)))]
 
@@ -284,15 +286,15 @@ class Run(sweep.Run):
         where a number was not finite.
         """
         starts = {record["rows"]: record for record in self.path if record["step"] == 0}
-        found: dict[int, float | None] = {}
+        shares: dict[int, float | None] = {}
         for record in self.path:
             step = int(record["step"])
             if None in (record["dims_95pct"], record["loss"]):
-                found[step] = None
+                shares[step] = None
             elif step and record["rows"] in starts:
                 share = record["dims_95pct"] / starts[record["rows"]]["dims_95pct"]
-                found[step] = min(share, found.get(step, share))
-        return found
+                shares[step] = min(share, shares.get(step, share))
+        return shares
 
     def fell_at(self, bound: float = KEPT) -> int | None:
         """The first step from FIRST_JUDGED on after which components were below the bound."""
@@ -330,11 +332,11 @@ def good_by_rate(
     outcomes: dict[Trial, str], good: Collection[str]
 ) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate -> whether its run is `good`."""
-    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    good_runs: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for trial, outcome in outcomes.items():
-        by_seed = found.setdefault((trial.dataset, trial.arm), {})
+        by_seed = good_runs.setdefault((trial.dataset, trial.arm), {})
         by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
-    return found
+    return good_runs
 
 
 def thresholds_of(
@@ -367,14 +369,14 @@ def threshold_of(good: dict[float, bool]) -> float:
     return float(rates[0] - steps[0] / 2 + steps @ [good[rate] for rate in rates])
 
 
-def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
+def shift(thresholds: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
     """How many decades an arm's threshold lies above Model 1's, mean over data sets.
 
     Paired over seeds, t interval over these, at 95%; `p_flips` of random signs. Without shared
     seeds all are None.
     """
     base, own = (
-        sweep.mean_over_sets([found.get((dataset, name), {}) for dataset in datasets])
+        sweep.mean_over_sets([thresholds.get((dataset, name), {}) for dataset in datasets])
         for name in ("model1", arm)
     )
     values = [own[seed] - base[seed] for seed in own if seed in base]
@@ -403,14 +405,14 @@ def summary(config: Config) -> dict[str, Any]:
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(trial.dataset for trial in outcomes))
     rates = {d: rates_of(outcomes, d) if config.model else config.rates for d in datasets}
-    found = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
+    thresholds = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
     counts = Counter((t.dataset, t.arm, f"{t.rate:g}", kind) for t, kind in outcomes.items())
     table = []
     for arm in sweep.arms_of(runs):
         row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "at_the_bottom": {}}
         row |= {"shift": {}, "outcomes": {}, "ends": {}}
         for dataset in datasets:
-            values = found["healthy"].get((dataset, arm), {}).values()
+            values = thresholds["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
             for name, healthy in (("at_the_top", True), ("at_the_bottom", False)):
                 bound = threshold_of(dict.fromkeys(rates[dataset], healthy))
@@ -422,8 +424,8 @@ def summary(config: Config) -> dict[str, Any]:
             }
         if arm != "model1":
             for good in GOOD:
-                parts = {dataset: shift(found[good], arm, [dataset]) for dataset in datasets}
-                row["shift"][good] = {"mean": shift(found[good], arm, datasets), **parts}
+                parts = {dataset: shift(thresholds[good], arm, [dataset]) for dataset in datasets}
+                row["shift"][good] = {"mean": shift(thresholds[good], arm, datasets), **parts}
         table.append(row)
     starts = [run.path[0] for run in runs]
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
@@ -462,25 +464,25 @@ def starts_on_few_rows(run: Run) -> bool:
 
 def kept_by_rate(runs: list[Run], bound: float = KEPT) -> dict[str, dict[int, dict[float, bool]]]:
     """Arm -> seed -> base-10 logarithm of the rate -> whether its run never fell; one data set."""
-    found: dict[str, dict[int, dict[float, bool]]] = {}
+    kept: dict[str, dict[int, dict[float, bool]]] = {}
     for run in runs:
-        by_rate = found.setdefault(run.trial.arm, {}).setdefault(run.trial.seed, {})
+        by_rate = kept.setdefault(run.trial.arm, {}).setdefault(run.trial.seed, {})
         by_rate[run.trial.rate] = run.fell_at(bound) is None
-    return found
+    return kept
 
 
 def thresholds_by_components(
     runs: list[Run], rates: Sequence[float], bound: float = KEPT
 ) -> dict[str, dict[int, Threshold]]:
     """Arm -> seed -> threshold, where no rate of the grid lies untried between its two ends."""
-    found: dict[str, dict[int, Threshold]] = {}
+    thresholds: dict[str, dict[int, Threshold]] = {}
     for arm, by_seed in kept_by_rate(runs, bound).items():
-        found[arm] = {}
+        thresholds[arm] = {}
         for seed, kept in sorted(by_seed.items()):
             threshold = Threshold.of(kept)
             if not any(threshold.low < rate < threshold.high for rate in rates):
-                found[arm][seed] = threshold
-    return found
+                thresholds[arm][seed] = threshold
+    return thresholds
 
 
 def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) -> dict[str, Any]:
@@ -495,10 +497,10 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
     thresholds = thresholds_by_components(runs, rates, bound)
     counts: dict[str, dict[str, Any]] = {}
     for arm in sweep.arms_of(runs):
-        here = [run for run in runs if run.trial.arm == arm]
+        of_arm = [run for run in runs if run.trial.arm == arm]
         counts[arm] = {}
-        for rate in sorted({run.trial.rate for run in here}):
-            at = [run for run in here if run.trial.rate == rate]
+        for rate in sorted({run.trial.rate for run in of_arm}):
+            at = [run for run in of_arm if run.trial.rate == rate]
             steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
             counts[arm][f"{rate:g}"] = {
                 "runs": len(at),
@@ -506,7 +508,7 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
                 "fell_after_step": steps,
                 "came_back": sum(run.came_back(bound) for run in at),
             }
-    told = {
+    described = {
         arm: {
             str(seed): {"value": t.value, "censored": t.censored} | {"monotone": t.monotone}
             for seed, t in by_seed.items()
@@ -519,7 +521,7 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
     done = shift["n"] >= SEEDS_OF_A_MODEL
     family = sweep.LATER_ENDPOINTS
     return {
-        "arms": told,
+        "arms": described,
         "runs": counts,
         "shift": sweep.endpoint(shift, MARGIN, done, family),
     }
@@ -539,14 +541,16 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
     `language_kept` is the LM loss less that before training, under the LM head of then.
     """
     result = {}
-    here = [run for run in runs if (run.trial.arm, run.trial.dataset) == (arm, dataset)]
-    for rate in sorted({run.trial.rate for run in here}):
-        paths = [run.path for run in here if run.trial.rate == rate and run.kept is not None]
+    of_arm = [run for run in runs if (run.trial.arm, run.trial.dataset) == (arm, dataset)]
+    for rate in sorted({run.trial.rate for run in of_arm}):
+        paths = [run.path for run in of_arm if run.trial.rate == rate and run.kept is not None]
         if paths:
-            found = {name: [path[-1][name] for path in paths] for name in ENDS}
+            values_by_measure = {name: [path[-1][name] for path in paths] for name in ENDS}
             losses = [(path[0]["lm_loss"], path[-1]["lm_loss"]) for path in paths]
-            found["language_kept"] = [b - a for a, b in losses if b is not None] or [math.nan]
-            means = {name: float(np.mean(values)) for name, values in found.items()}
+            values_by_measure["language_kept"] = [b - a for a, b in losses if b is not None] or [
+                math.nan
+            ]
+            means = {name: float(np.mean(values)) for name, values in values_by_measure.items()}
             result[f"{rate:g}"] = means | {"n": len(paths)}
     return result
 
@@ -582,12 +586,14 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         sharex="col",
     )
     for dataset, column in zip(datasets, axes.T, strict=True):
-        here = [run for run in runs if run.trial.dataset == dataset]
-        for name in sweep.arms_of(here):
+        of_dataset = [run for run in runs if run.trial.dataset == dataset]
+        for name in sweep.arms_of(of_dataset):
             for measure, axis in zip(PANELS, column, strict=True):
-                draw_arm(axis, [run for run in here if run.trial.arm == name], outcomes, measure)
+                draw_arm(
+                    axis, [run for run in of_dataset if run.trial.arm == name], outcomes, measure
+                )
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
-        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in here}))
+        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in of_dataset}))
         column[0].set(xscale="log", title=f"{dataset}, after {after} steps")
         column[-1].set_xlabel("learning rate")
     highest = max(axis.get_ylim()[1] for axis in axes[0])

@@ -137,7 +137,7 @@ def post_batches(posts: int, batch_size: int, generator: np.random.Generator) ->
     """
     order, size = generator.permutation(posts), batch_size // 2
     parts = [order[first : first + size] for first in range(0, posts, size)]
-    return [np.concatenate([some, some + posts]) for some in parts]
+    return [np.concatenate([chosen, chosen + posts]) for chosen in parts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ def measures(model: common.DualHeadModel, pieces: Pieces) -> dict[str, float | N
     if engrams is not None:
         alike, other = partners(pieces.first.labels.numpy())
         prefixes |= {"own": engrams, "alike": engrams[alike], "other": engrams[other]}
-    found: dict[str, float | None] = dict.fromkeys(MEASURES)
+    numbers: dict[str, float | None] = dict.fromkeys(MEASURES)
     for prefix, given in prefixes.items():
         evaluation = common.evaluate(model, pieces.second, given)
-        found[f"lm_loss_{prefix}"] = evaluation.lm_loss
-        found[f"accuracy_{prefix}"] = evaluation.accuracy
-    return found
+        numbers[f"lm_loss_{prefix}"] = evaluation.lm_loss
+        numbers[f"accuracy_{prefix}"] = evaluation.accuracy
+    return numbers
 
 
 def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,8 +244,8 @@ def summary(config: Config) -> dict[str, Any]:
 
 def text(results: dict[str, Any]) -> str:
     lines = []
-    for title, found in results.items():
-        loss, accuracy = found["lm_loss"], found["accuracy"]
+    for title, differences in results.items():
+        loss, accuracy = differences["lm_loss"], differences["accuracy"]
         if loss["n"]:
             line = f"{title}: LM loss {format_interval(loss, 4, sign='+')} nats, accuracy "
             line += f"{format_interval(accuracy, 2, 100, '+')} points, {loss['n']} backbones"

@@ -258,13 +258,13 @@ def measures(
     compressors = range(seed * RANDOM_COMPRESSORS, (seed + 1) * RANDOM_COMPRESSORS)
     untrained = [common.untrained_engrams(model, cold, draw) for draw in compressors]
     clusters, *others = (k_means(engrams, 2, seed) for engrams in (cold.engrams, *untrained))
-    found = {"accuracy": cold.accuracy, "lm_loss": cold.lm_loss}
+    numbers = {"accuracy": cold.accuracy, "lm_loss": cold.lm_loss}
     for label, true in zip(LABELS, labels.T, strict=True):
-        found[f"ari_{label}"] = ari(clusters, true)
-        found[f"ari_untrained_{label}"] = float(np.mean([ari(each, true) for each in others]))
+        numbers[f"ari_{label}"] = ari(clusters, true)
+        numbers[f"ari_untrained_{label}"] = float(np.mean([ari(each, true) for each in others]))
         halves = cold.engrams[::2], true[::2], cold.engrams[1::2], true[1::2]
-        found[f"probe_{label}"] = transfer_accuracy(*halves, seed)["accuracy"]
-    return found
+        numbers[f"probe_{label}"] = transfer_accuracy(*halves, seed)["accuracy"]
+    return numbers
 
 
 def ari(clusters: np.ndarray, labels: np.ndarray) -> float:
@@ -344,11 +344,15 @@ def summary(config: Config) -> dict[str, Any]:
     if starts:
         results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
     for trained, arm in dict.fromkeys((trial.trained, trial.arm) for trial in ends):
-        found = {t.seed: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
-        row = {"trained": trained, "arm": arm} | means(found.values())
+        ends_by_seed = {
+            t.seed: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)
+        }
+        row = {"trained": trained, "arm": arm} | means(ends_by_seed.values())
         if trained != NEITHER:
-            row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
-            finite = {seed: end for seed, end in found.items() if end["lm_loss"] is not None}
+            row["learned"] = sum(
+                (end["accuracy"] or 0.0) > LEARNED for end in ends_by_seed.values()
+            )
+            finite = {seed: end for seed, end in ends_by_seed.items() if end["lm_loss"] is not None}
             row["less_random"] = paired_difference(
                 *(
                     {seed: trained_less_other(end, trained, kind) for seed, end in finite.items()}
@@ -374,8 +378,8 @@ def means(ends: Collection[dict[str, float | None]]) -> dict[str, Any]:
     """Measure -> mean with its interval over those that did not diverge; how many did."""
     finite = [end for end in ends if end["lm_loss"] is not None]
     known = [name for name in MEASURES if finite and finite[0][name] is not None]
-    found = {name: mean_interval(end[name] for end in finite) for name in known}
-    return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | found
+    intervals = {name: mean_interval(end[name] for end in finite) for name in known}
+    return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | intervals
 
 
 def text(results: dict[str, Any]) -> str:
@@ -416,12 +420,12 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         groups.append(("LM loss\nalone", neither, "ari"))
         groups = [group for group in groups if group[1]]
         for arm in arms:
-            here = {t: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
-            groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))
+            of_arm = {t: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
+            groups.append((common.find_arm(arm).title.replace(" ", "\n"), of_arm, "ari"))
             if arm == "model3":
-                groups.append(("untrained\ncompressor,\nsame states", here, "ari_untrained"))
-        for place, (_, found, kind) in enumerate(groups):
-            finite = [end for end in found.values() if end["lm_loss"] is not None]
+                groups.append(("untrained\ncompressor,\nsame states", of_arm, "ari_untrained"))
+        for place, (_, ends_by_trial, kind) in enumerate(groups):
+            finite = [end for end in ends_by_trial.values() if end["lm_loss"] is not None]
             for side, label in enumerate(LABELS):
                 values = [end[f"{kind}_{label}"] for end in finite]
                 x, color = place + 0.36 * (side - 0.5), CLASS_COLORS[1 + side]

@@ -146,10 +146,10 @@ def libraries(card: Card) -> Checks:
         try:
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 F.scaled_dot_product_attention(q, q, q, is_causal=True)
-            found = "runs"
+            outcome = "runs"
         except RuntimeError as error:
-            found = str(error).partition("\n")[0]
-        yield f"attention by {backend}", "runs, but for cuDNN", found, None
+            outcome = str(error).partition("\n")[0]
+        yield f"attention by {backend}", "runs, but for cuDNN", outcome, None
     packed, plain = linear_pair(card, card.sizes["hidden_size"], card.sizes["hidden_size"])
     x = torch.randn(64, packed.in_features, device=card.device, dtype=card.dtype)
     error = float((packed(x) - F.linear(x, plain)).norm() / F.linear(x, plain).norm())
@@ -190,15 +190,20 @@ def products(card: Card) -> Checks:
         layer, plain = linear_pair(card, *shape)
         for tokens in (8, 64) if card.tiny else (8, 32, 64, 256, 1024, 4096):
             x = torch.randn(tokens, shape[1], device=card.device, dtype=card.dtype)
-            expected, found, errors = F.linear(x.float(), plain.float()), [], []
+            expected, outcomes, errors = F.linear(x.float(), plain.float()), [], []
             for kind, work in (
                 ("packed", partial(layer, x)),
                 ("plain", partial(F.linear, x, plain)),
             ):
                 errors.append(float((work() - expected).norm() / expected.norm()))
-                found.append(f"{kind} {card.milliseconds(work):.3f} ms, error {errors[-1]:.1e}")
+                outcomes.append(f"{kind} {card.milliseconds(work):.3f} ms, error {errors[-1]:.1e}")
             right = max(errors) < 0.01
-            yield f"{name} {shape}, {tokens} tokens", "errors below 0.01", ", ".join(found), right
+            yield (
+                f"{name} {shape}, {tokens} tokens",
+                "errors below 0.01",
+                ", ".join(outcomes),
+                right,
+            )
 
 
 def gradients(card: Card) -> Checks:
@@ -213,9 +218,9 @@ def gradients(card: Card) -> Checks:
             trainer.optimizer.zero_grad()
             torch.manual_seed(3)  # the same dropout
             trainer.accumulate_gradients(np.arange(16))
-            found = torch.cat([p.grad.flatten() for p in trainer.parameters])
-            packed = found if packed is None else packed
-            error, most = float((found - packed).norm() / packed.norm()), 0.02 if liger else 0.01
+            gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
+            packed = gradient if packed is None else packed
+            error, most = float((gradient - packed).norm() / packed.norm()), 0.02 if liger else 0.01
             what = f"gradients {name}{' by Liger' * liger}, off those packed"
             yield what, f"below {most}", error, error < most
 
@@ -272,17 +277,22 @@ def out_of_memory(card: Card) -> Checks:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(cap / total)
     sums = trainer.step(np.arange(16), 1e-4)
-    found = f"{unpacked} -> {plan.unpacked} unpacked, micro-batches of {trainer.micro_batch_size}, "
-    found += f"{plan.layers_to_recompute(plan.tokens)} recomputed"
-    yield "a step with little memory", "ends", found, bool(np.isfinite(sums.cls_loss))
+    state = f"{unpacked} -> {plan.unpacked} unpacked, micro-batches of {trainer.micro_batch_size}, "
+    state += f"{plan.layers_to_recompute(plan.tokens)} recomputed"
+    yield "a step with little memory", "ends", state, bool(np.isfinite(sums.cls_loss))
     evaluation = common.evaluate(model, split)
     yield "an evaluation with little memory", "ends", evaluation.cls_loss, True
     model.forward = forward
     if not card.tiny:
         cap_memory(card.memory_gib)
     plan.unpack(0 if plan.unpacked else 2)  # as a run goes on that found other memory free
-    away = float(np.abs(common.evaluate(model, split).logits - evaluation.logits).max())
-    yield "another number of unpacked layers: logits off", "below 0.05", away, away < 0.05
+    difference = float(np.abs(common.evaluate(model, split).logits - evaluation.logits).max())
+    yield (
+        "another number of unpacked layers: logits off",
+        "below 0.05",
+        difference,
+        difference < 0.05,
+    )
     model.train()
     sums = trainer.step(np.arange(16), 1e-4)
     yield "and a step with it", "ends", sums.cls_loss, bool(np.isfinite(sums.cls_loss))
@@ -301,8 +311,8 @@ def profiles(card: Card) -> Checks:
     """Steps of length-grouped batches: their wall time, then, profiled, that of kernels alone."""
     rates, count = costs.device_rates(card.device), card.repeats
     sizes = costs.Sizes.of(transformers.Qwen2Config(**card.sizes), card.settings.lora_rank)
-    found = f"{rates['bytes'] / 1e9:.0f}, {rates['operations'] / 1e12:.2f}"
-    yield "GB/s of a copy, TFLOP/s of a product", "-", found, None
+    description = f"{rates['bytes'] / 1e9:.0f}, {rates['operations'] / 1e12:.2f}"
+    yield "GB/s of a copy, TFLOP/s of a product", "-", description, None
     for number, (data, lengths) in itertools.product((2, 3), LIKE.items()):
         model, split = card.planned(number), card.split(16 * 8 * count, *lengths)
         batches = length_grouped_batches(split.lengths, 16, np.random.default_rng(0))[:count]
@@ -336,9 +346,9 @@ def profiles(card: Card) -> Checks:
         times = ", ".join(f"{1e3 * seconds / count:.1f}" for seconds in (wall, busy, least))
         what = f"model {number}, {data}: ms a step, busy, at the least"
         yield what, "busy near the first", times, None
-        found = ", ".join(f"{kind} {part / busy:.0%}" for kind, part in spent.items() if part)
-        found += f"; {launches // count:,} kernels a step"
-        yield "    by kind of kernel", "mostly products", found, None
+        description = ", ".join(f"{kind} {part / busy:.0%}" for kind, part in spent.items() if part)
+        description += f"; {launches // count:,} kernels a step"
+        yield "    by kind of kernel", "mostly products", description, None
         yield "    allocations that had to be tried again", "0", retries, retries == 0
         del model, trainer, steps
         gc.collect()
@@ -376,10 +386,10 @@ def do(number: int, card: Card) -> dict:
     started, checks = time.monotonic(), []
     print(f"step {number}: {STEPS[number].__name__.replace('_', ' ')}", flush=True)
     try:
-        for what, expected, found, right in STEPS[number](card):
+        for what, expected, result, right in STEPS[number](card):
             mark = {True: "right", False: "WRONG", None: "seen"}[right]
-            print(f"  {mark:6}{what}: expected {expected}, found {found}", flush=True)
-            checks.append({"what": what, "expected": expected, "found": found, "right": right})
+            print(f"  {mark:6}{what}: expected {expected}, found {result}", flush=True)
+            checks.append({"what": what, "expected": expected, "found": result, "right": right})
     except Exception as error:
         message = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"  WRONG {message}", flush=True)
@@ -406,13 +416,13 @@ def main() -> None:
         cap_memory(config.memory_gib)
         if config.as_rtx:
             take_rtx_route()
-    here = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
-    found = read_json(file) if file.exists() else here
-    if found["hardware"]["device"] == here["hardware"]["device"]:  # else another card's is replaced
-        if any(found.get(k, False) != here[k] for k in ("tiny", "as_rtx")):
+    now = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
+    stored = read_json(file) if file.exists() else now
+    if stored["hardware"]["device"] == now["hardware"]["device"]:  # else another card's is replaced
+        if any(stored.get(k, False) != now[k] for k in ("tiny", "as_rtx")):
             raise UserError(f"{file} is of another kind of check: choose another --output-dir.")
-        results = found
-    results |= here
+        results = stored
+    results |= now
     steps = results.setdefault("steps", {})
     folder.mkdir(parents=True, exist_ok=True)
     for number in config.steps:

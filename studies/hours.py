@@ -69,7 +69,7 @@ def most_examples_per_second(
 
 def count(config: Config) -> dict[str, dict]:
     encode, results = load_tokenizer(config.tokenizer), {}
-    here = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
+    made_with = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings = load(config.data_dir), script.Config()
         if task is None:
@@ -80,21 +80,21 @@ def count(config: Config) -> dict[str, dict]:
         grouped = float(np.mean([lengths[rows].max() for rows in batches]))
         sizes = Sizes.of(transformers.Qwen2Config(**QWEN), settings.lora_rank)
         rows = REFERENCE[folder]["train_rows"], len(task.validation)
-        found = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **here}
-        found["assumed_ratio"] = costs.ASSUMED_RATIO
+        counts = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **made_with}
+        counts["assumed_ratio"] = costs.ASSUMED_RATIO
         for number in (1, 2, 3):
             shape = sizes, settings, mean, grouped
             rates = {r: most_examples_per_second(r, number, *shape) for r in RECIPES}
             how = rows, mean, settings.batch_size, settings.epochs, number > 1, number == 3
             seconds = {k: least_training_seconds(sizes, rates, *how) for k, rates in CARDS.items()}
             hours = {card: s / 3600 for card, s in seconds.items()}
-            found[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
+            counts[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
             each = ", ".join(f"{card} {least:.2f}" for card, least in hours.items())
             print(f"{task.name}, model {number}: hours at the least: {each}", flush=True)
-        results[folder] = found
+        results[folder] = counts
         target = config.output_dir / folder
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "throughput_on_paper.json", found)
+        write_json(target / "throughput_on_paper.json", counts)
     return results
 
 

@@ -151,15 +151,15 @@ Rows = list[dict[str, float]]
 
 def rows_of_parts(config: Config) -> dict[str, Rows]:
     """part -> rows of models.csv, numbers as numbers; a part without all its models has fewer."""
-    found = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
+    row_by_name = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
     words = ("name", "weights_sha256", "git_commit")
     result = {}
     for part, recipes in plan(config.miniature).items():
         names = [pretrain.folder_name(recipe, config.corpus) for recipe in recipes]
         result[part] = [
-            {key: float(value) for key, value in found[name].items() if key not in words}
+            {key: float(value) for key, value in row_by_name[name].items() if key not in words}
             for name in dict.fromkeys(names)
-            if name in found
+            if name in row_by_name
         ]
     return result
 
@@ -167,8 +167,10 @@ def rows_of_parts(config: Config) -> dict[str, Rows]:
 def distinct(parts: dict[str, Rows]) -> Rows:
     """Every model once: some stand in two parts."""
     kind = ("width", "layers", "epochs", "weight_decay", "seed")
-    found = {tuple(row[key] for key in kind): row for rows in parts.values() for row in rows}
-    return list(found.values())
+    row_by_recipe = {
+        tuple(row[key] for key in kind): row for rows in parts.values() for row in rows
+    }
+    return list(row_by_recipe.values())
 
 
 def column(rows: Rows, name: str) -> np.ndarray:
@@ -201,12 +203,12 @@ def summary(config: Config) -> dict[str, Any]:
             partial = partial_spearman(column(grid, name), loss, size)
             over_grid[name]["without_size"] = partial
     planned = {part: set(recipes) for part, recipes in plan(config.miniature).items()}
-    there = {row["name"] for row in read_rows(config.output_dir / "models.csv")}
+    measured = {row["name"] for row in read_rows(config.output_dir / "models.csv")}
     names = {pretrain.folder_name(r, config.corpus) for part in planned.values() for r in part}
     return {
         "corpus": config.corpus,
         "models": {part: [len(rows), len(planned[part])] for part, rows in parts.items()},
-        "not_run": sorted(names - there),
+        "not_run": sorted(names - measured),
         "primary": list(PRIMARY),
         "fixed_scale": at_fixed_scale,
         "grid": over_grid,
@@ -233,8 +235,8 @@ def paper_correlations(config: Config) -> dict[str, Any] | None:
     fixed = [row for row in rows if row["of_one_size"]]
     parts = {"fixed_scale": fixed, "grid": grid}
     return {
-        part: {name: spearman_with_loss(here, name) for name in measures}
-        for part, here in parts.items()
+        part: {name: spearman_with_loss(rows_of_part, name) for name in measures}
+        for part, rows_of_part in parts.items()
     }
 
 
@@ -287,9 +289,9 @@ def plot(config: Config) -> None:
     parts = rows_of_parts(config)
     panels = [("ours, sizes", parts["grid"]), ("ours, seeds of one size", parts["seeds"])]
     if config.paper_table:
-        theirs = paper_rows(config.paper_table)
+        paper = paper_rows(config.paper_table)
         for title, one_size in (("sizes", 0), ("seeds of one size", 1)):
-            rows = [row for row in theirs if row["of_one_size"] == one_size]
+            rows = [row for row in paper if row["of_one_size"] == one_size]
             panels.append((f"Wu & Papyan 2024,\n{title}", rows))
     panels = [(title, rows) for title, rows in panels if len(rows) >= 3]
     if not panels:
@@ -306,10 +308,10 @@ def plot(config: Config) -> None:
                 axis.text(0.5, 0.5, "not in their table", ha="center", fontsize=8)
                 continue
             scatter_by_width(axis, rows, name, widths)
-            found = spearman_with_loss(rows, name)
-            text = "" if found["r"] is None else f"Spearman {found['r']:+.2f}"
-            if found["low"] is not None and "one size" in title:
-                text += f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+            correlation = spearman_with_loss(rows, name)
+            text = "" if correlation["r"] is None else f"Spearman {correlation['r']:+.2f}"
+            if correlation["low"] is not None and "one size" in title:
+                text += f" [{correlation['low']:+.2f}, {correlation['high']:+.2f}]"
             axis.set_title(text, fontsize=8)
             axis.set_ylabel(label, fontsize=8)
             axis.tick_params(labelsize=7)
@@ -358,10 +360,10 @@ def main() -> None:
     results = summary(config)
     write_json(config.output_dir / "results.json", results)
     plot(config)
-    for name, found in results["fixed_scale"].items():
-        if found["r"] is not None:
-            adjusted = f", Holm {found['p_holm']:.3f}" if "p_holm" in found else ""
-            print(f"{TITLES[name]:32} {found['r']:+.2f} with validation loss{adjusted}")
+    for name, correlation in results["fixed_scale"].items():
+        if correlation["r"] is not None:
+            adjusted = f", Holm {correlation['p_holm']:.3f}" if "p_holm" in correlation else ""
+            print(f"{TITLES[name]:32} {correlation['r']:+.2f} with validation loss{adjusted}")
 
 
 if __name__ == "__main__":

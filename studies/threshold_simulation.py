@@ -46,7 +46,7 @@ BACKBONES, TRAININGS, MEASUREMENTS = 0.15, 0.1, 0.1
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    found = {
+    results = {
         "settings": {
             "draws": DRAWS,
             "steps": STEPS,
@@ -58,7 +58,7 @@ def main() -> None:
         "P8": p8(rng),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
     print(OUTPUT.read_text(), end="")
 
 
@@ -83,7 +83,7 @@ def thresholds_of(
 
 def p6(rng: np.random.Generator) -> dict[str, Any]:
     """By the slope, its standard deviation over backbones, their number, and where it begins."""
-    found = {}
+    rates_by_case = {}
     product = [*itertools.product((0.0, -0.25, -0.5, -0.87), (0.1, 0.2), (8, 5), (0.0,))]
     product += [(slope, 0.2, 8, moved) for slope in (0.0, -0.87) for moved in (-0.6, 0.4)]
     for slope, spread, backbones, moved in product:
@@ -103,13 +103,13 @@ def p6(rng: np.random.Generator) -> dict[str, Any]:
             complete = len(known) == backbones
             return known, complete, False, censored / backbones / len(FITTED)
 
-        found[name] = rates_of(draw)
-    return found
+        rates_by_case[name] = rates_of(draw)
+    return rates_by_case
 
 
 def p7(rng: np.random.Generator) -> dict[str, Any]:
     """Model 1 drifts by -0.87 decades a decade; by Model 2's slope and the number of backbones."""
-    found = {}
+    rates_by_case = {}
     for slope, backbones in itertools.product((-0.87, -0.62, -0.4, 0.0), (5, 8)):
 
         def draw(slope=slope, backbones=backbones):
@@ -127,14 +127,14 @@ def p7(rng: np.random.Generator) -> dict[str, Any]:
                     values.append(of_2 - of_1)
             return values, not missing, True, missing / backbones
 
-        found[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
-    return found
+        rates_by_case[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
+    return rates_by_case
 
 
 def p8(rng: np.random.Generator) -> dict[str, Any]:
     """Five seeds, six rates that double; by Model 1's threshold and Model 2's shift from it."""
     rates = [math.log10(2e-4) + k * DOUBLING for k in range(6)]
-    found = {}
+    rates_by_case = {}
     for base, shift, spread in itertools.product((-3.25, -2.75), (0.0, 0.25, 0.5, 0.9), (0.1, 0.2)):
 
         def draw(base=base, shift=shift, spread=spread):
@@ -143,12 +143,12 @@ def p8(rng: np.random.Generator) -> dict[str, Any]:
                 for side, at in zip(sides, (base, base + shift), strict=True):
                     own = at + spread * rng.standard_normal()
                     side[seed] = Threshold.of({rate: rate < own for rate in rates})
-            told = threshold_shift(*sides, DOUBLING)
-            unusable = float(not told["bounded"])
-            return told, bool(told["bounded"]), told["lower_bound"], unusable
+            interval = threshold_shift(*sides, DOUBLING)
+            unusable = float(not interval["bounded"])
+            return interval, bool(interval["bounded"]), interval["lower_bound"], unusable
 
-        found[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
-    return found
+        rates_by_case[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
+    return rates_by_case
 
 
 def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
@@ -171,15 +171,15 @@ def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
             verdicts["not complete"] += 1
             continue
         holm, inner = (t_interval(mean, se, df, level) for level in (HOLM, 0.90))
-        said = verdict(mean, holm, inner, MARGIN, True, lower_bound)
-        verdicts[said["verdict"]] += 1
+        judged = verdict(mean, holm, inner, MARGIN, True, lower_bound)
+        verdicts[judged["verdict"]] += 1
         means.append(mean)
         excluded += holm["low"] > 0 or holm["high"] < 0
-    told = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
-    told["interval excludes zero"] = round(100 * excluded / DRAWS, 1)
-    told["mean estimate"] = round(float(np.mean(means)), 3) if means else None
-    told["censored or missing"] = round(100 * float(np.mean(shares)), 1)
-    return told
+    per_cent = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
+    per_cent["interval excludes zero"] = round(100 * excluded / DRAWS, 1)
+    per_cent["mean estimate"] = round(float(np.mean(means)), 3) if means else None
+    per_cent["censored or missing"] = round(100 * float(np.mean(shares)), 1)
+    return per_cent
 
 
 if __name__ == "__main__":

@@ -106,16 +106,16 @@ def measure(
                 print(f"model {number}: the recipe {recipe} runs out of memory", flush=True)
                 continue
             tokens = sum(float(lengths[batch].sum()) for batch in rows)
-            found = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
+            speed = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
             if on_gpu:
-                found["peak_bytes"] = torch.cuda.max_memory_allocated()
+                speed["peak_bytes"] = torch.cuda.max_memory_allocated()
             if least and recipe == "ours":
-                found["limit_share"] = least_step_seconds(*least, model, split, rows) / seconds
+                speed["limit_share"] = least_step_seconds(*least, model, split, rows) / seconds
             if round_number:  # the first round warms up
-                rounds[recipe].append(found)
+                rounds[recipe].append(speed)
     if plan is not None:
         plan.unpack(state["unpacked"])  # as an evaluation in training finds them
-    result = summarize({r: found for r, found in rounds.items() if r not in out_of_memory}, split)
+    result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory}, split)
     result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
     result["micro_batch_size"] = state["micro_batch_size"]
     return result | {"evaluation_examples_per_second": evaluation_rate(model, split, needed * size)}
@@ -168,17 +168,19 @@ def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
     """Medians over the rounds of each recipe that did not run out of memory."""
     result: dict[str, Any] = {"examples_per_second": {}, "tokens_per_second": {}}
     result |= {"peak_memory_bytes": {}, "ratio": {}}
-    ours = np.array([f["examples"] for f in rounds.get("ours", [])])
-    for recipe, found in rounds.items():
-        examples = np.array([f["examples"] for f in found])
+    own_examples = np.array([f["examples"] for f in rounds.get("ours", [])])
+    for recipe, speeds in rounds.items():
+        examples = np.array([f["examples"] for f in speeds])
         result["examples_per_second"][recipe] = float(np.median(examples))
-        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in found]))
-        if "peak_bytes" in found[0]:
-            result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in found)
-        if recipe != "ours" and len(ours):
+        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in speeds]))
+        if "peak_bytes" in speeds[0]:
+            result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in speeds)
+        if recipe != "ours" and len(own_examples):
             kinds = {"median": np.median, "low": np.min, "high": np.max}
-            result["ratio"][recipe] = {k: float(f(ours / examples)) for k, f in kinds.items()}
-    if len(ours) and "limit_share" in rounds["ours"][0]:
+            result["ratio"][recipe] = {
+                k: float(f(own_examples / examples)) for k, f in kinds.items()
+            }
+    if len(own_examples) and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
     rates = result["examples_per_second"].items()
     return result | {"epoch_seconds": {recipe: len(split.labels) / rate for recipe, rate in rates}}
@@ -193,20 +195,20 @@ def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> flo
     return len(drawn) / (now() - started)
 
 
-def describe(found: dict) -> str:
-    rates = found["examples_per_second"].items()
+def describe(result: dict) -> str:
+    rates = result["examples_per_second"].items()
     line = "examples/s: " + "  ".join(f"{recipe} {rate:,.0f}" for recipe, rate in rates)
     ratios = (
         f"{r['median']:.1f} [{r['low']:.1f}, {r['high']:.1f}] x {recipe}"
-        for recipe, r in found["ratio"].items()
+        for recipe, r in result["ratio"].items()
     )
     line += f"; ratio [lowest, highest round]: {', '.join(ratios)}"
-    if found["out_of_memory"]:
-        line += f"; out of memory: {', '.join(found['out_of_memory'])}"
-    if peaks := found["peak_memory_bytes"]:
+    if result["out_of_memory"]:
+        line += f"; out of memory: {', '.join(result['out_of_memory'])}"
+    if peaks := result["peak_memory_bytes"]:
         line += "; peak GiB: " + ", ".join(f"{r} {b / 2**30:.1f}" for r, b in peaks.items())
-    if "limit_share" in found:
-        line += f"; time / least time: {1 / found['limit_share']:.1f}"
+    if "limit_share" in result:
+        line += f"; time / least time: {1 / result['limit_share']:.1f}"
     return line
 
 
@@ -230,8 +232,8 @@ def measure_small(config: Config) -> dict:
         torch.manual_seed(0)
         arm = common.find_arm(str(number))
         model = experiment.build_model(arm, 2, settings)
-        found = results[arm.name] = measure(number, model, split, settings, config, None)
-        print(f"{arm.title:20}{describe(found)}", flush=True)
+        result = results[arm.name] = measure(number, model, split, settings, config, None)
+        print(f"{arm.title:20}{describe(result)}", flush=True)
     save(config, "" if config.output_dir else f"results/{task.folder}", results)
     return results
 
@@ -271,7 +273,11 @@ def measure_language_model(config: Config) -> dict[str, dict]:
     if not tiny:
         pick_device("cuda")
         cap_memory(config.memory_gib)
-    encode, rates, found = load_tokenizer(config.tokenizer), costs.device_rates(device), {}
+    encode, rates, results_by_data = (
+        load_tokenizer(config.tokenizer),
+        costs.device_rates(device),
+        {},
+    )
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         small = {"lora_rank": 4, "classifier_size": 16, "engram_size": 8} if tiny else {}
@@ -297,8 +303,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
             save(config, folder, results)
             del model
             gc.collect()
-        found[task.name] = results
-    return found
+        results_by_data[task.name] = results
+    return results_by_data
 
 
 def main() -> None:

@@ -114,12 +114,12 @@ def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
             report_to="none",
             disable_tqdm=True,
         )
-        theirs = transformers.Trainer(
+        trainer_of_transformers = transformers.Trainer(
             EcosystemLoss(trainer),
             arguments,
             train_dataset=datasets.Dataset.from_dict({"rows": rows.tolist()}),
             callbacks=[times],
         )
-        theirs.remove_callback(transformers.PrinterCallback)
-        theirs.train()
+        trainer_of_transformers.remove_callback(transformers.PrinterCallback)
+        trainer_of_transformers.train()
     return times.stamps[-1] - times.stamps[0]

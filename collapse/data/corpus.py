@@ -165,16 +165,16 @@ def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int
             whole.setdefault(row, []).append(number)
         if len(words) >= TELLING_WORDS:
             beginnings.setdefault(" ".join(words[:TELLING_WORDS]), []).append(number)
-    found = set()
+    matches = set()
     for number, document in enumerate(documents):
-        found |= {(row, number) for row in whole.get(document, ())}
+        matches |= {(row, number) for row in whole.get(document, ())}
         words, padded = document.split(), f" {document} "
         for first in range(len(words) - TELLING_WORDS + 1):
             key = " ".join(words[first : first + TELLING_WORDS])
             for row in beginnings.get(key, ()):
                 if f" {rows[row]} " in padded:
-                    found.add((row, number))
-    return sorted(found)
+                    matches.add((row, number))
+    return sorted(matches)
 
 
 def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
@@ -184,10 +184,10 @@ def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
     """
     for name, texts in rows.items():
         texts = [corpus_text(text) for text in texts]
-        if found := rows_inside(texts, corpus.train):
-            row, document = found[0]
+        if matches := rows_inside(texts, corpus.train):
+            row, document = matches[0]
             raise UserError(
-                f"{len({row for row, _ in found})} rows of {name} are in the training text of "
+                f"{len({row for row, _ in matches})} rows of {name} are in the training text of "
                 f"{corpus.name}, the first is {texts[row]!r}: leave document {document} out."
             )
 

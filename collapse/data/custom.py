@@ -132,9 +132,10 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
             folder.name: sorted(folder.glob("[!.]*")) for folder in sorted(path.glob("[!.]*/"))
         }
         inside = {
-            name: [f for f in found if kind_of(f) in SUFFIXES] for name, found in inside.items()
+            name: [f for f in in_folder if kind_of(f) in SUFFIXES]
+            for name, in_folder in inside.items()
         }
-        return {name: found for name, found in inside.items() if found}
+        return {name: in_folder for name, in_folder in inside.items() if in_folder}
     for split, count in counts.items():
         if len(files[split]) != count:
             names = " and ".join(file.name for file in files[split][:2])
@@ -149,8 +150,8 @@ def find_train(splits: Iterable[str], train: str, validation: str | None, source
         train = next(iter(similar(splits, ("train", "training"))), train)
     for option, split in (("train", train), ("validation", validation)):
         if split is not None and split not in splits:
-            there = f"{source} has {shown(splits)} for splits and no {shown([split])}"
-            raise UserError(f"{there}: name one with --{option}-split.")
+            complaint = f"{source} has {shown(splits)} for splits and no {shown([split])}"
+            raise UserError(f"{complaint}: name one with --{option}-split.")
     if validation == train:
         raise UserError("--validation-split is the training split: name another one.")
     return train
@@ -174,8 +175,8 @@ def find_validation(
             if all(label in unlabelled for _, (*_, label) in table.rows):
                 raise NoLabels("none of its rows has one.")
             return name, read_rows(table, classes)
-        except NoLabels as why:
-            print(f"NOTE: {name} is left out, for it has no labels: {why}")
+        except NoLabels as reason:
+            print(f"NOTE: {name} is left out, for it has no labels: {reason}")
     return None, None
 
 

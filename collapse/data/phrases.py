@@ -23,13 +23,13 @@ def maximal_phrases(texts: Sequence[str]) -> list[int]:
     for number, text in enumerate(texts):
         first.setdefault(tuple(text.split()), number)
     inside: set[Words] = set()
-    found = []
+    maximal = []
     # The longest first: the parts of a part are known already, and half of the rows cost nothing.
     for words in sorted(first, key=len, reverse=True):
         if words not in inside:
-            found.append(first[words])
+            maximal.append(first[words])
             inside.update(part for part in contiguous_parts(words) if part in first)
-    return sorted(found)
+    return sorted(maximal)
 
 
 def rows_apart(texts: Sequence[str], others: Sequence[str]) -> list[int]:

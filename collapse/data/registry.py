@@ -217,8 +217,8 @@ def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | No
         give = "" if origin else ": give --data-dir"
         raise UserError(f"{name} is neither in the Hugging Face cache nor on the hub{give}.")
     task = limit_task(task, summary["train_rows"], summary["validation_rows"])
-    here = task.summary()
-    if any(here[key] != summary[key] for key in ("sha256", "class_names")):
+    read_now = task.summary()
+    if any(read_now[key] != summary[key] for key in ("sha256", "class_names")):
         raise UserError(
             f"{task.source} holds other rows of {name} than the models were trained on."
         )

@@ -162,9 +162,9 @@ def read_lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        here = f"{path.parent.name}/{path.name}"
+        file = f"{path.parent.name}/{path.name}"
         raise UserError(
-            f"{path} is not there: point --data-dir at the folder that holds {here}."
+            f"{path} is not there: point --data-dir at the folder that holds {file}."
         ) from None
     except OSError as error:
         raise UserError(

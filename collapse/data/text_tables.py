@@ -165,15 +165,15 @@ def read_table(table: Any, columns: Sequence[str], where: str) -> Table:
     return Table([(f"row {number} of {where}", row) for number, row in rows], names)
 
 
-def check_columns(found: Sequence[str], wanted: Sequence[str], where: str) -> None:
+def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str) -> None:
     """Raise UserError unless each of the wanted columns is there, once."""
     for option, names in (("text", wanted[:-1]), ("label", wanted[-1:])):
         for name in names:
-            if (count := found.count(name)) != 1:
+            if (count := names_there.count(name)) != 1:
                 times = "no column" if count == 0 else f"{count} columns"
                 error = NoLabels if (option, count) == ("label", 0) else UserError
                 raise error(
-                    f"{where}: {times} {shown([name])} among {shown(found)}; "
+                    f"{where}: {times} {shown([name])} among {shown(names_there)}; "
                     f"name one with --{option}-column."
                 )
 

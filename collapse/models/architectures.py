@@ -15,12 +15,12 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     Inside a layer there may be longer ones, such as the experts of a mixture. Raises ValueError
     for a backbone without lists.
     """
-    found, inside = [], ()
+    module_lists, inside = [], ()
     for name, module in backbone.named_modules():  # what holds a list comes before the list
         if isinstance(module, nn.ModuleList) and not name.startswith(inside):
-            found.append(module)
+            module_lists.append(module)
             inside += (f"{name}.",)
-    return max(found, key=len)
+    return max(module_lists, key=len)
 
 
 def check_kind(config: Any, name: str) -> None:
@@ -28,13 +28,15 @@ def check_kind(config: Any, name: str) -> None:
 
     config is a transformers.PreTrainedConfig, read before any weights are.
     """
-    found = None
+    unsuitable = None
     if config.is_encoder_decoder:
-        found = "an encoder-decoder"
+        unsuitable = "an encoder-decoder"
     elif config.get_text_config() is not config:
-        found = "made for more than text"
-    if found:
-        raise UserError(f"{name} ({config.model_type}) is {found}: choose a decoder of text alone.")
+        unsuitable = "made for more than text"
+    if unsuitable:
+        raise UserError(
+            f"{name} ({config.model_type}) is {unsuitable}: choose a decoder of text alone."
+        )
 
 
 def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
@@ -79,20 +81,20 @@ def misbehaviour(causal_lm: nn.Module) -> str | None:
     ids = torch.randint(vocabulary, (2, 12), generator=generator)
     ids = ids.to(causal_lm.device)
     try:
-        expected = backbone(input_ids=ids).last_hidden_state
-        found = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+        states_from_ids = backbone(input_ids=ids).last_hidden_state
+        states = backbone(inputs_embeds=embedding(ids)).last_hidden_state
         ids[:, -1] = (ids[:, -1] + 1) % vocabulary
-        changed = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+        states_after_change = backbone(inputs_embeds=embedding(ids)).last_hidden_state
     except (AttributeError, TypeError, ValueError) as error:
         return f"its layers do not run on embeddings ({str(error).partition(chr(10))[0]})"
-    if differs(found, expected):
+    if differs(states, states_from_ids):
         return "its layers give other states for embeddings than for the tokens they are of"
-    if differs(changed[:, :-1], found[:, :-1]):
+    if differs(states_after_change[:, :-1], states[:, :-1]):
         return "its states of a token change with the tokens behind it, it is not causal"
     return None
 
 
-def differs(found: Tensor, expected: Tensor) -> bool:
+def differs(states: Tensor, expected: Tensor) -> bool:
     """Whether states (B, L, D) differ by more than rounding in the type they were made in."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
-    return bool((found - expected).float().norm() > tolerance * expected.float().norm())
+    return bool((states - expected).float().norm() > tolerance * expected.float().norm())

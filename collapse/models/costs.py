@@ -135,8 +135,8 @@ def now() -> float:
 
 def ratio_on(card: str) -> tuple[tuple[float, float], bool]:
     """(low, high) of training time over the least time; whether it was measured on this card."""
-    found = read_json(GPU_CHECK) if GPU_CHECK.exists() else {}
-    ratio = found.get("ratio")
-    if ratio and found["hardware"]["device"] == card:  # kernels alone, and with launching them
+    gpu_check = read_json(GPU_CHECK) if GPU_CHECK.exists() else {}
+    ratio = gpu_check.get("ratio")
+    if ratio and gpu_check["hardware"]["device"] == card:  # kernels alone, and with launching them
         return (ratio["busy"][0], ratio["wall"][1]), True
     return ASSUMED_RATIO, False

@@ -37,8 +37,8 @@ def fetch(name: str, revision: str | None) -> None:
             return print(f"model: {name}, from {constants.HF_HUB_CACHE}: the hub is not asked")
         files = snapshot_download(name, dry_run=True, **what)
     size, missing = (
-        sum(file.file_size or 0 for file in some)
-        for some in (files, [file for file in files if file.will_download])
+        sum(file.file_size or 0 for file in group)
+        for group in (files, [file for file in files if file.will_download])
     )
     folder, free = Path(constants.HF_HUB_CACHE), free_bytes(constants.HF_HUB_CACHE)
     print(f"model: {name}, {size / GB:.3g} GB in {len(files)} files", flush=True)

@@ -153,8 +153,10 @@ def _only_adapter(layer: nn.Module) -> str:
     base = layer.base_layer
     linear = isinstance(base, nn.Linear) or _is_transposed(base)
     if not linear or not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
-        found = type(base).__name__
-        raise ValueError(f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {found}.")
+        layer_type = type(base).__name__
+        raise ValueError(
+            f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {layer_type}."
+        )
     if any(parameter.requires_grad for parameter in base.parameters()):
         raise ValueError("a fused LoRA layer gives its base layer no gradient: freeze it.")
     if layer.merged:

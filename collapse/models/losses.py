@@ -47,12 +47,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = _in_form(F.linear(states[part], weight, bias), scale, cap)  # (chunk, V)
             log_p = _log_softmax(logits)
             if start is None:
-                here = targets[part].unsqueeze(1)
-                total -= log_p.gather(1, here).sum()
+                true_tokens = targets[part].unsqueeze(1)
+                total -= log_p.gather(1, true_tokens).sum()
                 if not any(needed):
                     continue
                 slope = log_p.exp_()
-                slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
+                slope.scatter_add_(
+                    1, true_tokens, slope.new_full((), -1.0).expand(true_tokens.shape)
+                )
             else:
                 log_q = _log_softmax(_in_form(start[1](start[0][part]), scale, cap))
                 q = log_q.exp()

@@ -207,15 +207,15 @@ def in_batches_that_fit(
     """
     waiting = token_budget_batches(lengths, max_tokens)
     while waiting:
-        rows, found = waiting[0], None
+        rows, result = waiting[0], None
         try:
-            found = run(rows)
+            result = run(rows)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if found is not None:
+        if result is not None:
             del waiting[0]
-            yield rows, found
+            yield rows, result
             continue
         if len(rows) == 1:
             raise UserError(DOES_NOT_FIT)

@@ -146,26 +146,26 @@ def resolve_model(
     """
     from transformers.utils import cached_file
 
-    found = find_model(config.model)
-    is_folder, commit = Path(found).exists(), None
+    location = find_model(config.model)
+    is_folder, commit = Path(location).exists(), None
     if is_folder and config.revision:
         raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
     if not is_folder:
-        with loading(found):
-            file = cached_file(found, "config.json", revision=config.revision)
+        with loading(location):
+            file = cached_file(location, "config.json", revision=config.revision)
             commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
-    model_config = read_config(found, commit)
+    model_config = read_config(location, commit)
     check_kind(model_config, config.model)
     if own_quantization(model_config):
         print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
         config = dataclasses.replace(config, quantization="none")
-    settings = dataclasses.replace(config, model=found, revision=commit)
+    settings = dataclasses.replace(config, model=location, revision=commit)
     before_weights(settings)
-    check_weights(found, commit)
+    check_weights(location, commit)
     if config.model == STANDIN_MODEL:
         return settings, config.model, {}
     if is_folder:
-        return settings, Path(found).name, {"model_sha256": digest_weights(found)}
+        return settings, Path(location).name, {"model_sha256": digest_weights(location)}
     return settings, config.model, {"model_commit": commit}
 
 
@@ -182,8 +182,8 @@ def load_tokenizer(
 
 def token_ids(tokenizer: Any, rows: int | None, texts: list[str]) -> list[list[int]]:
     """Ids of the tokens of each text, below `rows`. Raises UserError for a text with others."""
-    found = tokenizer(texts)["input_ids"]
-    for text, ids in zip(texts, found, strict=True):
+    ids_by_text = tokenizer(texts)["input_ids"]
+    for text, ids in zip(texts, ids_by_text, strict=True):
         if rows is not None and ids and max(ids) >= rows:
             token = tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
@@ -191,7 +191,7 @@ def token_ids(tokenizer: Any, rows: int | None, texts: list[str]) -> list[list[i
                 f"model's embedding has {rows} rows: give the model the tokenizer that it was "
                 "trained with, or resize its embedding (resize_token_embeddings) and train that."
             )
-    return found
+    return ids_by_text
 
 
 def embedding_rows(name: str, revision: str | None) -> int | None:
@@ -301,15 +301,17 @@ def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = list(torch.randint(causal_lm.config.vocab_size, (2, 12), generator=generator))
     batch = collate(Split(rows, torch.zeros(2, dtype=torch.int64)), range(2), causal_lm.device)
-    own = causal_lm(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
+    loss_from_model = causal_lm(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
     embeddings = causal_lm.get_input_embeddings()(batch.input_ids)
     hidden = causal_lm.base_model(inputs_embeds=embeddings).last_hidden_state
     head = causal_lm.get_output_embeddings()
-    ours = lm_loss_sum(hidden, batch, head).item() / len(batch.target_index)
-    if not math.isclose(ours, own, rel_tol=1e-3 if hidden.dtype == torch.float32 else 2e-2):
+    loss_from_head = lm_loss_sum(hidden, batch, head).item() / len(batch.target_index)
+    if not math.isclose(
+        loss_from_head, loss_from_model, rel_tol=1e-3 if hidden.dtype == torch.float32 else 2e-2
+    ):
         raise UserError(
-            f"the LM loss of {name} is {own:.4f} on a few random tokens and {ours:.4f} as its LM "
-            "head alone gives it: the model changes its logits in a way that models with an LM "
+            f"the LM loss of {name} is {loss_from_model:.4f} on a few random tokens and "
+            f"{loss_from_head:.4f} as its LM head alone gives it: the model changes its logits in a way that models with an LM "
             "loss here do not know; choose another model."
         )
 

@@ -133,14 +133,16 @@ def read_causal_lm(name: str | Path, **options: Any) -> nn.Module:
 
     options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}  # refused below
     with loading(str(name)):
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+        causal_lm, loading_info = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **options
         )
     modules = {path for path, _ in causal_lm.named_modules()}
-    if why := what_is_wrong(found, modules):
-        raise UserError(f"the weights of {name} are not those of a {type(causal_lm).__name__}{why}")
-    if found["unexpected_keys"]:
-        unused = three(found["unexpected_keys"])
+    if problem := what_is_wrong(loading_info, modules):
+        raise UserError(
+            f"the weights of {name} are not those of a {type(causal_lm).__name__}{problem}"
+        )
+    if loading_info["unexpected_keys"]:
+        unused = three(loading_info["unexpected_keys"])
         print(f"NOTE: weights of {name} that are no part of its causal LM are not used: {unused}")
     return causal_lm
 
@@ -161,12 +163,12 @@ WRAPPERS = {
 }
 
 
-def what_is_wrong(found: dict[str, Any], modules: set[str]) -> str | None:
+def what_is_wrong(loading_info: dict[str, Any], modules: set[str]) -> str | None:
     """The end of a sentence on weights that lack, hold too much or have other sizes; None: none do.
 
     found: what from_pretrained says of its loading; modules: the paths of the model's modules.
     """
-    missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
+    missing, unused = set(loading_info["missing_keys"]), set(loading_info["unexpected_keys"])
     # Of layers that are there: another network than the one that was stored would compute.
     dropped = {key for key in unused if key.rpartition(".")[0] in modules - {""}}
     dropped = {key for key in dropped if not key.endswith(TABLES)}
@@ -182,7 +184,7 @@ def what_is_wrong(found: dict[str, Any], modules: set[str]) -> str | None:
                 f": {cause} put {inside} into their names ({three(wrapped)}); save {instead} by "
                 "its save_pretrained, or take that out of the names."
             )
-    if sizes := sorted(found["mismatched_keys"], key=str):
+    if sizes := sorted(loading_info["mismatched_keys"], key=str):
         key, stored, wanted = sizes[0]
         return (
             f" of the sizes in its config.json: {three({key for key, *_ in sizes})} differ, "

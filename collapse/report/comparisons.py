@@ -59,17 +59,17 @@ def compare_all(
                 [list(map(int, models[m][s]["correct"][f"{epoch}_{kind}"])) for s in seeds]
                 for m, kind in ((a, kind_a), (b, kind_b))
             ]
-            found = compare_models(*map(np.array, rows))
+            comparison = compare_models(*map(np.array, rows))
             if kind_a == kind_b == "cold":
-                found |= compare_losses(rows_of, a, b, epoch)
-            comparisons[epoch][name] = found
+                comparison |= compare_losses(rows_of, a, b, epoch)
+            comparisons[epoch][name] = comparison
     return comparisons
 
 
 def comparisons_of(results: dict) -> dict[str, dict]:
     """The comparisons of a results.json, anew from its rows where an older run wrote them."""
     stored = results["comparisons"]
-    if all("interval" in found for epoch in stored.values() for found in epoch.values()):
+    if all("interval" in comparison for epoch in stored.values() for comparison in epoch.values()):
         return stored
     return compare_all(results["models"], {})
 
@@ -89,24 +89,26 @@ def find_other(folder: Path | None, results: dict) -> dict | None:
     Of several, those computed in the same type, with as many rows, or most. Says why, when there
     are results and none of them will do.
     """
-    found, reasons = [], []
+    candidates, reasons = [], []
     wanted = OTHER_DATA.get(data_name(results["settings"]))
     for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
         with contextlib.suppress(UserError):  # not ours to mend
             other = read_json(path)
             if data_name(other["settings"]) != wanted:
                 continue
-            theirs, ours = (alike_on_both(part["settings"]) for part in (other, results))
-            if reason := settings_difference(theirs, ours):
+            other_settings, own_settings = (
+                alike_on_both(part["settings"]) for part in (other, results)
+            )
+            if reason := settings_difference(other_settings, own_settings):
                 reasons.append(f"NOTE: not compared with {path}: {reason}")
                 continue
             rows = other["settings"]["data"]["train_rows"]
             types = [compute_type(part) for part in (results, other)]
             as_many = rows == results["settings"]["data"]["train_rows"]
-            found.append((types[0] == types[1], as_many, rows, str(path), other))
-    if reasons and not found:
+            candidates.append((types[0] == types[1], as_many, rows, str(path), other))
+    if reasons and not candidates:
         print("\n".join(reasons), flush=True)
-    return max(found)[-1] if found else None
+    return max(candidates)[-1] if candidates else None
 
 
 def alike_on_both(settings: dict) -> dict:
@@ -136,23 +138,28 @@ def study_name(settings: dict) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
+def compare_datasets(results: dict, other_results: dict) -> dict[str, Any]:
     """Each difference between models on this data set beside the same on the other one.
 
     At the final epoch, for other seeds and rows. `more_here` is this data set's difference less the
     other's: seeds of two data sets are not paired.
     """
-    ours, theirs = (comparisons_of(part)["final"] for part in (here, there))
+    own_pairs, other_pairs = (comparisons_of(part)["final"] for part in (results, other_results))
     comparisons = {}
-    for name in [name for name in ours if name in theirs]:
-        parts = {"here": ours[name]["interval"], "there": theirs[name]["interval"]}
+    for name in [name for name in own_pairs if name in other_pairs]:
+        parts = {"here": own_pairs[name]["interval"], "there": other_pairs[name]["interval"]}
         more = independent_difference(parts["there"], parts["here"])
         comparisons[name] = parts | {"more_here": more}
     titles = {
-        key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")
+        key: other_results["settings"]["data"][key]
+        for key in ("name", "train_rows", "validation_rows")
     }
-    other = {"study": study_name(there["settings"]), **titles, "compute_dtype": compute_type(there)}
-    return {"other": other, "comparisons": comparisons}
+    other_study = {
+        "study": study_name(other_results["settings"]),
+        **titles,
+        "compute_dtype": compute_type(other_results),
+    }
+    return {"other": other_study, "comparisons": comparisons}
 
 
 def p_values(row: dict) -> str:
@@ -233,25 +240,28 @@ def reproduction_table(published: dict, results: dict) -> str:
     """
     rows = []
     for key in [key for key in results["models"] if key in published["models"]]:
-        theirs, yours = (
+        published_accuracy, own_accuracy = (
             {seed: run["final"]["accuracy"] for seed, run in part["models"][key].items()}
             for part in (published, results)
         )
-        shared = theirs.keys() & yours.keys()
+        shared = published_accuracy.keys() & own_accuracy.keys()
         if len(shared) > 1:
-            difference, how = paired_difference(theirs, yours), "seed by seed, "
+            difference, how = paired_difference(published_accuracy, own_accuracy), "seed by seed, "
         else:
-            difference, how = difference_interval([*theirs.values()], [*yours.values()]), ""
+            difference, how = (
+                difference_interval([*published_accuracy.values()], [*own_accuracy.values()]),
+                "",
+            )
         if difference["low"] is None:
             verdict = "one seed each: no interval"
-        elif how and all(theirs[seed] == yours[seed] for seed in shared):
+        elif how and all(published_accuracy[seed] == own_accuracy[seed] for seed in shared):
             verdict = "the same in every seed"
         elif difference["low"] <= 0 <= difference["high"]:
             verdict = f"{how}no difference found"
         else:
             verdict = f"{how}yours differ from the published ones"
         row = {"model": key, "difference": difference, "verdict": verdict}
-        for name, values in (("published", theirs), ("yours", yours)):
+        for name, values in (("published", published_accuracy), ("yours", own_accuracy)):
             row[name] = f"{100 * np.mean([*values.values()]):.2f} (n={len(values)})"
         rows.append(row)
     title = "published results beside this run's: final validation accuracy in %"

@@ -51,8 +51,8 @@ def draw_splits(
     """
     validation = limit_task(task, None, rows).validation
     if len(validation) < LEAST_ROWS:
-        found = f"{len(validation)} validation rows are too few"
-        raise UserError(f"{found}: {LEAST_ROWS} or more are needed.")
+        too_few = f"{len(validation)} validation rows are too few"
+        raise UserError(f"{too_few}: {LEAST_ROWS} or more are needed.")
     train, other = limit_task(task, len(validation), None).train, None
     if data_dir is not None:
         with contextlib.suppress(UserError, OSError):  # it has the one data set alone
@@ -94,18 +94,18 @@ def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str
     states (2, N, D) are pooled with and without the first token.
     """
     n = len(labels)
-    found: dict[str, list[float]] = {}
+    by_measure: dict[str, list[float]] = {}
     for rows in random_subsets(n, n // 2, draws):
-        (pooled, rest), here = states[:, rows], labels[rows]
+        (pooled, rest), half_labels = states[:, rows], labels[rows]
         numbers = ranks_from_gram(pooled)
-        numbers["cdnv"] = cdnv(pooled, here)
+        numbers["cdnv"] = cdnv(pooled, half_labels)
         for suffix, features in (("", pooled), ("_without_first", rest)):
-            within = ranks_from_gram(within_classes(features, here))["effective_rank"]
+            within = ranks_from_gram(within_classes(features, half_labels))["effective_rank"]
             numbers["effective_rank_within" + suffix] = within
         numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
         for name, value in numbers.items():
-            found.setdefault(name, []).append(value)
-    return found
+            by_measure.setdefault(name, []).append(value)
+    return by_measure
 
 
 def intermediate_record(

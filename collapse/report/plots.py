@@ -37,7 +37,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
     write_file(path, buffer.getvalue())
     messages = {str(warning.message): warning for warning in caught}
-    lacking = {int(found[1]) for found in map(re.compile(r"Glyph (\d+)").match, messages) if found}
+    lacking = {int(glyph[1]) for glyph in map(re.compile(r"Glyph (\d+)").match, messages) if glyph}
     for message, warning in messages.items():
         if not message.startswith("Glyph "):
             warnings.warn(warning.message, warning.category, stacklevel=2)

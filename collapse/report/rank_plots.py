@@ -56,15 +56,15 @@ class Shown:
 
 
 def shown_models(result: dict) -> list[Shown]:
-    found = []
+    models = []
     for key in keys_of(result):
         title, tick, color, marker = "Before training", "Start", BEFORE_TRAINING, "D"
         if key != "pretrained":
             arm = find_arm(key)
             title, tick = title_of(key, result), arm.label.capitalize()
             color, marker = arm.color, arm.marker
-        found.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
-    return found
+        models.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
+    return models
 
 
 def in_two_lines(name: str) -> str:
@@ -218,23 +218,23 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
     size = {"figsize": (14, 1.8 + 1.0 * len(results)), "layout": "constrained"}
     figure, axes = plt.subplots(1, 3, sharey=True, **size)
     for row, result in enumerate(results.values()):
-        theirs = reference_for(Path(result["folder"])) or {}
+        reference = reference_for(Path(result["folder"])) or {}
         gains = accuracy_gains(result)
         for model in shown_models(result)[1:]:
             look = {"color": model.color, "marker": model.marker, "label": model.title}
             place = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
             if gain := gains.get(f"{model.key} - model1"):
                 point(axes[0], place, ends(gain, lambda value: 100 * value), **look)
-                if theirs:
-                    final = theirs["final"]
+                if reference:
+                    final = reference["final"]
                     hollow(axes[0], place, final[model.key] - final["model1"], **look)
             if change := result["changes"].get(f"{model.key} - pretrained"):
                 start = np.mean(values_of(result, "pretrained", "effective_rank"))
                 rank = change["both"]["effective_rank"]
                 shares = ends(rank, lambda value, start=start: 100 * (1 + value / start))
                 point(axes[1], place, shares, **look)
-                if "ranks" in theirs:
-                    ranks = theirs["ranks"]
+                if "ranks" in reference:
+                    ranks = reference["ranks"]
                     share = 100 * ranks[model.key][0] / ranks["pretrained"][0]
                     hollow(axes[1], place, share, **look)
             change = result["changes"].get(f"{model.key} - model1", {}).get("both", {})
@@ -251,13 +251,16 @@ def accuracy_gains(result: dict) -> dict[str, dict]:
     file = ROOT / result["folder"] / "results.json"
     if not file.exists():
         return {}
-    return {k: found["interval"] for k, found in comparisons_of(read_json(file))["final"].items()}
+    return {
+        k: comparison["interval"]
+        for k, comparison in comparisons_of(read_json(file))["final"].items()
+    }
 
 
 def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
     """Mean and bounds of an interval, those that there are, on another scale."""
-    found = {name: interval[name] for name in ("mean", "low", "high")}
-    return {name: scaled(value) for name, value in found.items() if value is not None}
+    known = {name: interval[name] for name in ("mean", "low", "high")}
+    return {name: scaled(value) for name, value in known.items() if value is not None}
 
 
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:

@@ -41,7 +41,11 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
         pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
-        result["changes"] = {name: change(a, found) for name, (a, found) in pairs.items() if found}
+        result["changes"] = {
+            name: change(a, record_pairs)
+            for name, (a, record_pairs) in pairs.items()
+            if record_pairs
+        }
         results[name] = result
     return results
 
@@ -110,9 +114,11 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
     if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
         parts = {key: key.split(".") for key in keys}
         keys = [k for k, p in parts.items() if "intermediate" not in p and p[-1] != "accuracy"]
-    found = {key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
+    changes = {
+        key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys
+    }
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
-    found["both"] = {}
+    changes["both"] = {}
     for key in HALVED:
         if not all(key in part for pair in pairs for r in pair for part in (r, r["halves"])):
             continue  # of an older run
@@ -120,13 +126,13 @@ def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
         drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])
         draws = drawn[:, 1] - drawn[:, 0]  # (S, B)
         both = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
-        found["both"][key] = both
+        changes["both"][key] = both
         if key == "cdnv" and values.min() > 0 and drawn.min() > 0:
             ratios = np.log(values[:, 1] / values[:, 0])
             draws = np.log(drawn[:, 1] / drawn[:, 0])
-            found["cdnv_log_ratio"] = mean_interval(ratios)
-            found["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
-    return found
+            changes["cdnv_log_ratio"] = mean_interval(ratios)
+            changes["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
+    return changes
 
 
 def add_losses_of_training(records: dict[str, dict[str, dict]]) -> None:
@@ -138,12 +144,12 @@ def add_losses_of_training(records: dict[str, dict[str, dict]]) -> None:
     """
     names = {"language_kept": "lm_loss", "transfer": "transfer_accuracy"}
     before = records.get("pretrained", {})
-    for found in records.values():
-        for seed, record in found.items():
+    for by_seed in records.values():
+        for seed, record in by_seed.items():
             start = before.get(seed) or next(iter(before.values()), {})
-            for name, of in names.items():
-                if None not in (record.get(of), start.get(of)):
-                    record[name] = record[of] - start[of]
+            for name, source in names.items():
+                if None not in (record.get(source), start.get(source)):
+                    record[name] = record[source] - start[source]
 
 
 def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict[str, dict]:
@@ -155,9 +161,9 @@ def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict
     studies = read_json(file) if file.exists() else {}
     alike = {name: study for name, study in studies.items() if study.get("measured") == measured}
     if len(alike) < len(studies) and not replace:
-        here = ", ".join(f"{key} {value}" for key, value in measured.items())
+        how = ", ".join(f"{key} {value}" for key, value in measured.items())
         raise UserError(
-            f"{file} was not measured with {here}: "
+            f"{file} was not measured with {how}: "
             "give another --output-dir, or --fresh to replace it."
         )
     return with_records(alike)

@@ -144,13 +144,13 @@ def settings_beside(folder: Path, weights: str) -> Path:
         )
     if not re.fullmatch(r".+-seed\d+", folder.name):
         raise UserError(f"{folder} was named like model2-seed42 when it was trained: name it so.")
-    found = [place for place in (folder.parent, folder) if (place / "settings.json").exists()]
-    if not found:
+    folders = [place for place in (folder.parent, folder) if (place / "settings.json").exists()]
+    if not folders:
         raise UserError(
             f"{folder} has no settings.json of its run beside it or in it: copy that, too, from "
             "the state folder that the training was copied from."
         )
-    settings = found[0] / "settings.json"
+    settings = folders[0] / "settings.json"
     adapter = (
         f"{weights}-adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
     )

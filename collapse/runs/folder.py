@@ -49,8 +49,8 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError when another command has begun another study here since, with --fresh."""
-        there = read_json(self.settings_file) if self.settings_file.exists() else self.settings
-        if difference := settings_difference(there, self.settings):
+        stored = read_json(self.settings_file) if self.settings_file.exists() else self.settings
+        if difference := settings_difference(stored, self.settings):
             raise UserError(
                 f"another command has begun another configuration in {self.path} with --fresh "
                 f"({difference}): choose another folder with --output-dir."
@@ -106,9 +106,13 @@ class RunFolder:
         In a fresh clone that is every one of them, until it is trained again.
         """
         published = read_json(self.results_file)["models"] if self.results_file.exists() else {}
-        here = {(model, str(seed)) for model, seed in finished_trainings(self.path)}
+        finished = {(model, str(seed)) for model, seed in finished_trainings(self.path)}
         return {
-            model: left
+            model: unfinished
             for model, runs in published.items()
-            if (left := {seed: run for seed, run in runs.items() if (model, seed) not in here})
+            if (
+                unfinished := {
+                    seed: run for seed, run in runs.items() if (model, seed) not in finished
+                }
+            )
         }

@@ -29,23 +29,28 @@ def publish(
 
     with locked(folder.path):
         folder.check()
-        here, elsewhere = folder.finished(), folder.trained_elsewhere()
-        names = sorted(here.keys() | elsewhere, key=lambda name: find_arm(name).sort_key)
-        models = {name: by_seed(elsewhere.get(name, {}) | here.get(name, {})) for name in names}
+        trained_here, trained_elsewhere = folder.finished(), folder.trained_elsewhere()
+        names = sorted(
+            trained_here.keys() | trained_elsewhere, key=lambda name: find_arm(name).sort_key
+        )
+        models = {
+            name: by_seed(trained_elsewhere.get(name, {}) | trained_here.get(name, {}))
+            for name in names
+        }
         results = {**through_json(head), "models": models}
-        kept = {(name, seed) for name, runs in elsewhere.items() for seed in runs}
+        kept = {(name, seed) for name, runs in trained_elsewhere.items() for seed in runs}
         predictions.publish_rows(folder.path, kept)
         results["comparisons"] = comparisons.compare_all(models, predictions.read_rows(folder.path))
-        if found := comparisons.find_other(other, results):
-            results["cross_dataset"] = comparisons.compare_datasets(results, found)
+        if other_results := comparisons.find_other(other, results):
+            results["cross_dataset"] = comparisons.compare_datasets(results, other_results)
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", comparisons.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
         plots.plot_learning_curves(curves, title, models)
         plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
-        if "model3" in models and "model3" not in here:
+        if "model3" in models and "model3" not in trained_here:
             return results  # its engrams are elsewhere, and their figure is here
-        plot_engrams(folder, title, class_names, here.get("model3", {}))
+        plot_engrams(folder, title, class_names, trained_here.get("model3", {}))
     return results
 
 

@@ -17,23 +17,25 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or torch.cuda.is_available():
         return torch.device("cuda" if name == "auto" else name)
     driver = nvidia_driver()
-    found = f"NVIDIA's driver {driver} is here, but torch {torch.__version__} sees no CUDA device"
+    mismatch = (
+        f"NVIDIA's driver {driver} is here, but torch {torch.__version__} sees no CUDA device"
+    )
     version = torch.__version__.partition("+")[0]
-    mend = (
+    fix = (
         "its builds for CUDA 13 need driver 580 or newer: update the driver, or install the build "
         "for CUDA 12.9, `.venv/bin/pip install --force-reinstall --no-deps "
         f"torch=={version} --index-url ADDRESS/cu129`, the address being the one that the selector "
         "on PyTorch's installation page gives, and then what that build asks for"
     )
     if name == "cuda" and driver:
-        raise UserError(f"--device cuda: {found}; {mend}.")
+        raise UserError(f"--device cuda: {mismatch}; {fix}.")
     if name == "cuda":
         raise UserError(
             "--device cuda, but torch sees no CUDA device: "
             "use --device auto, or install a CUDA build of torch."
         )
     if driver:
-        print(f"warning: {found}; {mend}. This goes on with the CPU.", flush=True)
+        print(f"warning: {mismatch}; {fix}. This goes on with the CPU.", flush=True)
     return torch.device("cpu")
 
 
@@ -89,10 +91,11 @@ def check_card(device: torch.device, dtype: str) -> None:
     """Raise UserError where a GPU is too old for bfloat16, in which language models train here."""
     if device.type != "cuda" or dtype != "bfloat16" or not torch.cuda.is_available():
         return
-    found = torch.cuda.get_device_capability(device)
-    if found < FIRST_WITH_BFLOAT16:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_WITH_BFLOAT16:
+        version = ".".join(map(str, capability))
         raise UserError(
-            f"the {torch.cuda.get_device_name(device)} (compute capability {found[0]}.{found[1]}) "
+            f"the {torch.cuda.get_device_name(device)} (compute capability {version}) "
             "does not compute in bfloat16, which takes 8.0 or more (RTX 30 and newer, A100, L4): "
             "give --compute-dtype float32 and a smaller model, as --model Qwen/Qwen2.5-0.5B."
         )
@@ -113,8 +116,8 @@ def set_threads(count: int) -> None:
 def nvidia_driver() -> str | None:
     """Version of the NVIDIA driver that the machine has; None where no GPU shows one."""
     if DRIVER_FILE.exists():
-        found = re.search(r"(?<= )\d+(\.\d+)+(?= )", DRIVER_FILE.read_text(errors="replace"))
-        return found and found[0]
+        version = re.search(r"(?<= )\d+(\.\d+)+(?= )", DRIVER_FILE.read_text(errors="replace"))
+        return version and version[0]
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -122,5 +125,5 @@ def nvidia_driver() -> str | None:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.match(r"\d+(\.\d+)+", answer.stdout)
-    return found and found[0]
+    version = re.match(r"\d+(\.\d+)+", answer.stdout)
+    return version and version[0]

@@ -30,8 +30,8 @@ def expand_home(argument: str) -> str:
     Raises UserError for a path that no results file can hold.
     """
     check_name(argument)
-    found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
-    return f"{found[1] or ''}{Path(found[2]).expanduser()}" if found else argument
+    match = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
+    return f"{match[1] or ''}{Path(match[2]).expanduser()}" if match else argument
 
 
 def run_script(main: Callable[[], None]) -> None:

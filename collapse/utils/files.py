@@ -161,17 +161,17 @@ def finished_trainings(path: Path) -> list[tuple[str, int]]:
     return sorted((model, int(seed)) for model, _, seed in (n.rpartition("-seed") for n in names))
 
 
-def settings_difference(file: Any, here: dict) -> str | None:
+def settings_difference(file: Any, settings: dict) -> str | None:
     """In which setting a results.json or settings.json differs from those here; None: in none.
 
     A setting that only one side knows is no difference: what the code learnt later had one value
     before. Where the rows were read from is none either: their digest says what they are.
     """
-    there = file.get("settings", file) if isinstance(file, dict) else {}
+    stored = file.get("settings", file) if isinstance(file, dict) else {}
     for part in ("config", "data"):
-        if not isinstance(there.get(part), dict):
+        if not isinstance(stored.get(part), dict):
             return f"its file names no {part}"
-        for key, value in here[part].items():
-            if key in there[part] and there[part][key] != value and key != "origin":
-                return f"{key} is {there[part][key]} there and {value} here"
+        for key, value in settings[part].items():
+            if key in stored[part] and stored[part][key] != value and key != "origin":
+                return f"{key} is {stored[part][key]} there and {value} here"
     return None

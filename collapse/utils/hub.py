@@ -39,19 +39,19 @@ def load_named_from_hub(
     tables = _tables(dataset, splits, configuration)
     if tables is None:
         return None
-    found = []
+    splits_of_pairs = []
     for table in tables:
         names, feature = table[class_column], table.features[class_column]
         if hasattr(feature, "int2str"):
             names = feature.int2str(list(names))
-        found.append(list(zip(table[text_column], names, strict=True)))
-    return found
+        splits_of_pairs.append(list(zip(table[text_column], names, strict=True)))
+    return splits_of_pairs
 
 
 def load_all_splits(dataset: str, configuration: str | None) -> dict[str, Any] | None:
     """Every split of a hub data set as `datasets` has it, from where load_from_hub looks."""
-    found = _tables(dataset, (None,), configuration)
-    return found and found[0]
+    tables = _tables(dataset, (None,), configuration)
+    return tables and tables[0]
 
 
 def _tables(

@@ -85,13 +85,13 @@ def verdict_of_h3(ran: dict[str, dict]) -> str:
     results = own_models.results_of(own_models.CONFIGS["engram_salience"]) or {"arms": []}
     arms = [row for row in results["arms"] if row["arm"] == "model3"]
     differences = [row["less_random_compressor"] for row in arms]
-    told = [f"; P4b {cell(difference, 3)}" for difference in differences if difference["n"]]
-    return f"{standing(ran, 'P4')}, of a trained label{''.join(told)}"
+    added = [f"; P4b {cell(difference, 3)}" for difference in differences if difference["n"]]
+    return f"{standing(ran, 'P4')}, of a trained label{''.join(added)}"
 
 
-def claim(text: str, theirs: str, verdict: str, cells: dict[str, str]) -> dict[str, str]:
+def claim(text: str, reference: str, verdict: str, cells: dict[str, str]) -> dict[str, str]:
     """A row; cells: short name of a study -> what it shows."""
-    return cells | {"claim": text, "theirs": theirs, "verdict": verdict}
+    return cells | {"claim": text, "theirs": reference, "verdict": verdict}
 
 
 def claims_of_accuracy(ran: dict[str, dict]) -> list[dict[str, str]]:
@@ -99,7 +99,7 @@ def claims_of_accuracy(ran: dict[str, dict]) -> list[dict[str, str]]:
     study = next(study for study in STUDIES if study.folder == CROSS)
     other = next(other for other in STUDIES if other.folder == study.other)
     compared = compare_datasets(results_of(study), results_of(other))["comparisons"]
-    finals = [(SHORT[folder], theirs["final"]) for folder, theirs in REFERENCE.items()]
+    finals = [(SHORT[folder], reference["final"]) for folder, reference in REFERENCE.items()]
     gained = (f"{name} {final['model2'] - final['model1']:+.2f}" for name, final in finals)
     their_aris = [REFERENCE[folder]["ari"] for folder in ("results_7b", "results_agnews")]
     return [
@@ -180,8 +180,8 @@ def repeated_experiments() -> tuple[str, list[str]]:
     """
     rows = []
     for ranks in read_ranks().values():
-        folder, theirs = ranks["folder"], reference_for(Path(ranks["folder"]))
-        if not theirs:
+        folder, reference = ranks["folder"], reference_for(Path(ranks["folder"]))
+        if not reference:
             continue
         study = next(study for study in STUDIES if study.folder == folder)
         results, empty = results_of(study), {"study": study.short, "rank": "", "engrams": ""}
@@ -190,14 +190,14 @@ def repeated_experiments() -> tuple[str, list[str]]:
             accuracy = 100 * np.mean(at(runs, "*.final.accuracy"))
             rank = np.mean(values_of(ranks, key, "effective_rank"))
             row = empty | {"model": key.removeprefix("model")}
-            row["accuracy"] = f"{accuracy:.2f} ({theirs['final'][key]:.2f})"
+            row["accuracy"] = f"{accuracy:.2f} ({reference['final'][key]:.2f})"
             row["rank"] = f"{rank:.1f}, {100 * rank / start:.0f}%"
-            if "ranks" in theirs:
-                before, after = (theirs["ranks"][name][0] for name in ("pretrained", key))
+            if "ranks" in reference:
+                before, after = (reference["ranks"][name][0] for name in ("pretrained", key))
                 row["rank"] += f" ({after}, {100 * after / before:.0f}%)"
             if key == "model3":
                 means = [np.mean(aris(results, case)) for case in ("trained", "untrained")]
-                row["engrams"] = "{:.3f}, {:.3f} ({:.3f})".format(*means, theirs["ari"])
+                row["engrams"] = "{:.3f}, {:.3f} ({:.3f})".format(*means, reference["ari"])
             rows.append(row)
         for accuracy in own_models.bag_of_words(folder).values():
             rows.append(empty | {"model": "bag of words", "accuracy": f"{100 * accuracy:.2f}"})

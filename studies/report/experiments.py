@@ -176,7 +176,7 @@ def trainings_by_model(results: dict) -> list[dict[str, Any]]:
     ]
 
 
-def accuracy_columns(theirs: dict | None) -> list[Column]:
+def accuracy_columns(reference: dict | None) -> list[Column]:
     columns = [
         Column("validation accuracy, %", "name"),
         Column("trained parameters", "runs.0.parameters.trainable"),
@@ -184,24 +184,24 @@ def accuracy_columns(theirs: dict | None) -> list[Column]:
         Column("final, engram carried", "runs.*.val.-1.carried.accuracy", 2, 100),
         Column("best epoch", "runs.*.best.accuracy", 2, 100),
     ]
-    if theirs:
-        title = f"reference, {theirs['model']}: final"
-        columns.append(Column(title, lambda row: theirs["final"][row["key"]]))
-        columns.append(Column("reference: best", lambda row: theirs["best"][row["key"]]))
+    if reference:
+        title = f"reference, {reference['model']}: final"
+        columns.append(Column(title, lambda row: reference["final"][row["key"]]))
+        columns.append(Column("reference: best", lambda row: reference["best"][row["key"]]))
     return columns
 
 
-def comparison_columns(theirs: dict | None) -> list[Column]:
+def comparison_columns(reference: dict | None) -> list[Column]:
     def published(row: dict) -> float | None:
-        b, a = (theirs[row["epoch"]].get(model) for model in row["pair"].split(" - "))
+        b, a = (reference[row["epoch"]].get(model) for model in row["pair"].split(" - "))
         return None if None in (a, b) else b - a
 
     title = "difference in accuracy, points"
     columns = [Column(title, lambda row: f"{row['pair']}, {row['epoch']} epoch")]
     columns.append(Column("mean [95%]", "interval", 2, 100))
     columns.append(Column("McNemar's exact p, each seed", p_values))
-    if theirs:
-        columns.append(Column(f"reference, {theirs['model']}", published, sign="+"))
+    if reference:
+        columns.append(Column(f"reference, {reference['model']}", published, sign="+"))
     return columns
 
 
@@ -244,7 +244,7 @@ ENGRAM_COLUMNS = (
 )
 
 
-def table_engrams(theirs: dict | None, results: dict) -> str:
+def table_engrams(reference: dict | None, results: dict) -> str:
     if "model3" not in results["models"]:
         return ""
     runs, rows = results["models"]["model3"], []
@@ -253,8 +253,8 @@ def table_engrams(theirs: dict | None, results: dict) -> str:
         row = {"name": name, "ari": at(clusters, "*.ari")}
         row["cluster_accuracy"] = [100 * share for share in at(clusters, "*.cluster_accuracy")]
         rows.append(row | {kind: at(cosines, f"*.{kind}") for kind in ("within", "between")})
-    if theirs:
-        rows.append(theirs | {"name": f"reference: {theirs['model']}"})
+    if reference:
+        rows.append(reference | {"name": f"reference: {reference['model']}"})
     purities = "; ".join(
         f"{name} {cell(at(runs, f'*.cluster.trained.purity.{label}'), 1, 100)}"
         for label, name in enumerate(results["settings"]["data"]["class_names"])
@@ -308,15 +308,18 @@ def table_cross(results: dict, other: dict) -> str:
 
 def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
     """Name of a table -> its caption and text; the text is empty where there is nothing to tell."""
-    theirs, models = reference_for(folder), trainings_by_model(results)
+    reference, models = reference_for(folder), trainings_by_model(results)
     comparisons = rows_of(comparisons_of(results), "epoch", "pair")
     trainings = rows_of(results["models"], "model", "seed")
     return {
-        "accuracy": ("Accuracy.", table(accuracy_columns(theirs), models)),
-        "comparisons": ("Differences in accuracy.", table(comparison_columns(theirs), comparisons)),
+        "accuracy": ("Accuracy.", table(accuracy_columns(reference), models)),
+        "comparisons": (
+            "Differences in accuracy.",
+            table(comparison_columns(reference), comparisons),
+        ),
         "training": ("Losses, gradients, effective rank.", table(TRAINING_COLUMNS, models)),
         "seeds": ("Each training.", table(SEED_COLUMNS, trainings)),
-        "engrams": ("Engrams.", table_engrams(theirs, results)),
+        "engrams": ("Engrams.", table_engrams(reference, results)),
         "measured": ("Ranks and training accuracy on the way.", table_measured(trainings)),
     }
 

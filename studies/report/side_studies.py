@@ -85,8 +85,8 @@ def add_statistics(page: Page) -> None:
 def table_throughput(results: dict) -> str:
     rows = []
     for key in [key for key in THREE_MODELS if key in results]:
-        found = results[key]
-        rates, ratio = found["examples_per_second"], found["ratio"]["conventional"]
+        speeds = results[key]
+        rates, ratio = speeds["examples_per_second"], speeds["ratio"]["conventional"]
         cells = [f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{ratio['median']:.1f}"]
         rows.append([model_name(key), *cells, f"{ratio['low']:.1f} to {ratio['high']:.1f}"])
     header = ["model", "conventional, examples/s", "ours, examples/s", "ratio"]
@@ -104,13 +104,13 @@ def table_paper(counts_of: dict[str, dict]) -> str:
     """
     rows, sources, cards = [], [], []
     for place, counts in counts_of.items():
-        theirs, cards = REFERENCE[place], list(counts["cards"])
+        reference, cards = REFERENCE[place], list(counts["cards"])
         for key in THREE_MODELS:
             rates = counts[key]["examples_per_second"]
             cells = [hours_range(counts, key, card) for card in cards]
-            cells += [f"{theirs['minutes'][key] / 60:.1f}"]
+            cells += [f"{reference['minutes'][key] / 60:.1f}"]
             cells += [f"{rates['ours'] / rates[other]:.1f}" for other in rates if other != "ours"]
-            rows.append([f"{theirs['data']}, {model_name(key)}", *cells])
+            rows.append([f"{reference['data']}, {model_name(key)}", *cells])
         sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
     low, high = counts["assumed_ratio"]
     note = (
@@ -187,21 +187,21 @@ def add_speed(page: Page) -> None:
 
 def table_reference_accuracy() -> str:
     rows = []
-    for theirs in REFERENCE.values():
+    for reference in REFERENCE.values():
         for key in THREE_MODELS:
-            numbers = [theirs.get(epoch, {}).get(key) for epoch in ("first", "final", "best")]
-            numbers += theirs.get("training", {}).get(key, (None, None, None))
+            numbers = [reference.get(epoch, {}).get(key) for epoch in ("first", "final", "best")]
+            numbers += reference.get("training", {}).get(key, (None, None, None))
             cells = ["n/a" if number is None else f"{number:g}" for number in numbers]
-            rows.append([f"{theirs['data']}, {theirs['model']}", model_name(key), *cells])
+            rows.append([f"{reference['data']}, {reference['model']}", model_name(key), *cells])
     header = ["reference: data, backbone", "model", "accuracy, first epoch", "final", "best"]
     return markdown([*header, "train cls loss", "train LM loss", "train accuracy"], rows)
 
 
 def table_reference_ranks() -> str:
     rows = []
-    for theirs in REFERENCE.values():
-        for key, ranks in theirs.get("ranks", {}).items():
-            place = f"{theirs['data']}, {theirs['model']}; {theirs['rank_rows']:,} rows"
+    for reference in REFERENCE.values():
+        for key, ranks in reference.get("ranks", {}).items():
+            place = f"{reference['data']}, {reference['model']}; {reference['rank_rows']:,} rows"
             name = "Pretrained" if key == "pretrained" else model_name(key)
             rows.append([place, name, *map(str, ranks)])
     header = ["reference: data, backbone", "model", "effective rank", "stable rank"]

@@ -69,16 +69,16 @@ def best_rates(
     """
     runs = sweep.read_runs(config.folder, sweep.PILOTS, type(pilots[0]), Run)
     accuracies = {run.trial: run.tuning_accuracy for run in runs}
-    found: dict[Any, dict[float, list[float]]] = {}
+    accuracies_by_kind: dict[Any, dict[float, list[float]]] = {}
     for trial in sorted(pilots, key=lambda trial: trial.rate):
         if trial not in accuracies:
             kind = kind_of(trial)
             raise UserError(f"the pilot of {kind} has not run whole: run --parts pilot before.")
-        by_rate = found.setdefault(kind_of(trial), {})
+        by_rate = accuracies_by_kind.setdefault(kind_of(trial), {})
         by_rate.setdefault(trial.rate, []).append(accuracies[trial])
     return {
         kind: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
-        for kind, by_rate in found.items()
+        for kind, by_rate in accuracies_by_kind.items()
     }
 
 

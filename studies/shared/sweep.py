@@ -153,9 +153,9 @@ class Study:
                 check_settings(table, lambda row: self.settings(config, row))
             together = 1 if config.model else config.workers  # seeds; one model's are whole
             for first in range(0, len(seeds), together):
-                some = seeds[first : first + together]
-                title = f"seeds {', '.join(map(str, some))} of {len(seeds)}"
-                self.run_seeds(config, [t for t in trials if t.seed in some], title)
+                batch = seeds[first : first + together]
+                title = f"seeds {', '.join(map(str, batch))} of {len(seeds)}"
+                self.run_seeds(config, [t for t in trials if t.seed in batch], title)
 
     def run_seeds(self, config: Config, trials: Sequence[Trial], title: str) -> None:
         """Run the trials of some seeds whose rows are not there; pretrain their backbones before.
@@ -330,7 +330,7 @@ def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
 
 
 def endpoint(
-    found: Mapping[str, Any] | None, margin: float, done: bool, family: int = ENDPOINTS
+    interval: Mapping[str, Any] | None, margin: float, done: bool, family: int = ENDPOINTS
 ) -> dict[str, Any] | None:
     """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
 
@@ -338,13 +338,13 @@ def endpoint(
     backbones ran. An estimate that `found` calls a `lower_bound` is judged as one, and one that is
     not `bounded` not at all. None before two are done.
     """
-    if not found or found["n"] < 2:
+    if not interval or interval["n"] < 2:
         return None
-    estimate, se, df = (found[name] for name in ("mean", "se", "df"))
-    if not found.get("bounded", True):
+    estimate, se, df = (interval[name] for name in ("mean", "se", "df"))
+    if not interval.get("bounded", True):
         df = 0.0  # no interval
     widest = t_interval(estimate, se, df, 1 - 0.05 / family)
     interval_90 = t_interval(estimate, se, df, 0.90)
-    lower_bound = found.get("lower_bound", False)
-    said = verdict(estimate, widest, interval_90, margin, done, lower_bound)
-    return {**found, "holm_at_most": widest, "interval_90": interval_90, **said, "done": done}
+    lower_bound = interval.get("lower_bound", False)
+    judged = verdict(estimate, widest, interval_90, margin, done, lower_bound)
+    return {**interval, "holm_at_most": widest, "interval_90": interval_90, **judged, "done": done}

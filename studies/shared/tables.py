@@ -31,20 +31,20 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     other columns.
     """
     with locked(path.parent):
-        there = read_rows(path)
-        if there and list(there[0]) != list(rows[0]):
+        stored = read_rows(path)
+        if stored and list(stored[0]) != list(rows[0]):
             raise UserError(f"{path} has other columns than this version writes: move it away.")
         new = [
             {name: "" if value is None else str(value) for name, value in row.items()}
             for row in rows
         ]
-        same = [number for number, old in enumerate(there) if old[key] == new[0][key]]
-        place = same[0] if same else len(there)
-        behind = [row for row in there[place:] if row[key] != new[0][key]]
+        same = [number for number, old in enumerate(stored) if old[key] == new[0][key]]
+        place = same[0] if same else len(stored)
+        behind = [row for row in stored[place:] if row[key] != new[0][key]]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*there[:place], *new, *behind])
+        writer.writerows([*stored[:place], *new, *behind])
         write_file(path, text.getvalue().encode())
 
 
@@ -56,13 +56,13 @@ def reset_missing_jobs(
     place_of(job) gives its table and the value that its rows have for `key`. Tables outlive the
     folders of jobs: that one there was finished does not count.
     """
-    there: dict[Path, set[str]] = {}
+    known: dict[Path, set[str]] = {}
     missing = []
     for job in jobs:
         table, value = place_of(job)
-        if table not in there:
-            there[table] = {row[key] for row in read_rows(table)}
-        if value not in there[table]:
+        if table not in known:
+            known[table] = {row[key] for row in read_rows(table)}
+        if value not in known[table]:
             (job.folder / "metrics.json").unlink(missing_ok=True)
             missing.append(job)
     return missing

@@ -62,7 +62,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the comparison."""
 
     seed: int
@@ -77,48 +77,48 @@ class Cell:
 
 def run_missing(config: Config) -> None:
     product = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
-    cells = {cell.name: cell for cell in itertools.starmap(Cell, product)}
+    trials = {trial.name: trial for trial in itertools.starmap(Trial, product)}
     commit = git_commit()
 
-    def place_of(job: Job) -> tuple[Path, str]:
+    def table_and_key(job: Job) -> tuple[Path, str]:
         return config.table, job.name
 
     missing = reset_missing_jobs(
-        (job_of(config, cell) for cell in cells.values()), place_of, "name"
+        (job_of(config, trial) for trial in trials.values()), table_and_key, "name"
     )
-    seeds = list(dict.fromkeys(cells[job.name].seed for job in missing))
+    seeds = list(dict.fromkeys(trials[job.name].seed for job in missing))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))
 
     def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
         set_threads(1)  # sums of more threads differ in their last digits
-        cell = cells[job.name]
-        row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
-        progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
+        trial = trials[job.name]
+        row = run_trial(config, trial, backbones[trial.seed], progress) | {"git_commit": commit}
+        progress.say(f"{trial.name}: {row['accuracy']:.1%}", time_left=True)
         return [row]
 
-    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
+    run_all(missing, into_table(rows_of, table_and_key, "name"), config.workers)
 
 
-def job_of(config: Config, cell: Cell) -> Job:
+def job_of(config: Config, trial: Trial) -> Job:
     return Job(
-        name=cell.name,
-        folder=config.output_dir / "state" / cell.name.replace(", ", "-"),
-        steps=DATASETS[cell.dataset][1],
+        name=trial.name,
+        folder=config.output_dir / "state" / trial.name.replace(", ", "-"),
+        steps=DATASETS[trial.dataset][1],
         evaluations=1,
         evaluation_cost=30.0,
     )
 
 
-def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> dict[str, Any]:
-    rows, steps = DATASETS[cell.dataset]
-    model = backbone if cell.start == "pretrained" else random_weights(cell, backbone)
+def run_trial(config: Config, trial: Trial, backbone: Path, progress: Progress) -> dict[str, Any]:
+    rows, steps = DATASETS[trial.dataset]
+    model = backbone if trial.start == "pretrained" else random_weights(trial, backbone)
     recipe = finetune.Recipe(
         model=str(model),
-        dataset=cell.dataset,
+        dataset=trial.dataset,
         arm="1",
-        learning_rate=cell.rate,
-        seed=cell.seed,
+        learning_rate=trial.rate,
+        seed=trial.seed,
         steps=steps,
         train_rows=rows,
         letters=True,
@@ -129,8 +129,8 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
         -1
     ]
     return {
-        "name": cell.name,
-        **dataclasses.asdict(cell),
+        "name": trial.name,
+        **dataclasses.asdict(trial),
         "steps": steps,
         "train_rows": rows,
         "accuracy": last["validation_accuracy"],
@@ -138,11 +138,11 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
     }
 
 
-def random_weights(cell: Cell, backbone: Path) -> Path:
+def random_weights(trial: Trial, backbone: Path) -> Path:
     """Folder of the network that the backbone's pretraining began with, made here once."""
     folder = backbone.with_name(f"{backbone.name}-random")
     if not (folder / "model.safetensors").exists():
-        seed, corpus = cell.seed, backbone.name.partition("-")[0]
+        seed, corpus = trial.seed, backbone.name.partition("-")[0]
         pretraining.build(pretrain.fixed_size(seed, corpus), VOCABULARY).save_pretrained(folder)
         for file in backbone.glob("token*.json"):
             shutil.copy(file, folder)

@@ -42,7 +42,7 @@ class Config:
 
 def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
     """Results folder, data set, and the rows that its models are trained and validated on."""
-    for study in experiments.present():
+    for study in experiments.studies_with_results():
         data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
         yield study.folder, data["name"], load_again(data, data_dir)
     for name, (rows, _) in collapse_threshold.SIZES.items():

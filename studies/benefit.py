@@ -160,7 +160,7 @@ class Runs:
     runs: dict[tuple[str, str, float], dict[int, Run]]
     rates: dict[tuple[str, str], float]
 
-    def place(self, dataset: str, arm: str) -> tuple[str, str, float]:
+    def run_key(self, dataset: str, arm: str) -> tuple[str, str, float]:
         """Where an arm's runs at its own rate are."""
         return dataset, arm, rate_of(self.rates, dataset, arm)
 
@@ -169,7 +169,7 @@ class Runs:
         own, others = (
             {
                 seed: run.correct.astype(float)
-                for seed, run in self.runs.get(self.place(dataset, name), {}).items()
+                for seed, run in self.runs.get(self.run_key(dataset, name), {}).items()
                 if run.correct is not None
             }
             for name in (arm, base)
@@ -265,10 +265,12 @@ def summary(config: Config) -> dict[str, Any]:
         "P1": sweep.endpoint(p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= sweep.PLANNED),
         "P1_equivalence": equivalence_of(p1, MARGIN_P1),
         "accuracy_differences": {
-            arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
+            arm: sets_difference(study, datasets_of(study, arm), arm)
+            for arm in arms
+            if arm != "model1"
         },
         "less_model2": {
-            arm: sets_difference(study, sets_of(study, arm), arm, "model2")
+            arm: sets_difference(study, datasets_of(study, arm), arm, "model2")
             for arm in arms
             if arm not in ("model1", "model2")
         },
@@ -278,7 +280,9 @@ def summary(config: Config) -> dict[str, Any]:
         },
         "arms": {
             dataset: {
-                arm: ends(study, dataset, arm) for arm in arms if dataset in sets_of(study, arm)
+                arm: summarize_arm(study, dataset, arm)
+                for arm in arms
+                if dataset in datasets_of(study, arm)
             }
             for dataset in datasets
         },
@@ -293,19 +297,19 @@ def equivalence_of(interval: dict[str, Any] | None, margin: float) -> dict[str, 
     return equivalence(*(interval[key] for key in ("mean", "se", "df")), margin)
 
 
-def sets_of(study: Runs, arm: str) -> list[str]:
+def datasets_of(study: Runs, arm: str) -> list[str]:
     return list(dict.fromkeys(dataset for dataset, name, _ in study.runs if name == arm))
 
 
-def ends(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
+def summarize_arm(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
     """Means over seeds of an arm at its own rate.
 
     `language_kept` (nats) and `transfer_kept` are less what they were before training.
     """
-    runs = study.runs.get(study.place(dataset, arm), {}).values()
+    runs = study.runs.get(study.run_key(dataset, arm), {}).values()
     means = {}
     for name in (*finetune.AT_BEST, *KEPT):
-        known = [value for run in runs if (value := measure(run, name)) is not None]
+        known = [value for run in runs if (value := value_of(run, name)) is not None]
         means[name] = mean_interval(known) if known else None
     diverged = sum(run.end["best_epoch"] is None for run in runs)
     return means | {"n": len(runs), "diverged": diverged}
@@ -315,7 +319,7 @@ def ends(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
 KEPT = {"language_kept": "lm_loss", "transfer_kept": "transfer_accuracy"}
 
 
-def measure(run: Run, name: str) -> float | None:
+def value_of(run: Run, name: str) -> float | None:
     """One of KEPT, or a number of the run's end; None where it has none."""
     if name not in KEPT:
         return run.end[name]
@@ -340,13 +344,13 @@ def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str
 
 def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
     """Seed -> a measure of Model 2 less that of Model 1, where both are known."""
-    ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
+    ones, twos = study.run_key(dataset, "model1"), study.run_key(dataset, "model2")
     if name in KEPT:
         twos = (*twos[:2], ones[2])
     sides = [study.runs.get(place, {}) for place in (ones, twos)]
     differences = {}
     for seed in sorted(sides[0].keys() & sides[1].keys()):
-        one, two = (measure(side[seed], name) for side in sides)
+        one, two = (value_of(side[seed], name) for side in sides)
         if None not in (one, two):
             differences[seed] = two - one
     return differences

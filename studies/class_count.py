@@ -34,7 +34,7 @@ from studies.shared import finetune, pilots, sweep
 from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
 MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
-PLANNED = 10  # backbones
+BACKBONES = 10  # backbones
 COUNTS = (2, 5, 10, 30, 75, 150)
 CHOSEN_AT = 10  # classes: where the rates are chosen
 RANDOM_COUNTS = (2, 10, 30)
@@ -47,7 +47,7 @@ class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
     # Own language models, by their seeds.
-    seeds: tuple[int, ...] = tuple(range(PLANNED))
+    seeds: tuple[int, ...] = tuple(range(BACKBONES))
     # Parts to run: pilot (chooses the rates), endpoint, random (merges drawn at random).
     parts: tuple[str, ...] = ("pilot", "endpoint", "random")
     # Folder for results, in it one for each corpus.
@@ -210,7 +210,7 @@ def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]
     """(merge, classes) -> seed -> model -> run, of what has both models at their rates."""
     runs: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
     rates = chosen_rates(config)
-    for run in read_runs(config.folder, PLANNED, Trial):
+    for run in read_runs(config.folder, BACKBONES, Trial):
         trial = run.trial
         if run.correct is not None and trial.rate == rates[trial.arm]:
             by_seed = runs.setdefault((trial.merge, trial.classes), {})
@@ -266,7 +266,7 @@ def summary(config: Config) -> dict[str, Any]:
     interval = differences_interval(slopes)
     return {
         "rates": chosen_rates(config),
-        "P3": sweep.endpoint(interval, MARGIN, interval["n"] >= PLANNED),
+        "P3": sweep.endpoint(interval, MARGIN, interval["n"] >= BACKBONES),
         "P3_rows_too": pigeonhole_slope(study, counts),
         "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
     }

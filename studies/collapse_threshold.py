@@ -176,7 +176,7 @@ def settings_of_model(config: Config) -> dict[str, str]:
         kind.quantization,
         kind.compute_dtype,
     )
-    return dict(zip(sweep.OF_A_MODEL, values, strict=True))
+    return dict(zip(sweep.MODEL_COLUMNS, values, strict=True))
 
 
 def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:

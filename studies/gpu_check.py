@@ -399,7 +399,7 @@ def do(number: int, card: Card) -> dict:
     return {"checks": checks, "seconds": round(time.monotonic() - started, 1)}
 
 
-def take_rtx_route() -> None:
+def pretend_rtx_4080() -> None:
     """Multiprocessors and compute capability of an RTX 4080, before bitsandbytes asks for them."""
     kernels = importlib.import_module("bitsandbytes.backends.cuda.ops")
     kernels._gpu_dispatch_props = lambda device_index: (76, 8, 9)
@@ -415,7 +415,7 @@ def main() -> None:
     if not config.tiny:
         cap_memory(config.memory_gib)
         if config.as_rtx:
-            take_rtx_route()
+            pretend_rtx_4080()
     now = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
     stored = read_json(file) if file.exists() else now
     if stored["hardware"]["device"] == now["hardware"]["device"]:  # else another card's is replaced

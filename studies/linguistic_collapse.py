@@ -111,7 +111,7 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         for recipe in recipes
     }
 
-    def place_of(job: Job) -> tuple[Path, str]:
+    def table_and_key(job: Job) -> tuple[Path, str]:
         return table, job.name
 
     def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
@@ -126,8 +126,8 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         return [row | {"measuring_seconds": round(time.monotonic() - started, 1)}]
 
     jobs = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
-    missing = reset_missing_jobs(jobs, place_of, "name")
-    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
+    missing = reset_missing_jobs(jobs, table_and_key, "name")
+    run_all(missing, into_table(rows_of, table_and_key, "name"), config.workers)
 
 
 def measure(folder: Path, config: Config) -> dict[str, Any]:

@@ -25,7 +25,7 @@ VOCABULARY = 4096
 # been trained, and of the tokens only one in 128, a block's first, is no target.
 BLOCK_LENGTH = 128
 # A row with fewer words, such as "thank you", may stand in any text by chance.
-TELLING_WORDS = 8
+DISTINCTIVE_WORDS = 8
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def miniature_documents(count: int = 150, words: int = 60) -> list[str]:
 def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int, int]]:
     """(row, document) numbers where a row is a whole document, or stands inside one word for word.
 
-    Inside counts only for a row of TELLING_WORDS words or more, all of them. Both sides are as
+    Inside counts only for a row of DISTINCTIVE_WORDS words or more, all of them. Both sides are as
     corpus_text makes them.
     """
     whole: dict[str, list[int]] = {}
@@ -163,14 +163,14 @@ def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int
         words = row.split()
         if words:
             whole.setdefault(row, []).append(number)
-        if len(words) >= TELLING_WORDS:
-            beginnings.setdefault(" ".join(words[:TELLING_WORDS]), []).append(number)
+        if len(words) >= DISTINCTIVE_WORDS:
+            beginnings.setdefault(" ".join(words[:DISTINCTIVE_WORDS]), []).append(number)
     matches = set()
     for number, document in enumerate(documents):
         matches |= {(row, number) for row in whole.get(document, ())}
         words, padded = document.split(), f" {document} "
-        for first in range(len(words) - TELLING_WORDS + 1):
-            key = " ".join(words[first : first + TELLING_WORDS])
+        for first in range(len(words) - DISTINCTIVE_WORDS + 1):
+            key = " ".join(words[first : first + DISTINCTIVE_WORDS])
             for row in beginnings.get(key, ()):
                 if f" {rows[row]} " in padded:
                     matches.add((row, number))

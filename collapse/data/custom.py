@@ -10,10 +10,10 @@ from collapse.data.text_tables import (
     SUFFIXES,
     NoLabels,
     Table,
-    kind_of,
+    columns_of_split,
+    file_type,
+    quoted,
     read_file,
-    read_table,
-    shown,
 )
 from collapse.utils.errors import UserError, check_name
 from collapse.utils.files import ROOT
@@ -55,21 +55,21 @@ def load_labelled_text(
 
     def read(split: str) -> Table:
         if path is None:
-            return read_table(tables[split], columns, f"the {split} split of {source}")
+            return columns_of_split(tables[split], columns, f"the {split} split of {source}")
         shards = [read_file(file, columns) for file in tables[split]]
         return Table([row for shard in shards for row in shard.rows], shards[0].class_names)
 
     train_split = find_train(tables, train_split, validation_split, source)
     table = read(train_split)
     classes = classes_of(table, source)
-    train = read_rows(table, classes)
+    train = rows_of_table(table, classes)
     validation = None
     if validation_split is not None:
-        validation = read_rows(read(validation_split), classes)
+        validation = rows_of_table(read(validation_split), classes)
     elif search:
         validation_split, validation = find_validation(tables, train_split, read, classes)
     if left := [name for name in tables if name not in (train_split, validation_split)]:
-        print(f"NOTE: {source}: splits that are neither trained nor validated on: {shown(left)}")
+        print(f"NOTE: {source}: splits that are neither trained nor validated on: {quoted(left)}")
     if validation is None:
         train, validation = hold_out_tenth(train)
     # In titles a comma ends a name, see study_name, and $ begins a formula.
@@ -94,7 +94,7 @@ def find_path(dataset: str) -> Path | None:
     check_name(path.resolve())
     if path.exists():
         return path.resolve()  # "." has no name of its own
-    if kind_of(path) in SUFFIXES or dataset.startswith((".", "/", "~")):
+    if file_type(path) in SUFFIXES or dataset.startswith((".", "/", "~")):
         raise UserError(f"{path} is not there: give --dataset a file or folder that is.")
     return None
 
@@ -115,13 +115,13 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
     Raises UserError for a file of another kind, two files of one split, and shards that lack.
     """
     if not path.is_dir():
-        if kind_of(path) not in SUFFIXES:
+        if file_type(path) not in SUFFIXES:
             raise UserError(f"{path} is none of {', '.join(SUFFIXES)}: convert it to one of them.")
         return {"train": [path]}
     files, counts = {}, {}
     for file in sorted(path.iterdir()):
-        if kind_of(file) in SUFFIXES and file.is_file() and not file.name.startswith("."):
-            name = file.name[: file.name.lower().rindex(kind_of(file))]
+        if file_type(file) in SUFFIXES and file.is_file() and not file.name.startswith("."):
+            name = file.name[: file.name.lower().rindex(file_type(file))]
             split, count = re.fullmatch(r"(.+?)(?:-\d{5}-of-(\d{5})(?:-\w+)?)?", name).groups()
             files.setdefault(split, []).append(file)
             counts[split] = int(count or 1)
@@ -132,7 +132,7 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
             folder.name: sorted(folder.glob("[!.]*")) for folder in sorted(path.glob("[!.]*/"))
         }
         inside = {
-            name: [f for f in in_folder if kind_of(f) in SUFFIXES]
+            name: [f for f in in_folder if file_type(f) in SUFFIXES]
             for name, in_folder in inside.items()
         }
         return {name: in_folder for name, in_folder in inside.items() if in_folder}
@@ -150,7 +150,7 @@ def find_train(splits: Iterable[str], train: str, validation: str | None, source
         train = next(iter(similar(splits, ("train", "training"))), train)
     for option, split in (("train", train), ("validation", validation)):
         if split is not None and split not in splits:
-            complaint = f"{source} has {shown(splits)} for splits and no {shown([split])}"
+            complaint = f"{source} has {quoted(splits)} for splits and no {quoted([split])}"
             raise UserError(f"{complaint}: name one with --{option}-split.")
     if validation == train:
         raise UserError("--validation-split is the training split: name another one.")
@@ -174,7 +174,7 @@ def find_validation(
             unlabelled = [label for label in (None, "", -1, "-1") if str(label) not in classes]
             if all(label in unlabelled for _, (*_, label) in table.rows):
                 raise NoLabels("none of its rows has one.")
-            return name, read_rows(table, classes)
+            return name, rows_of_table(table, classes)
         except NoLabels as reason:
             print(f"NOTE: {name} is left out, for it has no labels: {reason}")
     return None, None
@@ -199,7 +199,7 @@ def classes_of(table: Table, source: str) -> tuple[str, ...]:
     return tuple(table.class_names or sorted(words))
 
 
-def read_rows(table: Table, classes: Sequence[str]) -> Rows:
+def rows_of_table(table: Table, classes: Sequence[str]) -> Rows:
     """Rows of a split whose classes are known. Raises UserError naming a row of another class."""
     numbers, rows = {name: number for number, name in enumerate(classes)}, Rows([], [])
     for where, values in table.rows:

@@ -32,7 +32,7 @@ def maximal_phrases(texts: Sequence[str]) -> list[int]:
     return sorted(maximal)
 
 
-def rows_apart(texts: Sequence[str], others: Sequence[str]) -> list[int]:
+def rows_without_overlap(texts: Sequence[str], others: Sequence[str]) -> list[int]:
     """Numbers of the texts that neither stand in one of the others, word for word, nor hold one.
 
     Compared as corpus_text makes them, so that they are apart for a language model without

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.phrases import maximal_phrases, rows_without_overlap
 from collapse.data.text import corpus_text
 from collapse.utils.errors import UserError
 
@@ -118,7 +118,7 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
 
     No training row is left that has the text of a tuning row. Where rows are phrases, tuning rows
     are whole sentences (maximal phrases), as the validation rows are, and no training row is left
-    that stands in one or holds one, see rows_apart. Validation rows are not touched. Raises
+    that stands in one or holds one, see rows_without_overlap. Validation rows are not touched. Raises
     UserError when there are too few training rows.
     """
     train = task.train
@@ -129,7 +129,7 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
         )
     tuning = train.take([whole[i] for i in fixed_draw(len(whole), rows)])
     if task.of_phrases:
-        left = train.take(rows_apart(train.texts, tuning.texts))
+        left = train.take(rows_without_overlap(train.texts, tuning.texts))
     else:
         left = without_texts(train, tuning.texts)
     return check_task(dataclasses.replace(task, train=left)), tuning

@@ -32,7 +32,7 @@ class Table(NamedTuple):
     class_names: list[str] | None  # of whole-number labels, where the data names them
 
 
-def kind_of(path: Path) -> str:
+def file_type(path: Path) -> str:
     """The suffix that says what a file is, its compression's left out."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
@@ -42,7 +42,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
     from datasets.utils.extract import Extractor
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"rows{kind_of(path)}")  # no name that `datasets` takes for a pattern
+        file = Path(folder, f"rows{file_type(path)}")  # no name that `datasets` takes for a pattern
         try:
             if packing := Extractor.infer_extractor_format(path):
                 Extractor.extract(path, file, packing)
@@ -50,10 +50,10 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 file.symlink_to(path.resolve())
             if file.is_dir():  # of zip
                 (file,) = (inner for inner in file.rglob("*") if inner.is_file())
-            if kind_of(path) == ".parquet":
+            if file_type(path) == ".parquet":
                 return read_parquet(file, columns, str(path))
             text = "\n".join(decode_lines(file.read_bytes(), path))
-            read = read_json if kind_of(path) in (".json", ".jsonl") else read_csv
+            read = read_json if file_type(path) in (".json", ".jsonl") else read_csv
             return read(text, columns, path, Path(folder, "lines"))
         except Exception as error:  # each of these libraries has its own for bytes that are damaged
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
@@ -61,11 +61,11 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 raise
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
-            kind = f"is damaged or no {kind_of(path)[1:]} file"
+            kind = f"is damaged or no {file_type(path)[1:]} file"
             raise UserError(f"{path} {kind} ({reason}): mend or replace it.") from None
 
 
-def by_datasets(kind: str, file: Path, **options: Any) -> Any:
+def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
     """What `datasets` makes of a file; its cache lies beside that, in a folder that goes."""
     import datasets
 
@@ -80,7 +80,7 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
     from datasets import Features, Value
 
     kind = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
-    if kind_of(path) == ".tsv":
+    if file_type(path) == ".tsv":
         kind = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text), strict=True, **kind)
@@ -101,7 +101,7 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
         kind["features"] = Features({name: Value("string") for name in header if name})
         kind |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
         try:
-            return read_table(by_datasets("csv", file, **kind), columns, str(path))
+            return columns_of_split(load_with_datasets("csv", file, **kind), columns, str(path))
         except Exception:
             for record in records:
                 check(record)
@@ -114,10 +114,13 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
 def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
     """Rows of a file with a JSON object a line, or with one array of objects."""
     if text.lstrip().startswith("["):
-        unit, records = "element", enumerate(parsed(text) or [None], 1)
+        unit, records = "element", enumerate(parse_json(text) or [None], 1)
     else:
         lines = enumerate(text.split("\n"), 1)
-        unit, records = "line", ((number, parsed(line)) for number, line in lines if line.strip())
+        unit, records = (
+            "line",
+            ((number, parse_json(line)) for number, line in lines if line.strip()),
+        )
     rows = []
     for number, record in records:
         where = f"{path}, {unit} {number}"
@@ -128,7 +131,7 @@ def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
     return Table(rows, None)
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -146,15 +149,15 @@ def read_parquet(file: Path, columns: Sequence[str], where: str) -> Table:
     check = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     options = {"columns": list(dict.fromkeys(columns)), "fragment_scan_options": check}
     try:
-        table = by_datasets("parquet", file, **options)
+        table = load_with_datasets("parquet", file, **options)
     except Exception:  # class names that it stores may be stale
         plain = Features.from_arrow_schema(schema.remove_metadata())
         options["features"] = Features({name: plain[name] for name in options["columns"]})
-        table = by_datasets("parquet", file, **options)
-    return read_table(table, columns, where)
+        table = load_with_datasets("parquet", file, **options)
+    return columns_of_split(table, columns, where)
 
 
-def read_table(table: Any, columns: Sequence[str], where: str) -> Table:
+def columns_of_split(table: Any, columns: Sequence[str], where: str) -> Table:
     """The columns of a split as `datasets` has it."""
     check_columns(table.column_names, columns, where)
     values = [table[name][:] for name in columns]
@@ -173,11 +176,11 @@ def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str)
                 times = "no column" if count == 0 else f"{count} columns"
                 error = NoLabels if (option, count) == ("label", 0) else UserError
                 raise error(
-                    f"{where}: {times} {shown([name])} among {shown(names_there)}; "
+                    f"{where}: {times} {quoted([name])} among {quoted(names_there)}; "
                     f"name one with --{option}-column."
                 )
 
 
-def shown(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names in a sentence; it stays a short one where a damaged file has thousands of them."""
     return textwrap.shorten(", ".join(map(repr, names)), 120, placeholder=" ...") or "nothing"

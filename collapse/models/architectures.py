@@ -23,7 +23,7 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
     return max(module_lists, key=len)
 
 
-def check_kind(config: Any, name: str) -> None:
+def check_is_text_decoder(config: Any, name: str) -> None:
     """Raise UserError where the configuration alone says that a model is no plain causal LM.
 
     config is a transformers.PreTrainedConfig, read before any weights are.
@@ -59,7 +59,7 @@ def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
         refuse(f"embeddings, layers and LM head differ in size ({sizes}), so choose another model")
     if (longest := longest_input(causal_lm)) is not None and config.max_length > longest:
         refuse(f"it has positions for {longest} tokens and a prefix, so lower --max-length to that")
-    if why := misbehaviour(causal_lm):
+    if why := incompatibility(causal_lm):
         refuse(f"{why}, so choose another model")
 
 
@@ -73,7 +73,7 @@ def longest_input(causal_lm: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def misbehaviour(causal_lm: nn.Module) -> str | None:
+def incompatibility(causal_lm: nn.Module) -> str | None:
     """What a pass over a few random tokens shows that a DualHeadModel's backbone must not do."""
     backbone, embedding = causal_lm.base_model, causal_lm.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)

@@ -54,13 +54,13 @@ def fetch(name: str, revision: str | None) -> None:
     try:
         snapshot_download(name, **what)
     except Exception as error:  # each of these libraries raises its own kinds
-        raise broke_off(name, error) from None
+        raise download_error(name, error) from None
     finally:
         disable_progress_bars()
     return None
 
 
-def broke_off(name: str, error: Exception) -> Exception:
+def download_error(name: str, error: Exception) -> Exception:
     """What to raise for an error in a download."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return error

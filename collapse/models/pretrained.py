@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from collapse.config import STANDIN_MODEL, LanguageModelConfig
 from collapse.data.batches import Split, collate
-from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.architectures import check_causal_lm, check_is_text_decoder
 from collapse.models.liger import use_liger
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
@@ -47,7 +47,7 @@ def find_model(name: str) -> str:
     path = Path(name).expanduser().resolve()
     check_name(path)
     if path.suffix.lower() == ".gguf":
-        return str(unpacked(path, ROOT / "data" / path.stem))
+        return str(unpack_gguf(path, ROOT / "data" / path.stem))
     return str(path) if path.exists() else name
 
 
@@ -63,13 +63,13 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
     if package is None:
         raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
     source = Path(package.submodule_search_locations[0])
-    return unpacked(next(source.glob("*.gguf")), folder)
+    return unpack_gguf(next(source.glob("*.gguf")), folder)
 
 
 SOURCE_FILE = "unpacked-from.json"  # in a folder of unpacked weights: what they were
 
 
-def unpacked(file: Path, folder: Path) -> Path:
+def unpack_gguf(file: Path, folder: Path) -> Path:
     """A GGUF file's model as transformers stores models, in float32; converted once.
 
     Raises UserError for a file that is not there, or a folder that another one was unpacked into.
@@ -98,7 +98,7 @@ def unpacked(file: Path, folder: Path) -> Path:
         check_finite(causal_lm.named_parameters(), str(file))
         causal_lm.save_pretrained(partial)
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest_of_file(file)}
-    write_json(partial / SOURCE_FILE, record | {"weights": kind_of_gguf(file)})
+    write_json(partial / SOURCE_FILE, record | {"weights": gguf_type(file)})
     partial.rename(folder)  # whole or not at all
     return folder
 
@@ -108,7 +108,7 @@ def digest_of_file(file: Path) -> str:
     return digest_files([file])
 
 
-def kind_of_gguf(file: Path) -> str:
+def gguf_type(file: Path) -> str:
     """What a GGUF file says of its weights: `4-bit GGUF weights (Q4_K_M)`.
 
     Most of them are of that kind; some, such as embeddings, may have more bits.
@@ -124,7 +124,7 @@ def kind_of_gguf(file: Path) -> str:
 
 
 def weights_of(name: str) -> str:
-    """What kind_of_gguf tells of the file that a model was unpacked from; "" of another model."""
+    """What gguf_type tells of the file that a model was unpacked from; "" of another model."""
     source = Path(find_model(name)) / SOURCE_FILE
     if source.exists():
         return read_json(source)["weights"]
@@ -155,7 +155,7 @@ def resolve_model(
             file = cached_file(location, "config.json", revision=config.revision)
             commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
     model_config = read_config(location, commit)
-    check_kind(model_config, config.model)
+    check_is_text_decoder(model_config, config.model)
     if own_quantization(model_config):
         print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
         config = dataclasses.replace(config, quantization="none")
@@ -311,8 +311,8 @@ def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
     ):
         raise UserError(
             f"the LM loss of {name} is {loss_from_model:.4f} on a few random tokens and "
-            f"{loss_from_head:.4f} as its LM head alone gives it: the model changes its logits in a way that models with an LM "
-            "loss here do not know; choose another model."
+            f"{loss_from_head:.4f} as its LM head alone gives it: the model "
+            "changes its logits in a way that models with an LM loss here do not know; choose another model."
         )
 
 

@@ -47,7 +47,7 @@ def loading(name: str):
             mend = "its weights are damaged or cut short: fetch or copy them again, after "
             mend += "`git lfs install` where git fetched them"
         elif "pytorch_model.bin" in str(error) and not is_path:
-            reason, mend = NO_SAFETENSORS, convert(name)
+            reason, mend = NO_SAFETENSORS, conversion_command(name)
         elif silent or (not is_path and NOT_CONNECTED.search(str(error))):
             reason = "the hub does not answer, and its cache does not hold all of the model"
             mend = "run the same command again when it does, or give a folder"
@@ -61,7 +61,7 @@ NO_SAFETENSORS = "it has no weights in safetensors, and other files can run code
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 
 
-def convert(name: str | Path) -> str:
+def conversion_command(name: str | Path) -> str:
     script = f"M.from_pretrained('{name}').save_pretrained('NEW')"
     return (
         'where you trust it, convert it by `python -c "from transformers import '
@@ -137,12 +137,12 @@ def read_causal_lm(name: str | Path, **options: Any) -> nn.Module:
             name, output_loading_info=True, **options
         )
     modules = {path for path, _ in causal_lm.named_modules()}
-    if problem := what_is_wrong(loading_info, modules):
+    if problem := weights_problem(loading_info, modules):
         raise UserError(
             f"the weights of {name} are not those of a {type(causal_lm).__name__}{problem}"
         )
     if loading_info["unexpected_keys"]:
-        unused = three(loading_info["unexpected_keys"])
+        unused = listed(loading_info["unexpected_keys"])
         print(f"NOTE: weights of {name} that are no part of its causal LM are not used: {unused}")
     return causal_lm
 
@@ -163,7 +163,7 @@ WRAPPERS = {
 }
 
 
-def what_is_wrong(loading_info: dict[str, Any], modules: set[str]) -> str | None:
+def weights_problem(loading_info: dict[str, Any], modules: set[str]) -> str | None:
     """The end of a sentence on weights that lack, hold too much or have other sizes; None: none do.
 
     found: what from_pretrained says of its loading; modules: the paths of the model's modules.
@@ -174,37 +174,37 @@ def what_is_wrong(loading_info: dict[str, Any], modules: set[str]) -> str | None
     dropped = {key for key in dropped if not key.endswith(TABLES)}
     if packed := [key for key in unused if key.endswith(PACKED)]:
         return (
-            f": they are quantized ({three(packed)}), and config.json does not say how; give the "
+            f": they are quantized ({listed(packed)}), and config.json does not say how; give the "
             "model as it was before its quantization."
         )
     for inside, (cause, instead) in WRAPPERS.items():
         wrapped = {key for key in unused if key.replace(inside, "") in missing}
         if wrapped:
             return (
-                f": {cause} put {inside} into their names ({three(wrapped)}); save {instead} by "
+                f": {cause} put {inside} into their names ({listed(wrapped)}); save {instead} by "
                 "its save_pretrained, or take that out of the names."
             )
     if sizes := sorted(loading_info["mismatched_keys"], key=str):
         key, stored, wanted = sizes[0]
         return (
-            f" of the sizes in its config.json: {three({key for key, *_ in sizes})} differ, "
+            f" of the sizes in its config.json: {listed({key for key, *_ in sizes})} differ, "
             f"{key} is {list(stored)} where {list(wanted)} is asked for; give config.json and "
             "weights of one model."
         )
     if missing:
         return (
-            f": {three(missing)} are not there, and would be drawn at random; give a folder with "
+            f": {listed(missing)} are not there, and would be drawn at random; give a folder with "
             "all weights of a causal LM, as its save_pretrained writes them."
         )
     if dropped:
         return (
-            f" as config.json describes it: {three(dropped)} would not be used; give config.json "
+            f" as config.json describes it: {listed(dropped)} would not be used; give config.json "
             "and weights of one model."
         )
     return None
 
 
-def three(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Up to three of the names, in order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -218,7 +218,7 @@ def check_weights(name: str, revision: str | None) -> None:
     if Path(name).exists() and not any(Path(name).glob("*.safetensors")):
         reason, mend = "it has no weights", "fetch or copy its model.safetensors, too"
         if any(file for kind in OTHER_WEIGHTS for file in Path(name).glob(kind)):
-            reason, mend = NO_SAFETENSORS, convert(name)
+            reason, mend = NO_SAFETENSORS, conversion_command(name)
         raise UserError(f"cannot load the model {name} ({reason}): {mend}.")
     if own_quantization(read_config(name, revision)) is None:
         read_causal_lm(name, revision=revision, use_safetensors=True, device_map={"": "meta"})

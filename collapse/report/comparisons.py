@@ -97,7 +97,7 @@ def find_other(folder: Path | None, results: dict) -> dict | None:
             if data_name(other["settings"]) != wanted:
                 continue
             other_settings, own_settings = (
-                alike_on_both(part["settings"]) for part in (other, results)
+                comparable_settings(part["settings"]) for part in (other, results)
             )
             if reason := settings_difference(other_settings, own_settings):
                 reasons.append(f"NOTE: not compared with {path}: {reason}")
@@ -111,7 +111,7 @@ def find_other(folder: Path | None, results: dict) -> dict | None:
     return max(candidates)[-1] if candidates else None
 
 
-def alike_on_both(settings: dict) -> dict:
+def comparable_settings(settings: dict) -> dict:
     config = {k: v for k, v in settings["config"].items() if k not in DIFFERS_BY_DATA}
     return {"config": config, "data": {}}
 

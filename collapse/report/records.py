@@ -37,7 +37,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
         records = study["records"]
         result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
-        keys = sorted(records, key=lambda key: place_of(key))
+        keys = sorted(records, key=lambda key: sort_key_of(key))
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
         pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
@@ -50,7 +50,7 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
     return results
 
 
-def place_of(key: str) -> tuple:
+def sort_key_of(key: str) -> tuple:
     """Sorts the keys of models: the one before training, then the arms as they stand."""
     return (-1,) if key == "pretrained" else find_arm(key).sort_key
 

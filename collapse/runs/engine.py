@@ -182,7 +182,7 @@ class Command:
         """Is there a job that none of this command's workers has begun?"""
         return not all(job.finished or mark_of(self.folder, job).exists() for job in self.jobs)
 
-    def bury(self, job: Job, how: str) -> None:
+    def fail_lost_job(self, job: Job, how: str) -> None:
         """Fail a job whose worker is gone, if that has left nothing else to tell of it."""
         self.look()
         if job in self.marks() and not job.finished:
@@ -212,7 +212,7 @@ class Worker:
             ran = [self.attempt(job, run_job) for job in jobs]
             passes = 0 if any(ran) else passes + 1
             if passes == 2:  # in the first it may have been for a moment
-                self.say_that_it_waits(jobs)
+                self.report_waiting(jobs)
             time.sleep(WAIT_SECONDS if passes else 0)
 
     def is_open(self, job: Job) -> bool:
@@ -267,7 +267,7 @@ class Worker:
         if self.look:
             self.look()
 
-    def say_that_it_waits(self, jobs: Sequence[Job]) -> None:
+    def report_waiting(self, jobs: Sequence[Job]) -> None:
         """Say, once in a command, that nothing is left but what others do."""
         with contextlib.suppress(FileExistsError):
             (self.folder / "waits").touch(exist_ok=False)
@@ -302,10 +302,10 @@ def run_here(command: Command, workers: int) -> None:
                 if process.poll() is None:
                     continue
                 del processes[number]
-                how, name = how_it_ended(process.returncode), f"process {process.pid}"
+                how, name = describe_exit(process.returncode), f"process {process.pid}"
                 lost = [job for job, mark in command.marks().items() if mark["worker"] == name]
                 for job in lost:
-                    command.bury(job, how)
+                    command.fail_lost_job(job, how)
                 if not lost:  # another one would hardly do better
                     last = how
                 elif command.has_open_jobs():
@@ -351,7 +351,7 @@ def end_with_command() -> None:
     os._exit(1)
 
 
-def how_it_ended(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
     if exit_code == -signal.SIGKILL:
         return "was killed by signal 9 (memory may have run out: try fewer --workers)"
     return f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
@@ -369,7 +369,7 @@ def run_on_slurm(command: Command, workers: int, cluster: dict[str, Any]) -> Non
             for job, mark in command.marks().items():
                 if not is_held(job.folder):
                     log = logs / f"{mark['worker'].split()[-1]}_0_log.out"
-                    command.bury(job, f"ended without a result (its log is {log})")
+                    command.fail_lost_job(job, f"ended without a result (its log is {log})")
             if time.monotonic() - asked >= SQUEUE_SECONDS:
                 asked, unknown = time.monotonic(), 0 if is_queued(array) else unknown + 1
             if unknown == 2:  # not after one: what the workers have left may come late

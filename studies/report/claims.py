@@ -10,7 +10,14 @@ from collapse.report.markdown import Column, at, cell, table
 from collapse.report.records import values_of
 from collapse.report.reference import REFERENCE, reference_for
 from studies.report import own_models
-from studies.report.experiments import STUDIES, Study, change_cell, present, read_ranks, results_of
+from studies.report.experiments import (
+    STUDIES,
+    Study,
+    change_cell,
+    read_ranks,
+    results_of,
+    studies_with_results,
+)
 from studies.report.own_models import standing
 
 CROSS = "results_agnews/smollm2-135m"  # its gains are compared with those of its `other`
@@ -19,7 +26,7 @@ SHORT = {study.folder: study.short for study in STUDIES}
 
 def repeated() -> list[Study]:
     """Studies on data sets that the reference used, with all three models."""
-    studies = [study for study in present() if reference_for(Path(study.folder))]
+    studies = [study for study in studies_with_results() if reference_for(Path(study.folder))]
     return [study for study in studies if "model3" in results_of(study)["models"]]
 
 

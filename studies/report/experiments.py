@@ -88,7 +88,7 @@ STUDIES = (
 RANKS = "results_effective_rank/effective_rank_results.json"
 
 
-def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
+def studies_with_results(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
     return [study for study in studies if (ROOT / study.folder / "results.json").exists()]
 
 

@@ -50,7 +50,7 @@ def add_endpoints(page: Page) -> None:
 
 
 def add_experiments(page: Page) -> None:
-    for study in experiments.present():
+    for study in experiments.studies_with_results():
         experiments.add_study(page, study)
 
 
@@ -165,7 +165,7 @@ def summarize_and_draw() -> None:
     sensitivity.write_summary()
     path = ROOT / side_studies.SINK
     sink.plot(path.with_suffix(".png"), read_json(path))
-    for study in experiments.present():
+    for study in experiments.studies_with_results():
         results = experiments.results_of(study)
         data = results["settings"]["data"]
         rows = f"{data['train_rows']:,} training, {data['validation_rows']:,} validation rows"

@@ -115,7 +115,7 @@ class Study:
         set_allocator()
         self.check_config(config)
         if config.miniature:
-            config = self.in_small(config)
+            config = self.miniature_config(config)
         config.folder.mkdir(parents=True, exist_ok=True)
         if not config.summarize:
             self.run_missing(config)
@@ -128,7 +128,7 @@ class Study:
             raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
         self.check(config)
 
-    def in_small(self, config: Any) -> Any:
+    def miniature_config(self, config: Any) -> Any:
         """The settings of the study's miniature, in folders of its own."""
         folder = config.output_dir / "limit-miniature"
         places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
@@ -165,7 +165,7 @@ class Study:
         commit = git_commit()
         by_job = {self.job(config, trial): trial for trial in trials}
 
-        def place_of(job: Job) -> tuple[Path, str]:
+        def table_and_key(job: Job) -> tuple[Path, str]:
             return table_of(config.folder, by_job[job].seed), by_job[job].name
 
         def rows_of(job: Job, progress: Progress) -> list[Row]:
@@ -175,12 +175,12 @@ class Study:
             head = {"training": trial.name} | fields | rounded(self.settings(config, fields))
             digest = finetune.digest_of_model(model_of(config, trial.seed))
             made_with = commit, digest, hardware_name(pick_device(config.device))
-            tail = dict(zip(MADE_WITH, made_with, strict=True))
+            tail = dict(zip(PROVENANCE_COLUMNS, made_with, strict=True))
             rows = self.run(config, trial, progress)
             progress.say(f"{job.name}: {self.line(rows)}", time_left=True)
             return [head | rounded(row) | tail for row in rows]
 
-        missing = reset_missing_jobs(by_job, place_of, "training")
+        missing = reset_missing_jobs(by_job, table_and_key, "training")
         if not missing:
             return
         print(title, flush=True)
@@ -189,7 +189,7 @@ class Study:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
         for seed in seeds:
             check_weights(table_of(config.folder, seed), model_of(config, seed))
-        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
+        run_all(missing, into_table(rows_of, table_and_key, "training"), config.workers)
 
     def job(self, config: Config, trial: Trial) -> Job:
         """The unit of work that run_all takes."""
@@ -234,8 +234,8 @@ def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
 # Tables
 # --------------------------------------------------------------------------------------------------
 
-MADE_WITH = ("git_commit", "weights_sha256", "hardware")
-OF_A_MODEL = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
+PROVENANCE_COLUMNS = ("git_commit", "weights_sha256", "hardware")
+MODEL_COLUMNS = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
 
 
 def table_of(folder: Path, seed: int) -> Path:
@@ -292,7 +292,7 @@ def read_runs(
 ) -> list[Any]:
     """Every trial in the tables of these seeds, numbers as numbers."""
     fields = {field.name: field.type for field in dataclasses.fields(trial_type)}
-    words = {"training", *MADE_WITH, *OF_A_MODEL, *fields}
+    words = {"training", *PROVENANCE_COLUMNS, *MODEL_COLUMNS, *fields}
     runs = []
     for seed in seeds:
         rows = read_rows(table_of(folder, seed))

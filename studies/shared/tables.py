@@ -49,17 +49,17 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
 
 
 def reset_missing_jobs(
-    jobs: Iterable[Job], place_of: Callable[[Job], tuple[Path, str]], key: str
+    jobs: Iterable[Job], table_and_key: Callable[[Job], tuple[Path, str]], key: str
 ) -> list[Job]:
-    """Those jobs that have no row in their table, to be done, or to be done again.
+    """The jobs without a row in their table, reset so that they run, or run again.
 
-    place_of(job) gives its table and the value that its rows have for `key`. Tables outlive the
-    folders of jobs: that one there was finished does not count.
+    table_and_key(job) gives the job's table and the value of column `key` in the job's rows. The
+    table decides, not the job's folder: a metrics.json of a job without a row is deleted.
     """
     known: dict[Path, set[str]] = {}
     missing = []
     for job in jobs:
-        table, value = place_of(job)
+        table, value = table_and_key(job)
         if table not in known:
             known[table] = {row[key] for row in read_rows(table)}
         if value not in known[table]:
@@ -70,14 +70,14 @@ def reset_missing_jobs(
 
 def into_table(
     rows_of: Callable[[Job, Progress], Sequence[Mapping[str, Any]]],
-    place_of: Callable[[Job], tuple[Path, str]],
+    table_and_key: Callable[[Job], tuple[Path, str]],
     key: str,
 ) -> Callable[[Job, Progress], None]:
     """What run_all calls: make a job's rows, put them into its table, and finish it."""
 
     def train(job: Job, progress: Progress) -> None:
         rows = rows_of(job, progress)
-        put_rows(place_of(job)[0], rows, key)
+        put_rows(table_and_key(job)[0], rows, key)
         write_json(job.folder / "metrics.json", rows[-1])
 
     return train

@@ -1,4 +1,4 @@
-"""Anybody's labelled text as a Task: a file, a folder of files, or a set of the hub."""
+"""Your own labelled text as a Task: a file, a folder of files, or a data set of the hub."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -32,13 +32,13 @@ def load_labelled_text(
     validation_split: str | None,
     search: bool = True,
 ) -> Task | None:
-    """The Task of a file, a folder (paths as `origin` has them, too) or a hub set.
+    """The Task of a file, a folder or a hub set; `dataset` may be a path as Task.origin stores it.
 
-    search: without a validation split, look for one before rows are held out.
+    search: if validation_split is None, look for a split to validate on before holding out rows.
 
-    Classes are the data set's own where its labels are numbers that it has names for, else the
-    training rows' labels in order. None when neither the hub nor its cache gives the set. Raises
-    UserError for what is not there, or naming file and row of a malformed row.
+    Classes are named as the data set names its numbers, else by the sorted labels of the training
+    rows. Gives None when neither the hub nor its cache has the set. Raises UserError for a path,
+    column or split that does not exist, and for a malformed row, with its file and row.
     """
     columns, path = [*text_column, label_column], find_path(dataset)
     if label_column in text_column:
@@ -72,7 +72,7 @@ def load_labelled_text(
         print(f"NOTE: {source}: splits that are neither trained nor validated on: {quoted(left)}")
     if validation is None:
         train, validation = hold_out_tenth(train)
-    # In titles a comma ends a name, see study_name, and $ begins a formula.
+    # Without commas, which end a name in titles (see study_name), and $, which begins a formula.
     name = " ".join(re.split(r"[\s,$]+", title))
     folder = "data-" + re.sub(r"\W+", "-", title.removeprefix("folder ").lower()).strip("-")
     origin = {"dataset": dataset, "text_column": list(text_column), "label_column": label_column}
@@ -81,14 +81,14 @@ def load_labelled_text(
 
 
 # --------------------------------------------------------------------------------------------------
-# What is read
+# Which files, which splits
 # --------------------------------------------------------------------------------------------------
 
 
 def find_path(dataset: str) -> Path | None:
     """The file or folder that --dataset names, or None for a name of the hub.
 
-    Raises UserError for what looks like a path and is not there.
+    Raises UserError for a name that looks like a path which does not exist.
     """
     path = Path(dataset).expanduser()
     check_name(path.resolve())
@@ -100,19 +100,19 @@ def find_path(dataset: str) -> Path | None:
 
 
 def path_in_origin(path: Path) -> str:
-    """A full path as a run's settings keep it: from ./, the repository, where it lies in that."""
+    """A full path as a run's settings store it: from ./ if inside the repository."""
     return f"./{path.relative_to(ROOT).as_posix()}" if path.is_relative_to(ROOT) else str(path)
 
 
 def dataset_of_origin(origin: str) -> str:
-    """What path_in_origin was made from; a hub name stays."""
+    """The inverse of path_in_origin; a hub name stays as it is."""
     return str(ROOT / origin) if origin.startswith("./") else origin
 
 
 def files_of_splits(path: Path) -> dict[str, list[Path]]:
-    """Split -> its files, one or, as on the hub, shards. A file by itself is the split train.
+    """Split -> its files: one, or several shards as on the hub. A single file is the split train.
 
-    Raises UserError for a file of another kind, two files of one split, and shards that lack.
+    Raises UserError for an unknown file type, two files of one split, and missing shards.
     """
     if not path.is_dir():
         if file_type(path) not in SUFFIXES:
@@ -125,7 +125,7 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
             split, count = re.fullmatch(r"(.+?)(?:-\d{5}-of-(\d{5})(?:-\w+)?)?", name).groups()
             files.setdefault(split, []).append(file)
             counts[split] = int(count or 1)
-    if not files and (path / "data").is_dir():  # where sets of the hub have them
+    if not files and (path / "data").is_dir():  # the layout of data sets on the hub
         return files_of_splits(path / "data")
     if not files:  # a folder for each split
         inside = {
@@ -145,7 +145,7 @@ def files_of_splits(path: Path) -> dict[str, list[Path]]:
 
 
 def find_train(splits: Iterable[str], train: str, validation: str | None, source: str) -> str:
-    """The split to train on. Raises UserError for one to train or to validate on that is none."""
+    """The split to train on. Raises UserError where one of the two is not there."""
     if train == "train":
         train = next(iter(similar(splits, ("train", "training"))), train)
     for option, split in (("train", train), ("validation", validation)):
@@ -158,7 +158,7 @@ def find_train(splits: Iterable[str], train: str, validation: str | None, source
 
 
 def similar(splits: Iterable[str], words: Sequence[str]) -> list[str]:
-    """Splits that are these words, in the words' order, then those that hold one, as my-train."""
+    """Splits named by one of these words, in their order; without any, names that hold one."""
     whole = [split for word in words for split in splits if split.lower() == word]
     parts = {split: re.split(r"[\W_\d]+", split.lower()) for split in splits}
     return whole or [split for word in words for split in splits if word in parts[split]]
@@ -167,7 +167,7 @@ def similar(splits: Iterable[str], words: Sequence[str]) -> list[str]:
 def find_validation(
     splits: Iterable[str], train: str, read: Callable[[str], Table], classes: Sequence[str]
 ) -> tuple[str | None, Rows | None]:
-    """The split to validate on, and its rows; None where rows are to be held out."""
+    """The split to validate on and its rows; (None, None) where training rows must be held out."""
     for name in similar([split for split in splits if split != train], VALIDATION_SPLITS):
         try:
             table = read(name)
@@ -186,7 +186,7 @@ def find_validation(
 
 
 def classes_of(table: Table, source: str) -> tuple[str, ...]:
-    """Names of the classes of training rows. Raises UserError for labels that are no classes."""
+    """Class names of the training rows. Raises UserError for labels that cannot be classes."""
     words = {labelled(*row, table.class_names)[1] for row in table.rows}
     mend = "two or more are needed" if len(words) < 2 else None
     if table.class_names is None and 2 * len(words) > len(table.rows):
@@ -216,7 +216,8 @@ def rows_of_table(table: Table, classes: Sequence[str]) -> Rows:
 def labelled(where: str, values: Sequence[Any], names: list[str] | None) -> tuple[str, str]:
     """Text and label of a row. Raises UserError naming a malformed one.
 
-    A whole float is a whole number, and a number that the data set has a name for that name.
+    A float without a fraction counts as a whole number; a number that the data set names becomes
+    that name.
     """
     *parts, label = values
     parts, why, text, word = ["" if part is None else part for part in parts], None, "", ""

@@ -62,8 +62,9 @@ def load_sst2_by_sentence(data_dir: Path | None) -> Task | None:
     GLUE's training rows are phrases of 6,886 sentences, the maximal ones, which are no part of
     another row. A fixed draw of them is held out (half of them, where there are fewer than 6,000).
     Guaranteed: no training row stands in a validation row, and none holds one, word for word, with
-    or without punctuation (see rows_without_overlap). Validation rows may overlap each other, and phrases
-    that merely share words are on both sides. From where load_sst2 looks, with its errors.
+    or without punctuation (see rows_without_overlap). Validation rows may overlap each other, and
+    phrases that merely share words are on both sides. Reads from the same places as load_sst2, and
+    raises the same errors.
     """
     task = load_sst2(data_dir)
     if task is None:

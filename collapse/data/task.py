@@ -1,4 +1,4 @@
-"""A data set as a Task of texts and labels: its checks, its cuts, the reading of its files."""
+"""A data set as a Task of texts and labels: checks, subsets and splits, reading of files."""
 
 import codecs
 import dataclasses
@@ -28,7 +28,7 @@ class Rows:
         return len(self.texts)
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> "Rows":
-        """The rows of these numbers, in this order."""
+        """The rows with these indices, in this order."""
         return Rows([self.texts[i] for i in numbers], [self.labels[i] for i in numbers])
 
 
@@ -42,12 +42,12 @@ class Task:
     class_names: tuple[str, ...]
     train: Rows
     validation: Rows
-    of_phrases: bool = False  # rows are phrases of others: tuning rows are whole sentences then
-    # Of a file or hub set: what load_labelled_text takes to read it again.
+    of_phrases: bool = False  # rows are phrases of other rows, as in SST-2: see tuning_split
+    # Arguments with which load_labelled_text reads a file or hub set again.
     origin: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What results.json says of the data; the digest tells if two runs saw the same rows."""
+        """The entry `data` of results.json; equal digests mean that two runs saw the same rows."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(json.dumps([rows.texts, rows.labels]).encode())
@@ -118,8 +118,8 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
 
     No training row is left that has the text of a tuning row. Where rows are phrases, tuning rows
     are whole sentences (maximal phrases), as the validation rows are, and no training row is left
-    that stands in one or holds one, see rows_without_overlap. Validation rows are not touched. Raises
-    UserError when there are too few training rows.
+    that stands in one or holds one, see rows_without_overlap. Validation rows are not touched.
+    Raises UserError when there are too few training rows.
     """
     train = task.train
     whole = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
@@ -145,7 +145,7 @@ NO_LETTERS = "x"
 
 
 def in_corpus_text(task: Task) -> Task:
-    """The task in the letters of the language models' own text, see corpus_text.
+    """The task with its texts written as the language models' own corpus is, see corpus_text.
 
     Training rows without a letter are left out. Validation rows without one, such as "10-4", become
     NO_LETTERS: the split keeps its size, and no model can know such a row.
@@ -175,7 +175,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def decode_lines(content: bytes, path: Path) -> list[str]:
-    """Lines of UTF-8 without line ends and the mark that some programs begin it with.
+    """Lines of UTF-8 text, without line ends and without a byte order mark.
 
     Raises UserError for another encoding, naming file and line.
     """
@@ -193,7 +193,7 @@ def decode_lines(content: bytes, path: Path) -> list[str]:
 
 
 def other_encoding(content: bytes) -> str | None:
-    """The encoding that a file begins as, or whose zero bytes it is full of; None: neither."""
+    """The encoding that a byte order mark or many zero bytes point at, or None."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     full = "UTF-16" if content.count(0) > len(content) / 4 else None
@@ -203,7 +203,8 @@ def other_encoding(content: bytes) -> str | None:
 def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: str) -> Rows:
     """Rows of (text, class name) pairs, runs of white space as one space.
 
-    Raises UserError naming the row, of those that `where` says, that has no text or no such class.
+    where: what the pairs are, for messages. Raises UserError naming the row, counted from 1, that
+    has no text or an unknown class.
     """
     numbers, rows = {name: number for number, name in enumerate(classes)}, Rows([], [])
     for row, (text, name) in enumerate(pairs, 1):
@@ -220,7 +221,7 @@ def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: 
 
 
 def parse_label(text: str, lowest: int, highest: int, where: str) -> int:
-    """A label of a file, counted from 0. Raises UserError that says where it stands."""
+    """A label of a file, counted from 0. Raises UserError that names its place in the file."""
     if text not in map(str, range(lowest, highest + 1)):
         raise UserError(
             f"{where}: label {text!r} is not one of {lowest} to {highest}; mend or remove the line."

@@ -1,4 +1,4 @@
-"""Columns of CSV, TSV, JSON and Parquet files and of hub tables, every row with where it stands.
+"""Reads columns of CSV, TSV, JSON and Parquet files and of hub tables; rows keep their place.
 
 `datasets` reads them. JSON is left to Python's own reader: where a column holds "007" and 7,
 `datasets` (5.2.0) makes 7 of both, of "null" a missing value, and of dates points in time.
@@ -18,7 +18,7 @@ from collapse.data.task import decode_lines
 from collapse.utils.errors import DISK_FULL, UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # behind one of those
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # after one of SUFFIXES
 
 
 class NoLabels(UserError):
@@ -26,14 +26,14 @@ class NoLabels(UserError):
 
 
 class Table(NamedTuple):
-    """The wanted columns of one split: texts', then the labels'."""
+    """The requested columns of one split: those of the texts, then that of the labels."""
 
-    rows: list[tuple[str, Sequence[Any]]]  # where a row stands, its values
-    class_names: list[str] | None  # of whole-number labels, where the data names them
+    rows: list[tuple[str, Sequence[Any]]]  # place of a row, for messages, and its values
+    class_names: list[str] | None  # names of whole-number labels, if the data has them
 
 
 def file_type(path: Path) -> str:
-    """The suffix that says what a file is, its compression's left out."""
+    """The suffix that names a file's type, without that of a compression."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
@@ -66,11 +66,11 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
 
 
 def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
-    """What `datasets` makes of a file; its cache lies beside that, in a folder that goes."""
+    """A file as `datasets` reads it; the cache lies beside it, in a temporary folder."""
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(100)  # what is wrong we say
+    datasets.logging.set_verbosity(100)  # our own messages say what is wrong
     options |= {"cache_dir": str(file.parent), "keep_in_memory": True}
     return getattr(datasets.Dataset, f"from_{kind}")(str(file), **options)
 
@@ -158,18 +158,18 @@ def read_parquet(file: Path, columns: Sequence[str], where: str) -> Table:
 
 
 def columns_of_split(table: Any, columns: Sequence[str], where: str) -> Table:
-    """The columns of a split as `datasets` has it."""
+    """The requested columns of a split that `datasets` has loaded."""
     check_columns(table.column_names, columns, where)
     values = [table[name][:] for name in columns]
     names = getattr(table.features[columns[-1]], "names", None)
     if names and any(isinstance(label, int) and label >= len(names) for label in values[-1]):
-        names = None  # of a column that another tool has changed
+        names = None  # stale names: another tool has changed the column
     rows = enumerate(zip(*values, strict=True), 1)
     return Table([(f"row {number} of {where}", row) for number, row in rows], names)
 
 
 def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str) -> None:
-    """Raise UserError unless each of the wanted columns is there, once."""
+    """Raise UserError unless each of the wanted columns is there exactly once."""
     for option, names in (("text", wanted[:-1]), ("label", wanted[-1:])):
         for name in names:
             if (count := names_there.count(name)) != 1:
@@ -182,5 +182,5 @@ def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str)
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names in a sentence; it stays a short one where a damaged file has thousands of them."""
+    """Names for a message, cut short: a damaged file may have thousands of them."""
     return textwrap.shorten(", ".join(map(repr, names)), 120, placeholder=" ...") or "nothing"

@@ -312,7 +312,8 @@ def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
         raise UserError(
             f"the LM loss of {name} is {loss_from_model:.4f} on a few random tokens and "
             f"{loss_from_head:.4f} as its LM head alone gives it: the model "
-            "changes its logits in a way that models with an LM loss here do not know; choose another model."
+            "changes its logits in a way that models with an LM loss here do not know; choose "
+            "another model."
         )
 
 

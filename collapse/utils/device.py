@@ -1,4 +1,4 @@
-"""Where to compute: the device, its driver, threads, the allocator."""
+"""Device, driver, threads and GPU memory of this process."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from collapse.utils.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for --device: a CUDA device that is asked for and absent is an error."""
+    """The device for --device. Raises UserError for cuda where torch sees no CUDA device."""
     if name == "cpu" or torch.cuda.is_available():
         return torch.device("cuda" if name == "auto" else name)
     driver = nvidia_driver()
@@ -43,10 +43,10 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def set_allocator() -> None:
-    """Have torch's memory on a GPU grow in segments; call it before anything is on the GPU.
+    """Let torch's GPU allocator use growing segments; call it before anything is on the GPU.
 
-    Steps differ in length: in segments that grow, freed memory fits a step of any size. A setting
-    that is there already stays. Under WSL nothing is set: there the first allocation in such a
+    Steps differ in length, and in segments that grow, freed memory fits a step of any size. A
+    setting of the user's stays. Under WSL nothing is set: there the first allocation in such a
     segment can fail ("CUDA driver error: unknown error").
     """
     if not on_wsl():
@@ -62,10 +62,10 @@ WSL_RESERVE = 2 * 2**30  # bytes
 
 
 def cap_memory_on_wsl(device: torch.device) -> None:
-    """Under WSL let torch take what is free on the GPU but for WSL_RESERVE.
+    """Under WSL limit torch to the GPU memory that is free, less WSL_RESERVE.
 
-    Windows counts as free what it does not give, and may move what is too much into the computer's
-    memory, a hundred times slower and without an error: with this cap torch itself raises.
+    Windows reports memory as free that it does not give, and silently moves what exceeds it into
+    main memory, which is a hundred times slower. With this limit torch raises an error instead.
     """
     if device.type != "cuda" or not on_wsl():
         return
@@ -76,10 +76,10 @@ def cap_memory_on_wsl(device: torch.device) -> None:
 
 
 def cap_memory(gib: float) -> None:
-    """Let this process take so much of the GPU, what the CUDA context takes included."""
+    """Limit this process to so many GiB of the GPU, its CUDA context included."""
     torch.cuda.synchronize()  # makes the context
     free, total = torch.cuda.mem_get_info()
-    # A context takes less than a GiB; what is more, other processes hold.
+    # A context takes less than a GiB; other processes hold the rest.
     context = min(2**30, total - free - torch.cuda.memory_reserved())
     torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - context) / total))
 
@@ -88,7 +88,7 @@ FIRST_WITH_BFLOAT16 = (8, 0)  # CUDA's compute capability: Ampere
 
 
 def check_card(device: torch.device, dtype: str) -> None:
-    """Raise UserError where a GPU is too old for bfloat16, in which language models train here."""
+    """Raise UserError for a GPU too old for bfloat16, in which language models train here."""
     if device.type != "cuda" or dtype != "bfloat16" or not torch.cuda.is_available():
         return
     capability = torch.cuda.get_device_capability(device)
@@ -102,10 +102,11 @@ def check_card(device: torch.device, dtype: str) -> None:
 
 
 def set_threads(count: int) -> None:
-    """Threads of torch and of the libraries below numpy, in this process.
+    """Set the number of threads of torch and of numpy's linear algebra, in this process.
 
-    Sums in other threads end in other digits, and two processes of two threads each wait for each
-    other: an SVD of 1,000 x 128 then takes 30 times as long.
+    With another number of threads sums differ in their last digits. And processes with several
+    threads each block each other: with two of two threads an SVD of 1,000 x 128 takes 30 times as
+    long.
     """
     import threadpoolctl
 
@@ -114,7 +115,7 @@ def set_threads(count: int) -> None:
 
 
 def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver that the machine has; None where no GPU shows one."""
+    """Version of the machine's NVIDIA driver; None without one."""
     if DRIVER_FILE.exists():
         version = re.search(r"(?<= )\d+(\.\d+)+(?= )", DRIVER_FILE.read_text(errors="replace"))
         return version and version[0]

@@ -1,4 +1,4 @@
-"""Which code a result depends on, found from names and imports."""
+"""A digest of the code that a result depends on, followed through names and imports."""
 
 import ast
 import hashlib
@@ -11,11 +11,11 @@ from collapse.utils.files import ROOT
 
 
 def digest_of_code(*functions: Callable) -> str:
-    """SHA-256 of the source of these functions and of all of this repository that they use.
+    """SHA-256 of the source of these functions and of everything in this repository that they use.
 
-    Followed are names of the same module and of imported modules of this repository, through
-    functions, classes and constants; what is reached by an attribute of an object is found where
-    the object's class is named. Comments, docstrings and layout do not count.
+    Follows names of the same module and of imported modules of this repository, through functions,
+    classes and constants. A method counts where the class of its object is named. Comments,
+    docstrings and layout do not count.
     """
     todo = [(Path(inspect.getsourcefile(f)).resolve(), f.__name__) for f in functions]
     seen: dict[tuple[Path, str], str] = {}
@@ -43,7 +43,7 @@ def digest_of_code(*functions: Callable) -> str:
 
 @cache
 def _module(path: Path) -> tuple[dict[str, list[ast.AST]], dict[str, tuple[Path, str]]]:
-    """Of a file: name -> its definitions, and imported name -> (file of this repository, name).
+    """For a file: name -> its definitions, and imported name -> (file of this repository, name).
 
     The name of an import is "" where the module itself is imported.
     """

@@ -54,7 +54,7 @@ class Arm:
         return self.shared_scale or self.compressor == "lm"
 
     def config_in(self, config: RunConfig) -> RunConfig:
-        """The study's settings with this arm's epochs; the learning rate's schedule spans them all."""
+        """The study's settings with this arm's epochs, which the learning rate's schedule spans."""
         return dataclasses.replace(config, epochs=self.epochs_of(config.epochs))
 
     def epochs_of(self, epochs: int) -> int:
@@ -84,8 +84,8 @@ ARMS = {
     "l2-start": Arm(
         "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
     ),
-    # Steps follow the classification gradient alone, divided by Adam's scale of model 2, so they are
-    # smaller. A trainable LM head learns as in model 2, or else the scale would not stay model 2's.
+    # Steps follow the classification gradient alone, divided by Adam's scale of model 2, so they
+    # are smaller. A trainable LM head learns as in model 2, so that the scale stays model 2's.
     "shared-scale": Arm(
         "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
     ),

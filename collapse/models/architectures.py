@@ -1,4 +1,4 @@
-"""What a causal LM is made of, found by its structure, and which ones cannot be used here."""
+"""Finds the layers of a causal LM, and refuses models that cannot carry our heads."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from collapse.utils.errors import UserError
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The layers of a backbone, in order: of its lists of modules the longest that is in no other.
+    """The layers of a backbone, in order: the longest module list that is inside no other list.
 
-    Inside a layer there may be longer ones, such as the experts of a mixture. Raises ValueError
-    for a backbone without lists.
+    A layer itself may hold a longer one, such as a mixture's experts. Raises ValueError for a
+    backbone without module lists.
     """
     module_lists, inside = [], ()
-    for name, module in backbone.named_modules():  # what holds a list comes before the list
+    for name, module in backbone.named_modules():  # parents come before children
         if isinstance(module, nn.ModuleList) and not name.startswith(inside):
             module_lists.append(module)
             inside += (f"{name}.",)
@@ -24,7 +24,7 @@ def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
 
 
 def check_is_text_decoder(config: Any, name: str) -> None:
-    """Raise UserError where the configuration alone says that a model is no plain causal LM.
+    """Raise UserError for a model whose configuration says that it is no decoder of text alone.
 
     config is a transformers.PreTrainedConfig, read before any weights are.
     """
@@ -40,9 +40,9 @@ def check_is_text_decoder(config: Any, name: str) -> None:
 
 
 def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
-    """Raise UserError for a model that cannot stand under the heads, or not with these settings.
+    """Raise UserError for a model that cannot carry our heads, or not with these settings.
 
-    causal_lm is as transformers loads it, without adapters, in evaluation mode.
+    causal_lm: as transformers loads it, without adapters, in evaluation mode.
     """
 
     def refuse(why: str) -> None:
@@ -64,7 +64,7 @@ def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
 
 
 def longest_input(causal_lm: nn.Module) -> int | None:
-    """Tokens that a table of learned positions has room for beside a prefix; None without one."""
+    """Longest text beside a prefix, for a model with learned positions; None for any other."""
     backbone = causal_lm.base_model
     outside = set(backbone.modules()) - set(decoder_layers(backbone).modules())
     tables = [module for module in outside if isinstance(module, nn.Embedding)]
@@ -74,7 +74,7 @@ def longest_input(causal_lm: nn.Module) -> int | None:
 
 @torch.no_grad()
 def incompatibility(causal_lm: nn.Module) -> str | None:
-    """What a pass over a few random tokens shows that a DualHeadModel's backbone must not do."""
+    """Why a model cannot be a DualHeadModel's backbone, by passes over random tokens, or None."""
     backbone, embedding = causal_lm.base_model, causal_lm.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     vocabulary = causal_lm.config.vocab_size
@@ -95,6 +95,6 @@ def incompatibility(causal_lm: nn.Module) -> str | None:
 
 
 def differs(states: Tensor, expected: Tensor) -> bool:
-    """Whether states (B, L, D) differ by more than rounding in the type they were made in."""
+    """Whether states (B, L, D) differ by more than the rounding of their type."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
     return bool((states - expected).float().norm() > tolerance * expected.float().norm())

@@ -1,4 +1,4 @@
-"""The bigram model that a language model has to beat: interpolated Kneser-Ney, on token ids."""
+"""The bigram baseline of a language model: interpolated Kneser-Ney, on token ids."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Reading a pretrained model: all of its weights and nothing drawn at random, or one sentence."""
+"""Reads a pretrained model with all of its weights, none random; else says what is wrong."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Turn what transformers raises for a model that cannot be had into one sentence."""
+    """Turn errors of transformers about a model that cannot be loaded into a UserError."""
     quiet_transformers()
     is_path = Path(name).exists()
     silent = not is_path and use_cache_if_hub_is_silent()
@@ -70,7 +70,7 @@ def conversion_command(name: str | Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError for a folder that is no model's."""
+    """Raise UserError for a path that is not the folder of a whole model."""
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give the folder of a model.")
     if (adapter := folder / "adapter_config.json").exists():
@@ -89,7 +89,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(name: str, revision: str | None) -> Any:
-    """The model's configuration. Raises UserError where there is none of a causal LM."""
+    """The model's configuration. Raises UserError where it cannot be loaded."""
     from transformers import AutoConfig
 
     if Path(name).exists():
@@ -99,9 +99,9 @@ def read_config(name: str, revision: str | None) -> Any:
 
 
 def own_quantization(model_config: Any) -> dict[str, Any] | None:
-    """How a model's weights are packed where they are stored; None where they are not.
+    """The quantization that a model is stored in; None for plain weights.
 
-    Raises UserError for any packing but bitsandbytes' 4 bits.
+    Raises UserError for any other than bitsandbytes' 4 bits.
     """
     packing = getattr(model_config, "quantization_config", None)
     if packing is None:
@@ -126,8 +126,8 @@ def own_quantization(model_config: Any) -> dict[str, Any] | None:
 def read_causal_lm(name: str | Path, **options: Any) -> nn.Module:
     """The causal LM that transformers' from_pretrained gives for these options.
 
-    By itself that draws weights that the files lack at random. Raises UserError for weights that
-    are not those that config.json tells of.
+    transformers initializes missing weights at random; here they raise a UserError, as do weights
+    that do not fit config.json.
     """
     from transformers import AutoModelForCausalLM
 
@@ -147,13 +147,13 @@ def read_causal_lm(name: str | Path, **options: Any) -> nn.Module:
     return causal_lm
 
 
-# Ends of names of packed weights and of what unpacks them: GPTQ, AWQ, fp8, bitsandbytes and others.
+# Endings of the names of quantized weights and their scales: GPTQ, AWQ, fp8, bitsandbytes, others.
 PACKED = ("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_inv", "SCB")
 PACKED += ("weight_packed", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4")
 PACKED += ("bitsandbytes__fp4", "weight_format", "input_scale")
-# What old files hold beside weights: tables of rotations, causal masks.
+# Endings of buffers that old files store beside weights: tables of rotations, causal masks.
 TABLES = ("inv_freq", ".attn.bias", ".attention.bias", "masked_bias", "position_ids")
-# What wrappers put into names, who does, and what to save instead.
+# Prefix that a wrapper puts into names -> the wrapper, and what to save instead.
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "the model that was compiled (MODEL._orig_mod)"),
     "_fsdp_wrapped_module.": ("FSDP", "the model inside it"),
@@ -164,12 +164,12 @@ WRAPPERS = {
 
 
 def weights_problem(loading_info: dict[str, Any], modules: set[str]) -> str | None:
-    """The end of a sentence on weights that lack, hold too much or have other sizes; None: none do.
+    """How weights do not fit the model, as the end of a sentence; None if they fit.
 
-    found: what from_pretrained says of its loading; modules: the paths of the model's modules.
+    loading_info: what from_pretrained reports; modules: the paths of the model's modules.
     """
     missing, unused = set(loading_info["missing_keys"]), set(loading_info["unexpected_keys"])
-    # Of layers that are there: another network than the one that was stored would compute.
+    # Unused weights of existing modules: another network than the stored one would compute.
     dropped = {key for key in unused if key.rpartition(".")[0] in modules - {""}}
     dropped = {key for key in dropped if not key.endswith(TABLES)}
     if packed := [key for key in unused if key.endswith(PACKED)]:
@@ -233,7 +233,7 @@ def check_weights(name: str, revision: str | None) -> None:
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Raise UserError naming a weight that is NaN or infinite."""
     for name, tensor in tensors:
-        # A sum is not finite where a summand is not, and costs one pass.
+        # One pass: a sum is finite only if all its terms are.
         if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
             continue
         if bad := int((~tensor.float().isfinite()).sum()):

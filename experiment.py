@@ -48,8 +48,8 @@ class Config(RunConfig):
     warmup_fraction: float = study_setting(0.0, OPTIMIZATION)
     # Gradients are scaled down to this total norm; 0 leaves them alone.
     clip_norm: float = study_setting(0.0, OPTIMIZATION)
-    # Words in the vocabulary: the most frequent of the training split, and one entry each for
-    # padding and unknown words.
+    # Size of the vocabulary: the most frequent words of the training split, and one entry each for
+    # padding and for unknown words.
     vocabulary_size: int = study_setting(8000, TRANSFORMER)
     # Size of the hidden states.
     hidden_size: int = study_setting(128, TRANSFORMER)
@@ -59,8 +59,8 @@ class Config(RunConfig):
     heads: int = study_setting(4, TRANSFORMER)
     # Inner size of the feed-forward layers.
     feed_forward_size: int = study_setting(256, TRANSFORMER)
-    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier; attention weights get
-    # none.
+    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier, not on attention
+    # weights.
     dropout: float = study_setting(0.1, TRANSFORMER)
     # Size of the classifier's intermediate layer.
     classifier_size: int = study_setting(64, TRANSFORMER)
@@ -69,8 +69,9 @@ class Config(RunConfig):
 
 
 class WordVocabulary:
-    """Lower-cased words and runs of punctuation; id 0 pads, id 1 stands for every word that is not
-    in it.
+    """The most frequent lower-cased words and runs of punctuation of some texts.
+
+    Id 0 is padding, id 1 stands for every word that is not in the vocabulary.
     """
 
     WORD = re.compile(r"\w+(?:['\-]\w+)*|'\w+|[^\w\s]+")
@@ -146,8 +147,9 @@ class SmallTransformer(nn.Module):
 
 
 def build_model(arm: common.Arm, num_classes: int, config: Config) -> common.DualHeadModel:
-    """Model 1, 2 or 3 with fresh weights; backbone and classifier are drawn first, so a seed gives
-    all three the same.
+    """A model with random weights, as its arm asks.
+
+    Backbone and classifier are drawn first, so that with one seed they are the same in every arm.
     """
     return common.DualHeadModel(
         SmallTransformer(config),
@@ -184,6 +186,7 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
+    """The data set of the settings; movie-review snippets where SST-2 is not to be had."""
     task = registry.load_task(config)
     if task is None and config.dataset != "SST-2":
         raise UserError(f"{config.dataset} is not to be had: give --data-dir.")

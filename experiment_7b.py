@@ -1,6 +1,6 @@
 """Experiment 2: Qwen2.5-7B with QLoRA on SST-2 as models 1, 2 and 3, on one GPU of 16 GB.
 
-Another causal LM goes by --model. Without a GPU: `make standin`, then --model smollm2-135m.
+--model takes any other causal LM. Without a GPU: `make standin`, then --model smollm2-135m.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Experiment 3: Qwen2.5-7B with QLoRA on AG News as models 1, 2 and 3, on one GPU of 16 GB.
 
 The engram of model 3 is made from the classifier's intermediate features, where Experiment 2 takes
-the pooled hidden state. Another causal LM goes by --model. Without a GPU: `make standin`, then
+the pooled hidden state. --model takes any other causal LM. Without a GPU: `make standin`, then
 --model smollm2-135m.
 """
 
@@ -20,7 +20,7 @@ class Config(LanguageModelConfig):
     """Settings of Experiment 3; the comment above a field is its --help text."""
 
     # Data set: a name of LOADERS in collapse/data/registry.py, a file, a folder or a hub set, as in
-    # experiment_7b.py. Any but AG News has results in a subfolder.
+    # experiment_7b.py. Any but AG News gets a results subfolder of its own.
     dataset: str = run_setting("AG News", DATA)
     # Longest input in tokens; the rest of a row is cut off.
     max_length: int = study_setting(256, DATA)

@@ -16,7 +16,7 @@ from studies import collapse_threshold
 
 def help_of(config_type: type, monkeypatch, capsys) -> str:
     monkeypatch.setattr("sys.argv", ["script.py", "--help"])
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit, match="0"):
         command_line.parse(config_type, "What the script does.", negative_flags=False)
     return capsys.readouterr().out

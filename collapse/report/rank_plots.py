@@ -18,7 +18,7 @@ from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
 
 BEFORE_TRAINING = "#666666"
-LEAST_DEPTHS = 5  # of a line over depth
+LEAST_DEPTHS = 5  # points that a line over depth needs
 
 
 def plot_all(folder: Path, results: dict[str, dict]) -> None:
@@ -31,7 +31,7 @@ def plot_all(folder: Path, results: dict[str, dict]) -> None:
 
 @dataclass(frozen=True)
 class Shown:
-    """One model of a study as figures show it."""
+    """One model of a study with its look in figures."""
 
     key: str
     title: str
@@ -68,7 +68,7 @@ def shown_models(result: dict) -> list[Shown]:
 
 
 def in_two_lines(name: str) -> str:
-    """A study's name for a figure; of a folder that makes it unique only the last part."""
+    """A study's name for a figure in two lines; of a folder in it only the last part."""
     name = re.sub(r", results\S*/", ", ", name)
     return name.replace(" training rows, ", " training rows\n")
 
@@ -134,9 +134,9 @@ DEPTH_PANELS = {
 
 
 def plot_layers(path: Path, results: dict[str, dict]) -> None:
-    """Effective rank by depth: a row of panels for each study of a deep model, one a measure.
+    """Effective rank by depth: a row of panels for each study of a deep model, a panel per measure.
 
-    Records of an older run have the first measure alone. No figure where no model is deep.
+    Records of older versions have the first measure alone. No figure if no model is deep.
     """
     deep = {
         name: result
@@ -247,7 +247,7 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
 
 
 def accuracy_gains(result: dict) -> dict[str, dict]:
-    """Pair -> interval of the difference in final accuracy; none without the study's results."""
+    """Pair -> interval of the difference in final accuracy; empty without a results.json."""
     file = ROOT / result["folder"] / "results.json"
     if not file.exists():
         return {}
@@ -258,7 +258,7 @@ def accuracy_gains(result: dict) -> dict[str, dict]:
 
 
 def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
-    """Mean and bounds of an interval, those that there are, on another scale."""
+    """Mean and bounds of an interval, without those that are None, on another scale."""
     known = {name: interval[name] for name in ("mean", "low", "high")}
     return {name: scaled(value) for name, value in known.items() if value is not None}
 
@@ -286,13 +286,13 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
 
 
 def point(axis: plt.Axes, place: float, interval: dict, **look) -> None:
-    """A mean and its interval, where there is one, on a horizontal scale."""
+    """A mean with a horizontal bar for its interval, if it has one."""
     mean = interval["mean"]
     reach = [[mean - interval.get("low", mean)], [interval.get("high", mean) - mean]]
     axis.errorbar(mean, place, xerr=reach, capsize=4, linestyle="none", **look)
 
 
 def hollow(axis: plt.Axes, place: float, value: float, color: str, marker: str, **_) -> None:
-    """The reference's number, as a mark without filling above ours."""
+    """The reference's number, as a hollow mark above ours."""
     look = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": "none"}
     axis.plot(value, place - 0.1, **look)

@@ -138,17 +138,17 @@ def models_of(
     Every language model has the pretrained LM head; a small transformer has the LM head that it
     trained, if any.
     """
-    stored, jobs = settings["config"], finished_trainings(folder)
+    settings_of_run, jobs = settings["config"], finished_trainings(folder)
     seeds = sorted({seed for _, seed in jobs})
-    if "model" in stored:
+    if "model" in settings_of_run:
         key, seed = jobs[0]
         adapter = folder / "state" / f"{key}-seed{seed}" / f"{weights}-adapter"
         config, encode, build = common.language_model_of(
-            stored, adapter, len(task.class_names), device, model
+            settings_of_run, adapter, len(task.class_names), device, model
         )
         seeds = seeds[:1]
     else:
-        config = common.known_settings(experiment.Config, stored)
+        config = common.known_settings(experiment.Config, settings_of_run)
         encode = experiment.WordVocabulary(task.train.texts, config.vocabulary_size).encode
 
         def build(arm: common.Arm) -> common.DualHeadModel:

@@ -1,9 +1,9 @@
-"""Is pretraining worth anything to the backbones? They against the same networks, random.
+"""Does pretraining help the backbones? Compares them with the same networks from random weights.
 
 Fine-tunes both as the other studies do, on AG News (4,000 rows) and CLINC150, at two learning
-rates; each start is judged at its better one. Writes finetuned.csv, a row a training, as they end,
-and finetuned.json: the difference in accuracy with its interval over backbones. The same command
-goes on where it was stopped.
+rates; each start is judged at its better rate. Writes a row of finetuned.csv when a training ends,
+then finetuned.json: the difference in accuracy with its interval over backbones. The same command
+resumes where it was stopped.
 """
 
 import dataclasses
@@ -41,15 +41,15 @@ class Config:
 
     # Folder with ag_news_csv and clinc150. Default: the Hugging Face hub or its cache.
     data_dir: Path | None = None
-    # Text of the backbones: tinystories from the hub, or newsgroups, of `make corpus`.
+    # Text that backbones are pretrained on: tinystories (hub) or newsgroups (`make corpus`).
     corpus: pretrain.CorpusName = "tinystories"
-    # Backbones, by their seeds.
+    # Seeds of the backbones.
     seeds: tuple[int, ...] = tuple(range(5))
     # Data sets.
     datasets: tuple[str, ...] = ("AG News", "CLINC150")
     # Learning rates.
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    # Trainings side by side, each in a process of its own with one thread.
+    # Trainings to run in parallel, each in its own process with one thread.
     workers: int = 1
     # Folder for backbones.
     models_dir: Path = pretrain.LANGUAGE_MODELS
@@ -76,6 +76,7 @@ class Trial:
 
 
 def run_missing(config: Config) -> None:
+    """Run every trial that has no row in the table, and pretrain the backbones for it."""
     product = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
     trials = {trial.name: trial for trial in itertools.starmap(Trial, product)}
     commit = git_commit()
@@ -139,7 +140,7 @@ def run_trial(config: Config, trial: Trial, backbone: Path, progress: Progress) 
 
 
 def random_weights(trial: Trial, backbone: Path) -> Path:
-    """Folder of the network that the backbone's pretraining began with, made here once."""
+    """Folder of the backbone's network before its pretraining, made once."""
     folder = backbone.with_name(f"{backbone.name}-random")
     if not (folder / "model.safetensors").exists():
         seed, corpus = trial.seed, backbone.name.partition("-")[0]

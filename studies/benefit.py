@@ -1,9 +1,9 @@
 """Does an LM loss make a classifier more accurate, and does it keep rank at equal training loss?
 
-P1 and P5 of studies/PROTOCOL.md: four data sets, own language models of many seeds, Models 1 and 2
-each at the learning rate that is best on tuning rows of pilot backbones; controls on two of the
-sets. Writes a table and a file of validation rows for each backbone, then results.json and a
-figure. The same command goes on where it was stopped.
+P1 and P5 of studies/PROTOCOL.md: four data sets, many backbones, Models 1 and 2 each at the
+learning rate that is best on tuning rows of pilot backbones; controls on two of the data sets.
+Writes a table and a file with results on validation rows for each backbone, then results.json and a
+figure. The same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from studies.shared import finetune, pilots, sweep
 from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
 MARGIN_P1 = 0.005  # half a point of accuracy
-FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
+FEWEST_TO_DRAW_FROM = 10  # seeds that a pigeonhole bootstrap needs
 MARGIN_P5 = 0.1  # of log rank
 
 
@@ -48,7 +48,7 @@ class Size:
     train_rows: int
     epochs: int
     max_length: int  # tokens
-    other: str | None  # the set whose labels the states are probed for
+    other: str | None  # the data set for whose labels states are probed
 
 
 SIZES = {
@@ -64,16 +64,16 @@ SIZES = {
 class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Parts to run: pilot (chooses the rates), endpoint (Models 1 and 2), controls (of the first
+    # Parts to run: pilot (chooses the learning rates), endpoint (Models 1 and 2), controls (first
     # ten seeds).
     parts: tuple[str, ...] = ("pilot", "endpoint", "controls")
     # Data sets: names that experiment.py --dataset takes.
     datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence", "CLINC150", "Banking77")
-    # Data sets of the controls.
+    # Data sets to run the controls on.
     control_datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
     # Controls, as experiment.py --models takes them.
     controls: tuple[str, ...] = ("longer", "shuffled-lm", "2@0.1", "2@0.9")
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "benefit"
 
 
@@ -111,9 +111,9 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
 
 
 def trials_at(config: Config, rates: dict[tuple[str, str], float]) -> list[Trial]:
-    """Trials that count: each of Models 1 and 2 at its own rate, Model 2 at Model 1's, controls.
+    """Trials of the study: Models 1 and 2 at their own rates, Model 2 also at Model 1's, controls.
 
-    A control has the rate of the model that it varies: `longer` Model 1's, others Model 2's.
+    A control has the rate of the model that it varies: `longer` that of Model 1, others Model 2's.
     """
     trials = []
     for seed in config.seeds:
@@ -130,7 +130,7 @@ def trials_at(config: Config, rates: dict[tuple[str, str], float]) -> list[Trial
 
 
 def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> float:
-    """An arm's own rate, of a control that of the model that it varies."""
+    """An arm's own rate; for a control, that of the model that it varies."""
     model = "model1" if common.find_arm(arm).lm == "none" else "model2"
     return rates[dataset, model]
 
@@ -155,17 +155,17 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Recor
 
 @dataclass(frozen=True)
 class Runs:
-    """All that count: (data set, arm, rate) -> seed -> run; and the chosen rates."""
+    """All runs of the study: (data set, arm, rate) -> seed -> run; and the chosen rates."""
 
     runs: dict[tuple[str, str, float], dict[int, Run]]
     rates: dict[tuple[str, str], float]
 
     def run_key(self, dataset: str, arm: str) -> tuple[str, str, float]:
-        """Where an arm's runs at its own rate are."""
+        """The key of an arm's runs at its own rate."""
         return dataset, arm, rate_of(self.rates, dataset, arm)
 
     def differences(self, dataset: str, arm: str, base: str = "model1") -> dict[int, np.ndarray]:
-        """Seed -> right rows (N,) of an arm less a base's, of seeds that have both."""
+        """Seed -> correct rows (N,) of an arm minus those of `base`, for seeds that have both."""
         own, others = (
             {
                 seed: run.correct.astype(float)
@@ -180,17 +180,17 @@ class Runs:
 def read_study(config: Config) -> Runs:
     runs: dict[tuple[str, str, float], dict[int, Run]] = {}
     for run in read_runs(config.folder, sweep.PLANNED, Trial):
-        place = run.trial.dataset, run.trial.arm, run.trial.rate
-        runs.setdefault(place, {})[run.trial.seed] = run
+        key = run.trial.dataset, run.trial.arm, run.trial.rate
+        runs.setdefault(key, {})[run.trial.seed] = run
     return Runs(runs, chosen_rates(config))
 
 
 def sets_difference(
     study: Runs, datasets: Iterable[str], arm: str, base: str = "model1"
 ) -> dict[str, Any]:
-    """Accuracy of an arm less a base's: of each set, and of their mean (`mean`), with intervals.
+    """Intervals of an arm's accuracy minus that of `base`, on each data set and their `mean`.
 
-    Seeds that lack a set do not enter the mean. None where there are no two seeds.
+    The mean has only seeds with all data sets. None with fewer than two seeds.
     """
     intervals: dict[str, Any] = {}
     values = {dataset: study.differences(dataset, arm, base) for dataset in datasets}
@@ -208,9 +208,9 @@ def sets_difference(
 
 
 def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | None:
-    """Log effective rank within classes where a run's training loss first reaches a level.
+    """Log effective rank within classes when a run's training loss first reaches a level.
 
-    Between two measurements it is linear in log loss. None where the loss stays above.
+    Interpolated between measurements, linearly in log loss. None if the loss stays above.
     """
     before = None
     for row in path:
@@ -227,9 +227,10 @@ def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | No
 
 
 def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
-    """P5 of one backbone and set: log rank within classes, Model 2 less Model 1.
+    """P5 of one backbone and data set: log rank within classes, Model 2 minus Model 1.
 
-    The level is the larger of the two runs' least training losses. None where one diverged first.
+    Both are compared at the larger of the two runs' lowest training losses. None if one of them
+    diverged before.
     """
     losses = [[row["loss"] for row in run.path if row["loss"] is not None] for run in (one, two)]
     level = max(map(min, losses))
@@ -304,7 +305,7 @@ def datasets_of(study: Runs, arm: str) -> list[str]:
 def summarize_arm(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
     """Means over seeds of an arm at its own rate.
 
-    `language_kept` (nats) and `transfer_kept` are less what they were before training.
+    `language_kept` (nats) and `transfer_kept` are changes since before training.
     """
     runs = study.runs.get(study.run_key(dataset, arm), {}).values()
     means = {}
@@ -315,12 +316,12 @@ def summarize_arm(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
     return means | {"n": len(runs), "diverged": diverged}
 
 
-# Measure -> whose change it is, from before the first step to after the last.
+# Measure -> the number whose change it is, from before the first step to after the last.
 KEPT = {"language_kept": "lm_loss", "transfer_kept": "transfer_accuracy"}
 
 
 def value_of(run: Run, name: str) -> float | None:
-    """One of KEPT, or a number of the run's end; None where it has none."""
+    """A change of KEPT, or a number of the run's last row; None if unknown."""
     if name not in KEPT:
         return run.end[name]
     start, end = (row[KEPT[name]] for row in (run.path[0], run.end))
@@ -328,10 +329,10 @@ def value_of(run: Run, name: str) -> float | None:
 
 
 def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Data set, or `mean` of all -> measure -> Model 2 less Model 1, paired over seeds.
+    """Data set, or `mean` of all -> measure -> Model 2 minus Model 1, paired over seeds.
 
-    What is kept at one rate, Model 1's, since a higher rate alone loses more; `best_scaled_loss`
-    at each model's own.
+    Measures of KEPT are compared at one rate, Model 1's, because a higher rate alone loses more;
+    `best_scaled_loss` at each model's own rate.
     """
     intervals: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
     for name in (*KEPT, "best_scaled_loss"):
@@ -343,7 +344,7 @@ def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str
 
 
 def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
-    """Seed -> a measure of Model 2 less that of Model 1, where both are known."""
+    """Seed -> a measure of Model 2 minus that of Model 1, where both are known."""
     ones, twos = study.run_key(dataset, "model1"), study.run_key(dataset, "model2")
     if name in KEPT:
         twos = (*twos[:2], ones[2])
@@ -357,10 +358,10 @@ def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
 
 
 def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
-    """Data set -> arm -> time of all steps over Model 1's of the same backbone, and `n` of these.
+    """Data set -> arm -> training time relative to Model 1 of the same backbone, with `n`.
 
-    Each at its own rate, to the end, on one CPU: a GPU was shared by many trainings at once, and
-    their times tell nothing. The backbones need not be among those that count.
+    Whole trainings at the arm's own rate on one CPU. Times on a GPU are left out, because many
+    trainings shared it. Pilot backbones are included.
     """
     seconds: dict[tuple, dict[str, float]] = {}
     for row in sweep.published_rows(config.folder):
@@ -387,7 +388,7 @@ def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Above, accuracy less Model 1's; below, rank within classes as the training loss falls."""
+    """Draw accuracy minus Model 1's (top), and rank within classes over training loss (bottom)."""
     study, datasets = read_study(config), list(config.datasets)
     figure = plt.figure(figsize=(max(8, 2.9 * len(datasets)), 6.5), layout="constrained")
     above, below = figure.subfigures(2, 1)
@@ -416,7 +417,7 @@ def draw(config: Config, results: dict[str, Any]) -> None:
 
 
 def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]]) -> None:
-    """Name -> accuracy less Model 1's and its arm, a line each; the margin is gray."""
+    """Draw a line for each name -> (accuracy minus Model 1's, arm); the margin is gray."""
     known = {name: pair for name, pair in shown.items() if pair[0]}
     for line, (interval, name) in enumerate(known.values()):
         arm = common.find_arm(name)
@@ -430,7 +431,7 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
 
 
 def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
-    """Every backbone's path of both models at Model 1's rate, as the loss falls to the right."""
+    """Draw each backbone's path of both models at Model 1's rate; loss falls to the right."""
     rate = study.rates[dataset, "model1"]
     for name in ("model1", "model2"):
         arm = common.find_arm(name)

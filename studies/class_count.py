@@ -174,14 +174,14 @@ def chosen_rates(config: Config) -> dict[str, float]:
 
 def trials_at(config: Config, rates: dict[str, float]) -> list[Trial]:
     """Trials that count, seed by seed; random merges at three counts."""
-    kinds = []
+    merges = []
     if "endpoint" in config.parts:
-        kinds += [(count, "nested") for count in counts_of(config)]
+        merges += [(count, "nested") for count in counts_of(config)]
     if "random" in config.parts:
         counts = (2,) if config.miniature else RANDOM_COUNTS
-        kinds += [(count, "random") for count in counts]
-    product = itertools.product(config.seeds, kinds, MODELS)
-    return [Trial(seed, *kind, model, rates[model]) for seed, kind, model in product]
+        merges += [(count, "random") for count in counts]
+    product = itertools.product(config.seeds, merges, MODELS)
+    return [Trial(seed, *merge, model, rates[model]) for seed, merge, model in product]
 
 
 def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
@@ -298,8 +298,8 @@ def row_of(by_seed: dict[int, dict[str, Run]], merge: str, classes: int) -> dict
 def draw(config: Config, results: dict[str, Any]) -> None:
     """Gain and components against the number of classes, nested and random merges."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    kinds = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
-    for merge, name, fill, line in kinds:
+    merges = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
+    for merge, name, fill, line in merges:
         rows = [row for row in results["table"] if row["merge"] == merge]
         if not rows:
             continue

@@ -169,12 +169,12 @@ def settings_of_model(config: Config) -> dict[str, str]:
     given = LanguageModelConfig(
         quantization=config.quantization, compute_dtype=config.compute_dtype
     )
-    kind = fill_in_for(device, given)
+    filled = fill_in_for(device, given)
     values = (
         name_of(config.model),
         weights_of(config.model),
-        kind.quantization,
-        kind.compute_dtype,
+        filled.quantization,
+        filled.compute_dtype,
     )
     return dict(zip(sweep.MODEL_COLUMNS, values, strict=True))
 
@@ -201,8 +201,8 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]
     """Measures before one training, on the way and at its end, beside its data's chance."""
     recipe = recipe_of(config, trial)
     data = finetune.load_data(recipe, config.data_dir)
-    every = math.ceil(config.steps / (MEASUREMENTS + 1))
-    measure_at = config.measure_at or range(0, config.steps, every)
+    interval = math.ceil(config.steps / (MEASUREMENTS + 1))
+    measure_at = config.measure_at or range(0, config.steps, interval)
     both_ends = bool(config.measure_at)
     start = start_of(config, trial) if both_ends else []
     records = finetune.watch(recipe, data, measure_at, progress.step, both_ends, start)
@@ -323,8 +323,8 @@ def outcomes_of(runs: Sequence[Run], bound: float = KEPT, line: float = 0.5) -> 
     best: dict[tuple, float] = {}
     for run in runs:
         if run.trial.arm in ("model1", "model2"):
-            place = run.trial.seed, run.trial.dataset
-            best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
+            backbone = run.trial.seed, run.trial.dataset
+            best[backbone] = max(best.get(backbone, 0.0), run.end["accuracy"] or 0.0)
     return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound, line) for r in runs}
 
 
@@ -500,13 +500,13 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
         of_arm = [run for run in runs if run.trial.arm == arm]
         counts[arm] = {}
         for rate in sorted({run.trial.rate for run in of_arm}):
-            at = [run for run in of_arm if run.trial.rate == rate]
-            steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
+            at_rate = [run for run in of_arm if run.trial.rate == rate]
+            steps = sorted(run.fell_at(bound) for run in at_rate if run.fell_at(bound) is not None)
             counts[arm][f"{rate:g}"] = {
-                "runs": len(at),
+                "runs": len(at_rate),
                 "fell": len(steps),
                 "fell_after_step": steps,
-                "came_back": sum(run.came_back(bound) for run in at),
+                "came_back": sum(run.came_back(bound) for run in at_rate),
             }
     described = {
         arm: {

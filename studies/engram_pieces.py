@@ -114,14 +114,14 @@ def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
             kept.append((torch.tensor(ids[: 2 * length]), label))
     if len(kept) < 2 * VALIDATION_SHARE:
         raise UserError(f"{len(kept)} posts have two pieces: take fewer --piece-tokens.")
-    of_each = torch.tensor([label for _, label in kept])
+    labels_of_posts = torch.tensor([label for _, label in kept])
     sides = [[ids[:length] for ids, _ in kept], [ids[length:] for ids, _ in kept]]
-    pieces = Pieces(*(Split(ids, of_each) for ids in sides))
-    held = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
-    of_held = set().union(*(runs_of_tokens(kept[post][0]) for post in held))
-    others = np.setdiff1d(np.arange(len(kept)), held)
-    left = [post for post in others if not runs_of_tokens(kept[post][0]) & of_held]
-    return pieces.take(np.array(left)), pieces.take(held), classes
+    pieces = Pieces(*(Split(ids, labels_of_posts) for ids in sides))
+    held_out = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
+    held_runs = set().union(*(runs_of_tokens(kept[post][0]) for post in held_out))
+    others = np.setdiff1d(np.arange(len(kept)), held_out)
+    training = [post for post in others if not runs_of_tokens(kept[post][0]) & held_runs]
+    return pieces.take(np.array(training)), pieces.take(held_out), classes
 
 
 def runs_of_tokens(ids: torch.Tensor) -> set[tuple[int, ...]]:

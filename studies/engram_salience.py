@@ -85,9 +85,11 @@ class Trial:
 def trials(config: Config) -> list[list[Trial]]:
     """Each arm with each label; Model 3 with the LM loss alone."""
     arms = [common.find_arm(name).name for name in config.arms]
-    kinds = list(itertools.product([of for of in LABELS if of in config.trained], arms))
-    kinds += [(NEITHER, "model3")] * (NEITHER in config.trained)
-    return [[Trial(seed, *kind) for seed in config.seeds for kind in kinds]]
+    trained_arms = list(
+        itertools.product([label for label in LABELS if label in config.trained], arms)
+    )
+    trained_arms += [(NEITHER, "model3")] * (NEITHER in config.trained)
+    return [[Trial(seed, *trained_arm) for seed in config.seeds for trained_arm in trained_arms]]
 
 
 # --------------------------------------------------------------------------------------------------

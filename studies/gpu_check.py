@@ -162,18 +162,18 @@ def memory(card: Card) -> Checks:
     model = card.model(2)
     before = card.held_bytes()
     plan = MemoryPlan(model, "auto")
-    left = (card.held_bytes() - before) / MIB
-    yield "a plan leaves behind, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - before) / MIB
+    yield "a plan leaves behind, MiB", "within 1", leftover, abs(leftover) < 1
     count = min(10, len(plan.layers))
     plan.unpack(count)
     share = (card.held_bytes() - before) / (count * plan.unpacking_bytes)
     yield f"unpacking {count} layers takes, of what it says", "1", share, abs(share - 1) < 0.02
     plan.unpack(0)
-    left = (card.held_bytes() - before) / MIB
-    yield "packing them again leaves, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - before) / MIB
+    yield "packing them again leaves, MiB", "within 1", leftover, abs(leftover) < 1
     del model, plan
-    left = (card.held_bytes() - start) / MIB
-    yield "a dropped model leaves, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - start) / MIB
+    yield "a dropped model leaves, MiB", "within 1", leftover, abs(leftover) < 1
 
 
 def linear_pair(card: Card, *shape: int) -> tuple[nn.Module, torch.Tensor]:
@@ -416,13 +416,15 @@ def main() -> None:
         cap_memory(config.memory_gib)
         if config.as_rtx:
             pretend_rtx_4080()
-    now = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
-    stored = read_json(file) if file.exists() else now
-    if stored["hardware"]["device"] == now["hardware"]["device"]:  # else another card's is replaced
-        if any(stored.get(k, False) != now[k] for k in ("tiny", "as_rtx")):
+    made_with = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
+    stored = read_json(file) if file.exists() else made_with
+    if (
+        stored["hardware"]["device"] == made_with["hardware"]["device"]
+    ):  # else another card's is replaced
+        if any(stored.get(k, False) != made_with[k] for k in ("tiny", "as_rtx")):
             raise UserError(f"{file} is of another kind of check: choose another --output-dir.")
         results = stored
-    results |= now
+    results |= made_with
     steps = results.setdefault("steps", {})
     folder.mkdir(parents=True, exist_ok=True)
     for number in config.steps:

@@ -1,9 +1,9 @@
-"""How long do the 7B experiments take on a card that nobody has measured, at the least?
+"""How many hours do the 7B experiments take at least, on GPUs that nobody has measured?
 
-Counts the least time of a training (collapse/models/costs.py) by vendors' figures for some cards,
-and how many examples a second two other recipes (studies/yardsticks.py) could train at most.
-Nothing is timed and no model is needed but its tokenizer. Writes throughput_on_paper.json into
-results_7b and results_agnews; tables give that times the ratio that costs.py assumes.
+Computes a lower bound of training time (collapse/models/costs.py) from vendors' figures for some
+GPUs, and an upper bound of the examples per second of two other recipes (studies/yardsticks.py).
+Nothing is timed, and of a model only the tokenizer is needed. Writes throughput_on_paper.json into
+results_7b and results_agnews; tables show the lower bound times the factor that costs.py assumes.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ CARDS = {
 
 @dataclass
 class Config:
-    """Settings of the count; the comment above a field is its --help text."""
+    """Settings of the estimate; the comment above a field is its --help text."""
 
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
@@ -50,11 +50,11 @@ class Config:
 def most_examples_per_second(
     recipe: str, number: int, sizes: Sizes, settings, mean: float, grouped: float
 ) -> float:
-    """On the last of CARDS. mean, grouped: tokens of a row, and of the longest row of a batch."""
+    """Upper bound on an RTX 4080. mean, grouped: tokens of a row, of a batch's longest row."""
     tokens = settings.max_length if recipe == "conventional" else grouped
     predicted = (mean if recipe == "ours" else tokens) - 1
     pieces = (2 if number == 3 else 1) * (2 if recipe == "conventional" else 1)
-    # the forward pass once more, for gradient checkpointing
+    # gradient checkpointing runs the forward pass twice
     other = {"products": 3, "elementwise": costs.ELEMENTWISE_BYTES_OF_PEFT}
     seconds = least_seconds(
         sizes,
@@ -67,7 +67,8 @@ def most_examples_per_second(
     return settings.batch_size / seconds
 
 
-def count(config: Config) -> dict[str, dict]:
+def estimate_hours(config: Config) -> dict[str, dict]:
+    """Results folder -> its throughput_on_paper.json, which is also written."""
     encode, results = load_tokenizer(config.tokenizer), {}
     made_with = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
@@ -99,7 +100,7 @@ def count(config: Config) -> dict[str, dict]:
 
 
 def main() -> None:
-    count(tyro.cli(Config, description=__doc__))
+    estimate_hours(tyro.cli(Config, description=__doc__))
 
 
 if __name__ == "__main__":

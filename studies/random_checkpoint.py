@@ -159,8 +159,8 @@ def random_packed(
     import bitsandbytes
 
     # on "meta", else it fills a matrix in fp32 on the CPU first
-    kind = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
-    packed = bitsandbytes.nn.Linear4bit(*reversed(shape), has_bias, **kind)
+    options = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
+    packed = bitsandbytes.nn.Linear4bit(*reversed(shape), has_bias, **options)
     values = random_tensor("weight", shape, dtype=dtype, device=device)
     weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
     packed.weight, packed.support_avx512bf16_for_cpu = weight.to(device), False

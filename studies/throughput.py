@@ -254,9 +254,9 @@ def encode_for(config: Config, task: Task | None, encode, settings) -> Split:
 
 
 def describe_data(config: Config, task: Task, split: Split, settings) -> dict[str, Any]:
-    kept = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
+    how = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
     mean = float(split.lengths.mean())
-    return {"data": task.summary(), "tokens_per_row": mean, "settings": kept}
+    return {"data": task.summary(), "tokens_per_row": mean, "settings": how}
 
 
 def save(config: Config, folder: str, results: dict) -> None:

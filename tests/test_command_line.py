@@ -27,7 +27,7 @@ def help_of(config_type: type, monkeypatch, capsys) -> str:
 )
 def test_help_has_every_flag_once_under_its_own_name(config_type, monkeypatch, capsys):
     text = help_of(config_type, monkeypatch, capsys)
-    flags = re.findall(r"^\W* --([a-z][a-z-]+)", text, re.MULTILINE)
+    flags = re.findall(r"^\W{2}--([a-z][a-z-]+)", text, re.MULTILINE)
     expected = [field.name.replace("_", "-") for field in dataclasses.fields(config_type)]
     assert sorted(flags) == sorted(expected) and "What the script does." in text
     monkeypatch.setattr("sys.argv", ["script.py", "--seeds", "7"])

@@ -68,8 +68,8 @@ def load_labelled_text(
         validation = rows_of_table(read(validation_split), classes)
     elif search:
         validation_split, validation = find_validation(tables, train_split, read, classes)
-    if left := [name for name in tables if name not in (train_split, validation_split)]:
-        print(f"NOTE: {source}: splits that are neither trained nor validated on: {quoted(left)}")
+    if unused := [name for name in tables if name not in (train_split, validation_split)]:
+        print(f"NOTE: {source}: splits that are neither trained nor validated on: {quoted(unused)}")
     if validation is None:
         train, validation = hold_out_tenth(train)
     # Without commas, which end a name in titles (see study_name), and $, which begins a formula.
@@ -188,12 +188,12 @@ def find_validation(
 def classes_of(table: Table, source: str) -> tuple[str, ...]:
     """Class names of the training rows. Raises UserError for labels that cannot be classes."""
     words = {labelled(*row, table.class_names)[1] for row in table.rows}
-    mend = "two or more are needed" if len(words) < 2 else None
+    fix = "two or more are needed" if len(words) < 2 else None
     if table.class_names is None and 2 * len(words) > len(table.rows):
-        mend = mend or "name their column with --label-column, or give more rows of each class"
-    if mend:
+        fix = fix or "name their column with --label-column, or give more rows of each class"
+    if fix:
         rows = f"the {len(table.rows)} training rows of {source}"
-        raise UserError(f"{rows} have {len(words)} different labels: {mend}.")
+        raise UserError(f"{rows} have {len(words)} different labels: {fix}.")
     if all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in words):
         return tuple(table.class_names or sorted(sorted(words), key=int))
     return tuple(table.class_names or sorted(words))
@@ -220,30 +220,30 @@ def labelled(where: str, values: Sequence[Any], names: list[str] | None) -> tupl
     that name.
     """
     *parts, label = values
-    parts, why, text, word = ["" if part is None else part for part in parts], None, "", ""
+    parts, problem, text, word = ["" if part is None else part for part in parts], None, "", ""
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     if all(isinstance(part, str) for part in parts):
         text = " ".join(part.strip() for part in parts if part.strip())
-        why = None if text else "the text is empty"
+        problem = None if text else "the text is empty"
     else:
-        why = "the text is a number or list"
+        problem = "the text is a number or list"
     if label is None:
-        why = why or "the label is missing"
+        problem = problem or "the label is missing"
     elif not isinstance(label, str | int):
-        why = why or f"the label is a {type(label).__name__}, no word or whole number"
+        problem = problem or f"the label is a {type(label).__name__}, no word or whole number"
     elif names is None or isinstance(label, str):
         word = str(label).strip()
     elif 0 <= label < len(names):
         word = names[label]
     else:
-        why = why or f"label {label} is not one of 0 to {len(names) - 1}"
+        problem = problem or f"label {label} is not one of 0 to {len(names) - 1}"
     if len(word) > LONGEST_LABEL:
-        why = why or (
+        problem = problem or (
             f"the label has more than {LONGEST_LABEL} characters, name another --label-column"
         )
     if re.search("[\ud800-\udfff]", text + word):  # JSON can write them, as \ud83d
-        why = why or "half of a character"
-    if why or not word:
-        raise UserError(f"{where}: {why or 'the label is empty'}; mend or remove the row.")
+        problem = problem or "half of a character"
+    if problem or not word:
+        raise UserError(f"{where}: {problem or 'the label is empty'}; mend or remove the row.")
     return text, word

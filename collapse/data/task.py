@@ -122,17 +122,18 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
     Raises UserError when there are too few training rows.
     """
     train = task.train
-    whole = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
-    if not 0 < rows < len(whole):
+    sentences = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
+    if not 0 < rows < len(sentences):
         raise UserError(
-            f"{rows} tuning rows of {task.name}: take 1 to {len(whole) - 1}, or more training rows."
+            f"{rows} tuning rows of {task.name}: take 1 to {len(sentences) - 1}, "
+            "or more training rows."
         )
-    tuning = train.take([whole[i] for i in fixed_draw(len(whole), rows)])
+    tuning = train.take([sentences[i] for i in fixed_draw(len(sentences), rows)])
     if task.of_phrases:
-        left = train.take(rows_without_overlap(train.texts, tuning.texts))
+        remaining = train.take(rows_without_overlap(train.texts, tuning.texts))
     else:
-        left = without_texts(train, tuning.texts)
-    return check_task(dataclasses.replace(task, train=left)), tuning
+        remaining = without_texts(train, tuning.texts)
+    return check_task(dataclasses.replace(task, train=remaining)), tuning
 
 
 def without_texts(rows: Rows, texts: Iterable[str]) -> Rows:

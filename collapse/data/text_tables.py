@@ -44,8 +44,8 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"rows{file_type(path)}")  # no name that `datasets` takes for a pattern
         try:
-            if packing := Extractor.infer_extractor_format(path):
-                Extractor.extract(path, file, packing)
+            if compression := Extractor.infer_extractor_format(path):
+                Extractor.extract(path, file, compression)
             else:
                 file.symlink_to(path.resolve())
             if file.is_dir():  # of zip
@@ -61,8 +61,8 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 raise
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
-            kind = f"is damaged or no {file_type(path)[1:]} file"
-            raise UserError(f"{path} {kind} ({reason}): mend or replace it.") from None
+            complaint = f"is damaged or no {file_type(path)[1:]} file"
+            raise UserError(f"{path} {complaint} ({reason}): mend or replace it.") from None
 
 
 def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
@@ -79,11 +79,11 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
     """Rows of CSV (RFC 4180), or of TSV, where a quotation mark is part of the text, as in GLUE."""
     from datasets import Features, Value
 
-    kind = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+    options = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
     if file_type(path) == ".tsv":
-        kind = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text), strict=True, **kind)
+    reader = csv.reader(io.StringIO(text), strict=True, **options)
     records, header = filter(None, reader), []  # without blank lines
 
     def check(record: list[str]) -> None:
@@ -98,10 +98,10 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
             return Table([], None)
         check(first)  # pandas would shift the columns of all rows
         file.write_text(text, newline="")
-        kind["features"] = Features({name: Value("string") for name in header if name})
-        kind |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
+        options["features"] = Features({name: Value("string") for name in header if name})
+        options |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
         try:
-            return columns_of_split(load_with_datasets("csv", file, **kind), columns, str(path))
+            return columns_of_split(load_with_datasets("csv", file, **options), columns, str(path))
         except Exception:
             for record in records:
                 check(record)
@@ -173,10 +173,10 @@ def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str)
     for option, names in (("text", wanted[:-1]), ("label", wanted[-1:])):
         for name in names:
             if (count := names_there.count(name)) != 1:
-                times = "no column" if count == 0 else f"{count} columns"
+                count_in_words = "no column" if count == 0 else f"{count} columns"
                 error = NoLabels if (option, count) == ("label", 0) else UserError
                 raise error(
-                    f"{where}: {times} {quoted([name])} among {quoted(names_there)}; "
+                    f"{where}: {count_in_words} {quoted([name])} among {quoted(names_there)}; "
                     f"name one with --{option}-column."
                 )
 

@@ -61,21 +61,21 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, grad_output: Tensor):
         x, a, b, mask, inner = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])  # (T, I)
-        upstream = upstream.reshape(-1, upstream.shape[-1])  # (T, O)
-        of_x = of_a = of_b = None
+        grad_output = grad_output.reshape(-1, grad_output.shape[-1])  # (T, O)
+        grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
-            of_inner = (upstream @ b.to(x.dtype)).mul_(ctx.scale)  # (T, R)
+            grad_inner = (grad_output @ b.to(x.dtype)).mul_(ctx.scale)  # (T, R)
             if ctx.needs_input_grad[1]:
-                of_a = _float32_product(of_inner.T, kept_values(rows, mask))
+                grad_a = _float32_product(grad_inner.T, kept_values(rows, mask))
             if ctx.needs_input_grad[2]:
-                of_b = _float32_product(upstream.T, inner)
+                grad_b = _float32_product(grad_output.T, inner)
             if ctx.needs_input_grad[0]:
-                of_x = kept_values(of_inner @ a.to(x.dtype), mask, overwrite=True)
-                of_x = of_x.addmm_(upstream, _weight(ctx.base, x.dtype)).view(x.shape)
-        return of_x, of_a, of_b, None, None, None
+                grad_x = kept_values(grad_inner @ a.to(x.dtype), mask, overwrite=True)
+                grad_x = grad_x.addmm_(grad_output, _weight(ctx.base, x.dtype)).view(x.shape)
+        return grad_x, grad_a, grad_b, None, None, None
 
 
 def draw_mask(rows: Tensor, p: float) -> Tensor:

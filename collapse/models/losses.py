@@ -37,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         cap: float | None = None,
     ) -> Tensor:  # scalar, fp32
         needed = [with_gradients and n for n in ctx.needs_input_grad[:3]]
-        of_states, of_weight, of_bias = (
+        grad_states, grad_weight, grad_bias = (
             torch.zeros_like(tensor) if n else None
             for tensor, n in zip((states, weight, bias), needed, strict=True)
         )
@@ -65,13 +65,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             if scale != 1:
                 slope *= scale
             slope = slope.to(states.dtype)  # d loss / d what the linear layer gave
-            if of_states is not None:
-                of_states[part] = slope @ weight
-            if of_weight is not None:
-                of_weight.addmm_(slope.T, states[part])
-            if of_bias is not None:
-                of_bias += slope.sum(0)
-        ctx.gradients = of_states, of_weight, of_bias
+            if grad_states is not None:
+                grad_states[part] = slope @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.T, states[part])
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        ctx.gradients = grad_states, grad_weight, grad_bias
         return total
 
     @staticmethod

@@ -109,13 +109,13 @@ class MemoryPlan:
         Lowers free_bytes by a tenth at a time until fewer layers stay unpacked or more recompute;
         False if neither can gain anything.
         """
-        before = self.expected_bytes(self.tokens, self.layers_to_recompute(self.tokens))
+        expected = self.expected_bytes(self.tokens, self.layers_to_recompute(self.tokens))
         while self.unpacked or self.layers_to_recompute(self.tokens) < self.most_recomputed:
-            self.free_bytes = 0.9 * min(self.free_bytes, before)
-            fewer = self.layers_to_unpack(self.typical, self.longest)
-            self.unpack(min(self.unpacked, fewer))
+            self.free_bytes = 0.9 * min(self.free_bytes, expected)
+            fitting = self.layers_to_unpack(self.typical, self.longest)
+            self.unpack(min(self.unpacked, fitting))
             count = self.layers_to_recompute(self.tokens)
-            if self.expected_bytes(self.tokens, count) < before:
+            if self.expected_bytes(self.tokens, count) < expected:
                 return True
         return False
 
@@ -222,8 +222,10 @@ def in_batches_that_fit(
         torch.cuda.empty_cache()  # outside of `except`, which still holds the failed pass's tensors
         max_tokens = len(rows) * int(lengths[rows].max()) // 2
         tqdm.write(f"out of GPU memory in an evaluation: batches of {max_tokens} tokens from here")
-        left = np.concatenate(waiting)
-        waiting = [left[batch] for batch in token_budget_batches(lengths[left], max_tokens)]
+        remaining = np.concatenate(waiting)
+        waiting = [
+            remaining[batch] for batch in token_budget_batches(lengths[remaining], max_tokens)
+        ]
 
 
 DOES_NOT_FIT = "GPU memory does not hold a single row: use a smaller model or --max-length."

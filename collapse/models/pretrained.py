@@ -118,9 +118,9 @@ def gguf_type(file: Path) -> str:
     field = GGUFReader(file).get_field("general.file_type")
     if field is None:
         return "GGUF weights"
-    kind = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    bits = "".join(itertools.takewhile(str.isdigit, kind.lstrip("IBQTF")))
-    return f"{bits}-bit GGUF weights ({kind})"
+    name = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    bits = "".join(itertools.takewhile(str.isdigit, name.lstrip("IBQTF")))
+    return f"{bits}-bit GGUF weights ({name})"
 
 
 def weights_of(name: str) -> str:
@@ -329,9 +329,9 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
     argument that says so.
     """
     config = getattr(backbone, "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    known = getattr(config, "model_type", None) in TAKE_PREPARED_MASKS
-    if known and kinds == {"full_attention"} and config._attn_implementation == "sdpa":
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    takes_masks = getattr(config, "model_type", None) in TAKE_PREPARED_MASKS
+    if takes_masks and layer_types == {"full_attention"} and config._attn_implementation == "sdpa":
         return {"attention_mask": {"full_attention": None}}
     return {}
 

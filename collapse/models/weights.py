@@ -38,22 +38,22 @@ def loading(name: str):
         if isinstance(error, UserError) or disk_full or is_out_of_memory(error):
             raise
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
-        mend = "give a folder or hub name of a causal LM, "
-        mend += f"or {STANDIN_MODEL} after `make standin`"
+        fix = "give a folder or hub name of a causal LM, "
+        fix += f"or {STANDIN_MODEL} after `make standin`"
         if "custom code" in str(error):
             reason = "it needs code of its own, by trust_remote_code, which is never run here"
-            mend = "choose a model of an architecture that transformers has"
+            fix = "choose a model of an architecture that transformers has"
         elif isinstance(error, safetensors.SafetensorError):
-            mend = "its weights are damaged or cut short: fetch or copy them again, after "
-            mend += "`git lfs install` where git fetched them"
+            fix = "its weights are damaged or cut short: fetch or copy them again, after "
+            fix += "`git lfs install` where git fetched them"
         elif "pytorch_model.bin" in str(error) and not is_path:
-            reason, mend = NO_SAFETENSORS, conversion_command(name)
+            reason, fix = NO_SAFETENSORS, conversion_command(name)
         elif silent or (not is_path and NOT_CONNECTED.search(str(error))):
             reason = "the hub does not answer, and its cache does not hold all of the model"
-            mend = "run the same command again when it does, or give a folder"
+            fix = "run the same command again when it does, or give a folder"
         elif is_path:
-            mend = "mend it, or give another one of a causal LM"
-        raise UserError(f"cannot load the model {name} ({reason}): {mend}.") from None
+            fix = "mend it, or give another one of a causal LM"
+        raise UserError(f"cannot load the model {name} ({reason}): {fix}.") from None
 
 
 NOT_CONNECTED = re.compile("connect|timed? ?out|offline", re.IGNORECASE)
@@ -110,9 +110,9 @@ def own_quantization(model_config: Any) -> dict[str, Any] | None:
     method = packing.get("quant_method", "bitsandbytes" if "load_in_4bit" in packing else "unknown")
     if method == "bitsandbytes" and packing.get("load_in_4bit"):
         return packing
-    kind = "bitsandbytes, 8 bits" if method == "bitsandbytes" else str(method)
+    scheme = "bitsandbytes, 8 bits" if method == "bitsandbytes" else str(method)
     raise UserError(
-        f"the weights of {model_config.name_or_path} are quantized ({kind}), and adapters train "
+        f"the weights of {model_config.name_or_path} are quantized ({scheme}), and adapters train "
         "here on plain weights or on bitsandbytes' 4 bits: give the model as it was before its "
         "quantization; --quantization nf4 packs it."
     )
@@ -216,10 +216,10 @@ def check_weights(name: str, revision: str | None) -> None:
     from transformers.utils import cached_file
 
     if Path(name).exists() and not any(Path(name).glob("*.safetensors")):
-        reason, mend = "it has no weights", "fetch or copy its model.safetensors, too"
+        reason, fix = "it has no weights", "fetch or copy its model.safetensors, too"
         if any(file for kind in OTHER_WEIGHTS for file in Path(name).glob(kind)):
-            reason, mend = NO_SAFETENSORS, conversion_command(name)
-        raise UserError(f"cannot load the model {name} ({reason}): {mend}.")
+            reason, fix = NO_SAFETENSORS, conversion_command(name)
+        raise UserError(f"cannot load the model {name} ({reason}): {fix}.")
     if own_quantization(read_config(name, revision)) is None:
         read_causal_lm(name, revision=revision, use_safetensors=True, device_map={"": "meta"})
     with loading(name):

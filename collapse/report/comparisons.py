@@ -276,11 +276,11 @@ def tidy_table(results: dict) -> str:
     rows = []
     for model, runs in results["models"].items():
         for seed, run in runs.items():
-            place = {"study": study, "data": data["name"], "model": model, "seed": seed}
-            rows.append(place | {"epoch": 0} | _flat("val", run["initial"]))
+            identity = {"study": study, "data": data["name"], "model": model, "seed": seed}
+            rows.append(identity | {"epoch": 0} | _flat("val", run["initial"]))
             for train, val in zip(run["train"], run["val"], strict=True):
                 epoch = {"epoch": val["epoch"]}
-                rows.append(place | epoch | _flat("train", train) | _flat("val", val))
+                rows.append(identity | epoch | _flat("train", train) | _flat("val", val))
     head = ("study", "data", "model", "seed", "epoch")
     numbers = {column for row in rows for column in row}.difference(head)
     columns = [*head, *sorted(numbers)]

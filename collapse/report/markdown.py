@@ -21,12 +21,12 @@ def at(record: Any, path: KeyPath) -> Any:
     that contain dots are given as a tuple.
     """
     keys = path.split(".") if isinstance(path, str) and path else tuple(path)
-    for place, key in enumerate(keys):
+    for depth, key in enumerate(keys):
         if record is None:
             return None
         if key == "*":
             entries = record.values() if isinstance(record, dict) else record
-            return [at(entry, tuple(keys[place + 1 :])) for entry in entries]
+            return [at(entry, tuple(keys[depth + 1 :])) for entry in entries]
         record = record.get(key) if isinstance(record, dict) else record[int(key)]
     return record
 
@@ -90,9 +90,9 @@ def table(
     lines = [[column.cell(row) for column in columns] for row in rows]
     shown = range(len(columns))
     if hide_unknown:
-        shown = [place for place in shown if any(line[place] != UNKNOWN for line in lines)]
-    header = [columns[place].title for place in shown]
-    return markdown(header, [[line[place] for place in shown] for line in lines], numbers)
+        shown = [number for number in shown if any(line[number] != UNKNOWN for line in lines)]
+    header = [columns[number].title for number in shown]
+    return markdown(header, [[line[number] for number in shown] for line in lines], numbers)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:

@@ -136,10 +136,10 @@ def train_record(
     bias: np.ndarray,
 ) -> dict[str, float | dict]:
     """NC1 to NC3 and spreads on training rows (N, D), on which the literature measures them."""
-    of_head = neural_collapse_metrics(intermediate, labels, weights, bias)
-    of_head.pop("ncc_agreement")  # on training rows it is nearly their accuracy
+    intermediate_numbers = neural_collapse_metrics(intermediate, labels, weights, bias)
+    intermediate_numbers.pop("ncc_agreement")  # on training rows it is nearly their accuracy
     return {
         **neural_collapse_metrics(pooled, labels),
         **spreads(pooled, labels),
-        "intermediate": of_head,
+        "intermediate": intermediate_numbers,
     }

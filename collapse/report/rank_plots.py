@@ -88,7 +88,7 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
     figure, axes = grid_of(len(results), 4, 2.9)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         models = shown_models(result)
-        for place, model in enumerate(models):
+        for position, model in enumerate(models):
             values = np.array([r["singular_values"] for r in model.records])  # (S, min(N, D))
             components, look = np.arange(1, values.shape[1] + 1), {"markersize": 4}
             shares = values / values.sum(1, keepdims=True)
@@ -96,7 +96,7 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
             model.band(row[0], components, shares, markevery=0.15, **look)
             model.band(row[1], components, 100 * variance, markevery=0.15, **look)
             model.band(row[2], *rank_over_rows(model), **look)
-            model.dots(row[3], place, (record["effective_rank"] for record in model.records))
+            model.dots(row[3], position, (record["effective_rank"] for record in model.records))
         bound = min(result["num_samples"] - 1, len(values[0]))
         share = "share of the singular values' sum"
         row[0].set(xlabel="component", ylabel=share, xscale="log", yscale="log")
@@ -222,24 +222,24 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
         gains = accuracy_gains(result)
         for model in shown_models(result)[1:]:
             look = {"color": model.color, "marker": model.marker, "label": model.title}
-            place = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
+            height = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
             if gain := gains.get(f"{model.key} - model1"):
-                point(axes[0], place, ends(gain, lambda value: 100 * value), **look)
+                point(axes[0], height, ends(gain, lambda value: 100 * value), **look)
                 if reference:
                     final = reference["final"]
-                    hollow(axes[0], place, final[model.key] - final["model1"], **look)
+                    hollow(axes[0], height, final[model.key] - final["model1"], **look)
             if change := result["changes"].get(f"{model.key} - pretrained"):
                 start = np.mean(values_of(result, "pretrained", "effective_rank"))
                 rank = change["both"]["effective_rank"]
                 shares = ends(rank, lambda value, start=start: 100 * (1 + value / start))
-                point(axes[1], place, shares, **look)
+                point(axes[1], height, shares, **look)
                 if "ranks" in reference:
                     ranks = reference["ranks"]
                     share = 100 * ranks[model.key][0] / ranks["pretrained"][0]
-                    hollow(axes[1], place, share, **look)
+                    hollow(axes[1], height, share, **look)
             change = result["changes"].get(f"{model.key} - model1", {}).get("both", {})
             if ratio := change.get("cdnv_log_ratio"):
-                point(axes[2], place, ends(ratio, math.exp), **look)
+                point(axes[2], height, ends(ratio, math.exp), **look)
     axes[0].set_yticks(range(len(results)), map(in_two_lines, results))
     axes[0].invert_yaxis()
     finish_overview(figure, axes)
@@ -285,14 +285,14 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     figure.suptitle("Final epoch; bars: 95% interval for other seeds and rows")
 
 
-def point(axis: plt.Axes, place: float, interval: dict, **look) -> None:
+def point(axis: plt.Axes, height: float, interval: dict, **look) -> None:
     """A mean with a horizontal bar for its interval, if it has one."""
     mean = interval["mean"]
     reach = [[mean - interval.get("low", mean)], [interval.get("high", mean) - mean]]
-    axis.errorbar(mean, place, xerr=reach, capsize=4, linestyle="none", **look)
+    axis.errorbar(mean, height, xerr=reach, capsize=4, linestyle="none", **look)
 
 
-def hollow(axis: plt.Axes, place: float, value: float, color: str, marker: str, **_) -> None:
+def hollow(axis: plt.Axes, height: float, value: float, color: str, marker: str, **_) -> None:
     """The reference's number, as a hollow mark above ours."""
     look = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": "none"}
-    axis.plot(value, place - 0.1, **look)
+    axis.plot(value, height - 0.1, **look)

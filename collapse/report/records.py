@@ -74,10 +74,10 @@ def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[
     means: dict[str, Any] = {}
     for number, interval in intervals.items():
         *parts, last = number.split(".")
-        place = means
+        level = means
         for part in parts:
-            place = place.setdefault(part, {})
-        place[last] = interval["mean"]
+            level = level.setdefault(part, {})
+        level[last] = interval["mean"]
     return {**means, "intervals": intervals, "seeds": records}
 
 

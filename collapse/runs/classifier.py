@@ -88,8 +88,8 @@ class TextClassifier:
 
 def first(*ids: int | list[int] | None) -> int | None:
     """The first id that is not None; a model may have a list of ids for one purpose."""
-    ids = [one[0] if isinstance(one, list) and one else one for one in ids]
-    return next((one for one in ids if isinstance(one, int)), None)
+    ids = [token[0] if isinstance(token, list) and token else token for token in ids]
+    return next((token for token in ids if isinstance(token, int)), None)
 
 
 def checked_texts(texts: Iterable[str]) -> list[str]:

@@ -56,7 +56,7 @@ def plan_workers(
     """
     cluster = None
     if config.cluster == "slurm":
-        places = jobs
+        most = jobs
         cluster = {
             "timeout_min": config.cluster_minutes,
             "mem_gb": config.cluster_memory_gib,
@@ -65,12 +65,12 @@ def plan_workers(
             "slurm_partition": config.cluster_partition,
         }
     elif device.type == "cuda":
-        places = len(visible_gpus())
+        most = len(visible_gpus())
     elif hasattr(os, "sched_getaffinity"):  # not on macOS
-        places = len(os.sched_getaffinity(0)) // config.threads
+        most = len(os.sched_getaffinity(0)) // config.threads
     else:
-        places = (os.cpu_count() or 1) // config.threads
-    return config.workers or max(1, min(jobs, places)), cluster
+        most = (os.cpu_count() or 1) // config.threads
+    return config.workers or max(1, min(jobs, most)), cluster
 
 
 def visible_gpus() -> list[str]:
@@ -97,21 +97,21 @@ def run_all(
     folders have the same parent. If jobs fail, the others are still run, and UserError is raised at
     the end. An error that the user cannot fix ends a single worker at once.
     """
-    left = [job for job in jobs if not job.finished]
-    workers = min(workers, len(left))
-    if not left:
+    open_jobs = [job for job in jobs if not job.finished]
+    workers = min(workers, len(open_jobs))
+    if not open_jobs:
         return
     if workers > 1:  # longest first, so that workers end at about the same time
-        left.sort(key=lambda job: job.work, reverse=True)
+        open_jobs.sort(key=lambda job: job.work, reverse=True)
     with (
-        shared_folder(left[0].folder.parent) as folder,
+        shared_folder(open_jobs[0].folder.parent) as folder,
         contextlib.closing(RunBar(jobs)) as bar,
     ):
-        command = Command(folder, left, bar)
+        command = Command(folder, open_jobs, bar)
         if workers == 1 and not cluster:
-            Worker(folder, f"process {os.getpid()}", command.look).take_all(left, run_job)
+            Worker(folder, f"process {os.getpid()}", command.look).take_all(open_jobs, run_job)
         else:
-            write_file(folder / "work", cloudpickle.dumps((left, run_job)))
+            write_file(folder / "work", cloudpickle.dumps((open_jobs, run_job)))
             run_on_slurm(command, workers, cluster) if cluster else run_here(command, workers)
     failures = list(command.failures.values())
     if len(failures) > 1:

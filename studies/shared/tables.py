@@ -1,4 +1,4 @@
-"""Tables of results that grow by a row as a training ends: CSV, a row a model."""
+"""Tables of results as CSV files, which get their rows when a training ends."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from collapse.utils.files import locked, write_file, write_json
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; none where there is no file."""
+    """Rows of a CSV file with a header; empty if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -20,15 +20,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def put_row(path: Path, row: Mapping[str, Any], key: str) -> None:
+    """put_rows for a single row."""
     put_rows(path, [row], key)
 
 
 def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Put rows that share a value of `key` into a CSV file: in the place of those that have it
-    there, or at the end.
+    """Put rows with one value of column `key` into a CSV file.
 
-    The file is written whole, and commands that share it take turns. Raises UserError when it has
-    other columns.
+    They replace the rows that have this value, or are added at the end. The file is written
+    atomically, and commands that share it take turns. Raises UserError if it has other columns.
     """
     with locked(path.parent):
         stored = read_rows(path)
@@ -38,13 +38,13 @@ def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
             {name: "" if value is None else str(value) for name, value in row.items()}
             for row in rows
         ]
-        same = [number for number, old in enumerate(stored) if old[key] == new[0][key]]
-        place = same[0] if same else len(stored)
-        behind = [row for row in stored[place:] if row[key] != new[0][key]]
+        positions = [number for number, old in enumerate(stored) if old[key] == new[0][key]]
+        position = positions[0] if positions else len(stored)
+        after = [row for row in stored[position:] if row[key] != new[0][key]]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*stored[:place], *new, *behind])
+        writer.writerows([*stored[:position], *new, *after])
         write_file(path, text.getvalue().encode())
 
 
@@ -73,7 +73,7 @@ def into_table(
     table_and_key: Callable[[Job], tuple[Path, str]],
     key: str,
 ) -> Callable[[Job, Progress], None]:
-    """What run_all calls: make a job's rows, put them into its table, and finish it."""
+    """A function for run_all: makes a job's rows, puts them into its table, finishes the job."""
 
     def train(job: Job, progress: Progress) -> None:
         rows = rows_of(job, progress)

@@ -1,9 +1,9 @@
 """Does an LM loss help more where there are more classes? And does rank follow their number?
 
-P3 of studies/PROTOCOL.md: CLINC150's same rows with their labels merged to 2, 5, 10, 30, 75 and 150
-classes, Models 1 and 2 on own language models of many seeds, both at the rate that is best on
-tuning rows of pilot backbones at ten classes. Writes a table and a file of validation rows for each
-backbone, then results.json and a figure. The same command goes on where it was stopped.
+P3 of studies/PROTOCOL.md: the same rows of CLINC150 with labels merged to 2, 5, 10, 30, 75 and 150
+classes; Models 1 and 2 on many backbones, at the rates that are best on tuning rows of pilot
+backbones at ten classes. Writes a table and a file with results on validation rows for each
+backbone, then results.json and a figure. The same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from collapse.utils.files import ROOT
 from studies.shared import finetune, pilots, sweep
 from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
-MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
+MARGIN = 0.05  # of the slope of the gain (empirical logit of accuracy) on log2 of classes
 BACKBONES = 10  # backbones
 COUNTS = (2, 5, 10, 30, 75, 150)
-CHOSEN_AT = 10  # classes: where the rates are chosen
+CHOSEN_AT = 10  # classes at which learning rates are chosen
 RANDOM_COUNTS = (2, 10, 30)
 TRAIN_ROWS, EPOCHS, MAX_LENGTH = 7500, 4, 32
 SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH}
@@ -46,11 +46,11 @@ SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH
 class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Own language models, by their seeds.
+    # Seeds of the backbones, our own small language models.
     seeds: tuple[int, ...] = tuple(range(BACKBONES))
-    # Parts to run: pilot (chooses the rates), endpoint, random (merges drawn at random).
+    # Parts to run: pilot (chooses the learning rates), endpoint, random (classes merged at random).
     parts: tuple[str, ...] = ("pilot", "endpoint", "random")
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "class_count"
 
 
@@ -60,7 +60,7 @@ class Trial:
 
     seed: int
     classes: int
-    merge: str  # nested in domains, or random
+    merge: str  # how labels are merged: nested (in domains) or random
     arm: str  # its name in results
     rate: float  # base-10 logarithm
 
@@ -75,11 +75,11 @@ class Trial:
 
 
 def nested_classes(count: int) -> dict[str, int]:
-    """Intent -> class of `count` classes, each of whole classes of the next larger count.
+    """Intent -> one of `count` classes, each a union of classes of the next larger count.
 
-    Ten are the domains, five are pairs of them in their written order, two are three of these pairs
-    and the other two; a domain's fifteen intents, in alphabetical order, are cut into three classes
-    of five (30), and these in turn into two or three (75).
+    Ten classes are the domains; five are pairs of domains in their written order; two are three of
+    these pairs and the other two. For 30 classes a domain's fifteen intents, in alphabetical order,
+    are cut into three classes of five; for 75 these are cut into two or three.
     """
     intents = sorted(CLINC_DOMAINS)
     if count == len(intents):
@@ -102,16 +102,16 @@ def nested_classes(count: int) -> dict[str, int]:
 
 
 def random_classes(count: int, seed: int) -> dict[str, int]:
-    """Intent -> class of `count` classes of as like sizes as can be, drawn by the seed."""
+    """Intent -> one of `count` random classes of sizes as equal as possible, drawn by the seed."""
     order = np.random.default_rng([seed, count]).permutation(sorted(CLINC_DOMAINS))
     return {str(intent): place % count for place, intent in enumerate(order)}
 
 
 def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
-    """CLINC150 under merged labels, with fifty training rows of each intent; and tuning rows.
+    """(CLINC150 with merged labels and fifty training rows of each intent, tuning rows).
 
-    Both are fixed draws, the same for every number of classes. Tuning rows are others of the
-    training split, and none has the text of one that is trained on.
+    Both are fixed draws, the same for every number of classes. Tuning rows are other rows of the
+    training split, without any text of the training rows.
     """
     task = finetune.apart_from_validation(in_corpus_text(finetune.load_task("CLINC150", data_dir)))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
@@ -137,14 +137,14 @@ def relabelled(
 
 
 def balanced_draw(labels: list[int], each: int) -> np.ndarray:
-    """Numbers of `each` rows of every label, in order: the same draw everywhere and always."""
+    """Indices of `each` rows of every label, in order; the draw is always the same."""
     labels, rng = np.array(labels), np.random.default_rng(0)
     draws = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in np.unique(labels)]
     return np.sort(np.concatenate(draws))
 
 
 def toy(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
-    """Texts for rehearsals, with as many labels as asked for."""
+    """Generated texts for --miniature, with so many classes."""
     split = finetune.load_split(finetune.TOY, data_dir)
     return relabelled(*split, classes, lambda rows: [n % classes for n in range(len(rows))])
 
@@ -173,7 +173,7 @@ def chosen_rates(config: Config) -> dict[str, float]:
 
 
 def trials_at(config: Config, rates: dict[str, float]) -> list[Trial]:
-    """Trials that count, seed by seed; random merges at three counts."""
+    """Trials of the study, seed by seed; random merges at three numbers of classes."""
     merges = []
     if "endpoint" in config.parts:
         merges += [(count, "nested") for count in counts_of(config)]
@@ -207,7 +207,7 @@ def slope(gains: dict[int, float]) -> float:
 
 
 def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]]]:
-    """(merge, classes) -> seed -> model -> run, of what has both models at their rates."""
+    """(merge, classes) -> seed -> model -> run, for seeds with both models at their rates."""
     runs: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
     rates = chosen_rates(config)
     for run in read_runs(config.folder, BACKBONES, Trial):
@@ -222,7 +222,7 @@ def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]
 
 
 def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict[int, float]]:
-    """Seed -> classes -> Model 2's empirical logit less Model 1's; seeds that have all counts."""
+    """Seed -> classes -> Model 2's empirical logit minus Model 1's; for seeds with all counts."""
     gains: dict[int, dict[int, float]] = {}
     for count in counts:
         for seed, pair in study.get((merge, count), {}).items():
@@ -232,9 +232,9 @@ def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict
 
 
 def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) -> dict | None:
-    """Bootstrap interval of the mean slope: seeds and rows drawn anew, apart (Owen 2007).
+    """Bootstrap interval of the mean slope: seeds and rows resampled independently (Owen 2007).
 
-    A row keeps its place at every number of classes. None with fewer than two seeds.
+    A drawn row is used at every number of classes. None with fewer than two seeds.
     """
     seeds = sorted(gains_of(study, "nested", counts))
     if len(seeds) < 2:
@@ -296,7 +296,7 @@ def row_of(by_seed: dict[int, dict[str, Run]], merge: str, classes: int) -> dict
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Gain and components against the number of classes, nested and random merges."""
+    """Draw gain and components over the number of classes, for nested and random merges."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     merges = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
     for merge, name, fill, line in merges:

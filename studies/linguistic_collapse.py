@@ -1,9 +1,9 @@
-"""Do language models collapse as they grow, and does collapse tell more of them than their size?
+"""Does neural collapse grow with language models, and predict their loss beyond their size?
 
-Repeats "Linguistic Collapse" (Wu & Papyan 2024) at a size that two CPU cores carry: small language
-models of many sizes, and many seeds of one size, each measured as soon as it is trained. Writes
-models.csv, a row a model as it ends, and at the end results.json and linguistic_collapse.png.
-Models whose row is there are not trained again; the same command goes on where it was stopped.
+Repeats "Linguistic Collapse" (Wu & Papyan 2024) at a scale for two CPU cores: small language models
+of many sizes, and many seeds of one size, each measured when it is trained. Writes a row of
+models.csv for each model, then results.json and linguistic_collapse.png. Models with a row are not
+trained again; the same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -53,22 +53,22 @@ TITLES = {
 class Config:
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Text: tinystories from the hub, or newsgroups, which `make corpus` fetches.
+    # Text: tinystories (hub) or newsgroups (`make corpus`).
     corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
-    # Trainings side by side, each in a process of its own with one thread.
+    # Trainings to run in parallel, each in its own process with one thread.
     workers: int = command_line.grouped(1, "execution")
-    # Parts of the study to run: seeds (30 of one size), decay (ten seeds of it with less weight
-    # decay), grid (sizes). The results are always of all rows that are there.
+    # Parts of the study to run: seeds (30 of one size), decay (ten of them with less weight decay),
+    # grid (sizes). Results always use all existing rows.
     parts: tuple[str, ...] = ("seeds", "decay", "grid")
-    # How many of the 30 seeds to run; the others wait for another time.
+    # How many of the 30 seeds to run.
     seeds: int = 30
-    # Run no model of more epochs; of the sizes, two thirds of the time go into those of ten.
+    # Leave out models of more epochs; those of ten take two thirds of the time of all sizes.
     max_epochs: int = 10
-    # The whole study with a few tiny models on made-up text, in a folder that git ignores.
+    # Run the whole study with a few tiny models on generated text, in a folder that git ignores.
     miniature: bool = command_line.grouped(False, "execution")
-    # Only results.json and the figure, from the rows that are there.
+    # Only write results.json and the figure, from existing rows.
     summarize: bool = command_line.grouped(False, "execution")
-    # Wu & Papyan's table, to be shown beside ours. Default: not shown.
+    # CSV file with Wu & Papyan's table, to show beside ours. Default: not shown.
     paper_table: Path | None = command_line.grouped(None, "data")
     # Folder for models.
     models_dir: Path = command_line.grouped(pretrain.LANGUAGE_MODELS, "execution")
@@ -79,7 +79,7 @@ class Config:
 
 
 def plan(miniature: bool) -> dict[str, list[Recipe]]:
-    """part -> its models; a model may stand in two parts."""
+    """Part of the study -> recipes of its models; a model may be in two parts."""
     if miniature:
         fixed = pretrain.fixed_size(0, "miniature")
         sizes = [(32, 1, 2), (64, 1, 1), (32, 2, 1)]
@@ -101,7 +101,7 @@ def plan(miniature: bool) -> dict[str, list[Recipe]]:
 
 
 def run_missing(config: Config, recipes: list[Recipe]) -> None:
-    """Have every model trained and measured whose row is not in models.csv."""
+    """Train and measure every model without a row in models.csv."""
     table, state = config.output_dir / "models.csv", config.output_dir / "state"
     train_one = pretrain.trainer(recipes, config.corpus, config.models_dir)
     models = {
@@ -131,7 +131,7 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
 
 
 def measure(folder: Path, config: Config) -> dict[str, Any]:
-    """Neural collapse of the model in a folder: NC1 to NC3 on training, NC4 on validation text."""
+    """Neural collapse of the model in a folder; NC1 to NC3 on training, NC4 on validation text."""
     _, blocks, validation = tokens_of(config.corpus, config.models_dir)
     causal_lm = pretrain.load(folder)
     return token_collapse_metrics(
@@ -150,7 +150,7 @@ Rows = list[dict[str, float]]
 
 
 def rows_of_parts(config: Config) -> dict[str, Rows]:
-    """part -> rows of models.csv, numbers as numbers; a part without all its models has fewer."""
+    """Part of the study -> its rows of models.csv, without models that have not run."""
     row_by_name = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
     words = ("name", "weights_sha256", "git_commit")
     result = {}
@@ -165,7 +165,7 @@ def rows_of_parts(config: Config) -> dict[str, Rows]:
 
 
 def distinct(parts: dict[str, Rows]) -> Rows:
-    """Every model once: some stand in two parts."""
+    """Rows of all parts, each model once; some are in two parts."""
     kind = ("width", "layers", "epochs", "weight_decay", "seed")
     row_by_recipe = {
         tuple(row[key] for key in kind): row for rows in parts.values() for row in rows
@@ -178,7 +178,7 @@ def column(rows: Rows, name: str) -> np.ndarray:
 
 
 def spearman_with_loss(rows: Rows, name: str) -> dict[str, Any]:
-    """Rank correlation with validation loss; None where a column does not vary."""
+    """Rank correlation with validation loss; all None where a column does not vary."""
     x, loss = column(rows, name), column(rows, "validation_loss")
     if len(rows) < 3 or not np.ptp(x) or not np.ptp(loss):
         return {"r": None, "low": None, "high": None, "p": None, "n": len(rows)}
@@ -186,7 +186,7 @@ def spearman_with_loss(rows: Rows, name: str) -> dict[str, Any]:
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """What results.json holds: correlations at fixed scale and over the grid, weight decay."""
+    """What results.json holds: correlations at one size and over sizes, effect of weight decay."""
     parts = rows_of_parts(config)
     fixed, grid = parts["seeds"], parts["grid"]
     at_fixed_scale = {name: spearman_with_loss(fixed, name) for name in TITLES}
@@ -222,9 +222,9 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 def paper_correlations(config: Config) -> dict[str, Any] | None:
-    """Rank correlations with validation loss in Wu & Papyan's table, as of ours: theirs.
+    """Rank correlations with validation loss, computed from Wu & Papyan's table.
 
-    Without their table those that an earlier run left in results.json; None without any.
+    Without the table, those that results.json has from an earlier run, or None.
     """
     if not config.paper_table:
         stored = config.output_dir / "results.json"
@@ -241,7 +241,7 @@ def paper_correlations(config: Config) -> dict[str, Any] | None:
 
 
 def decay_effect(parts: dict[str, Rows], name: str) -> dict[str, Any]:
-    """Weight decay 5e-4 less .1, paired over seeds; of CDNVs in logs (a ratio)."""
+    """Weight decay 5e-4 minus 0.1, paired over seeds; for CDNVs the difference of logs."""
 
     def by_seed(rows: Rows) -> dict[float, float]:
         values = {row["seed"]: row[name] for row in rows}
@@ -256,7 +256,7 @@ def decay_effect(parts: dict[str, Rows], name: str) -> dict[str, Any]:
 
 
 def paper_rows(path: Path) -> Rows:
-    """Wu & Papyan's table under our names. Raises UserError when it is not their table."""
+    """Wu & Papyan's table with our names. Raises UserError if the file is another table."""
     result = []
     try:
         for row in read_rows(path):
@@ -285,7 +285,7 @@ def paper_rows(path: Path) -> Rows:
 
 
 def plot(config: Config) -> None:
-    """A row a measure, against validation loss: over sizes, at one size, and theirs where given."""
+    """Plot each measure (a row) over validation loss: over sizes, at one size, and the paper's."""
     parts = rows_of_parts(config)
     panels = [("ours, sizes", parts["grid"]), ("ours, seeds of one size", parts["seeds"])]
     if config.paper_table:
@@ -327,7 +327,7 @@ def plot(config: Config) -> None:
 
 
 def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float]) -> None:
-    """A colour a width, the same in every panel; widths are those of all panels."""
+    """Scatter a measure over validation loss, a colour per width; widths: of all panels."""
     for number, width in enumerate(widths):
         chosen = [row for row in rows if row["width"] == width]
         if not chosen:

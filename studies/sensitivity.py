@@ -1,8 +1,8 @@
-"""What P2 and P5 rest on: the same rows read by other rules. Exploratory, written after the runs.
+"""How sensitive are P2 and P5 to their rules? Exploratory, written after the runs.
 
-Recomputes from the committed tables of collapse_threshold.py and benefit.py, in seconds: P2 by the
-line that says that a run has learned, and by the highest healthy rate instead of the number of
-healthy ones; how much of Model 2's shift an LM loss explains that scales Adam's steps alone;
+Recomputes in seconds, from the committed tables of collapse_threshold.py and benefit.py: P2 for
+other definitions of "has learned", and by the highest healthy rate instead of the number of healthy
+ones; how much of Model 2's shift is explained by an LM loss that only scales Adam's steps;
 components at equal training loss and rate; rank at fixed training losses; the gain in accuracy at
 other learning rates. Writes studies/results/sensitivity/results.json.
 """
@@ -24,25 +24,25 @@ from studies.shared import pilots, sweep
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
 LINES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the way from chance to a backbone's best accuracy
 LOSSES = (0.5, 0.4, 0.3, 0.2)  # nats, of 512 training rows
-FEWEST_PAIRS = 5  # at a rate, for components at equal loss to be told
+FEWEST_PAIRS = 5  # that a rate needs to enter the table of components at equal loss
 
 
 def healthy_by_line(runs: Sequence[threshold.Run], line: float) -> dict[tuple[str, str], Any]:
     """(data set, arm) -> backbone -> rate -> whether components are kept and accuracy above a line.
 
-    The line is so far from chance to the backbone's best accuracy, .5 of P2.
+    line: position between chance (0) and the backbone's best accuracy (1); P2 uses 0.5.
     """
     outcomes = threshold.outcomes_of(runs, line=line)
     return threshold.good_by_rate(outcomes, threshold.GOOD["healthy"])
 
 
 def highest_healthy(good: Mapping[float, bool]) -> float | None:
-    """The highest rate whose run was healthy, whatever the lower ones were; None without one."""
+    """The highest rate with a healthy run, whatever happened at lower ones; None without one."""
     return max((rate for rate, healthy in good.items() if healthy), default=None)
 
 
 def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> dict[str, Any]:
-    """Line -> how the shift is read -> data set or `mean` -> Model 2 less Model 1, decades."""
+    """Line -> kind of threshold -> data set or `mean` -> Model 2 minus Model 1, decades."""
     by_line: dict[str, Any] = {}
     for line in LINES:
         healthy = healthy_by_line(runs, line)
@@ -62,9 +62,10 @@ def shifts(
     arm: str,
     base: str,
 ) -> dict[str, Any]:
-    """Data set, and the `mean` of them -> an arm's threshold less a base's, paired, t interval.
+    """Data set or `mean` -> an arm's threshold minus that of `base`: paired t interval.
 
-    `at_the_top`: backbones whose arm is well at every rate, which makes the shift a lower bound.
+    read(rate -> outcome): the threshold. `at_the_top`: backbones whose arm is good at every rate,
+    which makes the shift a lower bound.
     """
     by_dataset, per_set = {}, []
     for dataset in dict.fromkeys(dataset for dataset, _ in outcomes):
@@ -88,15 +89,15 @@ def shifts(
 
 
 def kept_by_rate(runs: Sequence[threshold.Run]) -> dict[tuple[str, str], Any]:
-    """(data set, arm) -> backbone -> rate -> whether components were kept, accuracy aside."""
+    """(data set, arm) -> backbone -> rate -> whether components were kept, at any accuracy."""
     return threshold.good_by_rate(threshold.outcomes_of(runs), threshold.GOOD["not collapsed"])
 
 
 def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
-    """Components kept at the end by Models 1 and 2, of pairs whose training loss is alike there.
+    """Components kept by Models 1 and 2 at the end, for pairs with similar final training loss.
 
-    Pairs are of one backbone, data set and rate, with losses within a tenth of each other; told are
-    rates with five or more where Model 1 has collapsed on average.
+    A pair has one backbone, data set and rate, and losses within a tenth of each other. Rows are
+    rates with FEWEST_PAIRS pairs or more at which Model 1 has collapsed on average.
     """
     by_place = {
         (r.trial.dataset, r.trial.rate, r.trial.seed, r.trial.arm): r
@@ -123,9 +124,9 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
 
 
 def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, Any]:
-    """Loss -> data set or `mean` -> log rank within classes, Model 2 less 1, at Model 1's rate.
+    """Loss -> data set or `mean` -> log rank within classes, Model 2 minus 1, at Model 1's rate.
 
-    Of backbones whose both models reach the loss; the mean, of those that do on every set.
+    For backbones whose two models both reach the loss; in `mean`, on every data set.
     """
     by_loss: dict[str, Any] = {}
     for level in LOSSES:
@@ -146,10 +147,10 @@ def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, A
 
 
 def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) -> dict[str, Any]:
-    """Data set -> rate -> Model 2's gain on tuning rows, mean of the pilots, both models at it.
+    """Data set -> rate -> Model 2's mean gain on tuning rows of pilots, both models at the rate.
 
-    The pilots chose each study's rates: P3's is where CLINC150 of ten classes is learned best, the
-    lowest of the four.
+    Each study's rates were chosen on these pilots; for P3, where CLINC150 with ten classes is
+    learned best, which is the lowest of the four.
     """
     gains: dict[str, dict[str, dict[str, Any]]] = {}
     for study, config in ((benefit, of_benefit), (class_count, of_classes)):
@@ -169,6 +170,7 @@ def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) ->
 def summary(
     of_threshold: threshold.Config, of_benefit: benefit.Config, of_classes: class_count.Config
 ) -> dict[str, Any]:
+    """What results.json holds, given the settings of the three studies."""
     runs, rates = threshold.read_runs(of_threshold.folder), of_threshold.rates
     healthy, kept = healthy_by_line(runs, LINES[0]), kept_by_rate(runs)
     study = benefit.read_study(of_benefit)
@@ -197,7 +199,7 @@ def write_summary() -> None:
 
 
 def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
-    """An interval, as a bound where it is one; n where fewer backbones than planned have it."""
+    """An interval, marked if it is a lower bound; with n if fewer backbones than planned."""
     if not interval["n"]:
         return "n/a"
     text = "≥ " * bool(interval.get("at_the_top")) + format_interval(interval, digits, 1, "+")
@@ -205,7 +207,7 @@ def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
 
 
 def table_lines(results: Mapping[str, Any]) -> str:
-    """P2 by the line that says that a run has learned; collapse alone needs none."""
+    """P2 by the line above which a run has learned; collapse alone needs no line."""
     datasets = list(results["collapse_alone"])
     rows = [["collapse alone", "", *(cell(results["collapse_alone"][data]) for data in datasets)]]
     for line, readings in results["P2_by_line"].items():

@@ -1,7 +1,7 @@
-"""Do the intervals of collapse/measures/statistics.py hold what they promise? Simulations.
+"""Do the intervals of collapse/measures/statistics.py have the coverage they claim? Simulations.
 
-How often an interval excludes zero where there is no difference, which differences the data sets
-can resolve, and how often an interval over rows of a rank or of CDNV contains what it estimates.
+How often an interval excludes zero although there is no difference, which differences the data sets
+can resolve, and how often an interval over rows of a rank or of CDNV contains its estimand.
 Two minutes on one core; writes studies/results/statistics/simulation.json.
 """
 
@@ -38,7 +38,7 @@ BALANCES = {
     "residual only": (0, 0, 1),
 }
 
-# Accuracies on the same rows and seeds: their variances say what other row counts resolve.
+# Results whose variances over seeds and rows predict the resolution at other numbers of rows.
 STUDIES = {
     "SST-2, SmolLM2-135M": "results_7b/smollm2-135m",
     "AG News, SmolLM2-135M": "results_agnews/smollm2-135m",
@@ -69,11 +69,11 @@ def main() -> None:
     print(OUTPUT.read_text(), end="")
 
 
-# How often a 95% interval excludes zero without a difference
+# How often a 95% interval excludes zero although there is no difference
 
 
 def false_positives(rng: np.random.Generator) -> dict:
-    """Per cent, for every balance of variances, number of seeds and number of rows."""
+    """False-positive rates in per cent, by balance of variances and numbers of seeds and rows."""
     return {
         name: {
             f"{n_seeds} seeds, {n_rows} rows": exclusion_rates(shares, n_seeds, n_rows, rng)
@@ -85,7 +85,7 @@ def false_positives(rng: np.random.Generator) -> dict:
 
 
 def worst_balance(rng: np.random.Generator) -> dict:
-    """The highest rate of the crossed interval over a grid of balances, per cent."""
+    """The crossed interval's highest false-positive rate over a grid of balances, per cent."""
     exponents, residuals = np.linspace(-2, 1, 10), (0, 0.1, 1)
     grid = [(1, 10**exponent, residual) for exponent in exponents for residual in residuals]
     return {
@@ -97,10 +97,10 @@ def worst_balance(rng: np.random.Generator) -> dict:
 def draw_mean_squares(
     shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, ...]:
-    """Mean (DRAWS,) without a difference and mean squares of seeds, rows, residual, over S N.
+    """Means (DRAWS,) without a true difference, and mean squares of seeds, rows and residual.
 
-    Under normal effects they are independent and the mean squares are chi-squared: nothing else
-    need be drawn.
+    Means are scaled by the root of S N. Under normal effects all are independent and the mean
+    squares chi-squared, so nothing else needs to be drawn.
     """
     of_seeds, of_rows, residual = shares
     freedom = (n_seeds - 1, n_rows - 1, (n_seeds - 1) * (n_rows - 1))
@@ -112,7 +112,7 @@ def draw_mean_squares(
 def exclusion_rates(
     shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Of the crossed interval, of those over seeds and over rows alone, and of both at once."""
+    """Exclusion rates of the crossed interval, of seeds or rows alone, and of both at once."""
     mean, *squares = draw_mean_squares(shares, n_seeds, n_rows, rng)
     se, df = crossed_error(*squares, n_seeds, n_rows)
     crossed = excludes_zero(mean, se * math.sqrt(n_seeds * n_rows), df)
@@ -123,9 +123,10 @@ def exclusion_rates(
 
 
 def where_the_floor_is_reached(rng: np.random.Generator) -> dict:
-    """Rates among draws whose mean square of seeds fell below the residual's; both vary alike.
+    """Exclusion rates among draws whose mean square of seeds is below that of the residual.
 
-    `as seen` takes that mean square into the degrees of freedom as it was seen, not as floored.
+    Seeds and residual have equal variance. `as seen` computes degrees of freedom from the observed
+    mean square of seeds, `as floored` from the residual's.
     """
     rates = {}
     for n in SEEDS:
@@ -146,7 +147,7 @@ def where_the_floor_is_reached(rng: np.random.Generator) -> dict:
 def pigeonhole_false_positives(
     rng: np.random.Generator, runs: int = 500, n_rows: int = 200
 ) -> dict:
-    """Per cent. What counts is the share of the variance, whatever the number of rows."""
+    """Per cent. Few rows suffice: only the shares of variance matter."""
     rates = {}
     for name in ("seeds, rows and residual alike", "seeds and rows alike", "residual only"):
         of_seeds, of_rows, residual = BALANCES[name]
@@ -166,11 +167,11 @@ def pigeonhole_false_positives(
 def false_positives_of_right_or_wrong(
     rng: np.random.Generator, runs: int = 1000, n_rows: int = 872
 ) -> dict:
-    """The crossed interval's rate for differences of -1, 0 and 1, per cent.
+    """The crossed interval's false-positive rate for differences of -1, 0 and 1, per cent.
 
-    The chance that a model is right has a logit: the row's (mean 3, standard deviation 3, shared by
-    all), the model's on this row (0.5), the training's (0.1). Both models have the same
-    distribution.
+    The logit that a model is right is a sum: of the row (mean 3, standard deviation 3, shared by
+    all), of the model on this row (standard deviation 0.5), of the training (0.1). Both models have
+    the same distribution.
     """
     rates = {}
     for n_seeds in SEEDS:
@@ -187,7 +188,7 @@ def false_positives_of_right_or_wrong(
 
 
 def excludes_zero(mean: np.ndarray, se: np.ndarray, df: np.ndarray | int) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # no spread at all: excluded
+    with np.errstate(divide="ignore"):  # without any spread zero is excluded
         return 2 * stdtr(df, -np.abs(mean) / se) < 0.05
 
 
@@ -199,10 +200,10 @@ def per_cent(which: np.ndarray) -> float:
 
 
 def half_widths(n_seeds: int = 10) -> dict:
-    """Expected half-width of the crossed 95% interval in points, by variances of three seeds.
+    """Expected half-width of the crossed 95% interval in points, from variances of three seeds.
 
-    `as seen`: the variances as estimated. `cautious`: the mean square of seeds at the upper end of
-    its one-sided 90% interval, since three seeds tell little of it.
+    `as seen`: with variances as estimated. `cautious`: with the mean square of seeds at the upper
+    end of its one-sided 90% interval, because three seeds estimate it poorly.
     """
     by_comparison = {}
     for name, folder in STUDIES.items():
@@ -218,7 +219,7 @@ def right_or_wrong(seeds: dict) -> np.ndarray:
 
 
 def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
-    """For other numbers of seeds and rows than those of the differences (S, N)."""
+    """Half-widths for n_seeds and each of ROW_COUNTS, from variances of differences (S, N)."""
     seen_seeds, seen_rows = differences.shape
     of_seeds, of_rows, residual = crossed_mean_squares(differences)
     upper = max(of_seeds, residual) * (seen_seeds - 1) / chi2.ppf(0.1, seen_seeds - 1)
@@ -242,11 +243,11 @@ def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
     return results
 
 
-# How often an interval over rows contains the mean of the statistic over samples of as many rows
+# How often an interval over rows contains the statistic's mean over samples of the same size
 
 
 def coverage_over_rows(rng: np.random.Generator, runs: int = 1000) -> dict:
-    """Per cent, of the 95% delete-half jackknife interval, for classes near and far apart."""
+    """Coverage of the 95% delete-half jackknife interval in per cent, for near and far classes."""
     coverage = {}
     for name, separation in (("classes near", 0.5), ("classes far", 3.0)):
         classes = separation * rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
@@ -265,7 +266,7 @@ def coverage_over_rows(rng: np.random.Generator, runs: int = 1000) -> dict:
 
 
 def coverage_over_seeds_and_rows(rng: np.random.Generator, runs: int = 300) -> dict:
-    """The same of `seeds_and_rows_interval`: each seed sees the rows through its own linear map."""
+    """The same for seeds_and_rows_interval; each seed transforms the rows by its own linear map."""
     coverage = {}
     classes = rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
     for n_seeds in (3, 5, 10):
@@ -303,7 +304,7 @@ def draw_rows(classes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 
 
 def draw_halves(rng: np.random.Generator) -> np.ndarray:
-    """Rows of random halves (B, N / 2)."""
+    """Indices of random halves of the rows (B, N / 2)."""
     return rng.permuted(np.tile(np.arange(TOTAL), (SUBSETS, 1)), axis=1)[:, : TOTAL // 2]
 
 

@@ -1,8 +1,8 @@
-"""What P6, P7 and P8 of the protocol can tell, and how often they err. Simulations.
+"""Power and error rates of P6, P7 and P8 of the protocol. Simulations.
 
-Plants thresholds that move with training time, draws trainings at the protocol's rates around them,
-and runs the endpoints' own code on what a table of measurements would say. Two minutes on one
-core; writes studies/results/statistics/threshold_simulation.json, in per cent of draws.
+Assumes thresholds that move with training time, simulates trainings at the protocol's rates, and
+runs the endpoints' code on the simulated measurements. Two minutes on one core; writes
+studies/results/statistics/threshold_simulation.json, in per cent of draws.
 """
 
 import itertools
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
 DRAWS = 1000
 MARGIN, KEPT = 0.25, 1 / 4
-ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of what a grid of quarter decades rounds off
-HOLM = 1 - 0.05 / 3  # the widest that the family of three asks for
+ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of rounding to a grid of quarter decades
+HOLM = 1 - 0.05 / 3  # the widest level in a family of three
 STEPS = tuple(50 * 2**k for k in range(8))
 FITTED = STEPS[2:]
 RATES = {
@@ -38,9 +38,9 @@ RATES = {
     "model2": [(-3.5 + k / 2, 6400) for k in range(4)]
     + [(rate, 400) for rate in (-1.5, -1.25, -1.0, -0.75)],
 }
-AT_200 = {"model1": -2.38, "model2": -1.43}  # of the published thresholds after 200 steps
+AT_200 = {"model1": -2.38, "model2": -1.43}  # published thresholds after 200 steps
 DOUBLING = math.log10(2)
-# Standard deviations: of a backbone's threshold, of what a training and a measurement deviate.
+# Standard deviations of thresholds over backbones, and of errors of a training, a measurement.
 BACKBONES, TRAININGS, MEASUREMENTS = 0.15, 0.1, 0.1
 
 
@@ -65,7 +65,7 @@ def main() -> None:
 def thresholds_of(
     arm: str, at_200: float, slope: float, rng: np.random.Generator
 ) -> dict[int, Threshold]:
-    """Steps -> threshold of one simulated backbone, whose own lies on a line in log10 steps."""
+    """Steps -> threshold of a simulated backbone, whose true one is linear in log10 of steps."""
     collapsed: dict[int, dict[float, bool]] = {step: {} for step in STEPS}
     for rate, longest in RATES[arm]:
         own = rate - at_200 + TRAININGS * rng.standard_normal()
@@ -82,7 +82,7 @@ def thresholds_of(
 
 
 def p6(rng: np.random.Generator) -> dict[str, Any]:
-    """By the slope, its standard deviation over backbones, their number, and where it begins."""
+    """Verdicts by slope, its standard deviation, number of backbones, and shift of thresholds."""
     rates_by_case = {}
     product = [*itertools.product((0.0, -0.25, -0.5, -0.87), (0.1, 0.2), (8, 5), (0.0,))]
     product += [(slope, 0.2, 8, moved) for slope in (0.0, -0.87) for moved in (-0.6, 0.4)]
@@ -99,7 +99,7 @@ def p6(rng: np.random.Generator) -> dict[str, Any]:
                 fitted = {step: by_step[step] for step in FITTED}
                 censored += sum(bool(threshold.censored) for threshold in fitted.values())
                 values.append(slope_over_time(fitted, ROUNDING))
-            known = [-value for value in values if value is not None]  # how far it falls
+            known = [-value for value in values if value is not None]  # P6 is how far it falls
             complete = len(known) == backbones
             return known, complete, False, censored / backbones / len(FITTED)
 
@@ -108,7 +108,7 @@ def p6(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def p7(rng: np.random.Generator) -> dict[str, Any]:
-    """Model 1 drifts by -0.87 decades a decade; by Model 2's slope and the number of backbones."""
+    """Verdicts by Model 2's slope and number of backbones; Model 1's slope is -0.87."""
     rates_by_case = {}
     for slope, backbones in itertools.product((-0.87, -0.62, -0.4, 0.0), (5, 8)):
 
@@ -132,7 +132,7 @@ def p7(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def p8(rng: np.random.Generator) -> dict[str, Any]:
-    """Five seeds, six rates that double; by Model 1's threshold and Model 2's shift from it."""
+    """Verdicts by Model 1's threshold and Model 2's shift; five seeds, six rates that double."""
     rates = [math.log10(2e-4) + k * DOUBLING for k in range(6)]
     rates_by_case = {}
     for base, shift, spread in itertools.product((-3.25, -2.75), (0.0, 0.25, 0.5, 0.9), (0.1, 0.2)):
@@ -152,10 +152,10 @@ def p8(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
-    """How often each verdict falls, per cent; mean estimate; mean share censored or missing.
+    """Per cent of draws with each verdict; mean estimate; mean share censored or missing.
 
-    draw() gives values of backbones (or an interval of their mean), whether all have one, whether
-    they are lower bounds, and that share.
+    draw() gives (values of backbones or an interval of their mean, whether all have a value,
+    whether they are lower bounds, share that is censored or missing).
     """
     verdicts, means, shares, excluded = Counter(), [], [], 0
     for _ in range(DRAWS):

@@ -1,9 +1,9 @@
-"""How fast does training run, against two yardsticks on the same model and the same rows?
+"""How fast does training run, compared with two other recipes on the same model and rows?
 
-`--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random
-NF4 weights and true token lengths, for which it needs a GPU; `--backbone tiny` is that in
-miniature, for a CPU. The recipes of studies/yardsticks.py and ours run in turn, a few steps of
-each, in one process: conventional on batches drawn at random, the others on rows of like length.
+`--backbone small` times Experiment 1; `--backbone 7b` times the architecture of Qwen2.5-7B with
+random NF4 weights and true token lengths, on a GPU; `--backbone tiny` is that in miniature, for a
+CPU. The recipes of studies/yardsticks.py and ours run alternately, a few steps of each, in one
+process: conventional on random batches, the others on batches of rows of similar length.
 
 Writes throughput.json.
 """
@@ -45,23 +45,22 @@ from studies.yardsticks import RECIPES, ecosystem_seconds, make_trainer
 class Config:
     """Settings of the measurement; the comment above a field is its --help text."""
 
-    # What is trained: Experiment 1, the 7B architecture with random weights, or that in miniature.
+    # What to train: Experiment 1, the 7B architecture with random weights, or that in miniature.
     backbone: Literal["small", "7b", "tiny"] = "small"
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
-    # Tokenizer that gives the language models' true token lengths: a hub name, a folder or
-    # smollm2-135m.
+    # Tokenizer for true token lengths of language models: a hub name, a folder or smollm2-135m.
     tokenizer: str = DEFAULT_MODEL
-    # Folder for the results. Default: the experiment's own; for the miniature, a folder that git
+    # Folder for the results. Default: the experiment's own; with --backbone tiny a folder that git
     # ignores.
     output_dir: Path | None = None
     # Models to time.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    # Timed rounds: in each, every recipe runs in turn.
+    # Timed rounds; in each, every recipe runs once.
     rounds: int = 7
     # Optimizer steps of one recipe in a round.
     steps: int = 20
-    # GPU memory that the process may take, in GiB: of a card of 16, what its driver leaves.
+    # GPU memory that the process may use, in GiB; default: what a driver leaves of 16.
     memory_gib: float = 15.0
 
 
@@ -73,9 +72,10 @@ def measure(
     config: Config,
     least: tuple[Sizes, dict[str, float]] | None,
 ) -> dict:
-    """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of
-    rounds; peak memory; with `least`, sizes and rates, the share of the least time in ours'. A
-    recipe that ran out of memory is named in `out_of_memory`, and has no numbers.
+    """Examples and tokens per second of each recipe (medians over rounds), ratios, peak memory.
+
+    least: (sizes, rates), to compute `limit_share`, the lower bound of the time over our time. A
+    recipe that runs out of memory is named in `out_of_memory` and has no numbers.
     """
     size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
@@ -124,10 +124,10 @@ def measure(
 def recipe_seconds(
     number: int, recipe: str, model, split: Split, settings, rows: list[np.ndarray], state: dict
 ) -> float | None:
-    """Seconds of these steps, None where memory runs out.
+    """Seconds of these steps, or None if memory runs out.
 
-    Each time with an optimizer of its own, which is gone afterwards: the moments of two would not
-    be in one training. `state` keeps what ours learned about memory.
+    Every call has its own optimizer, because one training never holds the moments of two. `state`
+    keeps our recipe's micro-batch size and number of unpacked layers between calls.
     """
     trainer = make_trainer(number, recipe, model, split, settings)
     try:
@@ -153,8 +153,10 @@ def recipe_seconds(
 def least_step_seconds(
     sizes: Sizes, rates: dict, model: common.DualHeadModel, split: Split, rows: list[np.ndarray]
 ) -> float:
-    """least_seconds of these steps' true tokens; an engram's model passes over the weights twice,
-    since a step's second half waits for the first half's engrams.
+    """least_seconds for the true tokens of these steps.
+
+    A model with an engram reads the weights twice per step, because a batch's second half needs the
+    engrams of its first half.
     """
     has_engram = model.compressor is not None
     tokens = sum(float(split.lengths[batch].sum()) + has_engram * len(batch) for batch in rows)
@@ -187,7 +189,7 @@ def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
 
 
 def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> float:
-    """Rows a second of an evaluation, on a draw of the training split: of about its lengths."""
+    """Rows per second of an evaluation, on a random sample of the training split."""
     drawn = np.random.default_rng(1).permutation(len(split.labels))[: min(rows, 1000)]
     part = Split([split.token_ids[row] for row in drawn], split.labels[drawn])
     started = now()
@@ -213,7 +215,7 @@ def describe(result: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# On what
+# What is timed
 # --------------------------------------------------------------------------------------------------
 
 STUDIES = (
@@ -267,7 +269,7 @@ def save(config: Config, folder: str, results: dict) -> None:
 
 
 def measure_language_model(config: Config) -> dict[str, dict]:
-    """Both data sets on one architecture; a throughput.json for each."""
+    """Time both data sets on one architecture; write a throughput.json for each."""
     tiny = config.backbone == "tiny"
     device, shape = torch.device("cpu" if tiny else "cuda"), TINY if tiny else QWEN
     if not tiny:

@@ -1,4 +1,4 @@
-"""What the reference claims, and what its experiments show when repeated: tables of FINDINGS.md."""
+"""Tables of FINDINGS.md on the claims and experiments of the reference, and our repetitions."""
 
 from pathlib import Path
 
@@ -20,18 +20,18 @@ from studies.report.experiments import (
 )
 from studies.report.own_models import standing
 
-CROSS = "results_agnews/smollm2-135m"  # its gains are compared with those of its `other`
+CROSS = "results_agnews/smollm2-135m"  # whose gains are compared with the other data set's
 SHORT = {study.folder: study.short for study in STUDIES}
 
 
 def repeated() -> list[Study]:
-    """Studies on data sets that the reference used, with all three models."""
+    """Studies with all three models on data sets that the reference used."""
     studies = [study for study in studies_with_results() if reference_for(Path(study.folder))]
     return [study for study in studies if "model3" in results_of(study)["models"]]
 
 
 def full_tables(*kinds: str) -> list[str]:
-    """Keys of these tables of RESULTS.md, of each such study."""
+    """Keys in RESULTS.md of the tables of these kinds, for each repeated study."""
     return [f"{study.folder} {kind}" for study in repeated() for kind in kinds]
 
 
@@ -54,17 +54,17 @@ def aris(results: dict, case: str) -> list[float]:
 
 
 def ari_gain(study: Study) -> dict:
-    """Engram ARI of the trained compressor less the untrained one's: over seeds, it has no rows."""
+    """Engram ARI of the trained compressor minus the untrained one's, interval over seeds."""
     results = results_of(study)
     pairs = zip(aris(results, "trained"), aris(results, "untrained"), strict=True)
     return mean_interval(trained - untrained for trained, untrained in pairs)
 
 
 def mild_collapse(ranks: dict) -> tuple[str, dict[str, str]]:
-    """Where on SST-2 model 1 meets the reference's sign of a mild collapse, by the means of the
-    seeds: stable rank and participation ratio fall while the effective rank does not.
+    """(verdict, study -> numbers before and after): does model 1 collapse mildly on SST-2?
 
-    Which ones do; of each its numbers before and after training.
+    The reference's sign of it: stable rank and participation ratio fall while the effective rank
+    does not. Judged by means over seeds.
     """
     met, shown = [], {}
     for result in [result for name, result in ranks.items() if name.startswith("SST-2")]:
@@ -88,7 +88,7 @@ def verdict_of_h4(ran: dict[str, dict]) -> str:
 
 
 def verdict_of_h3(ran: dict[str, dict]) -> str:
-    """P4 is of a trained label; P4b asks what training the compressor adds."""
+    """P4 is about a trained label; P4b about what training the compressor adds."""
     results = own_models.results_of(own_models.CONFIGS["engram_salience"]) or {"arms": []}
     arms = [row for row in results["arms"] if row["arm"] == "model3"]
     differences = [row["less_random_compressor"] for row in arms]
@@ -97,7 +97,7 @@ def verdict_of_h3(ran: dict[str, dict]) -> str:
 
 
 def claim(text: str, reference: str, verdict: str, cells: dict[str, str]) -> dict[str, str]:
-    """A row; cells: short name of a study -> what it shows."""
+    """A row of the table; cells: short name of a study -> its cell."""
     return cells | {"claim": text, "theirs": reference, "verdict": verdict}
 
 
@@ -162,7 +162,7 @@ def claims_of_rank(ran: dict[str, dict]) -> list[dict[str, str]]:
 
 
 def reference_claims() -> tuple[str, list[str]]:
-    """What the reference claims, and what stands beside it here; keys of the full tables."""
+    """Table of the reference's claims beside our results, and keys of the full tables."""
     ran, names = own_models.endpoints(), [study.short for study in repeated()]
     columns = [Column("claim of the reference", "claim"), Column("its number", "theirs")]
     columns += [Column(name, lambda row, name=name: row.get(name, "")) for name in names]
@@ -182,8 +182,9 @@ EXPERIMENT_COLUMNS = (
 
 
 def repeated_experiments() -> tuple[str, list[str]]:
-    """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its; keys
-    of the full tables.
+    """Table of the repeated experiments beside the reference's numbers, and keys of full tables.
+
+    Accuracy, effective rank and engrams of the three models on each of its data sets.
     """
     rows = []
     for ranks in read_ranks().values():

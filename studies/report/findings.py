@@ -1,9 +1,8 @@
 """Write RESULTS.md, and fill the marked blocks of FINDINGS.md and README.md, from the JSON files.
 
-RESULTS.md holds every table and figure of every run, in one order, each study with its command and
-where its numbers come from. A block stands between <!--begin NAME--> and <!--end-->; what is
-between the marks is replaced by what BLOCKS has under its name. Figures whose numbers are in the
-JSON files are drawn anew.
+RESULTS.md has every table and figure of every run, for each study with its command and the origin
+of its numbers. A block is the text between <!--begin NAME--> and <!--end-->, which is replaced by the
+output of BLOCKS[NAME]. Figures whose numbers are in the JSON files are drawn again.
 """
 
 import re
@@ -123,8 +122,7 @@ def table_linguistic() -> str:
     return own_models.table_linguistic(results, primary)
 
 
-# Name of a block -> a function that gives its table, and the keys of the tables of RESULTS.md that
-# hold more of it.
+# Name of a block -> a function that gives its table, and keys of the full tables in RESULTS.md.
 BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
     "endpoints": lambda: (own_models.table_endpoints(short=True), ["endpoints"]),
     "threshold": lambda: (table_threshold(), ["threshold", "shifts"]),
@@ -144,7 +142,7 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
 
 
 def fill(text: str, page: Page) -> str:
-    """The document with every block made anew; page is RESULTS.md, whose tables they name."""
+    """The document with every block made again; page: RESULTS.md, whose table numbers they name."""
 
     def replace(match: re.Match) -> str:
         content, keys = BLOCKS[match["name"]]()
@@ -156,9 +154,9 @@ def fill(text: str, page: Page) -> str:
 
 
 def summarize_and_draw() -> None:
-    """Summaries and figures of the tables of own models, figures of what the JSON files hold.
+    """Write the summaries of all studies, and draw all figures whose numbers are in files.
 
-    t-SNE needs the engrams of a run.
+    Not those of t-SNE, which need the engrams of a run.
     """
     rank_plots.plot_all((ROOT / experiments.RANKS).parent, experiments.read_ranks())
     own_models.summarize()

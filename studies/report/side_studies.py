@@ -1,5 +1,7 @@
-"""What RESULTS.md tells beside the experiments and the studies on own models: the first token as
-an attention sink, what the statistics resolve, speed, and the reference's numbers.
+"""Smaller sections of RESULTS.md.
+
+The first token as an attention sink, resolution of the statistics, speed, and the reference's
+numbers.
 """
 
 from pathlib import Path
@@ -26,7 +28,7 @@ SINK_COLUMNS = (
 
 
 def table_sink(results: dict) -> str:
-    """Of each layer of a pretrained model; layer 0 are the embeddings."""
+    """Ranks and norms of each layer of a pretrained model; layer 0 are the embeddings."""
     rows = (numbers | {"layer": layer} for layer, numbers in enumerate(results["layers"]))
     return table(SINK_COLUMNS, rows)
 
@@ -55,7 +57,7 @@ FALSE_POSITIVE_COLUMNS = (
 
 
 def table_half_widths(results: dict) -> str:
-    """What ten seeds resolve, from variances seen in our runs."""
+    """Half-widths of intervals with ten seeds, from variances in our runs."""
     cases = results["half_widths_in_points"]
     kinds = ("as seen", "cautious")
     by_kind = {case: {kind: numbers[kind] for kind in kinds} for case, numbers in cases.items()}
@@ -99,8 +101,9 @@ def table_throughput(results: dict) -> str:
 
 
 def table_paper(counts_of: dict[str, dict]) -> str:
-    """Hours expected by card for data sets (folder -> counts of studies/hours.py), and the
-    reference's; how many times as fast as other recipes ours can be at most.
+    """Estimated hours by card, the reference's hours, and the largest possible speed-up.
+
+    counts_of: results folder -> output of studies/hours.py.
     """
     rows, sources, cards = [], [], []
     for place, counts in counts_of.items():
@@ -125,7 +128,7 @@ def table_paper(counts_of: dict[str, dict]) -> str:
 
 
 def table_hours(counts_of: dict[str, dict]) -> str:
-    """For the README: hours of a training by card, models 1 to 3 and data sets."""
+    """For README.md: estimated hours of a training, by card, model and data set."""
     first = next(iter(counts_of.values()))
     rows = [
         [
@@ -144,7 +147,7 @@ def table_hours(counts_of: dict[str, dict]) -> str:
 
 
 def table_by_others(folder: Path) -> str:
-    """7B runs that people sent, a row for each training: folder/NAME/results.json."""
+    """7B runs by others, from folder/NAME/results.json; a row for each training."""
     rows = []
     for file in sorted(folder.glob("*/results.json")):
         results = read_json(file)

@@ -186,10 +186,10 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
-    """The data set of the settings; movie-review snippets where SST-2 is not to be had."""
+    """The data set of the settings; movie-review snippets where SST-2 cannot be loaded."""
     task = registry.load_task(config)
     if task is None and config.dataset != "SST-2":
-        raise UserError(f"{config.dataset} is not to be had: give --data-dir.")
+        raise UserError(f"{config.dataset} cannot be loaded: give --data-dir.")
     if task is None:
         print(
             "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "

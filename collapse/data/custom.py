@@ -206,7 +206,7 @@ def rows_of_table(table: Table, classes: Sequence[str]) -> Rows:
         text, word = labelled(where, values, table.class_names)
         if word not in numbers:
             raise UserError(
-                f"{where}: no training row has the label {word!r}; mend or remove the row."
+                f"{where}: no training row has the label {word!r}; fix or remove the row."
             )
         rows.texts.append(text)
         rows.labels.append(numbers[word])
@@ -245,5 +245,5 @@ def labelled(where: str, values: Sequence[Any], names: list[str] | None) -> tupl
     if re.search("[\ud800-\udfff]", text + word):  # JSON can write them, as \ud83d
         problem = problem or "half of a character"
     if problem or not word:
-        raise UserError(f"{where}: {problem or 'the label is empty'}; mend or remove the row.")
+        raise UserError(f"{where}: {problem or 'the label is empty'}; fix or remove the row.")
     return text, word

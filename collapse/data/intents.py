@@ -82,12 +82,12 @@ def read_banking77_split(path: Path) -> list[tuple[str, str]]:
             if len(columns) != 2:
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(columns)} columns where text,category "
-                    "has 2; mend or remove the line."
+                    "has 2; fix or remove the line."
                 )
             pairs.append((columns[0], columns[1]))
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}; mend or remove the line."
+            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
         ) from None
     return pairs
 

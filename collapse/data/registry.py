@@ -44,18 +44,18 @@ def read_ag_news_split(path: Path) -> Rows:
             if len(columns) != 3:
                 raise UserError(
                     f"{where}: {len(columns)} columns where class,title,description has 3; "
-                    "mend or remove the line."
+                    "fix or remove the line."
                 )
             text = " ".join(columns[1:]).strip()
             if not text:
                 raise UserError(
-                    f"{where}: title and description are empty; mend or remove the line."
+                    f"{where}: title and description are empty; fix or remove the line."
                 )
             rows.texts.append(text)
             rows.labels.append(parse_label(columns[0], 1, 4, where))
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}; mend or remove the line."
+            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
         ) from None
     return rows
 
@@ -203,7 +203,7 @@ def load_task(config: RunConfig) -> Task | None:
 
 
 def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | None = None) -> Task:
-    """The rows of a run, given its `Task.summary`. Raises UserError when they are not to be had.
+    """The rows of a run, given its `Task.summary`. Raises UserError when they cannot be loaded.
 
     dataset: where the run's file, folder or hub set is now, if it has moved.
     """

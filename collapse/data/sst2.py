@@ -26,10 +26,10 @@ def read_sst2_split(path: Path) -> Rows:
         if len(columns) != 2:
             raise UserError(
                 f"{where}: {len(columns)} columns where sentence<TAB>label has 2; "
-                "mend or remove the line."
+                "fix or remove the line."
             )
         if not columns[0].strip():
-            raise UserError(f"{where}: the sentence is empty; mend or remove the line.")
+            raise UserError(f"{where}: the sentence is empty; fix or remove the line.")
         rows.texts.append(columns[0].strip())
         rows.labels.append(parse_label(columns[1].strip(), 0, 1, where))
     return rows

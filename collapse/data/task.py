@@ -78,7 +78,7 @@ def check_task(task: Task) -> Task:
                 where = f"row {number + 1} of the {split} split of {task.name} ({task.source})"
                 raise UserError(
                     f"{where} has label {label}, "
-                    f"not one of 0 to {len(task.class_names) - 1}: mend or remove it."
+                    f"not one of 0 to {len(task.class_names) - 1}: fix or remove it."
                 )
     return task
 
@@ -188,7 +188,7 @@ def decode_lines(content: bytes, path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         encoding, number = "WINDOWS-1252", lines.index(error.object) + 1
     raise UserError(
-        f"{path}, line {number}: not UTF-8; mend the line, or convert the file from its encoding, "
+        f"{path}, line {number}: not UTF-8; fix the line, or convert the file from its encoding, "
         f"perhaps {encoding}: `iconv -f {encoding} -t UTF-8 {path.name} > NEW`."
     )
 
@@ -211,11 +211,11 @@ def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: 
     for row, (text, name) in enumerate(pairs, 1):
         rows.texts.append(" ".join(text.split()))
         if not rows.texts[-1]:
-            raise UserError(f"row {row} of {where} is empty: mend or remove it.")
+            raise UserError(f"row {row} of {where} is empty: fix or remove it.")
         if name not in numbers:
             raise UserError(
                 f"row {row} of {where} has class {name!r}, "
-                f"not one of the {len(numbers)}: mend or remove it."
+                f"not one of the {len(numbers)}: fix or remove it."
             )
         rows.labels.append(numbers[name])
     return rows
@@ -225,6 +225,6 @@ def parse_label(text: str, lowest: int, highest: int, where: str) -> int:
     """A label of a file, counted from 0. Raises UserError that names its place in the file."""
     if text not in map(str, range(lowest, highest + 1)):
         raise UserError(
-            f"{where}: label {text!r} is not one of {lowest} to {highest}; mend or remove the line."
+            f"{where}: label {text!r} is not one of {lowest} to {highest}; fix or remove the line."
         )
     return int(text) - lowest

@@ -62,7 +62,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
             complaint = f"is damaged or no {file_type(path)[1:]} file"
-            raise UserError(f"{path} {complaint} ({reason}): mend or replace it.") from None
+            raise UserError(f"{path} {complaint} ({reason}): fix or replace it.") from None
 
 
 def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
@@ -108,7 +108,7 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
             raise
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
-        raise UserError(f"{where}: {error}; mend or remove the line.") from None
+        raise UserError(f"{where}: {error}; fix or remove the line.") from None
 
 
 def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
@@ -125,7 +125,7 @@ def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
     for number, record in records:
         where = f"{path}, {unit} {number}"
         if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object of its own; mend or remove the {unit}.")
+            raise UserError(f"{where}: not a JSON object of its own; fix or remove the {unit}.")
         check_columns(list(record), columns, where)
         rows.append((where, [record[name] for name in columns]))
     return Table(rows, None)

@@ -52,7 +52,7 @@ def loading(name: str):
             reason = "the hub does not answer, and its cache does not hold all of the model"
             fix = "run the same command again when it does, or give a folder"
         elif is_path:
-            fix = "mend it, or give another one of a causal LM"
+            fix = "fix it, or give another one of a causal LM"
         raise UserError(f"cannot load the model {name} ({reason}): {fix}.") from None
 
 

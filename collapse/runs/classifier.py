@@ -111,7 +111,7 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"row {number} holds half of a character: mend or remove it.") from None
+            raise UserError(f"row {number} holds half of a character: fix or remove it.") from None
     return texts
 
 

@@ -1,7 +1,7 @@
 """Write RESULTS.md, and fill the marked blocks of FINDINGS.md and README.md, from the JSON files.
 
 RESULTS.md has every table and figure of every run, for each study with its command and the origin
-of its numbers. A block is the text between <!--begin NAME--> and <!--end-->, which is replaced by the
+of its numbers. A block is the text between <!--begin NAME--> and <!--end-->; it is replaced by the
 output of BLOCKS[NAME]. Figures whose numbers are in the JSON files are drawn again.
 """
 

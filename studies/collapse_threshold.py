@@ -651,15 +651,16 @@ def text(results: dict[str, Any]) -> str:
     lines = []
     for row in results["arms"]:
         shown = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
-        found = row["shift"].get("healthy", {}).get("mean", {})
+        shift = row["shift"].get("healthy", {}).get("mean", {})
         moved = ""
-        if found.get("n"):
-            moved = f", {format_interval(found, sign='+')} decades from Model 1's"
+        if shift.get("n"):
+            moved = f", {format_interval(shift, sign='+')} decades from Model 1's"
         lines.append(f"{row['arm']:12} threshold at 10^: {', '.join(shown) or 'n/a'}{moved}")
     lines.append(results["P2"]["text"] if results["P2"] else "P2: no interval yet")
-    for dataset, found in results.get("by_components", {}).items():
-        said = found["shift"]["text"] if found["shift"] else "no interval yet"
-        lines.append(f"{dataset}, shift of Model 2 by components alone: {said}")
+    for dataset, components in results.get("by_components", {}).items():
+        shift = components["shift"]
+        verdict = shift["text"] if shift else "no interval yet"
+        lines.append(f"{dataset}, shift of Model 2 by components alone: {verdict}")
     return "\n".join(lines)
 
 

@@ -23,11 +23,11 @@ from tqdm import tqdm
 from collapse.arms import Arm, chosen_arms, find_arm
 from collapse.config import (
     DEFAULT_MODEL,
-    NOT_IN_FINGERPRINT,
     STANDIN_MODEL,
     LanguageModelConfig,
     RunConfig,
     check_config,
+    fingerprint,
 )
 from collapse.data.batches import (
     Batch,
@@ -53,7 +53,7 @@ from collapse.models.pretrained import (
     find_model,
     load_causal_lm,
     load_tokenizer,
-    pin_model,
+    resolve_model,
     whole_tokenizer,
     without_mask,
 )
@@ -345,12 +345,12 @@ class Trainer:
         targets = count_targets(self.split, rows) if self.arm.needs_lm_head else 0
         sums = StepSums(rows=len(rows), targets=targets, steps=1)
         if self.arm.lm == "shuffled":
-            self.deal_targets(rows)
+            self.shuffle_targets(rows)
         self.lm_gradients = [None] * len(self.apart)
         found = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
-            if self.arm.parts_gradients:
+            if self.arm.needs_separate_lm_grad:
                 self.add_lm_gradients(lm_loss)
             loss.backward()
             found += numbers
@@ -412,7 +412,7 @@ class Trainer:
             )
         return torch.zeros((), device=self.device)
 
-    def deal_targets(self, rows: np.ndarray) -> None:
+    def shuffle_targets(self, rows: np.ndarray) -> None:
         """Give the LM targets of all rows of the step to their positions at random."""
         own = [self.split.token_ids[row][1:] for row in rows]
         tokens = torch.cat(own)
@@ -616,8 +616,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     set_threads(config.threads)
     load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
-        "config": {k: v for k, v in vars(config).items() if k not in NOT_IN_FINGERPRINT}
-        | experiment.details,
+        "config": fingerprint(config) | experiment.details,
         "data": task.summary(),
     }
     path = experiment.folder(config)
@@ -872,7 +871,7 @@ def run_language_model_experiment(
             "the data is neither in the Hugging Face cache nor on the hub: "
             "give --data-dir a folder with a download."
         )
-    settings, name_in_results, found = pin_model(config, partial(announce_run, task, device))
+    settings, name_in_results, found = resolve_model(config, partial(announce_run, task, device))
     packed = settings.quantization  # by us
     short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name

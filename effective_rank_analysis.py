@@ -1,12 +1,13 @@
 """Experiment 4: have the hidden states collapsed? Rank and neural collapse of trained models.
 
 Looks for checkpoints under results/, results_7b/ and results_agnews/, runs up to 2,000 validation
-rows through each model as it runs (model 3 with its cold prefix), and measures pooled hidden states
-of every layer and the classifier's intermediate features. Each measured model is kept until code
-that measures changes: a run that is started again goes on. What earlier runs measured of
-published trainings whose checkpoints are not here stays as it is.
+rows through each model (model 3 with the zero engram), and measures pooled hidden states of every
+layer and the classifier's intermediate features. Measurements are cached until the measuring code
+changes, so a run that is started again goes on. Earlier measurements of published trainings whose
+checkpoints are not here stay in the results.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -17,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import tyro
 
 import common
 import experiment
@@ -39,6 +38,7 @@ from collapse.report.model_records import (
     train_record,
 )
 from collapse.training.checkpoints import load_weights
+from collapse.utils import command_line
 from collapse.utils.device import pick_device, set_allocator
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, digest_files, finished_trainings, read_json, write_json
@@ -49,30 +49,31 @@ from collapse.utils.provenance import environment
 class Config:
     """Settings of the analysis; the comment above a field is its --help text."""
 
-    # Result folders to analyse. Default: all with checkpoints under results/, results_7b/ and
-    # results_agnews/ but limit-*.
-    folders: tuple[Path, ...] = ()
+    # Results folders to analyse. Default: all folders with checkpoints under results/, results_7b/
+    # and results_agnews/, except limit-*.
+    folders: tuple[Path, ...] = command_line.grouped((), "data")
     # Folder for the results.
-    output_dir: Path = ROOT / "results_effective_rank"
+    output_dir: Path = command_line.grouped(ROOT / "results_effective_rank", "execution")
     # Folder with the data in its official layout. Default: the Hugging Face cache, then the hub.
-    data_dir: Path | None = None
-    # Where a pretrained model's folder lies now, if it has moved since the training.
-    model: str | None = None
-    # Where the file or folder of own data lies now, if it has moved since the training.
-    dataset: str | None = None
+    data_dir: Path | None = command_line.grouped(None, "data")
+    # Folder of the pretrained model, if it has moved since the training.
+    model: str | None = command_line.grouped(None, "data")
+    # File or folder of your own data, if it has moved since the training.
+    dataset: str | None = command_line.grouped(None, "data")
     # Validation rows to measure, a fixed draw.
-    rows: int = 2000
-    # Random subsets of rows behind each interval, two or more.
-    draws: int = 50
-    # Weights to load: of the last epoch, or of the one with the best validation accuracy.
-    weights: Literal["final", "best"] = "final"
+    rows: int = command_line.grouped(2000, "measurement")
+    # Random subsets of rows that each interval is estimated from, two or more.
+    draws: int = command_line.grouped(50, "measurement")
+    # Weights to load: of the last epoch, or of the epoch with the best validation accuracy.
+    weights: Literal["final", "best"] = command_line.grouped("final", "measurement")
     # Where to compute; auto takes a GPU when there is one.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Measure everything anew, and replace results in the output folder that were measured
-    # otherwise.
-    fresh: bool = False
+    device: Literal["auto", "cpu", "cuda"] = command_line.grouped("auto", "execution")
+    # Ignore the cache, and replace results in the output folder that were measured with other
+    # settings.
+    fresh: bool = command_line.grouped(False, "execution")
 
     def how_measured(self) -> dict[str, Any]:
+        """The settings that the measured numbers depend on."""
         return {"rows": self.rows, "draws": self.draws, "weights": self.weights}
 
 
@@ -81,35 +82,39 @@ SCRIPTS["results_agnews"] = "experiment_agnews_7b.py"
 
 
 def find_folders(config: Config) -> list[Path]:
-    """Result folders with at least one finished training; says how the missing ones are made."""
+    """Results folders with a finished training; prints how to make those that are missing."""
     if config.folders:
-        found = [folder for folder in config.folders if finished_trainings(folder)]
-        missing = [f"{f} holds no finished training" for f in config.folders if f not in found]
+        folders = [folder for folder in config.folders if finished_trainings(folder)]
+        missing = [f"{f} holds no finished training" for f in config.folders if f not in folders]
     else:
-        found, missing = [], []
+        folders, missing = [], []
         for top, script in SCRIPTS.items():
             states = (ROOT / top).glob("**/state/settings.json")
-            here = sorted(f.parent.parent for f in states if finished_trainings(f.parent.parent))
-            limited = [folder for folder in here if "limit-" in str(folder.relative_to(ROOT))]
-            found += [folder for folder in here if folder not in limited]
+            with_checkpoints = sorted(
+                f.parent.parent for f in states if finished_trainings(f.parent.parent)
+            )
+            limited = [
+                folder for folder in with_checkpoints if "limit-" in str(folder.relative_to(ROOT))
+            ]
+            folders += [folder for folder in with_checkpoints if folder not in limited]
             why = "is left out, as a run on fewer rows"
             missing += [f"{folder} {why}: --folders {folder} takes it" for folder in limited]
-            if ROOT / top not in here:
+            if ROOT / top not in with_checkpoints:
                 missing.append(f"no checkpoints in {top}/ itself: `python {script}` makes them")
-    if not found:
+    if not folders:
         raise UserError(f"nothing to analyse; {'; '.join(missing)}.")
-    for folder in found:
-        made = dict(finished_trainings(folder))
-        if lacking := [key for key in ("model1", "model2", "model3") if key not in made]:
+    for folder in folders:
+        seed_by_model = dict(finished_trainings(folder))
+        if lacking := [key for key in ("model1", "model2", "model3") if key not in seed_by_model]:
             how = "the command that made it adds them by --models 1 2 3"
             missing.append(f"{folder} lacks {', '.join(lacking)}: {how}")
     for sentence in missing:
         print(f"NOTE: {sentence}")
-    return found
+    return folders
 
 
 def published_trainings(folder: Path) -> list[tuple[str, str]]:
-    """(model, seed) of every training that a results folder publishes."""
+    """(model, seed) of every training in a folder's published results.json."""
     file = folder / "results.json"
     models = read_json(file)["models"] if file.exists() else {}
     return [(model, seed) for model, runs in models.items() for seed in runs]
@@ -123,24 +128,25 @@ def models_of(
     device: torch.device,
     model: str | None = None,
 ) -> tuple[Callable[[Rows, int | None], Split], Iterator[tuple[str, int, common.DualHeadModel]]]:
-    """What encodes rows (cut to a length), and (model key, seed, model), pretrained ones first.
+    """(encode, models): a function rows, longest -> Split, and all models as (key, seed, model).
 
-    A language model is loaded once and its adapters are exchanged. Its pretrained hidden states are
-    the same for every seed and come once; the small transformer's baseline is the untrained network
-    of each seed. The classifier of a baseline is a fresh draw. Every language model has the
-    pretrained LM head; of small ones, each has the head it trained, which Model 1 has not.
+    Baselines (key `pretrained`) come first. A language model is loaded once and its adapters are
+    exchanged; its baseline is the same for every seed and comes once. The small transformer's
+    baselines are the untrained networks of each seed. A baseline's classifier has random weights.
+    Every language model has the pretrained LM head; a small transformer has the LM head that it
+    trained, if any.
     """
-    stored, jobs = settings["config"], finished_trainings(folder)
+    settings_of_run, jobs = settings["config"], finished_trainings(folder)
     seeds = sorted({seed for _, seed in jobs})
-    if "model" in stored:
+    if "model" in settings_of_run:
         key, seed = jobs[0]
         adapter = folder / "state" / f"{key}-seed{seed}" / f"{weights}-adapter"
         config, encode, build = common.language_model_of(
-            stored, adapter, len(task.class_names), device, model
+            settings_of_run, adapter, len(task.class_names), device, model
         )
         seeds = seeds[:1]
     else:
-        config = common.known_settings(experiment.Config, stored)
+        config = common.known_settings(experiment.Config, settings_of_run)
         encode = experiment.WordVocabulary(task.train.texts, config.vocabulary_size).encode
 
         def build(arm: common.Arm) -> common.DualHeadModel:
@@ -149,8 +155,8 @@ def models_of(
     def models() -> Iterator[tuple[str, int, common.DualHeadModel]]:
         for seed in seeds:
             torch.manual_seed(seed)
-            yield "pretrained", seed, build(common.find_arm("2"))  # states and classifier as of 1
-        for key, seed in sorted(jobs, key=lambda job: (common.find_arm(job[0]).place, job[1])):
+            yield "pretrained", seed, build(common.find_arm("2"))  # states and classifier of 1
+        for key, seed in sorted(jobs, key=lambda job: (common.find_arm(job[0]).sort_key, job[1])):
             model = build(common.find_arm(key))
             load_weights(folder / "state" / f"{key}-seed{seed}", weights, model)
             yield key, seed, model
@@ -169,41 +175,49 @@ def models_of(
 def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str, Any]:
     """Everything that results hold of one model. A new metric of saved models goes here.
 
-    `lm_loss` (nats) is under the model's LM head on some of the rows, None without one;
-    `transfer_accuracy` is that of frozen pooled states for the labels of another data set, None
-    without its rows.
+    `lm_loss` (nats) is under the model's LM head, on the rows of splits.language; None without an
+    LM head. `transfer_accuracy` is that of a probe of the frozen pooled states for the labels of
+    another data set; None without its rows. `seconds`: time of each part.
     """
-    times = [time.perf_counter()]
-    lm_loss = None
-    if model.lm_head is not None:
-        lm_loss = common.evaluate(model, splits.language).lm_loss
-    times.append(time.perf_counter())
-    model.lm_head = None  # it has done its work: no feature passes through it
-    found = common.evaluate(model, splits.validation, with_layers=True)
-    times.append(time.perf_counter())
-    train = common.evaluate(model, splits.train)
-    times.append(time.perf_counter())
-    beside = {"accuracy": found.accuracy, "lm_loss": lm_loss}
-    beside["transfer_accuracy"] = None
-    if splits.transfer is not None:
-        arrays = []
-        for split in splits.transfer:
-            states = common.evaluate(model, split, losses=False)
-            arrays += [states.pooled, states.labels]
-        beside["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
-    times.append(time.perf_counter())
-    outer = model.classifier.outer
-    weights, bias = (parameter.detach().cpu().numpy() for parameter in (outer.weight, outer.bias))
-    record = pooled_record(found.layers, found.labels, splits.validation.lengths, draws)
-    times.append(time.perf_counter())
-    of_train = train.pooled, train.intermediate, train.labels
-    record["intermediate"] = intermediate_record(
-        found.intermediate, found.labels, *of_train[1:], weights, bias
-    )
-    record["train"] = train_record(*of_train, weights, bias) | {"accuracy": train.accuracy}
-    times.append(time.perf_counter())
-    parts = ("language", "forward", "training rows", "transfer", "pooled states", "collapse")
-    return record | beside | {"seconds": dict(zip(parts, np.diff(times).tolist(), strict=True))}
+    seconds: dict[str, float] = {}
+    numbers: dict[str, Any] = dict.fromkeys(("accuracy", "lm_loss", "transfer_accuracy"))
+    with timed(seconds, "language"):
+        if model.lm_head is not None:
+            numbers["lm_loss"] = common.evaluate(model, splits.language).lm_loss
+    model.lm_head = None  # not needed any more: no feature passes through it
+    with timed(seconds, "forward"):
+        validation = common.evaluate(model, splits.validation, with_layers=True)
+    numbers["accuracy"] = validation.accuracy
+    with timed(seconds, "training rows"):
+        train = common.evaluate(model, splits.train)
+    with timed(seconds, "transfer"):
+        if splits.transfer is not None:
+            arrays = []
+            for split in splits.transfer:
+                states = common.evaluate(model, split, losses=False)
+                arrays += [states.pooled, states.labels]
+            numbers["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
+    lengths, labels = splits.validation.lengths, validation.labels
+    with timed(seconds, "pooled states"):
+        record = pooled_record(validation.layers, labels, lengths, draws)
+    with timed(seconds, "collapse"):
+        outer = model.classifier.outer
+        head = tuple(part.detach().cpu().numpy() for part in (outer.weight, outer.bias))
+        intermediate = train.intermediate, train.labels
+        record["intermediate"] = intermediate_record(
+            validation.intermediate, labels, *intermediate, *head
+        )
+        record["train"] = train_record(train.pooled, *intermediate, *head)
+        record["train"]["accuracy"] = train.accuracy
+    return record | numbers | {"seconds": seconds}
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Store how long the block takes in `seconds`, under the name of the part."""
+    started = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - started
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,9 +237,13 @@ def files_that_measure() -> list[Path]:
 
 
 def measure_study(
-    folder: Path, config: Config, device: torch.device, here: dict
+    folder: Path, config: Config, device: torch.device, made_with: dict
 ) -> tuple[str, dict]:
-    """The study's name; its settings, data and records (model -> seed -> record)."""
+    """(name, study): a results folder's settings, and a record for each model and seed.
+
+    made_with: versions and hardware, stored in new records. Raises UserError when the folder's
+    data or models cannot be loaded.
+    """
     settings = read_json(folder / "state" / "settings.json")
     task = load_again(settings["data"], config.data_dir, config.dataset)
     name = study_name(settings)
@@ -238,7 +256,7 @@ def measure_study(
     measured = config.how_measured()
     code = [digest_files(files_that_measure()), splits.transfer is not None]
     print(f"{name}: {n:,} validation rows, {config.weights} weights of {folder}", flush=True)
-    found: dict[str, dict[str, dict]] = {}
+    records_by_model: dict[str, dict[str, dict]] = {}
     for key, seed, model in models:
         training = folder / "state" / f"{key}-seed{seed}"
         files = training.rglob("*.safetensors")  # none of a baseline
@@ -248,24 +266,24 @@ def measure_study(
         file = state / f"{key}-seed{seed}.json"
         record = read_json(file) if file.exists() and not config.fresh else {}
         if record.get("made_from") != made_from:
-            record = {**measure(model, splits, config.draws), "made_from": made_from, **here}
+            record = {**measure(model, splits, config.draws), "made_from": made_from, **made_with}
             write_json(file, record)
         if key == "model3" and config.weights == "final":
             # The training has clustered the engrams of its last epoch.
             clusters = read_json(training / "metrics.json")["cluster"]
             for case, column in (("trained", "engram_ari"), ("untrained", "engram_ari_untrained")):
                 record[column] = clusters[case]["ari"]
-        found.setdefault(key, {})[str(seed)] = record
+        records_by_model.setdefault(key, {})[str(seed)] = record
         times = ", ".join(f"{part} {s:.0f} s" for part, s in record["seconds"].items())
         rank = record["effective_rank"]
         print(f"  {key} seed {seed}: effective rank {rank:.1f} ({times})", flush=True)
-    records.add_losses_of_training(found)
+    records.add_losses_of_training(records_by_model)
     study = {"folder": where, "settings": settings, "num_samples": n}
-    return name, study | {"measured": measured, "records": found}
+    return name, study | {"measured": measured, "records": records_by_model}
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = command_line.parse(Config, __doc__, negative_flags=False)
     set_allocator()
     check_bounds("rows", config.rows, LEAST_ROWS, math.inf)
     check_bounds("draws", config.draws, 2, math.inf)
@@ -273,11 +291,11 @@ def main() -> None:
     file = config.output_dir / "effective_rank_results.json"
     earlier = records.earlier_studies(file, config.how_measured(), config.fresh)
     studies, names = dict(earlier), {study["folder"]: name for name, study in earlier.items()}
-    folders, here = find_folders(config), environment(device)
+    folders, made_with = find_folders(config), environment(device)
     measured, unusable = set(), []
     for folder in folders:
         try:
-            name, study = measure_study(folder, config, device, here)
+            name, study = measure_study(folder, config, device, made_with)
         except UserError as error:
             unusable.append(f"{folder}: {error}")
             print(f"NOTE: {folder}: {error}", flush=True)

@@ -13,17 +13,19 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 import common
-from collapse.config import RunConfig, check_bounds
+from collapse.config import DATA, OPTIMIZATION, RunConfig, check_bounds, study_setting
 from collapse.config import check_config as check_run_config
 from collapse.data import registry
 from collapse.data.task import Task, limit_task
+from collapse.utils import command_line
 from collapse.utils.device import set_allocator
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
+
+TRANSFORMER = "transformer"  # a group of --help
 
 
 @dataclass
@@ -31,45 +33,45 @@ class Config(RunConfig):
     """Settings of Experiment 1; the comment above a field is its --help text."""
 
     # Passes over the training split.
-    epochs: int = 8
+    epochs: int = study_setting(8, OPTIMIZATION)
     # Examples per optimizer step.
-    batch_size: int = 64
+    batch_size: int = study_setting(64, OPTIMIZATION)
     # Longest input in words; the rest of a row is cut off.
-    max_length: int = 64
+    max_length: int = study_setting(64, DATA)
     # Peak learning rate of AdamW.
-    learning_rate: float = 3e-4
+    learning_rate: float = study_setting(3e-4, OPTIMIZATION)
     # Decoupled weight decay; 0 makes AdamW plain Adam.
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "cosine"] = (
-        "constant"  # Learning rate after the warm-up: held, or cosine to zero.
-    )
+    weight_decay: float = study_setting(0.0, OPTIMIZATION)
+    # Learning rate after the warm-up: held, or cosine to zero.
+    schedule: Literal["constant", "cosine"] = study_setting("constant", OPTIMIZATION)
     # Share of all steps over which the learning rate rises linearly.
-    warmup_fraction: float = 0.0
+    warmup_fraction: float = study_setting(0.0, OPTIMIZATION)
     # Gradients are scaled down to this total norm; 0 leaves them alone.
-    clip_norm: float = 0.0
-    # Words in the vocabulary: the most frequent of the training split, and one entry each for
-    # padding and unknown words.
-    vocabulary_size: int = 8000
+    clip_norm: float = study_setting(0.0, OPTIMIZATION)
+    # Size of the vocabulary: the most frequent words of the training split, and one entry each for
+    # padding and for unknown words.
+    vocabulary_size: int = study_setting(8000, TRANSFORMER)
     # Size of the hidden states.
-    hidden_size: int = 128
+    hidden_size: int = study_setting(128, TRANSFORMER)
     # Transformer layers.
-    layers: int = 2
+    layers: int = study_setting(2, TRANSFORMER)
     # Attention heads.
-    heads: int = 4
+    heads: int = study_setting(4, TRANSFORMER)
     # Inner size of the feed-forward layers.
-    feed_forward_size: int = 256
-    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier; attention weights get
-    # none.
-    dropout: float = 0.1
+    feed_forward_size: int = study_setting(256, TRANSFORMER)
+    # Dropout on embeddings, sub-layer outputs, feed-forward and classifier, not on attention
+    # weights.
+    dropout: float = study_setting(0.1, TRANSFORMER)
     # Size of the classifier's intermediate layer.
-    classifier_size: int = 64
+    classifier_size: int = study_setting(64, TRANSFORMER)
     # Size of the engram of model 3.
-    engram_size: int = 32
+    engram_size: int = study_setting(32, TRANSFORMER)
 
 
 class WordVocabulary:
-    """Lower-cased words and runs of punctuation; id 0 pads, id 1 stands for every word that is not
-    in it.
+    """The most frequent lower-cased words and runs of punctuation of some texts.
+
+    Id 0 is padding, id 1 stands for every word that is not in the vocabulary.
     """
 
     WORD = re.compile(r"\w+(?:['\-]\w+)*|'\w+|[^\w\s]+")
@@ -145,8 +147,9 @@ class SmallTransformer(nn.Module):
 
 
 def build_model(arm: common.Arm, num_classes: int, config: Config) -> common.DualHeadModel:
-    """Model 1, 2 or 3 with fresh weights; backbone and classifier are drawn first, so a seed gives
-    all three the same.
+    """A model with random weights, as its arm asks.
+
+    Backbone and classifier are drawn first, so that with one seed they are the same in every arm.
     """
     return common.DualHeadModel(
         SmallTransformer(config),
@@ -183,9 +186,10 @@ def check_config(config: Config) -> None:
 
 
 def load_task(config: Config) -> Task:
+    """The data set of the settings; movie-review snippets where SST-2 cannot be loaded."""
     task = registry.load_task(config)
     if task is None and config.dataset != "SST-2":
-        raise UserError(f"{config.dataset} is not to be had: give --data-dir.")
+        raise UserError(f"{config.dataset} cannot be loaded: give --data-dir.")
     if task is None:
         print(
             "NOTE: running on the MOVIE-REVIEW SNIPPETS instead. "
@@ -197,7 +201,7 @@ def load_task(config: Config) -> Task:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    config = command_line.parse(Config, __doc__, negative_flags=False)
     set_allocator()
     check_config(config)
     task = load_task(config)

@@ -1,4 +1,4 @@
-"""Arms: the three models, and the controls that take the idea apart."""
+"""Arms of a study: the three models, and controls that each change one part of the idea."""
 
 import dataclasses
 import math
@@ -12,30 +12,30 @@ from collapse.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Arm:
-    """What is switched on in one model of a study. A new control is a row of ARMS."""
+    """What one model of a study trains, and how it is shown. A new control is a row of ARMS."""
 
     name: str  # in results: key, and folder of its trainings
     title: str
     color: str  # Okabe & Ito's first, then Tol's, for colour-blind readers
     marker: str
-    cost: float  # of a step, in steps of model 1: a first guess for the time left
-    lm: Literal["none", "true", "shuffled"] = "none"  # which tokens the LM loss asks for
-    # What stands before an input: nothing, the engram of another, or always the same embedding.
+    cost: float  # of a step, relative to model 1: a first guess for the time left
+    lm: Literal["none", "true", "shuffled"] = "none"  # which tokens the LM loss predicts
+    # What precedes an input: nothing, the engram of another input, or one learned embedding.
     prefix: Literal["none", "engram", "constant"] = "none"
     compressor: Literal["both", "lm", "none"] = "both"  # which losses train the engram's compressor
-    anchor: Literal["none", "kl", "l2"] = "none"  # what holds the model near its start
-    shared_scale: bool = False  # the LM loss scales Adam's steps and does not direct them
+    anchor: Literal["none", "kl", "l2"] = "none"  # penalty on leaving the initial model
+    shared_scale: bool = False  # the LM loss enters Adam's second moment alone
     weight: float | None = None  # of LM loss or anchor; None: --lm-weight
-    epochs: float = 1.0  # times those of the study
+    epochs: float = 1.0  # as a factor of the study's
 
     @property
     def label(self) -> str:
-        """As messages name it."""
+        """The name in messages: `model 2`."""
         return self.name.replace("model", "model ")
 
     @property
-    def place(self) -> tuple[int, float, float]:
-        """Where it stands in tables: as in ARMS, weights and factors in order."""
+    def sort_key(self) -> tuple[int, float, float]:
+        """Orders tables: as in ARMS, then by weight and by factor of epochs."""
         names = [arm.name for arm in ARMS.values()]
         return names.index(self.name.partition("@")[0]), self.weight or 0.0, self.epochs
 
@@ -45,58 +45,55 @@ class Arm:
 
     @property
     def anchors_tokens(self) -> bool:
-        """Whether its anchor is a loss over target tokens, weighed against the classification."""
+        """Whether its anchor is a loss per target token, weighed against the other loss."""
         return self.anchor == "kl"
 
     @property
-    def parts_gradients(self) -> bool:
-        """Whether the LM loss's gradient must be known apart from the classification loss's."""
+    def needs_separate_lm_grad(self) -> bool:
+        """Whether the LM loss's gradient must be computed separately from the other one."""
         return self.shared_scale or self.compressor == "lm"
 
     def config_in(self, config: RunConfig) -> RunConfig:
-        """The study's settings as its own trainings have them: whole epochs, rounded up.
-
-        The schedule of the learning rate spans them all.
-        """
+        """The study's settings with this arm's epochs, which the learning rate's schedule spans."""
         return dataclasses.replace(config, epochs=self.epochs_of(config.epochs))
 
     def epochs_of(self, epochs: int) -> int:
-        """Its own whole epochs in a study of so many, rounded up."""
+        """The arm's own epochs, where the study has `epochs`; rounded up."""
         return math.ceil(round(epochs * self.epochs, 6))
 
     def weight_in(self, config: RunConfig) -> float:
         return config.lm_weight if self.weight is None else self.weight
 
     def loss(self, cls_loss, lm_loss, config: RunConfig):
-        """What is minimized, of classification loss and LM loss; anchors apart."""
+        """What is minimized, of classification loss and LM loss; anchors are added later."""
         directs = self.lm != "none" and not self.shared_scale
         return combined_loss(cls_loss, lm_loss if directs else None, self.weight_in(config))
 
 
-# What --models calls it -> the arm.
+# Name in --models -> arm.
 ARMS = {
     "1": Arm("model1", "Classification Only", "#0072B2", "o", cost=1.0),
     "2": Arm("model2", "Dual Head", "#D55E00", "s", cost=2.8, lm="true"),
     "3": Arm("model3", "Dual + Engram", "#009E73", "^", cost=3.3, lm="true", prefix="engram"),
-    # Right unigrams, no syntax: LM targets are dealt out at random within the step's rows.
+    # LM targets shuffled within the step's rows: their unigrams are right, their order is not.
     "shuffled-lm": Arm("shuffled-lm", "Shuffled LM", "#CC79A7", "D", cost=2.8, lm="shuffled"),
-    # No LM loss: the next-token distribution is held to the one that training began with.
+    # No LM loss: a KL penalty keeps the next-token distribution close to the initial model's.
     "kl": Arm("kl", "KL to the start", "#56B4E9", "v", cost=4.2, anchor="kl"),
     # No LM head: half the squared distance of the backbone's trained weights from their start,
     # times the weight, is added to the classification loss (L2-SP, Li et al. 2018).
     "l2-start": Arm(
         "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
     ),
-    # Model 2's Adam scale, the classification gradient alone: a smaller classification step. An LM
-    # head that trains does so as in model 2, so that the scale stays model 2's.
+    # Steps follow the classification gradient alone, divided by Adam's scale of model 2, so they
+    # are smaller. A trainable LM head learns as in model 2, so that the scale stays model 2's.
     "shared-scale": Arm(
         "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
     ),
-    # Model 3 without what an engram carries: the projector is told zero, its bias is the prefix.
+    # Model 3 without an engram: the projector's input is zero, so its bias is the prefix.
     "constant-prefix": Arm(
         "constant-prefix", "Constant prefix", "#332288", "<", 2.9, lm="true", prefix="constant"
     ),
-    # Model 3 whose compressor stays as it was drawn; gradients pass through it.
+    # Model 3 whose compressor keeps its random weights; gradients pass through it.
     "frozen-compressor": Arm(
         "frozen-compressor",
         "Frozen compressor",
@@ -107,7 +104,7 @@ ARMS = {
         prefix="engram",
         compressor="none",
     ),
-    # Model 3 whose compressor learns from the LM loss alone; all else learns from both.
+    # Model 3 whose compressor learns from the LM loss alone; the rest learns from both losses.
     "lm-only-engram": Arm(
         "lm-only-engram",
         "LM-only engram",
@@ -126,8 +123,8 @@ ARMS = {
 def find_arm(name: str) -> Arm:
     """The arm that --models or a results file names.
 
-    NAME@NUMBER has a weight of its own, longer@NUMBER so many times the epochs. Raises UserError
-    for a name that is none, or a number out of range.
+    NAME@NUMBER sets its weight, longer@NUMBER its factor of epochs. Raises UserError for an unknown
+    name or a number out of range.
     """
     key, _, number = name.removeprefix("model").partition("@")
     if key not in ARMS:
@@ -155,7 +152,7 @@ def find_arm(name: str) -> Arm:
 
 
 def chosen_arms(config: RunConfig) -> list[Arm]:
-    """The arms of --models. Raises UserError for an unknown name, or too small a step for pairs."""
+    """The arms of --models. Raises UserError for an unknown name, or batches without pairs."""
     arms = list(dict.fromkeys(find_arm(name) for name in config.models))
     if config.batch_size < 2 and any(arm.prefix == "engram" for arm in arms):
         raise UserError("--batch-size is 1: model 3 trains on pairs and needs 2 or more.")

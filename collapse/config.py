@@ -1,11 +1,29 @@
-"""Settings of the training scripts, and their checks."""
+"""Settings of the training scripts: their defaults, groups in --help, and checks."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from collapse.utils.errors import UserError
+
+# Groups of --help.
+DATA, MODELS, OPTIMIZATION = "data", "model", "optimization"
+LANGUAGE_MODEL, EXECUTION = "language model", "execution"
+
+
+def study_setting(default: Any, group: str) -> Any:
+    """A field of a configuration that defines the study: another value makes another study."""
+    return dataclasses.field(default=default, metadata={"in_fingerprint": True, "group": group})
+
+
+def run_setting(default: Any, group: str) -> Any:
+    """A field that says where, or how much of, a study is run: results stay comparable.
+
+    Which rows are read, and how many, is of this kind, too: the digest of the data tells it.
+    """
+    return dataclasses.field(default=default, metadata={"in_fingerprint": False, "group": group})
 
 
 @dataclass
@@ -14,81 +32,79 @@ class RunConfig:
 
     # Folder for results.json, plots and checkpoints. Default: one named after the data, so that
     # results on other data or fewer rows never land on published ones.
-    output_dir: Path | None = None
+    output_dir: Path | None = run_setting(None, EXECUTION)
     # Folder with the data in its official layout (SST-2/train.tsv ...). Default: the Hugging Face
-    # cache, then the hub, and for Experiment 1 then the movie-review snippets.
-    data_dir: Path | None = None
+    # cache, else the hub, else, in Experiment 1, the movie-review snippets.
+    data_dir: Path | None = run_setting(None, DATA)
     # Data set: a name of LOADERS in collapse/data/registry.py; a file of CSV, TSV, JSON (lines or
     # one array) or Parquet, also compressed, or a folder with train.*, and val.*, dev.*, test.* or
-    # the like of these, also in shards; or a set of the Hugging Face hub: owner/name,
-    # owner/name:config. Any but the script's own has a results subfolder.
-    dataset: str = "SST-2"
-    # Column of the texts in a file or hub set; the texts of several are joined by a space.
-    text_column: tuple[str, ...] = ("text",)
-    # Column of the labels in a file or hub set: words or whole numbers.
-    label_column: str = "label"
-    # Split to train on, of a hub set or a folder (there a file's name before its suffix).
-    train_split: str = "train"
-    # Split to validate on. Default: validation, valid, val, dev, eval or test, the first that is
-    # there with labels; where there is none, a fixed tenth of the training rows, and copies of
-    # their texts.
-    validation_split: str | None = None
+    # the like, also in shards; or a data set of the Hugging Face hub: owner/name or
+    # owner/name:config. Any but the script's default gets a results subfolder of its own.
+    dataset: str = run_setting("SST-2", DATA)
+    # Column with the texts of a file or hub set; several columns are joined by a space.
+    text_column: tuple[str, ...] = run_setting(("text",), DATA)
+    # Column with the labels of a file or hub set: words or whole numbers.
+    label_column: str = run_setting("label", DATA)
+    # Split of a hub set or folder to train on; in a folder a file's name without its suffix.
+    train_split: str = run_setting("train", DATA)
+    # Split to validate on. Default: the first of validation, valid, val, dev, eval and test that
+    # exists and has labels; without any, a fixed tenth of the training texts with all their copies.
+    validation_split: str | None = run_setting(None, DATA)
     # Models to train: 1 classification only, 2 dual head, 3 dual head with engram; or controls by
     # name: shuffled-lm, kl, l2-start, shared-scale, constant-prefix, frozen-compressor,
-    # lm-only-engram, longer. NAME@WEIGHT gives a weight of its own: 2@0.1; longer@4 trains model 1
-    # for four times the epochs, where longer takes 2.5 times.
-    models: tuple[str, ...] = ("1", "2", "3")
-    # Seeds, each one a full training of each model; more can be added to a finished run later.
-    seeds: tuple[int, ...] = (42,)
+    # lm-only-engram, longer. NAME@WEIGHT sets the LM loss's weight, as in 2@0.1; longer trains
+    # model 1 for 2.5 times the epochs, longer@4 for four times.
+    models: tuple[str, ...] = run_setting(("1", "2", "3"), MODELS)
+    # Seeds: one full training of each model for each; more can be added to a finished run later.
+    seeds: tuple[int, ...] = run_setting((42,), MODELS)
     # Passes over the training split.
-    epochs: int = 3
+    epochs: int = study_setting(3, OPTIMIZATION)
     # Use this many training rows, the same fixed draw for every model and seed. Default: all.
-    train_limit: int | None = None
+    train_limit: int | None = run_setting(None, DATA)
     # Use this many validation rows, a fixed draw. Default: all.
-    eval_limit: int | None = None
+    eval_limit: int | None = run_setting(None, DATA)
     # Where to compute; auto takes a GPU when there is one.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # Trainings side by side, each in a process of its own. Default: one for each core, or GPU, at
-    # most one for each training.
-    workers: int | None = None
-    # Threads of one training on the CPU. Part of the study: with more, sums differ in their last
-    # digits.
-    threads: int = 1
-    # Where trainings run: on this machine, or in so many jobs of a Slurm cluster that shares this
-    # folder.
-    cluster: Literal["none", "slurm"] = "none"
-    # Longest time of a job on the cluster, in minutes; what that cuts short is queued again and
-    # goes on.
-    cluster_minutes: int = 240
-    # Memory of a job on the cluster, in GiB.
-    cluster_memory_gib: int = 16
+    device: Literal["auto", "cpu", "cuda"] = run_setting("auto", EXECUTION)
+    # Trainings to run in parallel, each in its own process. Default: one per core or GPU, at most
+    # one per training.
+    workers: int | None = run_setting(None, EXECUTION)
+    # CPU threads of one training. They count as part of the study, because with another number
+    # sums differ in their last digits.
+    threads: int = study_setting(1, EXECUTION)
+    # Where trainings run: on this machine, or as jobs of a Slurm cluster that shares this folder,
+    # as many as --workers.
+    cluster: Literal["none", "slurm"] = run_setting("none", EXECUTION)
+    # Time limit of a cluster job, in minutes; a training that reaches it is queued again and goes
+    # on from its checkpoint.
+    cluster_minutes: int = run_setting(240, EXECUTION)
+    # Memory of a cluster job, in GiB.
+    cluster_memory_gib: int = run_setting(16, EXECUTION)
     # Partition of the cluster. Default: the cluster's own.
-    cluster_partition: str | None = None
-    # Optimizer steps between two measures of collapse (up to 1,000 validation rows) and training
-    # loss (256 training rows), in results.json; also before the first step and after the last. 0
-    # makes none. Training is the same with and without.
-    measure_every: int = 0
-    # Tracker that gets the numbers of metrics.jsonl, too, each training as a run of its own.
-    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    # Delete what this output folder holds of earlier runs, every model and seed of it, and train
-    # anew.
-    fresh: bool = False
+    cluster_partition: str | None = run_setting(None, EXECUTION)
+    # Measure collapse (on up to 1,000 validation rows) and training loss (on 256 training rows)
+    # every so many optimizer steps, before the first and after the last; 0: never. Training itself
+    # is the same with and without.
+    measure_every: int = run_setting(0, EXECUTION)
+    # Experiment tracker that also receives the numbers of metrics.jsonl, one run per training.
+    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = run_setting("none", EXECUTION)
+    # Delete all earlier results in the output folder, of every model and seed, and train anew.
+    fresh: bool = run_setting(False, EXECUTION)
     # Examples per optimizer step.
-    batch_size: int = 16
+    batch_size: int = study_setting(16, OPTIMIZATION)
     # Longest input in tokens; the rest of a row is cut off.
-    max_length: int = 128
+    max_length: int = study_setting(128, DATA)
     # Peak learning rate of AdamW.
-    learning_rate: float = 2e-4
+    learning_rate: float = study_setting(2e-4, OPTIMIZATION)
     # Decoupled weight decay; 0 makes AdamW plain Adam.
-    weight_decay: float = 0.01
+    weight_decay: float = study_setting(0.01, OPTIMIZATION)
     # Learning rate after the warm-up: held, or cosine to zero.
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = study_setting("cosine", OPTIMIZATION)
     # Share of all steps over which the learning rate rises linearly.
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = study_setting(0.05, OPTIMIZATION)
     # Gradients are scaled down to this total norm; 0 leaves them alone.
-    clip_norm: float = 1.0
-    # Weight of the LM loss, in kl of the KL divergence; the classification loss gets the rest.
-    lm_weight: float = 0.5
+    clip_norm: float = study_setting(1.0, OPTIMIZATION)
+    # Weight of the LM loss (of the KL divergence in kl); the classification loss gets the rest.
+    lm_weight: float = study_setting(0.5, MODELS)
 
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B"
@@ -103,62 +119,48 @@ class LanguageModelConfig(RunConfig):
 
     # Pretrained causal LM: a name on the Hugging Face hub, a folder, or smollm2-135m, the small
     # stand-in of `make standin`.
-    model: str = DEFAULT_MODEL
+    model: str = study_setting(DEFAULT_MODEL, LANGUAGE_MODEL)
     # Commit, tag or branch of a model on the hub. Default: main. Results name the commit.
-    revision: str | None = None
-    # Frozen weights in 4 bits (NF4, double quantization), or as they are. Default: nf4 on a GPU,
-    # none on a CPU.
-    quantization: Literal["nf4", "none"] | None = None
-    # Type of activations and of weights that are not packed. Default: bfloat16 on a GPU, float32 on
-    # a CPU; on a CPU that multiplies bfloat16 in hardware (AMX) that is the faster one too.
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
-    # Recompute activations in the backward pass instead of keeping them: auto does so in as many
-    # layers as memory asks for.
-    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    revision: str | None = run_setting(None, LANGUAGE_MODEL)
+    # Precision of the frozen weights: 4 bits (NF4, double quantization), or as stored. Default: nf4
+    # on a GPU, none on a CPU.
+    quantization: Literal["nf4", "none"] | None = study_setting(None, LANGUAGE_MODEL)
+    # Type of activations and of weights that are not quantized. Default: bfloat16 on a GPU, float32
+    # on a CPU; bfloat16 is faster on CPUs that multiply it in hardware (AMX).
+    compute_dtype: Literal["bfloat16", "float32"] | None = study_setting(None, LANGUAGE_MODEL)
+    # Recompute activations in the backward pass instead of keeping them; auto: in as few layers as
+    # memory allows.
+    gradient_checkpointing: Literal["auto", "on", "off"] = run_setting("auto", EXECUTION)
     # Rank of the LoRA adapters.
-    lora_rank: int = 16
+    lora_rank: int = study_setting(16, LANGUAGE_MODEL)
     # Adapters' outputs are scaled by alpha / rank.
-    lora_alpha: int = 32
+    lora_alpha: int = study_setting(32, LANGUAGE_MODEL)
     # Dropout on the adapters' inputs.
-    lora_dropout: float = 0.05
+    lora_dropout: float = study_setting(0.05, LANGUAGE_MODEL)
     # Size of the classifier's intermediate layer.
-    classifier_size: int = 256
+    classifier_size: int = study_setting(256, LANGUAGE_MODEL)
     # Size of the engram of model 3.
-    engram_size: int = 128
-    # Repository of the Hugging Face hub, OWNER/NAME, that gets the trained models after the run:
-    # adapters, heads and a model card, for every model and seed of the output folder a subfolder
-    # MODEL-seedN. It is made, private, where it is not there.
-    push_to_hub: str | None = None
+    engram_size: int = study_setting(128, LANGUAGE_MODEL)
+    # Repository of the Hugging Face hub, OWNER/NAME, to upload the trained models to: adapters and
+    # heads in a subfolder MODEL-seedN for every training of the output folder, and a model card. A
+    # repository that does not exist is created, as a private one.
+    push_to_hub: str | None = run_setting(None, EXECUTION)
 
 
-# How the rows of a file or hub set are read; with `dataset` they make up Task.origin.
-READ_BY = ("text_column", "label_column", "train_split", "validation_split")
+# Settings that say how a file or hub set is read; with `dataset` they make up Task.origin.
+READING_SETTINGS = ("text_column", "label_column", "train_split", "validation_split")
 
 
-# Settings that say where, or how much of, a study is run; the others define the study itself. What
-# rows are read, and how many, shows in the data.
-NOT_IN_FINGERPRINT = (
-    "output_dir",
-    "data_dir",
-    "dataset",
-    *READ_BY,
-    "models",
-    "seeds",
-    "train_limit",
-    "eval_limit",
-    "device",
-    "workers",
-    "cluster",
-    "cluster_minutes",
-    "cluster_memory_gib",
-    "cluster_partition",
-    "measure_every",
-    "log_to",
-    "fresh",
-    "gradient_checkpointing",
-    "push_to_hub",
-    "revision",  # results hold the commit that it stands for
-)
+def fingerprint(config: RunConfig) -> dict[str, Any]:
+    """The settings that define a study, name -> value: all results in a folder share them.
+
+    Raises TypeError for a setting whose declaration does not say whether it is one of them.
+    """
+    settings = dataclasses.fields(config)
+    for setting in settings:
+        if "in_fingerprint" not in setting.metadata:
+            raise TypeError(f"declare {setting.name} by study_setting or run_setting.")
+    return {s.name: getattr(config, s.name) for s in settings if s.metadata["in_fingerprint"]}
 
 
 def check_config(config: RunConfig) -> None:
@@ -200,7 +202,7 @@ def check_config(config: RunConfig) -> None:
 
 
 def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
-    """Raise UserError when the setting is out of [low, high]; None is a limit that is not set."""
+    """Raise UserError for a setting outside of [low, high]; None means that it is not set."""
     if value is not None and not low <= value <= high:
         wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}.")

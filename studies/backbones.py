@@ -1,9 +1,9 @@
-"""Is pretraining worth anything to the backbones? They against the same networks, random.
+"""Does pretraining help the backbones? Compares them with the same networks from random weights.
 
 Fine-tunes both as the other studies do, on AG News (4,000 rows) and CLINC150, at two learning
-rates; each start is judged at its better one. Writes finetuned.csv, a row a training, as they end,
-and finetuned.json: the difference in accuracy with its interval over backbones. The same command
-goes on where it was stopped.
+rates; each start is judged at its better rate. Writes a row of finetuned.csv when a training ends,
+then finetuned.json: the difference in accuracy with its interval over backbones. The same command
+resumes where it was stopped.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit
 from studies.shared import finetune, pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 # Data set -> training rows, steps of 16 rows.
 DATASETS = {"AG News": (4000, 500), "CLINC150": (15_000, 1000), finetune.TOY: (64, 10)}
@@ -41,15 +41,15 @@ class Config:
 
     # Folder with ag_news_csv and clinc150. Default: the Hugging Face hub or its cache.
     data_dir: Path | None = None
-    # Text of the backbones: tinystories from the hub, or newsgroups, of `make corpus`.
+    # Text that backbones are pretrained on: tinystories (hub) or newsgroups (`make corpus`).
     corpus: pretrain.CorpusName = "tinystories"
-    # Backbones, by their seeds.
+    # Seeds of the backbones.
     seeds: tuple[int, ...] = tuple(range(5))
     # Data sets.
     datasets: tuple[str, ...] = ("AG News", "CLINC150")
     # Learning rates.
     rates: tuple[float, ...] = (1e-3, 3e-3)
-    # Trainings side by side, each in a process of its own with one thread.
+    # Trainings to run in parallel, each in its own process with one thread.
     workers: int = 1
     # Folder for backbones.
     models_dir: Path = pretrain.LANGUAGE_MODELS
@@ -62,7 +62,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of the comparison."""
 
     seed: int
@@ -76,47 +76,50 @@ class Cell:
 
 
 def run_missing(config: Config) -> None:
+    """Run every trial that has no row in the table, and pretrain the backbones for it."""
     product = itertools.product(config.seeds, STARTS, config.datasets, config.rates)
-    cells = {cell.name: cell for cell in itertools.starmap(Cell, product)}
+    trials = {trial.name: trial for trial in itertools.starmap(Trial, product)}
     commit = git_commit()
 
-    def place_of(job: Job) -> tuple[Path, str]:
+    def table_and_key(job: Job) -> tuple[Path, str]:
         return config.table, job.name
 
-    missing = without_rows((job_of(config, cell) for cell in cells.values()), place_of, "name")
-    seeds = list(dict.fromkeys(cells[job.name].seed for job in missing))
+    missing = reset_missing_jobs(
+        (job_of(config, trial) for trial in trials.values()), table_and_key, "name"
+    )
+    seeds = list(dict.fromkeys(trials[job.name].seed for job in missing))
     folders = pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
     backbones = dict(zip(seeds, folders, strict=True))
 
     def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
         set_threads(1)  # sums of more threads differ in their last digits
-        cell = cells[job.name]
-        row = run_cell(config, cell, backbones[cell.seed], progress) | {"git_commit": commit}
-        progress.say(f"{cell.name}: {row['accuracy']:.1%}", time_left=True)
+        trial = trials[job.name]
+        row = run_trial(config, trial, backbones[trial.seed], progress) | {"git_commit": commit}
+        progress.say(f"{trial.name}: {row['accuracy']:.1%}", time_left=True)
         return [row]
 
-    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
+    run_all(missing, into_table(rows_of, table_and_key, "name"), config.workers)
 
 
-def job_of(config: Config, cell: Cell) -> Job:
+def job_of(config: Config, trial: Trial) -> Job:
     return Job(
-        name=cell.name,
-        folder=config.output_dir / "state" / cell.name.replace(", ", "-"),
-        steps=DATASETS[cell.dataset][1],
+        name=trial.name,
+        folder=config.output_dir / "state" / trial.name.replace(", ", "-"),
+        steps=DATASETS[trial.dataset][1],
         evaluations=1,
         evaluation_cost=30.0,
     )
 
 
-def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> dict[str, Any]:
-    rows, steps = DATASETS[cell.dataset]
-    model = backbone if cell.start == "pretrained" else random_weights(cell, backbone)
+def run_trial(config: Config, trial: Trial, backbone: Path, progress: Progress) -> dict[str, Any]:
+    rows, steps = DATASETS[trial.dataset]
+    model = backbone if trial.start == "pretrained" else random_weights(trial, backbone)
     recipe = finetune.Recipe(
         model=str(model),
-        dataset=cell.dataset,
+        dataset=trial.dataset,
         arm="1",
-        learning_rate=cell.rate,
-        seed=cell.seed,
+        learning_rate=trial.rate,
+        seed=trial.seed,
         steps=steps,
         train_rows=rows,
         letters=True,
@@ -127,8 +130,8 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
         -1
     ]
     return {
-        "name": cell.name,
-        **dataclasses.asdict(cell),
+        "name": trial.name,
+        **dataclasses.asdict(trial),
         "steps": steps,
         "train_rows": rows,
         "accuracy": last["validation_accuracy"],
@@ -136,11 +139,11 @@ def run_cell(config: Config, cell: Cell, backbone: Path, progress: Progress) -> 
     }
 
 
-def random_weights(cell: Cell, backbone: Path) -> Path:
-    """Folder of the network that the backbone's pretraining began with, made here once."""
+def random_weights(trial: Trial, backbone: Path) -> Path:
+    """Folder of the backbone's network before its pretraining, made once."""
     folder = backbone.with_name(f"{backbone.name}-random")
     if not (folder / "model.safetensors").exists():
-        seed, corpus = cell.seed, backbone.name.partition("-")[0]
+        seed, corpus = trial.seed, backbone.name.partition("-")[0]
         pretraining.build(pretrain.fixed_size(seed, corpus), VOCABULARY).save_pretrained(folder)
         for file in backbone.glob("token*.json"):
             shutil.copy(file, folder)
@@ -153,13 +156,20 @@ def summary(rows: list[dict[str, str]]) -> dict[str, Any]:
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         by_seed = {}
         for start in STARTS:
-            here = [row for row in rows if row["dataset"] == dataset and row["start"] == start]
+            rows_of_start = [
+                row for row in rows if row["dataset"] == dataset and row["start"] == start
+            ]
             by_rate: dict[str, dict[str, float]] = {}
-            for row in here:
+            for row in rows_of_start:
                 by_rate.setdefault(row["rate"], {})[row["seed"]] = float(row["accuracy"])
-            by_seed[start] = max(by_rate.values(), key=lambda found: np.mean(list(found.values())))
+            by_seed[start] = max(
+                by_rate.values(), key=lambda accuracies: np.mean(list(accuracies.values()))
+            )
         difference = paired_difference(by_seed["random"], by_seed["pretrained"])
-        accuracy = {start: float(np.mean(list(found.values()))) for start, found in by_seed.items()}
+        accuracy = {
+            start: float(np.mean(list(accuracies.values())))
+            for start, accuracies in by_seed.items()
+        }
         result[dataset] = {"accuracy": accuracy, "pretrained - random": difference}
     return result
 
@@ -173,8 +183,8 @@ def main() -> None:
     run_missing(config)
     results = summary(read_rows(config.table))
     write_json(config.output_dir / "finetuned.json", results)
-    for dataset, found in results.items():
-        difference = format_interval(found["pretrained - random"], 1, 100, "+")
+    for dataset, comparison in results.items():
+        difference = format_interval(comparison["pretrained - random"], 1, 100, "+")
         print(f"{dataset}: pretrained less random {difference} points")
 
 

@@ -1,9 +1,9 @@
 """How well does a bag of words classify the rows that the models are trained on?
 
-TF-IDF of single words and a logistic regression, on the training and validation rows of each
-experiment and study, whole texts. The strength of its L2 penalty is chosen on training rows that
-are held out, as a model's learning rate is; then it is fitted on all of them. An accuracy of a
-model means little where this one, which knows no language, reaches the same. Writes
+Fits a logistic regression on TF-IDF of single words, with the training and validation rows of each
+experiment and study, whole texts. The strength of its L2 penalty is chosen on held-out training
+rows, as a model's learning rate is; then it is fitted on all training rows. A model's accuracy
+means little if this baseline, which knows no language, reaches it. Writes
 studies/results/bag_of_words/results.json.
 """
 
@@ -29,7 +29,7 @@ from studies.report import experiments
 from studies.report.own_models import BAG_OF_WORDS
 from studies.shared import finetune
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C: of a weaker penalty
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # scikit-learn's C: larger is a weaker penalty
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Config:
 
 
 def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
-    """Results folder, data set, and the rows that its models are trained and validated on."""
-    for study in experiments.present():
+    """(results folder, name of the data set, its task) of every experiment and study."""
+    for study in experiments.studies_with_results():
         data = read_json(ROOT / study.folder / "results.json")["settings"]["data"]
         yield study.folder, data["name"], load_again(data, data_dir)
     for name, (rows, _) in collapse_threshold.SIZES.items():
@@ -60,22 +60,24 @@ def tasks(data_dir: Path | None) -> Iterator[tuple[str, str, Task]]:
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Accuracy on the validation rows, and the chosen C with its accuracy on the rows held out."""
-    left, held_out = tuning_split(task, min(finetune.TUNING_ROWS, len(task.train) // 5))
-    tried = {strength: accuracy(left.train, held_out, strength) for strength in STRENGTHS}
-    best = max(tried, key=tried.get)
+    """Accuracy on validation rows, and the chosen C with its accuracy on held-out rows."""
+    reduced, held_out = tuning_split(task, min(finetune.TUNING_ROWS, len(task.train) // 5))
+    accuracy_by_strength = {
+        strength: accuracy(reduced.train, held_out, strength) for strength in STRENGTHS
+    }
+    best = max(accuracy_by_strength, key=accuracy_by_strength.get)
     return {
         "train_rows": len(task.train),
         "validation_rows": len(task.validation),
         "classes": len(task.class_names),
         "accuracy": accuracy(task.train, task.validation, best),
         "C": best,
-        "held_out_accuracy": tried[best],
+        "held_out_accuracy": accuracy_by_strength[best],
     }
 
 
 def accuracy(train: Rows, test: Rows, strength: float) -> float:
-    """Share of the test rows that a bag of words fitted on the training rows gets right."""
+    """Accuracy on test rows of a bag of words that is fitted on the training rows."""
     words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", sublinear_tf=True)
     model = make_pipeline(words, LogisticRegression(C=strength, max_iter=1000))
     predicted = model.fit(train.texts, train.labels).predict(test.texts)
@@ -87,8 +89,8 @@ def main() -> None:
     rows = []
     for folder, name, task in tasks(config.data_dir):
         rows.append({"folder": folder, "data": name, **measure(task)})
-        found = rows[-1]
-        print(f"{folder}, {name}: {found['accuracy']:.2%} (C {found['C']:g})", flush=True)
+        row = rows[-1]
+        print(f"{folder}, {name}: {row['accuracy']:.2%} (C {row['C']:g})", flush=True)
     made = environment(pick_device("cpu"))
     write_json(BAG_OF_WORDS, {"rows": rows, **made})
 

@@ -1,9 +1,9 @@
 """Does an LM loss make a classifier more accurate, and does it keep rank at equal training loss?
 
-P1 and P5 of studies/PROTOCOL.md: four data sets, own language models of many seeds, Models 1 and 2
-each at the learning rate that is best on tuning rows of pilot backbones; controls on two of the
-sets. Writes a table and a file of validation rows for each backbone, then results.json and a
-figure. The same command goes on where it was stopped.
+P1 and P5 of studies/PROTOCOL.md: four data sets, many backbones, Models 1 and 2 each at the
+learning rate that is best on tuning rows of pilot backbones; controls on two of the data sets.
+Writes a table and a file with results on validation rows for each backbone, then results.json and a
+figure. The same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from studies.shared import finetune, pilots, sweep
 from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
 MARGIN_P1 = 0.005  # half a point of accuracy
-FEWEST_TO_DRAW_FROM = 10  # seeds of a pigeonhole bootstrap
+FEWEST_TO_DRAW_FROM = 10  # seeds that a pigeonhole bootstrap needs
 MARGIN_P5 = 0.1  # of log rank
 
 
@@ -48,7 +48,7 @@ class Size:
     train_rows: int
     epochs: int
     max_length: int  # tokens
-    other: str | None  # the set whose labels the states are probed for
+    other: str | None  # the data set for whose labels states are probed
 
 
 SIZES = {
@@ -64,16 +64,16 @@ SIZES = {
 class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Parts to run: pilot (chooses the rates), endpoint (Models 1 and 2), controls (of the first
+    # Parts to run: pilot (chooses the learning rates), endpoint (Models 1 and 2), controls (first
     # ten seeds).
     parts: tuple[str, ...] = ("pilot", "endpoint", "controls")
     # Data sets: names that experiment.py --dataset takes.
     datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence", "CLINC150", "Banking77")
-    # Data sets of the controls.
+    # Data sets to run the controls on.
     control_datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
     # Controls, as experiment.py --models takes them.
     controls: tuple[str, ...] = ("longer", "shuffled-lm", "2@0.1", "2@0.9")
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "benefit"
 
 
@@ -111,26 +111,26 @@ def chosen_rates(config: Config) -> dict[tuple[str, str], float]:
 
 
 def trials_at(config: Config, rates: dict[tuple[str, str], float]) -> list[Trial]:
-    """Trials that count: each of Models 1 and 2 at its own rate, Model 2 at Model 1's, controls.
+    """Trials of the study: Models 1 and 2 at their own rates, Model 2 also at Model 1's, controls.
 
-    A control has the rate of the model that it varies: `longer` Model 1's, others Model 2's.
+    A control has the rate of the model that it varies: `longer` that of Model 1, others Model 2's.
     """
-    found = []
+    trials = []
     for seed in config.seeds:
         if "endpoint" in config.parts:
             for dataset in config.datasets:
                 ones, twos = rates[dataset, "model1"], rates[dataset, "model2"]
-                found.append(Trial(seed, dataset, "model1", ones))
-                found += [Trial(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
+                trials.append(Trial(seed, dataset, "model1", ones))
+                trials += [Trial(seed, dataset, "model2", r) for r in dict.fromkeys((twos, ones))]
         if "controls" in config.parts and seed < sweep.PLANNED // 2:
             for dataset, name in itertools.product(config.control_datasets, config.controls):
                 arm = common.find_arm(name).name
-                found.append(Trial(seed, dataset, arm, rate_of(rates, dataset, arm)))
-    return found
+                trials.append(Trial(seed, dataset, arm, rate_of(rates, dataset, arm)))
+    return trials
 
 
 def rate_of(rates: dict[tuple[str, str], float], dataset: str, arm: str) -> float:
-    """An arm's own rate, of a control that of the model that it varies."""
+    """An arm's own rate; for a control, that of the model that it varies."""
     model = "model1" if common.find_arm(arm).lm == "none" else "model2"
     return rates[dataset, model]
 
@@ -155,21 +155,21 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Recor
 
 @dataclass(frozen=True)
 class Runs:
-    """All that count: (data set, arm, rate) -> seed -> run; and the chosen rates."""
+    """All runs of the study: (data set, arm, rate) -> seed -> run; and the chosen rates."""
 
     runs: dict[tuple[str, str, float], dict[int, Run]]
     rates: dict[tuple[str, str], float]
 
-    def place(self, dataset: str, arm: str) -> tuple[str, str, float]:
-        """Where an arm's runs at its own rate are."""
+    def run_key(self, dataset: str, arm: str) -> tuple[str, str, float]:
+        """The key of an arm's runs at its own rate."""
         return dataset, arm, rate_of(self.rates, dataset, arm)
 
     def differences(self, dataset: str, arm: str, base: str = "model1") -> dict[int, np.ndarray]:
-        """Seed -> right rows (N,) of an arm less a base's, of seeds that have both."""
+        """Seed -> correct rows (N,) of an arm minus those of `base`, for seeds that have both."""
         own, others = (
             {
                 seed: run.correct.astype(float)
-                for seed, run in self.runs.get(self.place(dataset, name), {}).items()
+                for seed, run in self.runs.get(self.run_key(dataset, name), {}).items()
                 if run.correct is not None
             }
             for name in (arm, base)
@@ -180,37 +180,37 @@ class Runs:
 def read_study(config: Config) -> Runs:
     runs: dict[tuple[str, str, float], dict[int, Run]] = {}
     for run in read_runs(config.folder, sweep.PLANNED, Trial):
-        place = run.trial.dataset, run.trial.arm, run.trial.rate
-        runs.setdefault(place, {})[run.trial.seed] = run
+        key = run.trial.dataset, run.trial.arm, run.trial.rate
+        runs.setdefault(key, {})[run.trial.seed] = run
     return Runs(runs, chosen_rates(config))
 
 
 def sets_difference(
     study: Runs, datasets: Iterable[str], arm: str, base: str = "model1"
 ) -> dict[str, Any]:
-    """Accuracy of an arm less a base's: of each set, and of their mean (`mean`), with intervals.
+    """Intervals of an arm's accuracy minus that of `base`, on each data set and their `mean`.
 
-    Seeds that lack a set do not enter the mean. None where there are no two seeds.
+    The mean has only seeds with all data sets. None with fewer than two seeds.
     """
-    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     values = {dataset: study.differences(dataset, arm, base) for dataset in datasets}
     for dataset, by_seed in values.items():
         rows = list(by_seed.values())
-        found[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
+        intervals[dataset] = crossed_interval(np.stack(rows)) if len(rows) > 1 else None
     shared = sorted(set.intersection(*map(set, values.values())))
-    found["mean"] = None
+    intervals["mean"] = None
     if len(shared) > 1:
         arrays = [np.stack([by_seed[s] for s in shared]) for by_seed in values.values()]
-        found["mean"] = sets_interval(arrays)
+        intervals["mean"] = sets_interval(arrays)
         if len(shared) >= FEWEST_TO_DRAW_FROM:
-            found["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
-    return found
+            intervals["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
+    return intervals
 
 
 def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | None:
-    """Log effective rank within classes where a run's training loss first reaches a level.
+    """Log effective rank within classes when a run's training loss first reaches a level.
 
-    Between two measurements it is linear in log loss. None where the loss stays above.
+    Interpolated between measurements, linearly in log loss. None if the loss stays above.
     """
     before = None
     for row in path:
@@ -227,9 +227,10 @@ def log_rank_at(path: list[dict[str, float | None]], level: float) -> float | No
 
 
 def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
-    """P5 of one backbone and set: log rank within classes, Model 2 less Model 1.
+    """P5 of one backbone and data set: log rank within classes, Model 2 minus Model 1.
 
-    The level is the larger of the two runs' least training losses. None where one diverged first.
+    Both are compared at the larger of the two runs' lowest training losses. None if one of them
+    diverged before.
     """
     losses = [[row["loss"] for row in run.path if row["loss"] is not None] for run in (one, two)]
     level = max(map(min, losses))
@@ -239,13 +240,15 @@ def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
 
 def rank_differences(study: Runs, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
     """Data set -> seed -> rank_at_equal_loss, both at Model 1's rate."""
-    found: dict[str, dict[int, float]] = {}
+    differences: dict[str, dict[int, float]] = {}
     for dataset in datasets:
         rate = study.rates[dataset, "model1"]
         ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
         by_seed = {s: rank_at_equal_loss(ones[s], twos[s]) for s in ones.keys() & twos.keys()}
-        found[dataset] = {s: value for s, value in sorted(by_seed.items()) if value is not None}
-    return found
+        differences[dataset] = {
+            s: value for s, value in sorted(by_seed.items()) if value is not None
+        }
+    return differences
 
 
 def summary(config: Config) -> dict[str, Any]:
@@ -263,20 +266,24 @@ def summary(config: Config) -> dict[str, Any]:
         "P1": sweep.endpoint(p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= sweep.PLANNED),
         "P1_equivalence": equivalence_of(p1, MARGIN_P1),
         "accuracy_differences": {
-            arm: sets_difference(study, sets_of(study, arm), arm) for arm in arms if arm != "model1"
+            arm: sets_difference(study, datasets_of(study, arm), arm)
+            for arm in arms
+            if arm != "model1"
         },
         "less_model2": {
-            arm: sets_difference(study, sets_of(study, arm), arm, "model2")
+            arm: sets_difference(study, datasets_of(study, arm), arm, "model2")
             for arm in arms
             if arm not in ("model1", "model2")
         },
         "P5": sweep.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= sweep.PLANNED),
         "rank_at_equal_loss": {
-            dataset: differences_interval(found) for dataset, found in ranks.items()
+            dataset: differences_interval(differences) for dataset, differences in ranks.items()
         },
         "arms": {
             dataset: {
-                arm: ends(study, dataset, arm) for arm in arms if dataset in sets_of(study, arm)
+                arm: summarize_arm(study, dataset, arm)
+                for arm in arms
+                if dataset in datasets_of(study, arm)
             }
             for dataset in datasets
         },
@@ -291,30 +298,30 @@ def equivalence_of(interval: dict[str, Any] | None, margin: float) -> dict[str, 
     return equivalence(*(interval[key] for key in ("mean", "se", "df")), margin)
 
 
-def sets_of(study: Runs, arm: str) -> list[str]:
+def datasets_of(study: Runs, arm: str) -> list[str]:
     return list(dict.fromkeys(dataset for dataset, name, _ in study.runs if name == arm))
 
 
-def ends(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
+def summarize_arm(study: Runs, dataset: str, arm: str) -> dict[str, Any]:
     """Means over seeds of an arm at its own rate.
 
-    `language_kept` (nats) and `transfer_kept` are less what they were before training.
+    `language_kept` (nats) and `transfer_kept` are changes since before training.
     """
-    here = study.runs.get(study.place(dataset, arm), {}).values()
+    runs = study.runs.get(study.run_key(dataset, arm), {}).values()
     means = {}
     for name in (*finetune.AT_BEST, *KEPT):
-        known = [value for run in here if (value := measure(run, name)) is not None]
+        known = [value for run in runs if (value := value_of(run, name)) is not None]
         means[name] = mean_interval(known) if known else None
-    diverged = sum(run.end["best_epoch"] is None for run in here)
-    return means | {"n": len(here), "diverged": diverged}
+    diverged = sum(run.end["best_epoch"] is None for run in runs)
+    return means | {"n": len(runs), "diverged": diverged}
 
 
-# Measure -> whose change it is, from before the first step to after the last.
+# Measure -> the number whose change it is, from before the first step to after the last.
 KEPT = {"language_kept": "lm_loss", "transfer_kept": "transfer_accuracy"}
 
 
-def measure(run: Run, name: str) -> float | None:
-    """One of KEPT, or a number of the run's end; None where it has none."""
+def value_of(run: Run, name: str) -> float | None:
+    """A change of KEPT, or a number of the run's last row; None if unknown."""
     if name not in KEPT:
         return run.end[name]
     start, end = (row[KEPT[name]] for row in (run.path[0], run.end))
@@ -322,39 +329,39 @@ def measure(run: Run, name: str) -> float | None:
 
 
 def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Data set, or `mean` of all -> measure -> Model 2 less Model 1, paired over seeds.
+    """Data set, or `mean` of all -> measure -> Model 2 minus Model 1, paired over seeds.
 
-    What is kept at one rate, Model 1's, since a higher rate alone loses more; `best_scaled_loss`
-    at each model's own.
+    Measures of KEPT are compared at one rate, Model 1's, because a higher rate alone loses more;
+    `best_scaled_loss` at each model's own rate.
     """
-    found: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
+    intervals: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
     for name in (*KEPT, "best_scaled_loss"):
         per_set = {data: differences_of(study, data, name) for data in datasets}
         per_set["mean"] = sweep.mean_over_sets(list(per_set.values()))
         for place, by_seed in per_set.items():
-            found[place][name] = differences_interval(by_seed)
-    return found
+            intervals[place][name] = differences_interval(by_seed)
+    return intervals
 
 
 def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
-    """Seed -> a measure of Model 2 less that of Model 1, where both are known."""
-    ones, twos = study.place(dataset, "model1"), study.place(dataset, "model2")
+    """Seed -> a measure of Model 2 minus that of Model 1, where both are known."""
+    ones, twos = study.run_key(dataset, "model1"), study.run_key(dataset, "model2")
     if name in KEPT:
         twos = (*twos[:2], ones[2])
     sides = [study.runs.get(place, {}) for place in (ones, twos)]
-    found = {}
+    differences = {}
     for seed in sorted(sides[0].keys() & sides[1].keys()):
-        one, two = (measure(side[seed], name) for side in sides)
+        one, two = (value_of(side[seed], name) for side in sides)
         if None not in (one, two):
-            found[seed] = two - one
-    return found
+            differences[seed] = two - one
+    return differences
 
 
 def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
-    """Data set -> arm -> time of all steps over Model 1's of the same backbone, and `n` of these.
+    """Data set -> arm -> training time relative to Model 1 of the same backbone, with `n`.
 
-    Each at its own rate, to the end, on one CPU: a GPU was shared by many trainings at once, and
-    their times tell nothing. The backbones need not be among those that count.
+    Whole trainings at the arm's own rate on one CPU. Times on a GPU are left out, because many
+    trainings shared it. Pilot backbones are included.
     """
     seconds: dict[tuple, dict[str, float]] = {}
     for row in sweep.published_rows(config.folder):
@@ -363,14 +370,16 @@ def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
             continue  # another set, on the way, or diverged
         own = float(row["rate"]) == rate_of(study.rates, dataset, arm)
         if own and row["hardware"] and "NVIDIA" not in row["hardware"]:
-            here = seconds.setdefault((dataset, row["seed"], row["hardware"]), {})
-            here[arm] = float(row["seconds"])
-    found: dict[str, dict[str, list[float]]] = {}
+            by_arm = seconds.setdefault((dataset, row["seed"], row["hardware"]), {})
+            by_arm[arm] = float(row["seconds"])
+    ratios_by_data: dict[str, dict[str, list[float]]] = {}
     for (dataset, *_), by_arm in seconds.items():
         for arm in sorted(by_arm.keys() - {"model1"}) if "model1" in by_arm else ():
-            ratios = found.setdefault(dataset, {}).setdefault(arm, [])
+            ratios = ratios_by_data.setdefault(dataset, {}).setdefault(arm, [])
             ratios.append(by_arm[arm] / by_arm["model1"])
-    return {d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in found.items()}
+    return {
+        d: {arm: mean_interval(v) for arm, v in arms.items()} for d, arms in ratios_by_data.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,7 +388,7 @@ def times(config: Config, study: Runs) -> dict[str, dict[str, Any]]:
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Accuracy less Model 1's; in another figure rank within classes as the training loss falls."""
+    """Draw accuracy minus Model 1's, and in another figure rank within classes over the loss."""
     study, datasets = read_study(config), list(config.datasets)
     size = max(8, 2.9 * len(datasets)), 3.3
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
@@ -388,10 +397,13 @@ def draw(config: Config, results: dict[str, Any]) -> None:
     draw_differences(left, {place: (gains.get(place), "model2") for place in [*datasets, "mean"]})
     left.set(title="Dual Head, each model at its own rate")
     controls = {
-        f"{common.find_arm(name).title}, {place.removesuffix(' by sentence')}": (found[place], name)
-        for name, found in differences.items()
+        f"{common.find_arm(name).title}, {place.removesuffix(' by sentence')}": (
+            intervals[place],
+            name,
+        )
+        for name, intervals in differences.items()
         for place in config.control_datasets
-        if name != "model2" and place in found
+        if name != "model2" and place in intervals
     }
     draw_differences(right, controls)
     right.set(title="Controls")
@@ -409,11 +421,11 @@ def draw(config: Config, results: dict[str, Any]) -> None:
 
 
 def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]]) -> None:
-    """Name -> accuracy less Model 1's and its arm, a line each; the margin is gray."""
+    """Draw a line for each name -> (accuracy minus Model 1's, arm); the margin is gray."""
     known = {name: pair for name, pair in shown.items() if pair[0]}
-    for line, (found, name) in enumerate(known.values()):
+    for line, (interval, name) in enumerate(known.values()):
         arm = common.find_arm(name)
-        points = rank_plots.ends(found, lambda value: 100 * value)
+        points = rank_plots.ends(interval, lambda value: 100 * value)
         rank_plots.point(axis, line, points, marker=arm.marker, color=arm.color)
     axis.set_yticks(range(len(known)), list(known))
     axis.axvline(0, color="gray", linewidth=0.8)
@@ -423,7 +435,7 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
 
 
 def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
-    """Every backbone's path of both models at Model 1's rate, as the loss falls to the right."""
+    """Draw each backbone's path of both models at Model 1's rate; loss falls to the right."""
     rate = study.rates[dataset, "model1"]
     for name in ("model1", "model2"):
         arm = common.find_arm(name)
@@ -443,10 +455,10 @@ def text(results: dict[str, Any]) -> str:
     lines = []
     for name in ("P1", "P5"):
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
-    for arm, found in results["accuracy_differences"].items():
+    for arm, intervals in results["accuracy_differences"].items():
         parts = [
             f"{place} {format_interval(value, 2, 100, '+')}"
-            for place, value in found.items()
+            for place, value in intervals.items()
             if value
         ]
         lines.append(f"{arm} less Model 1, points: {', '.join(parts) or 'no two seeds yet'}")

@@ -1,9 +1,9 @@
 """Does an LM loss help more where there are more classes? And does rank follow their number?
 
-P3 of studies/PROTOCOL.md: CLINC150's same rows with their labels merged to 2, 5, 10, 30, 75 and 150
-classes, Models 1 and 2 on own language models of many seeds, both at the rate that is best on
-tuning rows of pilot backbones at ten classes. Writes a table and a file of validation rows for each
-backbone, then results.json and a figure. The same command goes on where it was stopped.
+P3 of studies/PROTOCOL.md: the same rows of CLINC150 with labels merged to 2, 5, 10, 30, 75 and 150
+classes; Models 1 and 2 on many backbones, at the rates that are best on tuning rows of pilot
+backbones at ten classes. Writes a table and a file with results on validation rows for each
+backbone, then results.json and a figure. The same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from collapse.utils.files import ROOT
 from studies.shared import finetune, pilots, sweep
 from studies.shared.pilots import MODELS, Run, best_rates, in_parts, read_runs, run_trial
 
-MARGIN = 0.05  # of the slope of the gain in empirical logit accuracy on log2 classes
-PLANNED = 10  # backbones
+MARGIN = 0.05  # of the slope of the gain (empirical logit of accuracy) on log2 of classes
+BACKBONES = 10  # backbones
 COUNTS = (2, 5, 10, 30, 75, 150)
-CHOSEN_AT = 10  # classes: where the rates are chosen
+CHOSEN_AT = 10  # classes at which learning rates are chosen
 RANDOM_COUNTS = (2, 10, 30)
 TRAIN_ROWS, EPOCHS, MAX_LENGTH = 7500, 4, 32
 SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH}
@@ -46,11 +46,11 @@ SETTINGS = {"train_rows": TRAIN_ROWS, "epochs": EPOCHS, "max_length": MAX_LENGTH
 class Config(pilots.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Own language models, by their seeds.
-    seeds: tuple[int, ...] = tuple(range(PLANNED))
-    # Parts to run: pilot (chooses the rates), endpoint, random (merges drawn at random).
+    # Seeds of the backbones, our own small language models.
+    seeds: tuple[int, ...] = tuple(range(BACKBONES))
+    # Parts to run: pilot (chooses the learning rates), endpoint, random (classes merged at random).
     parts: tuple[str, ...] = ("pilot", "endpoint", "random")
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "class_count"
 
 
@@ -60,7 +60,7 @@ class Trial:
 
     seed: int
     classes: int
-    merge: str  # nested in domains, or random
+    merge: str  # how labels are merged: nested (in domains) or random
     arm: str  # its name in results
     rate: float  # base-10 logarithm
 
@@ -75,11 +75,11 @@ class Trial:
 
 
 def nested_classes(count: int) -> dict[str, int]:
-    """Intent -> class of `count` classes, each of whole classes of the next larger count.
+    """Intent -> one of `count` classes, each a union of classes of the next larger count.
 
-    Ten are the domains, five are pairs of them in their written order, two are three of these pairs
-    and the other two; a domain's fifteen intents, in alphabetical order, are cut into three classes
-    of five (30), and these in turn into two or three (75).
+    Ten classes are the domains; five are pairs of domains in their written order; two are three of
+    these pairs and the other two. For 30 classes a domain's fifteen intents, in alphabetical order,
+    are cut into three classes of five; for 75 these are cut into two or three.
     """
     intents = sorted(CLINC_DOMAINS)
     if count == len(intents):
@@ -102,16 +102,16 @@ def nested_classes(count: int) -> dict[str, int]:
 
 
 def random_classes(count: int, seed: int) -> dict[str, int]:
-    """Intent -> class of `count` classes of as like sizes as can be, drawn by the seed."""
+    """Intent -> one of `count` random classes of sizes as equal as possible, drawn by the seed."""
     order = np.random.default_rng([seed, count]).permutation(sorted(CLINC_DOMAINS))
     return {str(intent): place % count for place, intent in enumerate(order)}
 
 
 def load_merged(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
-    """CLINC150 under merged labels, with fifty training rows of each intent; and tuning rows.
+    """(CLINC150 with merged labels and fifty training rows of each intent, tuning rows).
 
-    Both are fixed draws, the same for every number of classes. Tuning rows are others of the
-    training split, and none has the text of one that is trained on.
+    Both are fixed draws, the same for every number of classes. Tuning rows are other rows of the
+    training split, without any text of the training rows.
     """
     task = finetune.apart_from_validation(in_corpus_text(finetune.load_task("CLINC150", data_dir)))
     trained = balanced_draw(task.train.labels, TRAIN_ROWS // len(task.class_names))
@@ -137,14 +137,14 @@ def relabelled(
 
 
 def balanced_draw(labels: list[int], each: int) -> np.ndarray:
-    """Numbers of `each` rows of every label, in order: the same draw everywhere and always."""
+    """Indices of `each` rows of every label, in order; the draw is always the same."""
     labels, rng = np.array(labels), np.random.default_rng(0)
     draws = [rng.permutation(np.flatnonzero(labels == c))[:each] for c in np.unique(labels)]
     return np.sort(np.concatenate(draws))
 
 
 def toy(classes: int, merge: str, seed: int, data_dir: Path | None) -> tuple[Task, Rows]:
-    """Texts for rehearsals, with as many labels as asked for."""
+    """Generated texts for --miniature, with so many classes."""
     split = finetune.load_split(finetune.TOY, data_dir)
     return relabelled(*split, classes, lambda rows: [n % classes for n in range(len(rows))])
 
@@ -173,15 +173,15 @@ def chosen_rates(config: Config) -> dict[str, float]:
 
 
 def trials_at(config: Config, rates: dict[str, float]) -> list[Trial]:
-    """Trials that count, seed by seed; random merges at three counts."""
-    kinds = []
+    """Trials of the study, seed by seed; random merges at three numbers of classes."""
+    merges = []
     if "endpoint" in config.parts:
-        kinds += [(count, "nested") for count in counts_of(config)]
+        merges += [(count, "nested") for count in counts_of(config)]
     if "random" in config.parts:
         counts = (2,) if config.miniature else RANDOM_COUNTS
-        kinds += [(count, "random") for count in counts]
-    product = itertools.product(config.seeds, kinds, MODELS)
-    return [Trial(seed, *kind, model, rates[model]) for seed, kind, model in product]
+        merges += [(count, "random") for count in counts]
+    product = itertools.product(config.seeds, merges, MODELS)
+    return [Trial(seed, *merge, model, rates[model]) for seed, merge, model in product]
 
 
 def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
@@ -207,22 +207,22 @@ def slope(gains: dict[int, float]) -> float:
 
 
 def read_study(config: Config) -> dict[tuple[str, int], dict[int, dict[str, Run]]]:
-    """(merge, classes) -> seed -> model -> run, of what has both models at their rates."""
-    found: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
+    """(merge, classes) -> seed -> model -> run, for seeds with both models at their rates."""
+    runs: dict[tuple[str, int], dict[int, dict[str, Run]]] = {}
     rates = chosen_rates(config)
-    for run in read_runs(config.folder, PLANNED, Trial):
+    for run in read_runs(config.folder, BACKBONES, Trial):
         trial = run.trial
         if run.correct is not None and trial.rate == rates[trial.arm]:
-            by_seed = found.setdefault((trial.merge, trial.classes), {})
+            by_seed = runs.setdefault((trial.merge, trial.classes), {})
             by_seed.setdefault(trial.seed, {})[trial.arm] = run
     return {
         place: {seed: pair for seed, pair in by_seed.items() if len(pair) == len(MODELS)}
-        for place, by_seed in found.items()
+        for place, by_seed in runs.items()
     }
 
 
 def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict[int, float]]:
-    """Seed -> classes -> Model 2's empirical logit less Model 1's; seeds that have all counts."""
+    """Seed -> classes -> Model 2's empirical logit minus Model 1's; for seeds with all counts."""
     gains: dict[int, dict[int, float]] = {}
     for count in counts:
         for seed, pair in study.get((merge, count), {}).items():
@@ -232,9 +232,9 @@ def gains_of(study: dict, merge: str, counts: tuple[int, ...]) -> dict[int, dict
 
 
 def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) -> dict | None:
-    """Bootstrap interval of the mean slope: seeds and rows drawn anew, apart (Owen 2007).
+    """Bootstrap interval of the mean slope: seeds and rows resampled independently (Owen 2007).
 
-    A row keeps its place at every number of classes. None with fewer than two seeds.
+    A drawn row is used at every number of classes. None with fewer than two seeds.
     """
     seeds = sorted(gains_of(study, "nested", counts))
     if len(seeds) < 2:
@@ -248,14 +248,14 @@ def pigeonhole_slope(study: dict, counts: tuple[int, ...], draws: int = 1000) ->
     )  # (S, C, 2, N)
     n_rows, rng = correct.shape[-1], np.random.default_rng(0)
     x = np.log2(counts) - np.log2(counts).mean()
-    found = []
+    mean_slopes = []
     for _ in range(draws):
         rows = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows))  # (N,) how often
         right = correct @ rows  # (S, C, 2)
         logits = np.log((right + 0.5) / (n_rows - right + 0.5))
         slopes = (logits[..., 1] - logits[..., 0]) @ x / (x @ x)  # (S,)
-        found.append(slopes[rng.integers(0, len(seeds), len(seeds))].mean())
-    low, high = np.quantile(found, [0.025, 0.975])
+        mean_slopes.append(slopes[rng.integers(0, len(seeds), len(seeds))].mean())
+    low, high = np.quantile(mean_slopes, [0.025, 0.975])
     return {"low": float(low), "high": float(high), "n": len(seeds)}
 
 
@@ -263,10 +263,10 @@ def summary(config: Config) -> dict[str, Any]:
     """What results.json holds."""
     study, counts = read_study(config), counts_of(config)
     slopes = {seed: slope(gains) for seed, gains in gains_of(study, "nested", counts).items()}
-    found = differences_interval(slopes)
+    interval = differences_interval(slopes)
     return {
         "rates": chosen_rates(config),
-        "P3": sweep.endpoint(found, MARGIN, found["n"] >= PLANNED),
+        "P3": sweep.endpoint(interval, MARGIN, interval["n"] >= BACKBONES),
         "P3_rows_too": pigeonhole_slope(study, counts),
         "table": [row_of(study[place], *place) for place in sorted(study) if study[place]],
     }
@@ -296,10 +296,10 @@ def row_of(by_seed: dict[int, dict[str, Run]], merge: str, classes: int) -> dict
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Gain and components against the number of classes, nested and random merges."""
+    """Draw gain and components over the number of classes, for nested and random merges."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    kinds = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
-    for merge, name, fill, line in kinds:
+    merges = ("nested", "within domains", "full", "-"), ("random", "at random", "none", ":")
+    for merge, name, fill, line in merges:
         rows = [row for row in results["table"] if row["merge"] == merge]
         if not rows:
             continue

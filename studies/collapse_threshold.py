@@ -1,11 +1,11 @@
 """At which learning rate does fine-tuning collapse a representation, and does the LM loss move it?
 
-Fine-tunes a backbone for a few hundred steps at many rates, without and with the LM loss and with
-controls, and finds for each of them the rate at which runs stop being healthy after so many steps;
-after more it lies lower, see collapse_time.py. By default on own small language models
-(studies/shared/pretrain.py), each its own seed; with --model on one model and many seeds. Writes a
-CSV file for each seed, a row for every measurement, as trainings end; then results.json and a
-figure. The same command goes on where it was stopped.
+Fine-tunes a model for a few hundred steps at many learning rates, without the LM loss, with it and
+with controls, and finds for each the rate at which runs stop being healthy after so many steps;
+after more steps it is lower, see collapse_time.py. By default on backbones of many seeds
+(studies/shared/pretrain.py); with --model on one model with many seeds. Writes a CSV file for each
+seed, with a row for every measurement, then results.json and a figure. The same command resumes
+where it was stopped.
 """
 
 import itertools
@@ -33,6 +33,7 @@ from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, 
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
 from collapse.runs.progress import Progress
+from collapse.utils import command_line
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
@@ -41,11 +42,11 @@ from studies.shared import finetune, sweep
 from studies.shared.tables import read_rows
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
-KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
-OTHER_BOUNDS = (0.1, 0.5)  # to see what P2 would be with another
-FIRST_JUDGED = 25  # steps: a low share before it, in the warm-up's wake, is no collapse of P8
-SEEDS_OF_A_MODEL = 5  # of P8
-MEASUREMENTS = 4  # along the way
+KEPT = 1 / 4  # share of the initial components below which a representation has collapsed
+OTHER_BOUNDS = (0.1, 0.5)  # in place of KEPT, to see how P2 depends on it
+FIRST_JUDGED = 25  # steps; a low share earlier, just after warm-up, is no collapse for P8
+SEEDS_OF_A_MODEL = 5  # planned for P8
+MEASUREMENTS = 4  # during a training
 # Base-10 logarithms of learning rates
 RATES = tuple(-3.25 + k / 4 for k in range(8))
 RATES_OF_A_MODEL = tuple(round(math.log10(2e-4 * 2**k), 5) for k in range(6))
@@ -55,31 +56,33 @@ RATES_OF_A_MODEL = tuple(round(math.log10(2e-4 * 2**k), 5) for k in range(6))
 class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # A causal LM instead of own language models: hub name, folder or GGUF file. --seeds are then of
-    # adapters, heads and order of rows, and each is whole before the next begins.
-    model: str | None = None
-    # With --model: frozen weights in 4 bits (NF4) or as they are. Default: nf4 on a GPU.
-    quantization: Literal["nf4", "none"] | None = None
+    # A causal LM to fine-tune instead of backbones: hub name, folder or GGUF file. A seed is then
+    # that of adapters, heads and order of rows, and is completed before the next begins.
+    model: str | None = command_line.grouped(None, "language model")
+    # With --model: frozen weights in 4 bits (NF4) or as stored. Default: nf4 on a GPU.
+    quantization: Literal["nf4", "none"] | None = command_line.grouped(None, "language model")
     # With --model: type of activations and weights. Default: bfloat16 on a GPU, float32 on a CPU;
-    # on a CPU that multiplies bfloat16 in hardware (avx512_bf16, AMX) that is the faster one, too.
-    compute_dtype: Literal["bfloat16", "float32"] | None = None
-    # Steps after which fewer rows (256) are measured along the way; given, they are measured before
-    # the first step and after the last, too. Default: four, and not at the ends.
+    # bfloat16 is faster on CPUs that multiply it in hardware (avx512_bf16, AMX).
+    compute_dtype: Literal["bfloat16", "float32"] | None = command_line.grouped(
+        None, "language model"
+    )
+    # Steps after which to measure on fewer rows (256). If given, these rows are also measured
+    # before the first step and after the last. Default: four steps, and not at the ends.
     measure_at: tuple[int, ...] = ()
-    # LoRA on own language models, instead of training all their weights.
-    lora: bool = False
+    # Train LoRA adapters of the backbones instead of all their weights.
+    lora: bool = command_line.grouped(False, "language model")
     # Data sets: names that experiment.py --dataset takes.
-    datasets: tuple[str, ...] = ("AG News", "SST-2 by sentence")
+    datasets: tuple[str, ...] = command_line.grouped(("AG News", "SST-2 by sentence"), "data")
     # Models and controls, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("1", "2", "2@0.1", "shuffled-lm", "kl", "l2-start", "shared-scale")
-    # Base-10 logarithms of the learning rates, in order; without --model equally far apart.
-    # Default: quarter decades from -3.25 to -1.5; with --model 2e-4 and five doublings of it.
-    rates: tuple[float, ...] = ()
-    # With --model: run only the rates that a threshold is found with, two or three of six.
-    bracket: bool = False
-    # Optimizer steps of a training: ten of warm-up, then a constant rate.
-    steps: int = 200
-    # Folder for results, in it one for each --model or corpus.
+    # Base-10 logarithms of the learning rates, in order; without --model equally spaced. Default:
+    # quarter decades from -3.25 to -1.5; with --model 2e-4 and five doublings of it.
+    rates: tuple[float, ...] = command_line.grouped((), "optimization")
+    # With --model: run only the two or three rates that are needed to find a threshold.
+    bracket: bool = command_line.grouped(False, "optimization")
+    # Optimizer steps of a training: ten of warm-up, then a constant learning rate.
+    steps: int = command_line.grouped(200, "optimization")
+    # Folder for results, with a subfolder for each --model or corpus.
     output_dir: Path = ROOT / "studies" / "results" / "collapse_threshold"
 
     def __post_init__(self) -> None:
@@ -93,11 +96,11 @@ class Config(sweep.Config):
 
 
 def name_of(model: str) -> str:
-    """A model's name in results: of a file or folder its own, of the hub what follows the owner."""
+    """A model's name in results: that of its file or folder, or its hub name without the owner."""
     return Path(model).name.removesuffix(".gguf")
 
 
-# Data set -> training rows, longest text in tokens: the topic of news is clear from its beginning.
+# Data set -> training rows, longest text in tokens (the beginning of news shows its topic).
 SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), finetune.TOY: (64, 32)}
 
 
@@ -122,16 +125,18 @@ def trials(config: Config) -> Iterator[list[Trial]]:
         yield [Trial(*place, rate) for place in places for rate in config.rates]
         return
     for seed in config.seeds:
-        here = [place for place in places if place[0] == seed]
-        while missing := [trial for place in here for trial in next_of_bracket(config, *place)]:
+        places_of_seed = [place for place in places if place[0] == seed]
+        while missing := [
+            trial for place in places_of_seed for trial in next_of_bracket(config, *place)
+        ]:
             yield missing
 
 
 def next_of_bracket(config: Config, seed: int, dataset: str, arm: str) -> list[Trial]:
-    """The trial that a seed's threshold needs next; none where two neighbouring rates hold it.
+    """The next trial to find a seed's threshold; empty if it is between two neighbouring rates.
 
-    The first seed of an arm is bisected. The next ones try what lies nearest to the mean threshold
-    of those before, and go on from there.
+    The first seed of an arm is bisected. Later seeds begin at the rate that is nearest to the mean
+    threshold of the seeds before.
     """
     runs = [run for run in read_runs(config.folder) if run.trial.dataset == dataset]
     thresholds = thresholds_by_components(runs, config.rates).get(arm, {})
@@ -139,7 +144,7 @@ def next_of_bracket(config: Config, seed: int, dataset: str, arm: str) -> list[T
     between = [rate for rate in config.rates if known.low < rate < known.high]
     if not between:
         return []
-    before = [found.value for number, found in thresholds.items() if number < seed]
+    before = [threshold.value for number, threshold in thresholds.items() if number < seed]
     aim = float(np.mean(before)) if before else (between[0] + between[-1]) / 2
     return [Trial(seed, dataset, arm, min(between, key=lambda rate: abs(rate - aim)))]
 
@@ -154,9 +159,9 @@ def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_of_model(config: Config) -> dict[str, str]:
-    """What rows say of a given model: its name, its weights' source, how they were computed with.
+    """Columns about a model of --model: name, source of its weights, quantization, type.
 
-    Nothing of own language models, which rows name by their digest alone.
+    Empty for backbones, which rows identify by the digest of their weights alone.
     """
     if not config.model:
         return {}
@@ -164,14 +169,14 @@ def settings_of_model(config: Config) -> dict[str, str]:
     given = LanguageModelConfig(
         quantization=config.quantization, compute_dtype=config.compute_dtype
     )
-    kind = fill_in_for(device, given)
+    filled = fill_in_for(device, given)
     values = (
         name_of(config.model),
         weights_of(config.model),
-        kind.quantization,
-        kind.compute_dtype,
+        filled.quantization,
+        filled.compute_dtype,
     )
-    return dict(zip(sweep.OF_A_MODEL, values, strict=True))
+    return dict(zip(sweep.MODEL_COLUMNS, values, strict=True))
 
 
 def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
@@ -193,11 +198,11 @@ def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
 
 
 def run(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]]:
-    """Measures before one training, on the way and at its end, beside its data's chance."""
+    """Measurements before, during and after a training, with the accuracy of chance."""
     recipe = recipe_of(config, trial)
     data = finetune.load_data(recipe, config.data_dir)
-    every = math.ceil(config.steps / (MEASUREMENTS + 1))
-    measure_at = config.measure_at or range(0, config.steps, every)
+    interval = math.ceil(config.steps / (MEASUREMENTS + 1))
+    measure_at = config.measure_at or range(0, config.steps, interval)
     both_ends = bool(config.measure_at)
     start = start_of(config, trial) if both_ends else []
     records = finetune.watch(recipe, data, measure_at, progress.step, both_ends, start)
@@ -206,10 +211,10 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]
 
 
 def start_of(config: Config, trial: Trial) -> list[dict[str, Any]]:
-    """What a given model's training of the same seed and machine measured before its first step.
+    """The initial measurements of another training of this seed on this kind of machine.
 
-    All arms of a seed but those with a prefix begin as one model, and on a CPU its measurement
-    takes as long as dozens of steps. Nothing before a training of the seed has ended.
+    All arms of a seed without a prefix start from the same model, and measuring it takes as long as
+    dozens of steps on a CPU. Empty until such a training has ended.
     """
     hardware = hardware_name(pick_device(config.device))
     rows = [
@@ -230,7 +235,7 @@ def start_of(config: Config, trial: Trial) -> list[dict[str, Any]]:
 
 
 def as_number(text: str) -> float | None:
-    """A cell of a table; whole numbers stay whole, so that it is written again as it was."""
+    """The number in a cell of a table; whole numbers stay int, so that they are written as read."""
     return (int(text) if text.isdigit() else float(text)) if text else None
 
 
@@ -252,11 +257,11 @@ OUTCOMES = ("healthy", "collapsed, functional", "collapsed, dead", "not learning
 
 
 class Run(sweep.Run):
-    """A trial that has ended, and what became of it."""
+    """A trial that has ended, and its outcome."""
 
     @property
     def kept(self) -> float | None:
-        """Components for 95% of the variance, as a share of the start's; None: it diverged."""
+        """Components for 95% of the variance, as a share of the initial ones; None: it diverged."""
         end = self.end
         if None in (end["dims_95pct"], end["loss"]):
             return None
@@ -265,7 +270,8 @@ class Run(sweep.Run):
     def outcome(self, best: float, bound: float = KEPT, line: float = 0.5) -> str:
         """One of OUTCOMES; best: the highest training accuracy on this backbone and data set.
 
-        line: how far from chance to the best a run must come to have learned.
+        bound: share of components below which it has collapsed. line: how far from chance to the
+        best accuracy a run must come to have learned.
         """
         if self.kept is None:
             return "diverged"
@@ -275,21 +281,21 @@ class Run(sweep.Run):
         return "collapsed, functional" if learned else "collapsed, dead"
 
     def shares(self) -> dict[int, float | None]:
-        """Step -> the least share of the start's components that a measurement after it found.
+        """Step -> the lowest share of the initial components among its measurements.
 
-        Each against the start on as many rows; of a start on other rows alone nothing is told. None
-        where a number was not finite.
+        A measurement is compared with the initial one on as many rows, and left out if there is
+        none. The share is None if a number was not finite.
         """
         starts = {record["rows"]: record for record in self.path if record["step"] == 0}
-        found: dict[int, float | None] = {}
+        shares: dict[int, float | None] = {}
         for record in self.path:
             step = int(record["step"])
             if None in (record["dims_95pct"], record["loss"]):
-                found[step] = None
+                shares[step] = None
             elif step and record["rows"] in starts:
                 share = record["dims_95pct"] / starts[record["rows"]]["dims_95pct"]
-                found[step] = min(share, found.get(step, share))
-        return found
+                shares[step] = min(share, shares.get(step, share))
+        return shares
 
     def fell_at(self, bound: float = KEPT) -> int | None:
         """The first step from FIRST_JUDGED on after which components were below the bound."""
@@ -298,28 +304,29 @@ class Run(sweep.Run):
         return next((s for s in fallen if below(self.shares()[s], bound)), None)
 
     def came_back(self, bound: float = KEPT) -> bool:
-        """Whether it fell and was not below the bound at the end."""
+        """Whether it fell below the bound and was above it again at the end."""
         shares = self.shares()
         return self.fell_at(bound) is not None and not below(shares[max(shares)], bound)
 
 
 def below(share: float | None, bound: float) -> bool:
+    """Whether a share is below the bound; so is None, of a run that diverged."""
     return share is None or share < bound
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every trial in the tables of a folder, but of the seeds that the protocol plans alone."""
-    seeds = sorted(range(sweep.PLANNED), key=str)  # an order in which published sums were made
+    """Every trial in the tables of a folder, for the seeds that the protocol plans."""
+    seeds = sorted(range(sweep.PLANNED), key=str)  # the order in which published sums were made
     return sweep.read_runs(folder, seeds, Trial, Run)
 
 
 def outcomes_of(runs: Sequence[Run], bound: float = KEPT, line: float = 0.5) -> dict[Trial, str]:
-    """What became of each; the best accuracy is that of Models 1 and 2, whatever else has run."""
+    """Trial -> outcome. The best accuracy is taken over Models 1 and 2 alone."""
     best: dict[tuple, float] = {}
     for run in runs:
         if run.trial.arm in ("model1", "model2"):
-            place = run.trial.seed, run.trial.dataset
-            best[place] = max(best.get(place, 0.0), run.end["accuracy"] or 0.0)
+            backbone = run.trial.seed, run.trial.dataset
+            best[backbone] = max(best.get(backbone, 0.0), run.end["accuracy"] or 0.0)
     return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound, line) for r in runs}
 
 
@@ -327,11 +334,11 @@ def good_by_rate(
     outcomes: dict[Trial, str], good: Collection[str]
 ) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate -> whether its run is `good`."""
-    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    good_runs: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
     for trial, outcome in outcomes.items():
-        by_seed = found.setdefault((trial.dataset, trial.arm), {})
+        by_seed = good_runs.setdefault((trial.dataset, trial.arm), {})
         by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
-    return found
+    return good_runs
 
 
 def thresholds_of(
@@ -339,8 +346,8 @@ def thresholds_of(
 ) -> dict[tuple[str, str], dict[int, float]]:
     """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
 
-    By Spearman and Karber, see `threshold_of`. Outcomes need not change once only. Runs at other
-    rates than a data set's do not count, seeds without a run at each of these are left out.
+    By the method of Spearman and Karber, see `threshold_of`; outcomes may change more than once.
+    rates: of each data set. Runs at other rates are ignored, and seeds that lack a rate left out.
     """
     return {
         (dataset, arm): {
@@ -353,32 +360,33 @@ def thresholds_of(
 
 
 def threshold_of(good: dict[float, bool]) -> float:
-    """Spearman-Karber's threshold of logarithms of rates -> whether a run was good.
+    """Spearman and Karber's threshold, given logarithm of the rate -> whether the run was good.
 
-    Lowest rate + step x (good runs - 1/2). Where steps differ, a good run moves the threshold by
-    half of the way between the rates beside its own; the first and last step go on beyond the
-    rates. One rate is its own threshold.
+    For equal steps it is lowest rate + step x (good runs - 1/2). For unequal ones a good run moves
+    the threshold by half the distance between its neighbouring rates; the first and last step are
+    continued beyond the rates. A single rate is its own threshold.
     """
     rates = sorted(good)
     steps = np.gradient(rates) if len(rates) > 1 else np.zeros(1)
     return float(rates[0] - steps[0] / 2 + steps @ [good[rate] for rate in rates])
 
 
-def shift(found: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
-    """How many decades an arm's threshold lies above Model 1's, mean over data sets.
+def shift(thresholds: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
+    """By how many decades an arm's threshold is above Model 1's, mean over data sets.
 
-    Paired over seeds, t interval over these, at 95%; `p_flips` of random signs. Without shared
-    seeds all are None.
+    A 95% t interval over paired seeds; `p_flips`: p of a sign-flip test. All are None without
+    shared seeds.
     """
     base, own = (
-        sweep.mean_over_sets([found.get((dataset, name), {}) for dataset in datasets])
+        sweep.mean_over_sets([thresholds.get((dataset, name), {}) for dataset in datasets])
         for name in ("model1", arm)
     )
     values = [own[seed] - base[seed] for seed in own if seed in base]
     return paired_difference(base, own) | {"p_flips": sign_flip_p(values) if values else None}
 
 
-# Beside "healthy": an arm that blocks learning must not look like one that protects.
+# Outcomes that count as good. An arm that blocks learning must not look like one that protects,
+# so there are others beside "healthy".
 GOOD = {
     "healthy": {"healthy"},
     "not collapsed": {"healthy", "not learning"},
@@ -391,23 +399,23 @@ GOOD = {
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds: thresholds (`edge`) and shifts of every arm, outcomes by rate, P2.
 
-    Thresholds are over the planned rates, those of a given model over all that ran on a data set.
-    `at_the_top` counts backbones that are healthy at every rate: their threshold is a lower bound;
-    `at_the_bottom` those that are at none: it is an upper one. `other_bounds`: Model 2's shift,
-    were this share of components the bound of a collapse.
+    Thresholds use the planned rates; with --model, all rates that ran on a data set. `at_the_top`
+    counts seeds that are healthy at every rate, whose threshold is a lower bound; `at_the_bottom`
+    those that are healthy at none, whose threshold is an upper bound. `other_bounds`: Model 2's
+    shift with another share of components in place of KEPT.
     """
     runs = read_runs(config.folder)
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(trial.dataset for trial in outcomes))
     rates = {d: rates_of(outcomes, d) if config.model else config.rates for d in datasets}
-    found = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
+    thresholds = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
     counts = Counter((t.dataset, t.arm, f"{t.rate:g}", kind) for t, kind in outcomes.items())
     table = []
     for arm in sweep.arms_of(runs):
         row: dict[str, Any] = {"arm": arm, "edge": {}, "at_the_top": {}, "at_the_bottom": {}}
         row |= {"shift": {}, "outcomes": {}, "ends": {}}
         for dataset in datasets:
-            values = found["healthy"].get((dataset, arm), {}).values()
+            values = thresholds["healthy"].get((dataset, arm), {}).values()
             row["edge"][dataset] = mean_interval(values) if values else None
             for name, healthy in (("at_the_top", True), ("at_the_bottom", False)):
                 bound = threshold_of(dict.fromkeys(rates[dataset], healthy))
@@ -419,8 +427,8 @@ def summary(config: Config) -> dict[str, Any]:
             }
         if arm != "model1":
             for good in GOOD:
-                parts = {dataset: shift(found[good], arm, [dataset]) for dataset in datasets}
-                row["shift"][good] = {"mean": shift(found[good], arm, datasets), **parts}
+                parts = {dataset: shift(thresholds[good], arm, [dataset]) for dataset in datasets}
+                row["shift"][good] = {"mean": shift(thresholds[good], arm, datasets), **parts}
         table.append(row)
     starts = [run.path[0] for run in runs]
     applies = all(start["classes"] - 1 < start["dims_95pct"] / 8 for start in starts)
@@ -453,57 +461,57 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 def starts_on_few_rows(run: Run) -> bool:
-    """Whether the start was measured on as many rows as the measurements along the way."""
+    """Whether the initial model was also measured on the fewer rows used during training."""
     return sum(record["step"] == 0 for record in run.path) > 1
 
 
 def kept_by_rate(runs: list[Run], bound: float = KEPT) -> dict[str, dict[int, dict[float, bool]]]:
-    """Arm -> seed -> base-10 logarithm of the rate -> whether its run never fell; one data set."""
-    found: dict[str, dict[int, dict[float, bool]]] = {}
+    """Arm -> seed -> logarithm of the rate -> whether the run never fell; one data set."""
+    kept: dict[str, dict[int, dict[float, bool]]] = {}
     for run in runs:
-        by_rate = found.setdefault(run.trial.arm, {}).setdefault(run.trial.seed, {})
+        by_rate = kept.setdefault(run.trial.arm, {}).setdefault(run.trial.seed, {})
         by_rate[run.trial.rate] = run.fell_at(bound) is None
-    return found
+    return kept
 
 
 def thresholds_by_components(
     runs: list[Run], rates: Sequence[float], bound: float = KEPT
 ) -> dict[str, dict[int, Threshold]]:
-    """Arm -> seed -> threshold, where no rate of the grid lies untried between its two ends."""
-    found: dict[str, dict[int, Threshold]] = {}
+    """Arm -> seed -> threshold, if no rate of the grid between its two ends is untried."""
+    thresholds: dict[str, dict[int, Threshold]] = {}
     for arm, by_seed in kept_by_rate(runs, bound).items():
-        found[arm] = {}
+        thresholds[arm] = {}
         for seed, kept in sorted(by_seed.items()):
             threshold = Threshold.of(kept)
             if not any(threshold.low < rate < threshold.high for rate in rates):
-                found[arm][seed] = threshold
-    return found
+                thresholds[arm][seed] = threshold
+    return thresholds
 
 
 def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) -> dict[str, Any]:
-    """P8's reading of one data set: thresholds by components alone, at any measurement.
+    """P8 on one data set: thresholds by components alone, at any measurement.
 
-    rates: the grid, base-10 logarithms in order; a threshold needs runs at its neighbours alone.
+    rates: the grid, base-10 logarithms in order; a threshold needs runs at its two neighbours.
 
-    `arms`: arm -> seed -> its threshold after the last step; `runs`: arm -> rate -> how many ran,
-    fell, came back, and after which step each fell first; `shift`: Model 2's threshold less Model
-    1's, with the verdict that P8's rule gives it, see threshold_shift.
+    `arms`: arm -> seed -> threshold after the last step. `runs`: arm -> rate -> how many ran, fell
+    and came back, and after which step each first fell. `shift`: Model 2's threshold minus Model
+    1's with the verdict of P8, see threshold_shift.
     """
     thresholds = thresholds_by_components(runs, rates, bound)
     counts: dict[str, dict[str, Any]] = {}
     for arm in sweep.arms_of(runs):
-        here = [run for run in runs if run.trial.arm == arm]
+        of_arm = [run for run in runs if run.trial.arm == arm]
         counts[arm] = {}
-        for rate in sorted({run.trial.rate for run in here}):
-            at = [run for run in here if run.trial.rate == rate]
-            steps = sorted(run.fell_at(bound) for run in at if run.fell_at(bound) is not None)
+        for rate in sorted({run.trial.rate for run in of_arm}):
+            at_rate = [run for run in of_arm if run.trial.rate == rate]
+            steps = sorted(run.fell_at(bound) for run in at_rate if run.fell_at(bound) is not None)
             counts[arm][f"{rate:g}"] = {
-                "runs": len(at),
+                "runs": len(at_rate),
                 "fell": len(steps),
                 "fell_after_step": steps,
-                "came_back": sum(run.came_back(bound) for run in at),
+                "came_back": sum(run.came_back(bound) for run in at_rate),
             }
-    told = {
+    described = {
         arm: {
             str(seed): {"value": t.value, "censored": t.censored} | {"monotone": t.monotone}
             for seed, t in by_seed.items()
@@ -516,7 +524,7 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
     done = shift["n"] >= SEEDS_OF_A_MODEL
     family = sweep.LATER_ENDPOINTS
     return {
-        "arms": told,
+        "arms": described,
         "runs": counts,
         "shift": sweep.endpoint(shift, MARGIN, done, family),
     }
@@ -531,19 +539,21 @@ def rates_of(outcomes: dict[Trial, str], dataset: str) -> list[float]:
 
 
 def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, float]]:
-    """Rate -> means over seeds of what the last record says, of runs that did not diverge.
+    """Rate -> means over seeds of the last record, for runs that did not diverge.
 
-    `language_kept` is the LM loss less that before training, under the LM head of then.
+    `language_kept` is the change of the LM loss, under the initial LM head.
     """
     result = {}
-    here = [run for run in runs if (run.trial.arm, run.trial.dataset) == (arm, dataset)]
-    for rate in sorted({run.trial.rate for run in here}):
-        paths = [run.path for run in here if run.trial.rate == rate and run.kept is not None]
+    of_arm = [run for run in runs if (run.trial.arm, run.trial.dataset) == (arm, dataset)]
+    for rate in sorted({run.trial.rate for run in of_arm}):
+        paths = [run.path for run in of_arm if run.trial.rate == rate and run.kept is not None]
         if paths:
-            found = {name: [path[-1][name] for path in paths] for name in ENDS}
+            values_by_measure = {name: [path[-1][name] for path in paths] for name in ENDS}
             losses = [(path[0]["lm_loss"], path[-1]["lm_loss"]) for path in paths]
-            found["language_kept"] = [b - a for a, b in losses if b is not None] or [math.nan]
-            means = {name: float(np.mean(values)) for name, values in found.items()}
+            values_by_measure["language_kept"] = [b - a for a, b in losses if b is not None] or [
+                math.nan
+            ]
+            means = {name: float(np.mean(values)) for name, values in values_by_measure.items()}
             result[f"{rate:g}"] = means | {"n": len(paths)}
     return result
 
@@ -560,10 +570,10 @@ PANELS = {
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Components kept and accuracy against the learning rate: a column a data set, a line an arm.
+    """Draw components kept and accuracy over the learning rate, a column for each data set.
 
-    Lines are means over seeds, bands, of Models 1 and 2 alone, lowest to highest; a marker is the
-    commonest outcome. None without runs that count.
+    A line for each arm is the mean over seeds; bands, for Models 1 and 2 alone, are lowest to
+    highest; a marker is the most common outcome. No figure without runs.
     """
     runs = read_runs(config.folder)
     if not runs:
@@ -579,12 +589,14 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         sharex="col",
     )
     for dataset, column in zip(datasets, axes.T, strict=True):
-        here = [run for run in runs if run.trial.dataset == dataset]
-        for name in sweep.arms_of(here):
+        of_dataset = [run for run in runs if run.trial.dataset == dataset]
+        for name in sweep.arms_of(of_dataset):
             for measure, axis in zip(PANELS, column, strict=True):
-                draw_arm(axis, [run for run in here if run.trial.arm == name], outcomes, measure)
+                draw_arm(
+                    axis, [run for run in of_dataset if run.trial.arm == name], outcomes, measure
+                )
         column[0].axhline(KEPT, color="gray", linewidth=0.8, linestyle=":", label="collapsed below")
-        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in here}))
+        after = " or ".join(f"{n:g}" for n in sorted({run.path[0]["steps"] for run in of_dataset}))
         column[0].set(xscale="log", title=f"{dataset}, after {after} steps")
         column[-1].set_xlabel("learning rate")
     highest = max(axis.get_ylim()[1] for axis in axes[0])
@@ -623,31 +635,32 @@ def draw_arm(axis: plt.Axes, runs: list[Run], outcomes: dict[Trial, str], measur
     x = [10**rate for rate in rates]
     style = "-" if arm.weight is None else "--"
     axis.plot(x, means, style, color=arm.color, label=arm.title, linewidth=1.2)
-    if arm.name in ("model1", "model2"):  # seven bands would lie on each other
+    if arm.name in ("model1", "model2"):  # seven bands would overlap
         axis.fill_between(x, lows, highs, color=arm.color, alpha=0.2, linewidth=0)
 
 
 def value_of(run: Run, measure: str) -> float:
-    """Share of components kept, or accuracy at the end in %; 0 of one that diverged."""
+    """Share of components kept, or final accuracy in %; 0 for a run that diverged."""
     if measure == "kept":
         return run.kept or 0.0
     return 100 * (run.end[measure] or 0.0)
 
 
 def text(results: dict[str, Any]) -> str:
-    """Thresholds and shifts, a line an arm; P2."""
+    """Thresholds and shifts, a line for each arm; P2; thresholds by components alone."""
     lines = []
     for row in results["arms"]:
         shown = [f"{d} {e['mean']:+.2f}" for d, e in row["edge"].items() if e]
-        found = row["shift"].get("healthy", {}).get("mean", {})
+        shift = row["shift"].get("healthy", {}).get("mean", {})
         moved = ""
-        if found.get("n"):
-            moved = f", {format_interval(found, sign='+')} decades from Model 1's"
+        if shift.get("n"):
+            moved = f", {format_interval(shift, sign='+')} decades from Model 1's"
         lines.append(f"{row['arm']:12} threshold at 10^: {', '.join(shown) or 'n/a'}{moved}")
     lines.append(results["P2"]["text"] if results["P2"] else "P2: no interval yet")
-    for dataset, found in results.get("by_components", {}).items():
-        said = found["shift"]["text"] if found["shift"] else "no interval yet"
-        lines.append(f"{dataset}, shift of Model 2 by components alone: {said}")
+    for dataset, components in results.get("by_components", {}).items():
+        shift = components["shift"]
+        verdict = shift["text"] if shift else "no interval yet"
+        lines.append(f"{dataset}, shift of Model 2 by components alone: {verdict}")
     return "\n".join(lines)
 
 

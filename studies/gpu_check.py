@@ -1,9 +1,9 @@
-"""Does the 7B path do on this GPU what it was written to do? Run this first on a new card.
+"""Checks that 7B training works as intended on this GPU. Run it first on a new card.
 
-Eight steps, each below ten minutes, on the architecture of Qwen2.5-7B with random weights: no
-download, no data. Every check prints what is expected and what was found; gpu_check.json keeps it,
-and steps that are done are skipped the next time. The last line is by what factor steps are slower
-than the least that the card's rates allow: with it experiment_7b.py expects its hours.
+Eight steps, each below ten minutes, on the architecture of Qwen2.5-7B with random weights, without
+download or data. Every check prints what is expected and what was found, and gpu_check.json stores
+it; finished steps are skipped the next time. The last line says by what factor training steps are
+slower than the lower bound from the card's rates, from which experiment_7b.py estimates its hours.
 
 1 libraries: driver, versions, bitsandbytes, attention    5 peak memory against the plan
 2 memory of plan, unpacking, a model that is dropped      6 out of memory in a step, an evaluation
@@ -47,30 +47,31 @@ from studies import throughput
 from studies.random_checkpoint import QWEN, TINY, random_language_model, random_packed
 
 MIB, GIB = 2**20, 2**30
-Checks = Iterator[tuple[str, str, object, bool | None]]  # what, expected, found, right (None: seen)
+# (what, expected, found, whether right; None where there is nothing to judge)
+Checks = Iterator[tuple[str, str, object, bool | None]]
 
 
 @dataclass
 class Config:
     """Settings of the check; the comment above a field is its --help text."""
 
-    # Steps to do, of 1 to 8.
+    # Steps to run, from 1 to 8.
     steps: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
-    # In miniature, on the CPU: whether the checks themselves run.
+    # Run in miniature on the CPU, to test the checks themselves.
     tiny: bool = False
-    # Do steps again that are done.
+    # Repeat finished steps.
     fresh: bool = False
-    # GPU memory that the process may take, in GiB: of a card of 16, what its driver leaves.
+    # GPU memory that the process may use, in GiB; default: what a driver leaves of 16.
     memory_gib: float = 15.0
-    # Have bitsandbytes choose its kernels as on an RTX 4080, on whatever card this is.
+    # Make bitsandbytes choose its kernels as on an RTX 4080, whatever this card is.
     as_rtx: bool = False
-    # Folder for gpu_check.json. Default: results_7b, for the miniature a folder that git ignores.
+    # Folder for gpu_check.json. Default: results_7b; with --tiny a folder that git ignores.
     output_dir: Path | None = None
 
 
 @dataclass
 class Card:
-    """Where the steps run, and what of."""
+    """The device that steps run on, and the sizes of the model."""
 
     tiny: bool
     memory_gib: float
@@ -84,7 +85,7 @@ class Card:
         self.settings = LanguageModelConfig(quantization="nf4", **small)
 
     def model(self, number: int, layers: int | None = None, liger: bool = True):
-        """Random NF4 weights, adapters whose second factors are no zeros; no memory plan yet."""
+        """A model with random NF4 weights and nonzero adapters, without a memory plan."""
         torch.manual_seed(0)
         sizes = self.sizes | ({"num_hidden_layers": layers} if layers else {})
         causal_lm = random_language_model(sizes, self.dtype, self.device)
@@ -101,7 +102,7 @@ class Card:
         return model.train()
 
     def split(self, rows: int, mean: float, longest: int | None = None) -> Split:
-        """Random rows of about this mean length; without a longest one all have it."""
+        """Random rows of about this mean length; without `longest` all have this length."""
         rng = np.random.default_rng(0)
         lengths = np.full(rows, int(mean))
         if longest:
@@ -113,7 +114,7 @@ class Card:
         return common.make_trainer(model, split, self.settings, common.find_arm(str(number)))
 
     def held_bytes(self) -> int:
-        """Of all tensors that live on the device."""
+        """Bytes of all tensors on the device."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -123,7 +124,7 @@ class Card:
         return sum(storages.values())
 
     def milliseconds(self, work: Callable[[], object]) -> float:
-        """Median, after one that warms up."""
+        """Median time of `work`, after a warm-up run."""
         times = []
         for _ in range(self.repeats + 1):
             started = costs.now()
@@ -146,10 +147,10 @@ def libraries(card: Card) -> Checks:
         try:
             with sdpa_kernel(getattr(SDPBackend, backend)):
                 F.scaled_dot_product_attention(q, q, q, is_causal=True)
-            found = "runs"
+            outcome = "runs"
         except RuntimeError as error:
-            found = str(error).partition("\n")[0]
-        yield f"attention by {backend}", "runs, but for cuDNN", found, None
+            outcome = str(error).partition("\n")[0]
+        yield f"attention by {backend}", "runs, but for cuDNN", outcome, None
     packed, plain = linear_pair(card, card.sizes["hidden_size"], card.sizes["hidden_size"])
     x = torch.randn(64, packed.in_features, device=card.device, dtype=card.dtype)
     error = float((packed(x) - F.linear(x, plain)).norm() / F.linear(x, plain).norm())
@@ -157,27 +158,27 @@ def libraries(card: Card) -> Checks:
 
 
 def memory(card: Card) -> Checks:
-    card.planned(2, layers=2)  # what libraries take once, for good, they take now
+    card.planned(2, layers=2)  # now libraries make the allocations that they keep for good
     start = card.held_bytes()
     model = card.model(2)
     before = card.held_bytes()
     plan = MemoryPlan(model, "auto")
-    left = (card.held_bytes() - before) / MIB
-    yield "a plan leaves behind, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - before) / MIB
+    yield "a plan leaves behind, MiB", "within 1", leftover, abs(leftover) < 1
     count = min(10, len(plan.layers))
     plan.unpack(count)
     share = (card.held_bytes() - before) / (count * plan.unpacking_bytes)
     yield f"unpacking {count} layers takes, of what it says", "1", share, abs(share - 1) < 0.02
     plan.unpack(0)
-    left = (card.held_bytes() - before) / MIB
-    yield "packing them again leaves, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - before) / MIB
+    yield "packing them again leaves, MiB", "within 1", leftover, abs(leftover) < 1
     del model, plan
-    left = (card.held_bytes() - start) / MIB
-    yield "a dropped model leaves, MiB", "within 1", left, abs(left) < 1
+    leftover = (card.held_bytes() - start) / MIB
+    yield "a dropped model leaves, MiB", "within 1", leftover, abs(leftover) < 1
 
 
 def linear_pair(card: Card, *shape: int) -> tuple[nn.Module, torch.Tensor]:
-    """An NF4 layer of random weights (O, I), and these unpacked."""
+    """An NF4 layer with random weights (O, I), and the same weights unpacked."""
     layer = random_packed(shape, False, card.dtype, card.device)
     weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer, weight.to(card.dtype)
@@ -190,15 +191,20 @@ def products(card: Card) -> Checks:
         layer, plain = linear_pair(card, *shape)
         for tokens in (8, 64) if card.tiny else (8, 32, 64, 256, 1024, 4096):
             x = torch.randn(tokens, shape[1], device=card.device, dtype=card.dtype)
-            expected, found, errors = F.linear(x.float(), plain.float()), [], []
+            expected, outcomes, errors = F.linear(x.float(), plain.float()), [], []
             for kind, work in (
                 ("packed", partial(layer, x)),
                 ("plain", partial(F.linear, x, plain)),
             ):
                 errors.append(float((work() - expected).norm() / expected.norm()))
-                found.append(f"{kind} {card.milliseconds(work):.3f} ms, error {errors[-1]:.1e}")
+                outcomes.append(f"{kind} {card.milliseconds(work):.3f} ms, error {errors[-1]:.1e}")
             right = max(errors) < 0.01
-            yield f"{name} {shape}, {tokens} tokens", "errors below 0.01", ", ".join(found), right
+            yield (
+                f"{name} {shape}, {tokens} tokens",
+                "errors below 0.01",
+                ", ".join(outcomes),
+                right,
+            )
 
 
 def gradients(card: Card) -> Checks:
@@ -213,9 +219,9 @@ def gradients(card: Card) -> Checks:
             trainer.optimizer.zero_grad()
             torch.manual_seed(3)  # the same dropout
             trainer.accumulate_gradients(np.arange(16))
-            found = torch.cat([p.grad.flatten() for p in trainer.parameters])
-            packed = found if packed is None else packed
-            error, most = float((found - packed).norm() / packed.norm()), 0.02 if liger else 0.01
+            gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
+            packed = gradient if packed is None else packed
+            error, most = float((gradient - packed).norm() / packed.norm()), 0.02 if liger else 0.01
             what = f"gradients {name}{' by Liger' * liger}, off those packed"
             yield what, f"below {most}", error, error < most
 
@@ -247,7 +253,7 @@ def peaks(card: Card) -> Checks:
                 continue
             peak = torch.cuda.max_memory_allocated()
             spare = (torch.cuda.max_memory_reserved() - peak) / MIB
-            # What the optimizer will hold is in what is expected, and not here yet.
+            # The expected bytes include the optimizer's moments, which do not exist yet.
             share = (peak + 2 / 3 * plan.optimizer_bytes) / expected
             yield name, "0.6 to 1", round(share, 3), 0.6 <= share <= 1
             yield "    reserved less allocated, MiB", "below 1,024", round(spare), spare < 1024
@@ -258,7 +264,7 @@ def out_of_memory(card: Card) -> Checks:
     trainer, plan = card.trainer(2, model, split), model.memory_plan
     plan.unpack_what_fits(split, 16)
     unpacked, forward = plan.unpacked, model.forward
-    if card.tiny:  # a CPU has none to run out of
+    if card.tiny:  # a CPU does not run out of memory, so the error is simulated
 
         def short(ids, *arguments):
             if ids.numel() > 200:
@@ -272,23 +278,28 @@ def out_of_memory(card: Card) -> Checks:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(cap / total)
     sums = trainer.step(np.arange(16), 1e-4)
-    found = f"{unpacked} -> {plan.unpacked} unpacked, micro-batches of {trainer.micro_batch_size}, "
-    found += f"{plan.layers_to_recompute(plan.tokens)} recomputed"
-    yield "a step with little memory", "ends", found, bool(np.isfinite(sums.cls_loss))
+    state = f"{unpacked} -> {plan.unpacked} unpacked, micro-batches of {trainer.micro_batch_size}, "
+    state += f"{plan.layers_to_recompute(plan.tokens)} recomputed"
+    yield "a step with little memory", "ends", state, bool(np.isfinite(sums.cls_loss))
     evaluation = common.evaluate(model, split)
     yield "an evaluation with little memory", "ends", evaluation.cls_loss, True
     model.forward = forward
     if not card.tiny:
         cap_memory(card.memory_gib)
-    plan.unpack(0 if plan.unpacked else 2)  # as a run goes on that found other memory free
-    away = float(np.abs(common.evaluate(model, split).logits - evaluation.logits).max())
-    yield "another number of unpacked layers: logits off", "below 0.05", away, away < 0.05
+    plan.unpack(0 if plan.unpacked else 2)  # as in a resumed run with other free memory
+    difference = float(np.abs(common.evaluate(model, split).logits - evaluation.logits).max())
+    yield (
+        "another number of unpacked layers: logits off",
+        "below 0.05",
+        difference,
+        difference < 0.05,
+    )
     model.train()
     sums = trainer.step(np.arange(16), 1e-4)
     yield "and a step with it", "ends", sums.cls_loss, bool(np.isfinite(sums.cls_loss))
 
 
-KERNELS = {  # in a kernel's name, in small letters -> its kind; the first that fits
+KERNELS = {  # kind -> parts of a kernel's lower-case name; the first kind that fits counts
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "unpacking": ("dequant",),
     "NF4 product": ("gemm_4bit", "gemv_4bit"),
@@ -298,11 +309,11 @@ KERNELS = {  # in a kernel's name, in small letters -> its kind; the first that 
 
 
 def profiles(card: Card) -> Checks:
-    """Steps of length-grouped batches: their wall time, then, profiled, that of kernels alone."""
+    """Wall time of steps with length-grouped batches, then, profiled, time of kernels alone."""
     rates, count = costs.device_rates(card.device), card.repeats
     sizes = costs.Sizes.of(transformers.Qwen2Config(**card.sizes), card.settings.lora_rank)
-    found = f"{rates['bytes'] / 1e9:.0f}, {rates['operations'] / 1e12:.2f}"
-    yield "GB/s of a copy, TFLOP/s of a product", "-", found, None
+    description = f"{rates['bytes'] / 1e9:.0f}, {rates['operations'] / 1e12:.2f}"
+    yield "GB/s of a copy, TFLOP/s of a product", "-", description, None
     for number, (data, lengths) in itertools.product((2, 3), LIKE.items()):
         model, split = card.planned(number), card.split(16 * 8 * count, *lengths)
         batches = length_grouped_batches(split.lengths, 16, np.random.default_rng(0))[:count]
@@ -336,9 +347,9 @@ def profiles(card: Card) -> Checks:
         times = ", ".join(f"{1e3 * seconds / count:.1f}" for seconds in (wall, busy, least))
         what = f"model {number}, {data}: ms a step, busy, at the least"
         yield what, "busy near the first", times, None
-        found = ", ".join(f"{kind} {part / busy:.0%}" for kind, part in spent.items() if part)
-        found += f"; {launches // count:,} kernels a step"
-        yield "    by kind of kernel", "mostly products", found, None
+        description = ", ".join(f"{kind} {part / busy:.0%}" for kind, part in spent.items() if part)
+        description += f"; {launches // count:,} kernels a step"
+        yield "    by kind of kernel", "mostly products", description, None
         yield "    allocations that had to be tried again", "0", retries, retries == 0
         del model, trainer, steps
         gc.collect()
@@ -363,23 +374,23 @@ def switches(card: Card) -> Checks:
     yield f"cuDNN attention {'off' if usual else 'on'}: ms a step", "-", timed(model), None
     torch.backends.cuda.enable_cudnn_sdp(usual)
     del model
-    if liger_version(card.device):  # the last: part of it stays for the process
+    if liger_version(card.device):  # last, because it replaces kernels for the whole process
         yield "with Liger: ms a step", "-", timed(card.planned(2)), None
 
 
-EVERY = (libraries, memory, products, gradients, peaks, out_of_memory, profiles, switches)
-STEPS = dict(enumerate(EVERY, 1))
+ALL_STEPS = (libraries, memory, products, gradients, peaks, out_of_memory, profiles, switches)
+STEPS = dict(enumerate(ALL_STEPS, 1))
 
 
 def do(number: int, card: Card) -> dict:
-    """A step's checks, printed as they come; an error is kept as one that went wrong."""
+    """Run a step and print its checks; an exception becomes a failed check."""
     started, checks = time.monotonic(), []
     print(f"step {number}: {STEPS[number].__name__.replace('_', ' ')}", flush=True)
     try:
-        for what, expected, found, right in STEPS[number](card):
+        for what, expected, result, right in STEPS[number](card):
             mark = {True: "right", False: "WRONG", None: "seen"}[right]
-            print(f"  {mark:6}{what}: expected {expected}, found {found}", flush=True)
-            checks.append({"what": what, "expected": expected, "found": found, "right": right})
+            print(f"  {mark:6}{what}: expected {expected}, found {result}", flush=True)
+            checks.append({"what": what, "expected": expected, "found": result, "right": right})
     except Exception as error:
         message = f"{type(error).__name__}: {error}".partition("\n")[0]
         print(f"  WRONG {message}", flush=True)
@@ -389,8 +400,8 @@ def do(number: int, card: Card) -> dict:
     return {"checks": checks, "seconds": round(time.monotonic() - started, 1)}
 
 
-def take_rtx_route() -> None:
-    """Multiprocessors and compute capability of an RTX 4080, before bitsandbytes asks for them."""
+def pretend_rtx_4080() -> None:
+    """Give bitsandbytes the multiprocessors and compute capability of an RTX 4080."""
     kernels = importlib.import_module("bitsandbytes.backends.cuda.ops")
     kernels._gpu_dispatch_props = lambda device_index: (76, 8, 9)
 
@@ -405,14 +416,16 @@ def main() -> None:
     if not config.tiny:
         cap_memory(config.memory_gib)
         if config.as_rtx:
-            take_rtx_route()
-    here = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
-    found = read_json(file) if file.exists() else here
-    if found["hardware"]["device"] == here["hardware"]["device"]:  # else another card's is replaced
-        if any(found.get(k, False) != here[k] for k in ("tiny", "as_rtx")):
+            pretend_rtx_4080()
+    made_with = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
+    stored = read_json(file) if file.exists() else made_with
+    if (
+        stored["hardware"]["device"] == made_with["hardware"]["device"]
+    ):  # else another card's is replaced
+        if any(stored.get(k, False) != made_with[k] for k in ("tiny", "as_rtx")):
             raise UserError(f"{file} is of another kind of check: choose another --output-dir.")
-        results = found
-    results |= here
+        results = stored
+    results |= made_with
     steps = results.setdefault("steps", {})
     folder.mkdir(parents=True, exist_ok=True)
     for number in config.steps:
@@ -432,7 +445,7 @@ def main() -> None:
         print(f"{kind} time / time at the least: {low:.1f} to {high:.1f}")
 
 
-FAILED = {"checks": [{"right": False}]}  # a step that was not done
+FAILED = {"checks": [{"right": False}]}  # stands for a step that has not run
 
 
 if __name__ == "__main__":

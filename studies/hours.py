@@ -1,9 +1,9 @@
-"""How long do the 7B experiments take on a card that nobody has measured, at the least?
+"""How many hours do the 7B experiments take at least, on GPUs that nobody has measured?
 
-Counts the least time of a training (collapse/models/costs.py) by vendors' figures for some cards,
-and how many examples a second two other recipes (studies/yardsticks.py) could train at most.
-Nothing is timed and no model is needed but its tokenizer. Writes throughput_on_paper.json into
-results_7b and results_agnews; tables give that times the ratio that costs.py assumes.
+Computes a lower bound of training time (collapse/models/costs.py) from vendors' figures for some
+GPUs, and an upper bound of the examples per second of two other recipes (studies/yardsticks.py).
+Nothing is timed, and of a model only the tokenizer is needed. Writes throughput_on_paper.json into
+results_7b and results_agnews; tables show the lower bound times the factor that costs.py assumes.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ CARDS = {
 
 @dataclass
 class Config:
-    """Settings of the count; the comment above a field is its --help text."""
+    """Settings of the estimate; the comment above a field is its --help text."""
 
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
@@ -50,11 +50,11 @@ class Config:
 def most_examples_per_second(
     recipe: str, number: int, sizes: Sizes, settings, mean: float, grouped: float
 ) -> float:
-    """On the last of CARDS. mean, grouped: tokens of a row, and of the longest row of a batch."""
+    """Upper bound on an RTX 4080. mean, grouped: tokens of a row, of a batch's longest row."""
     tokens = settings.max_length if recipe == "conventional" else grouped
     predicted = (mean if recipe == "ours" else tokens) - 1
     pieces = (2 if number == 3 else 1) * (2 if recipe == "conventional" else 1)
-    # the forward pass once more, for gradient checkpointing
+    # gradient checkpointing runs the forward pass twice
     other = {"products": 3, "elementwise": costs.ELEMENTWISE_BYTES_OF_PEFT}
     seconds = least_seconds(
         sizes,
@@ -67,9 +67,10 @@ def most_examples_per_second(
     return settings.batch_size / seconds
 
 
-def count(config: Config) -> dict[str, dict]:
+def estimate_hours(config: Config) -> dict[str, dict]:
+    """Results folder -> its throughput_on_paper.json, which is also written."""
     encode, results = load_tokenizer(config.tokenizer), {}
-    here = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
+    made_with = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings = load(config.data_dir), script.Config()
         if task is None:
@@ -80,26 +81,26 @@ def count(config: Config) -> dict[str, dict]:
         grouped = float(np.mean([lengths[rows].max() for rows in batches]))
         sizes = Sizes.of(transformers.Qwen2Config(**QWEN), settings.lora_rank)
         rows = REFERENCE[folder]["train_rows"], len(task.validation)
-        found = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **here}
-        found["assumed_ratio"] = costs.ASSUMED_RATIO
+        counts = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **made_with}
+        counts["assumed_ratio"] = costs.ASSUMED_RATIO
         for number in (1, 2, 3):
             shape = sizes, settings, mean, grouped
             rates = {r: most_examples_per_second(r, number, *shape) for r in RECIPES}
             how = rows, mean, settings.batch_size, settings.epochs, number > 1, number == 3
             seconds = {k: least_training_seconds(sizes, rates, *how) for k, rates in CARDS.items()}
             hours = {card: s / 3600 for card, s in seconds.items()}
-            found[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
+            counts[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
             each = ", ".join(f"{card} {least:.2f}" for card, least in hours.items())
             print(f"{task.name}, model {number}: hours at the least: {each}", flush=True)
-        results[folder] = found
+        results[folder] = counts
         target = config.output_dir / folder
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "throughput_on_paper.json", found)
+        write_json(target / "throughput_on_paper.json", counts)
     return results
 
 
 def main() -> None:
-    count(tyro.cli(Config, description=__doc__))
+    estimate_hours(tyro.cli(Config, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Do language models collapse as they grow, and does collapse tell more of them than their size?
+"""Does neural collapse grow with language models, and predict their loss beyond their size?
 
-Repeats "Linguistic Collapse" (Wu & Papyan 2024) at a size that two CPU cores carry: small language
-models of many sizes, and many seeds of one size, each measured as soon as it is trained. Writes
-models.csv, a row a model as it ends, and at the end results.json and linguistic_collapse.png.
-Models whose row is there are not trained again; the same command goes on where it was stopped.
+Repeats "Linguistic Collapse" (Wu & Papyan 2024) at a scale for two CPU cores: small language models
+of many sizes, and many seeds of one size, each measured when it is trained. Writes a row of
+models.csv for each model, then results.json and linguistic_collapse.png. Models with a row are not
+trained again; the same command resumes where it was stopped.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-import tyro
 
 from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY, tokens_of
@@ -28,11 +27,12 @@ from collapse.report.plots import CLASS_COLORS, CLASS_MARKERS, save_figure
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, states_and_targets
+from collapse.utils import command_line
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, locked, read_json, write_json
 from studies.shared import pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
 TITLES = {
@@ -53,31 +53,33 @@ TITLES = {
 class Config:
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Text: tinystories from the hub, or newsgroups, which `make corpus` fetches.
-    corpus: pretrain.CorpusName = "tinystories"
-    # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
-    # Parts of the study to run: seeds (30 of one size), decay (ten seeds of it with less weight
-    # decay), grid (sizes). The results are always of all rows that are there.
+    # Text: tinystories (hub) or newsgroups (`make corpus`).
+    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
+    # Trainings to run in parallel, each in its own process with one thread.
+    workers: int = command_line.grouped(1, "execution")
+    # Parts of the study to run: seeds (30 of one size), decay (ten of them with less weight decay),
+    # grid (sizes). Results always use all existing rows.
     parts: tuple[str, ...] = ("seeds", "decay", "grid")
-    # How many of the 30 seeds to run; the others wait for another time.
+    # How many of the 30 seeds to run.
     seeds: int = 30
-    # Run no model of more epochs; of the sizes, two thirds of the time go into those of ten.
+    # Leave out models of more epochs; those of ten take two thirds of the time of all sizes.
     max_epochs: int = 10
-    # The whole study with a few tiny models on made-up text, in a folder that git ignores.
-    miniature: bool = False
-    # Only results.json and the figure, from the rows that are there.
-    summarize: bool = False
-    # Wu & Papyan's table, to be shown beside ours. Default: not shown.
-    paper_table: Path | None = None
+    # Run the whole study with a few tiny models on generated text, in a folder that git ignores.
+    miniature: bool = command_line.grouped(False, "execution")
+    # Only write results.json and the figure, from existing rows.
+    summarize: bool = command_line.grouped(False, "execution")
+    # CSV file with Wu & Papyan's table, to show beside ours. Default: not shown.
+    paper_table: Path | None = command_line.grouped(None, "data")
     # Folder for models.
-    models_dir: Path = pretrain.LANGUAGE_MODELS
+    models_dir: Path = command_line.grouped(pretrain.LANGUAGE_MODELS, "execution")
     # Folder for results.
-    output_dir: Path = ROOT / "studies" / "results" / "linguistic_collapse"
+    output_dir: Path = command_line.grouped(
+        ROOT / "studies" / "results" / "linguistic_collapse", "execution"
+    )
 
 
 def plan(miniature: bool) -> dict[str, list[Recipe]]:
-    """part -> its models; a model may stand in two parts."""
+    """Part of the study -> recipes of its models; a model may be in two parts."""
     if miniature:
         fixed = pretrain.fixed_size(0, "miniature")
         sizes = [(32, 1, 2), (64, 1, 1), (32, 2, 1)]
@@ -99,7 +101,7 @@ def plan(miniature: bool) -> dict[str, list[Recipe]]:
 
 
 def run_missing(config: Config, recipes: list[Recipe]) -> None:
-    """Have every model trained and measured whose row is not in models.csv."""
+    """Train and measure every model without a row in models.csv."""
     table, state = config.output_dir / "models.csv", config.output_dir / "state"
     train_one = pretrain.trainer(recipes, config.corpus, config.models_dir)
     models = {
@@ -109,7 +111,7 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         for recipe in recipes
     }
 
-    def place_of(job: Job) -> tuple[Path, str]:
+    def table_and_key(job: Job) -> tuple[Path, str]:
         return table, job.name
 
     def rows_of(job: Job, progress: Progress) -> list[dict[str, Any]]:
@@ -124,12 +126,12 @@ def run_missing(config: Config, recipes: list[Recipe]) -> None:
         return [row | {"measuring_seconds": round(time.monotonic() - started, 1)}]
 
     jobs = (dataclasses.replace(model, folder=state / name) for name, model in models.items())
-    missing = without_rows(jobs, place_of, "name")
-    run_all(missing, into_table(rows_of, place_of, "name"), config.workers)
+    missing = reset_missing_jobs(jobs, table_and_key, "name")
+    run_all(missing, into_table(rows_of, table_and_key, "name"), config.workers)
 
 
 def measure(folder: Path, config: Config) -> dict[str, Any]:
-    """Neural collapse of the model in a folder: NC1 to NC3 on training, NC4 on validation text."""
+    """Neural collapse of the model in a folder; NC1 to NC3 on training, NC4 on validation text."""
     _, blocks, validation = tokens_of(config.corpus, config.models_dir)
     causal_lm = pretrain.load(folder)
     return token_collapse_metrics(
@@ -148,25 +150,27 @@ Rows = list[dict[str, float]]
 
 
 def rows_of_parts(config: Config) -> dict[str, Rows]:
-    """part -> rows of models.csv, numbers as numbers; a part without all its models has fewer."""
-    found = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
+    """Part of the study -> its rows of models.csv, without models that have not run."""
+    row_by_name = {row["name"]: row for row in read_rows(config.output_dir / "models.csv")}
     words = ("name", "weights_sha256", "git_commit")
     result = {}
     for part, recipes in plan(config.miniature).items():
         names = [pretrain.folder_name(recipe, config.corpus) for recipe in recipes]
         result[part] = [
-            {key: float(value) for key, value in found[name].items() if key not in words}
+            {key: float(value) for key, value in row_by_name[name].items() if key not in words}
             for name in dict.fromkeys(names)
-            if name in found
+            if name in row_by_name
         ]
     return result
 
 
 def distinct(parts: dict[str, Rows]) -> Rows:
-    """Every model once: some stand in two parts."""
+    """Rows of all parts, each model once; some are in two parts."""
     kind = ("width", "layers", "epochs", "weight_decay", "seed")
-    found = {tuple(row[key] for key in kind): row for rows in parts.values() for row in rows}
-    return list(found.values())
+    row_by_recipe = {
+        tuple(row[key] for key in kind): row for rows in parts.values() for row in rows
+    }
+    return list(row_by_recipe.values())
 
 
 def column(rows: Rows, name: str) -> np.ndarray:
@@ -174,7 +178,7 @@ def column(rows: Rows, name: str) -> np.ndarray:
 
 
 def spearman_with_loss(rows: Rows, name: str) -> dict[str, Any]:
-    """Rank correlation with validation loss; None where a column does not vary."""
+    """Rank correlation with validation loss; all None where a column does not vary."""
     x, loss = column(rows, name), column(rows, "validation_loss")
     if len(rows) < 3 or not np.ptp(x) or not np.ptp(loss):
         return {"r": None, "low": None, "high": None, "p": None, "n": len(rows)}
@@ -182,7 +186,7 @@ def spearman_with_loss(rows: Rows, name: str) -> dict[str, Any]:
 
 
 def summary(config: Config) -> dict[str, Any]:
-    """What results.json holds: correlations at fixed scale and over the grid, weight decay."""
+    """What results.json holds: correlations at one size and over sizes, effect of weight decay."""
     parts = rows_of_parts(config)
     fixed, grid = parts["seeds"], parts["grid"]
     at_fixed_scale = {name: spearman_with_loss(fixed, name) for name in TITLES}
@@ -199,12 +203,12 @@ def summary(config: Config) -> dict[str, Any]:
             partial = partial_spearman(column(grid, name), loss, size)
             over_grid[name]["without_size"] = partial
     planned = {part: set(recipes) for part, recipes in plan(config.miniature).items()}
-    there = {row["name"] for row in read_rows(config.output_dir / "models.csv")}
+    measured = {row["name"] for row in read_rows(config.output_dir / "models.csv")}
     names = {pretrain.folder_name(r, config.corpus) for part in planned.values() for r in part}
     return {
         "corpus": config.corpus,
         "models": {part: [len(rows), len(planned[part])] for part, rows in parts.items()},
-        "not_run": sorted(names - there),
+        "not_run": sorted(names - measured),
         "primary": list(PRIMARY),
         "fixed_scale": at_fixed_scale,
         "grid": over_grid,
@@ -218,9 +222,9 @@ def summary(config: Config) -> dict[str, Any]:
 
 
 def paper_correlations(config: Config) -> dict[str, Any] | None:
-    """Rank correlations with validation loss in Wu & Papyan's table, as of ours: theirs.
+    """Rank correlations with validation loss, computed from Wu & Papyan's table.
 
-    Without their table those that an earlier run left in results.json; None without any.
+    Without the table, those that results.json has from an earlier run, or None.
     """
     if not config.paper_table:
         stored = config.output_dir / "results.json"
@@ -231,13 +235,13 @@ def paper_correlations(config: Config) -> dict[str, Any] | None:
     fixed = [row for row in rows if row["of_one_size"]]
     parts = {"fixed_scale": fixed, "grid": grid}
     return {
-        part: {name: spearman_with_loss(here, name) for name in measures}
-        for part, here in parts.items()
+        part: {name: spearman_with_loss(rows_of_part, name) for name in measures}
+        for part, rows_of_part in parts.items()
     }
 
 
 def decay_effect(parts: dict[str, Rows], name: str) -> dict[str, Any]:
-    """Weight decay 5e-4 less .1, paired over seeds; of CDNVs in logs (a ratio)."""
+    """Weight decay 5e-4 minus 0.1, paired over seeds; for CDNVs the difference of logs."""
 
     def by_seed(rows: Rows) -> dict[float, float]:
         values = {row["seed"]: row[name] for row in rows}
@@ -252,7 +256,7 @@ def decay_effect(parts: dict[str, Rows], name: str) -> dict[str, Any]:
 
 
 def paper_rows(path: Path) -> Rows:
-    """Wu & Papyan's table under our names. Raises UserError when it is not their table."""
+    """Wu & Papyan's table with our names. Raises UserError if the file is another table."""
     result = []
     try:
         for row in read_rows(path):
@@ -281,13 +285,13 @@ def paper_rows(path: Path) -> Rows:
 
 
 def plot(config: Config) -> None:
-    """A row a measure, against validation loss: over sizes, at one size, and theirs where given."""
+    """Plot each measure (a row) over validation loss: over sizes, at one size, and the paper's."""
     parts = rows_of_parts(config)
     panels = [("ours, sizes", parts["grid"]), ("ours, seeds of one size", parts["seeds"])]
     if config.paper_table:
-        theirs = paper_rows(config.paper_table)
+        paper = paper_rows(config.paper_table)
         for title, one_size in (("sizes", 0), ("seeds of one size", 1)):
-            rows = [row for row in theirs if row["of_one_size"] == one_size]
+            rows = [row for row in paper if row["of_one_size"] == one_size]
             panels.append((f"Wu & Papyan 2024,\n{title}", rows))
     panels = [(title, rows) for title, rows in panels if len(rows) >= 3]
     if not panels:
@@ -304,10 +308,10 @@ def plot(config: Config) -> None:
                 axis.text(0.5, 0.5, "not in their table", ha="center", fontsize=8)
                 continue
             scatter_by_width(axis, rows, name, widths)
-            found = spearman_with_loss(rows, name)
-            text = "" if found["r"] is None else f"Spearman {found['r']:+.2f}"
-            if found["low"] is not None and "one size" in title:
-                text += f" [{found['low']:+.2f}, {found['high']:+.2f}]"
+            correlation = spearman_with_loss(rows, name)
+            text = "" if correlation["r"] is None else f"Spearman {correlation['r']:+.2f}"
+            if correlation["low"] is not None and "one size" in title:
+                text += f" [{correlation['low']:+.2f}, {correlation['high']:+.2f}]"
             axis.set_title(text, fontsize=8)
             axis.set_ylabel(label, fontsize=8)
             axis.tick_params(labelsize=7)
@@ -323,7 +327,7 @@ def plot(config: Config) -> None:
 
 
 def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float]) -> None:
-    """A colour a width, the same in every panel; widths are those of all panels."""
+    """Scatter a measure over validation loss, a colour per width; widths: of all panels."""
     for number, width in enumerate(widths):
         chosen = [row for row in rows if row["width"] == width]
         if not chosen:
@@ -334,7 +338,7 @@ def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float])
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = command_line.parse(Config, __doc__)
     # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)
@@ -356,10 +360,10 @@ def main() -> None:
     results = summary(config)
     write_json(config.output_dir / "results.json", results)
     plot(config)
-    for name, found in results["fixed_scale"].items():
-        if found["r"] is not None:
-            adjusted = f", Holm {found['p_holm']:.3f}" if "p_holm" in found else ""
-            print(f"{TITLES[name]:32} {found['r']:+.2f} with validation loss{adjusted}")
+    for name, correlation in results["fixed_scale"].items():
+        if correlation["r"] is not None:
+            adjusted = f", Holm {correlation['p_holm']:.3f}" if "p_holm" in correlation else ""
+            print(f"{TITLES[name]:32} {correlation['r']:+.2f} with validation loss{adjusted}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A causal LM of Qwen2.5-7B's shape with random weights: as a folder, or packed on a device.
 
-The folder is what a download of the real one is to the code: config.json, weights in bfloat16 over
-several safetensors files, a tokenizer. With it the whole 7B path can be tried without a download:
+The folder looks like a download of the real model: config.json, weights in bfloat16 in several
+safetensors files, a tokenizer. With it the whole 7B training can be tried without a download:
 
     python studies/random_checkpoint.py --folder mine/random-7b
     python experiment_7b.py --model mine/random-7b ...
@@ -43,22 +43,22 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000}
 class Config:
     """Settings of the checkpoint; the comment above a field is its --help text."""
 
-    # New folder for it.
+    # Folder to create.
     folder: Path
-    # Hidden size; the feed-forward size follows it, and heads have 128 dimensions, or 16 below.
+    # Hidden size; the feed-forward size is in proportion, heads have 128 dimensions (16 below 512).
     width: int = QWEN["hidden_size"]
     # Layers.
     depth: int = QWEN["num_hidden_layers"]
-    # Largest size of one of its files, in GB.
+    # Largest size of a weights file, in GB.
     shard_gb: float = 4.0
-    # Folder with a tokenizer to put beside the weights. Default: one of 320 byte-level tokens.
+    # Folder with a tokenizer to copy. Default: a new one with 320 byte-level tokens.
     tokenizer: Path | None = None
     # Rows of the embedding and LM head.
     vocabulary: int = QWEN["vocab_size"]
 
 
 def sizes_of(config: Config) -> dict[str, Any]:
-    """As transformers names them. Raises UserError for a width that has no whole heads."""
+    """Arguments of Qwen2Config. Raises UserError for a width that is no multiple of a head."""
     head = 128 if config.width >= 512 else 16
     if config.width % head:
         raise UserError(f"--width {config.width} is no multiple of {head}, the size of a head.")
@@ -71,7 +71,7 @@ def sizes_of(config: Config) -> dict[str, Any]:
 
 
 def write_checkpoint(config: Config) -> None:
-    """Tensor after tensor: no more than one file's weights are in memory."""
+    """Write the folder; only the weights of one file are in memory at a time."""
     if config.folder.exists():
         raise UserError(f"{config.folder} is there: give --folder a new one.")
     model_config = transformers.Qwen2Config(
@@ -105,7 +105,7 @@ def write_checkpoint(config: Config) -> None:
 
 
 def random_tensor(name: str, shape: torch.Size, **where: Any) -> torch.Tensor:
-    """Norms are ones, biases zeros, matrices small."""
+    """Random weights: norms are ones, biases zeros, matrices small."""
     where = {"dtype": torch.bfloat16} | where
     if len(shape) == 1:
         return (torch.zeros if name.endswith("bias") else torch.ones)(shape, **where)
@@ -131,8 +131,9 @@ def save_tokenizer(config: Config) -> None:
 def random_language_model(
     sizes: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """Qwen2 of these sizes, packed as load_causal_lm packs it, one layer after another: it never
-    exists unpacked.
+    """A random Qwen2 of these sizes, quantized as load_causal_lm does.
+
+    Layers are quantized one after another, so that the model never exists unpacked.
     """
     config = transformers.Qwen2Config(**sizes, rope_theta=1e6, rms_norm_eps=1e-6, use_cache=False)
     with torch.device("meta"):
@@ -148,7 +149,7 @@ def random_language_model(
             if parameter.is_meta:
                 values = random_tensor(name, parameter.shape, dtype=dtype, device=device)
                 setattr(module, name, nn.Parameter(values))
-    causal_lm.is_loaded_in_4bit = True  # as in what transformers loads: peft asks for it
+    causal_lm.is_loaded_in_4bit = True  # as transformers sets it, for peft
     return causal_lm.requires_grad_(False)
 
 
@@ -158,9 +159,9 @@ def random_packed(
     """A linear layer in NF4; shape (O, I) as of a weight."""
     import bitsandbytes
 
-    # on "meta", else it fills a matrix in fp32 on the CPU first
-    kind = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
-    packed = bitsandbytes.nn.Linear4bit(*reversed(shape), has_bias, **kind)
+    # on "meta", because otherwise it first fills an fp32 matrix on the CPU
+    options = {"compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
+    packed = bitsandbytes.nn.Linear4bit(*reversed(shape), has_bias, **options)
     values = random_tensor("weight", shape, dtype=dtype, device=device)
     weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
     packed.weight, packed.support_avx512bf16_for_cpu = weight.to(device), False

@@ -1,8 +1,8 @@
-"""What P2 and P5 rest on: the same rows read by other rules. Exploratory, written after the runs.
+"""How sensitive are P2 and P5 to their rules? Exploratory, written after the runs.
 
-Recomputes from the committed tables of collapse_threshold.py and benefit.py, in seconds: P2 by the
-line that says that a run has learned, and by the highest healthy rate instead of the number of
-healthy ones; how much of Model 2's shift an LM loss explains that scales Adam's steps alone;
+Recomputes in seconds, from the committed tables of collapse_threshold.py and benefit.py: P2 for
+other definitions of "has learned", and by the highest healthy rate instead of the number of healthy
+ones; how much of Model 2's shift is explained by an LM loss that only scales Adam's steps;
 components at equal training loss and rate; rank at fixed training losses; the gain in accuracy at
 other learning rates. Writes studies/results/sensitivity/results.json.
 """
@@ -24,35 +24,35 @@ from studies.shared import pilots, sweep
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
 LINES = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the way from chance to a backbone's best accuracy
 LOSSES = (0.5, 0.4, 0.3, 0.2)  # nats, of 512 training rows
-FEWEST_PAIRS = 5  # at a rate, for components at equal loss to be told
+FEWEST_PAIRS = 5  # that a rate needs to enter the table of components at equal loss
 
 
 def healthy_by_line(runs: Sequence[threshold.Run], line: float) -> dict[tuple[str, str], Any]:
     """(data set, arm) -> backbone -> rate -> whether components are kept and accuracy above a line.
 
-    The line is so far from chance to the backbone's best accuracy, .5 of P2.
+    line: position between chance (0) and the backbone's best accuracy (1); P2 uses 0.5.
     """
     outcomes = threshold.outcomes_of(runs, line=line)
     return threshold.good_by_rate(outcomes, threshold.GOOD["healthy"])
 
 
 def highest_healthy(good: Mapping[float, bool]) -> float | None:
-    """The highest rate whose run was healthy, whatever the lower ones were; None without one."""
+    """The highest rate with a healthy run, whatever happened at lower ones; None without one."""
     return max((rate for rate, healthy in good.items() if healthy), default=None)
 
 
 def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> dict[str, Any]:
-    """Line -> how the shift is read -> data set or `mean` -> Model 2 less Model 1, decades."""
-    found: dict[str, Any] = {}
+    """Line -> kind of threshold -> data set or `mean` -> Model 2 minus Model 1, decades."""
+    by_line: dict[str, Any] = {}
     for line in LINES:
         healthy = healthy_by_line(runs, line)
         readings = {"by the number of healthy runs": threshold.threshold_of}
         readings["by the highest healthy rate"] = highest_healthy
-        found[f"{line:g}"] = {
+        by_line[f"{line:g}"] = {
             name: shifts(healthy, read, rates, "model2", "model1")
             for name, read in readings.items()
         }
-    return found
+    return by_line
 
 
 def shifts(
@@ -62,11 +62,12 @@ def shifts(
     arm: str,
     base: str,
 ) -> dict[str, Any]:
-    """Data set, and the `mean` of them -> an arm's threshold less a base's, paired, t interval.
+    """Data set or `mean` -> an arm's threshold minus that of `base`: paired t interval.
 
-    `at_the_top`: backbones whose arm is well at every rate, which makes the shift a lower bound.
+    read(rate -> outcome): the threshold. `at_the_top`: backbones whose arm is good at every rate,
+    which makes the shift a lower bound.
     """
-    found, per_set = {}, []
+    by_dataset, per_set = {}, []
     for dataset in dict.fromkeys(dataset for dataset, _ in outcomes):
         sides, at_the_top = [], 0
         for name in (base, arm):
@@ -81,29 +82,29 @@ def shifts(
         shared = sides[0].keys() & sides[1].keys()
         difference = {seed: sides[1][seed] - sides[0][seed] for seed in sorted(shared)}
         per_set.append(difference)
-        found[dataset] = differences_interval(difference) | {"at_the_top": at_the_top}
-    at_the_top = max(part["at_the_top"] for part in found.values())
+        by_dataset[dataset] = differences_interval(difference) | {"at_the_top": at_the_top}
+    at_the_top = max(part["at_the_top"] for part in by_dataset.values())
     mean = differences_interval(sweep.mean_over_sets(per_set))
-    return found | {"mean": mean | {"at_the_top": at_the_top}}
+    return by_dataset | {"mean": mean | {"at_the_top": at_the_top}}
 
 
 def kept_by_rate(runs: Sequence[threshold.Run]) -> dict[tuple[str, str], Any]:
-    """(data set, arm) -> backbone -> rate -> whether components were kept, accuracy aside."""
+    """(data set, arm) -> backbone -> rate -> whether components were kept, at any accuracy."""
     return threshold.good_by_rate(threshold.outcomes_of(runs), threshold.GOOD["not collapsed"])
 
 
 def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
-    """Components kept at the end by Models 1 and 2, of pairs whose training loss is alike there.
+    """Components kept by Models 1 and 2 at the end, for pairs with similar final training loss.
 
-    Pairs are of one backbone, data set and rate, with losses within a tenth of each other; told are
-    rates with five or more where Model 1 has collapsed on average.
+    A pair has one backbone, data set and rate, and losses within a tenth of each other. Rows are
+    rates with FEWEST_PAIRS pairs or more at which Model 1 has collapsed on average.
     """
     by_place = {
         (r.trial.dataset, r.trial.rate, r.trial.seed, r.trial.arm): r
         for r in runs
         if r.kept is not None
     }
-    found = []
+    rows = []
     for dataset, rate in sorted({place[:2] for place in by_place}):
         pairs = []
         for seed in sorted({place[2] for place in by_place if place[:2] == (dataset, rate)}):
@@ -118,16 +119,16 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
             numbers = dict(zip(names, map(float, means), strict=True))
             if numbers["model1"] < threshold.KEPT:
                 place = {"data": dataset, "rate": rate, "pairs": len(pairs)}
-                found.append(place | numbers)
-    return found
+                rows.append(place | numbers)
+    return rows
 
 
 def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, Any]:
-    """Loss -> data set or `mean` -> log rank within classes, Model 2 less 1, at Model 1's rate.
+    """Loss -> data set or `mean` -> log rank within classes, Model 2 minus 1, at Model 1's rate.
 
-    Of backbones whose both models reach the loss; the mean, of those that do on every set.
+    For backbones whose two models both reach the loss; in `mean`, on every data set.
     """
-    found: dict[str, Any] = {}
+    by_loss: dict[str, Any] = {}
     for level in LOSSES:
         per_set = {}
         for dataset in datasets:
@@ -141,17 +142,17 @@ def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, A
             per_set[dataset] = values
         shown = {dataset: differences_interval(values) for dataset, values in per_set.items()}
         mean = differences_interval(sweep.mean_over_sets(list(per_set.values())))
-        found[f"{level:g}"] = shown | {"mean": mean}
-    return found
+        by_loss[f"{level:g}"] = shown | {"mean": mean}
+    return by_loss
 
 
 def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) -> dict[str, Any]:
-    """Data set -> rate -> Model 2's gain on tuning rows, mean of the pilots, both models at it.
+    """Data set -> rate -> Model 2's mean gain on tuning rows of pilots, both models at the rate.
 
-    The pilots chose each study's rates: P3's is where CLINC150 of ten classes is learned best, the
-    lowest of the four.
+    Each study's rates were chosen on these pilots; for P3, where CLINC150 with ten classes is
+    learned best, which is the lowest of the four.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    gains: dict[str, dict[str, dict[str, Any]]] = {}
     for study, config in ((benefit, of_benefit), (class_count, of_classes)):
         accuracy: dict[tuple[str, float], dict[str, dict[int, float]]] = {}
         for run in sweep.read_runs(config.folder, sweep.PILOTS, study.Trial, pilots.Run):
@@ -162,13 +163,14 @@ def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) ->
                 sides.setdefault(trial.arm, {})[trial.seed] = run.tuning_accuracy
         for (data, rate), sides in sorted(accuracy.items()):
             difference = paired_difference(sides.get("model1", {}), sides.get("model2", {}))
-            found.setdefault(data, {})[f"{rate:g}"] = difference
-    return found
+            gains.setdefault(data, {})[f"{rate:g}"] = difference
+    return gains
 
 
 def summary(
     of_threshold: threshold.Config, of_benefit: benefit.Config, of_classes: class_count.Config
 ) -> dict[str, Any]:
+    """What results.json holds, given the settings of the three studies."""
     runs, rates = threshold.read_runs(of_threshold.folder), of_threshold.rates
     healthy, kept = healthy_by_line(runs, LINES[0]), kept_by_rate(runs)
     study = benefit.read_study(of_benefit)
@@ -197,33 +199,33 @@ def write_summary() -> None:
 
 
 def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
-    """An interval, as a bound where it is one; n where fewer backbones than planned have it."""
+    """An interval, marked if it is a lower bound; with n if fewer backbones than planned."""
     if not interval["n"]:
         return "n/a"
-    told = "≥ " * bool(interval.get("at_the_top")) + format_interval(interval, digits, 1, "+")
-    return told if interval["n"] >= sweep.PLANNED else f"{told} (n = {interval['n']})"
+    text = "≥ " * bool(interval.get("at_the_top")) + format_interval(interval, digits, 1, "+")
+    return text if interval["n"] >= sweep.PLANNED else f"{text} (n = {interval['n']})"
 
 
-def table_lines(found: Mapping[str, Any]) -> str:
-    """P2 by the line that says that a run has learned; collapse alone needs none."""
-    datasets = list(found["collapse_alone"])
-    rows = [["collapse alone", "", *(cell(found["collapse_alone"][data]) for data in datasets)]]
-    for line, readings in found["P2_by_line"].items():
+def table_lines(results: Mapping[str, Any]) -> str:
+    """P2 by the line above which a run has learned; collapse alone needs no line."""
+    datasets = list(results["collapse_alone"])
+    rows = [["collapse alone", "", *(cell(results["collapse_alone"][data]) for data in datasets)]]
+    for line, readings in results["P2_by_line"].items():
         for reading, by_data in readings.items():
             rows.append([f"{float(line):.0%}", reading, *(cell(by_data[d]) for d in datasets)])
     return markdown(["learned from", "read", *datasets], rows)
 
 
-def table_shared_scale(found: Mapping[str, Any]) -> str:
-    datasets = list(found["collapse_alone"])
+def table_shared_scale(results: Mapping[str, Any]) -> str:
+    datasets = list(results["collapse_alone"])
     rows = [
         [name, *(cell(by_data[data]) for data in datasets)]
-        for name, by_data in found["shared_scale"].items()
+        for name, by_data in results["shared_scale"].items()
     ]
     return markdown(["difference", *datasets], rows)
 
 
-def table_equal_loss(found: Mapping[str, Any]) -> str:
+def table_equal_loss(results: Mapping[str, Any]) -> str:
     rows = [
         [
             place["data"],
@@ -231,27 +233,27 @@ def table_equal_loss(found: Mapping[str, Any]) -> str:
             str(place["pairs"]),
             *(f"{place[name]:.2f}" for name in ("loss_model1", "loss_model2", "model1", "model2")),
         ]
-        for place in found["components_at_equal_loss"]
+        for place in results["components_at_equal_loss"]
     ]
     header = ["data", "rate", "pairs", "loss, Model 1", "Model 2", "kept, Model 1", "Model 2"]
     return markdown(header, rows)
 
 
-def table_losses(found: Mapping[str, Any]) -> str:
-    at = found["P5_at_losses"]
-    datasets = list(next(iter(at.values())))
+def table_losses(results: Mapping[str, Any]) -> str:
+    by_loss = results["P5_at_losses"]
+    datasets = list(next(iter(by_loss.values())))
     rows = [
         [f"{float(loss):.1f}", *(cell(by_data[data], 3) for data in datasets)]
-        for loss, by_data in at.items()
+        for loss, by_data in by_loss.items()
     ]
     return markdown(["training loss, nats", *datasets], rows)
 
 
-def table_gains_by_rate(found: Mapping[str, Any]) -> str:
-    at = found["gains_by_rate"]
-    rates = sorted({rate for by_rate in at.values() for rate in by_rate}, key=float)
+def table_gains_by_rate(results: Mapping[str, Any]) -> str:
+    by_data = results["gains_by_rate"]
+    rates = sorted({rate for by_rate in by_data.values() for rate in by_rate}, key=float)
     rows = []
-    for data, by_rate in at.items():
+    for data, by_rate in by_data.items():
         gains = [by_rate.get(rate) for rate in rates]
         shown = [f"{100 * gain['mean']:+.2f}" if gain and gain["n"] else "n/a" for gain in gains]
         rows.append([data, *shown])
@@ -261,7 +263,7 @@ def table_gains_by_rate(found: Mapping[str, Any]) -> str:
 def add_tables(page: Page) -> None:
     if not OUTPUT.exists():
         return
-    found = read_json(OUTPUT)
+    results = read_json(OUTPUT)
     title = "What P2, P3 and P5 rest on (exploratory)"
     page.section(title, "Would another reading of the same runs give another verdict?")
     page.text(
@@ -273,18 +275,18 @@ def add_tables(page: Page) -> None:
     caption += (
         "(way from chance to a backbone's best); ≥: some backbone's is healthy at every rate."
     )
-    page.table("lines", caption, table_lines(found))
+    page.table("lines", caption, table_lines(results))
     caption = "How much of the shift an LM loss explains that scales Adam's steps alone, decades."
-    page.table("shared scale", caption, table_shared_scale(found))
+    page.table("shared scale", caption, table_shared_scale(results))
     caption = "Share of components kept by pairs of one backbone and rate whose training losses "
     caption += "differ by a tenth at most, where Model 1's collapsed."
-    page.table("equal loss", caption, table_equal_loss(found))
+    page.table("equal loss", caption, table_equal_loss(results))
     caption = "Log rank within classes at fixed training losses, Model 2 - Model 1, at Model 1's "
     caption += "rate; of backbones whose both models reach them."
-    page.table("fixed losses", caption, table_losses(found))
+    page.table("fixed losses", caption, table_losses(results))
     caption = "Model 2's gain in points on tuning rows by learning rate, both models at the same: "
     caption += "three pilots, no validation row."
-    page.table("gains by rate", caption, table_gains_by_rate(found))
+    page.table("gains by rate", caption, table_gains_by_rate(results))
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""The first token as an attention sink: what of a rank is one token and the length of the texts?
+"""The first token as an attention sink: how do it and the length of texts affect ranks?
 
-SST-2's validation rows run through a pretrained causal LM as it is, before any fine-tuning. For
-each layer: effective rank of states pooled over all text tokens and over all but the first, the
-share of the variance that 1/length explains, and the first token's norm over the others'.
+Runs SST-2's validation rows through a pretrained causal LM, before any fine-tuning. Measures for
+each layer the effective rank of states pooled over all text tokens and over all but the first, the
+share of the variance that 1/length explains, and the ratio of the first token's norm to the others.
 Results: sink.json, sink.csv and sink.png in studies/results/sink/.
 """
 
@@ -51,7 +51,7 @@ class Config:
 
 
 def measure(config: Config) -> dict:
-    """What sink.json holds: where the numbers come from, and `layers`, a record for each depth."""
+    """The content of sink.json: provenance, and `layers`, a record for each depth."""
     device = pick_device(config.device)
     set_threads(1)  # as the published numbers were made
     task = load_sst2(config.data_dir)
@@ -62,7 +62,7 @@ def measure(config: Config) -> dict:
     settings = fill_in_for(device, settings)
     causal_lm = load_causal_lm(settings, device).eval()
     size = causal_lm.config.hidden_size
-    head = common.ClassificationHead(size, 1, 2).to(device)  # nothing reads it
+    head = common.ClassificationHead(size, 1, 2).to(device)  # its output is not used
     model = common.DualHeadModel(causal_lm.base_model, size, head)
     split = encode_rows(task.validation, load_tokenizer(config.model), settings.max_length)
     rows = len(split.labels)
@@ -79,7 +79,7 @@ def measure(config: Config) -> dict:
 
 
 def table(results: dict) -> str:
-    """A CSV with a row for each layer; 0 are the embeddings, the last is behind the final norm."""
+    """A CSV with a row for each layer; 0: embeddings, the last: after the final norm."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ("model", "layer", *COLUMNS), lineterminator="\n")
     writer.writeheader()
@@ -97,7 +97,7 @@ LOOKS = (("#D55E00", "o", "all text tokens"), ("#0072B2", "s", "without the firs
 
 
 def plot(path: Path, results: dict) -> None:
-    """Three panels over layers: rank, share of length, norms."""
+    """Plot rank, share explained by length, and norms over layers."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     depths = range(len(results["layers"]))
     for axis, (label, names) in zip(axes, PANELS.items(), strict=True):

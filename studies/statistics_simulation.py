@@ -1,7 +1,7 @@
-"""Do the intervals of collapse/measures/statistics.py hold what they promise? Simulations.
+"""Do the intervals of collapse/measures/statistics.py have the coverage they claim? Simulations.
 
-How often an interval excludes zero where there is no difference, which differences the data sets
-can resolve, and how often an interval over rows of a rank or of CDNV contains what it estimates.
+How often an interval excludes zero although there is no difference, which differences the data sets
+can resolve, and how often an interval over rows of a rank or of CDNV contains its estimand.
 Two minutes on one core; writes studies/results/statistics/simulation.json.
 """
 
@@ -38,7 +38,7 @@ BALANCES = {
     "residual only": (0, 0, 1),
 }
 
-# Accuracies on the same rows and seeds: their variances say what other row counts resolve.
+# Results whose variances over seeds and rows predict the resolution at other numbers of rows.
 STUDIES = {
     "SST-2, SmolLM2-135M": "results_7b/smollm2-135m",
     "AG News, SmolLM2-135M": "results_agnews/smollm2-135m",
@@ -54,7 +54,7 @@ MEASURES += ("cdnv", "log_cdnv")
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    found = {
+    results = {
         "false_positives": false_positives(rng),
         "worst_balance": worst_balance(rng),
         "where_the_floor_is_reached": where_the_floor_is_reached(rng),
@@ -65,15 +65,15 @@ def main() -> None:
         "coverage_over_seeds_and_rows": coverage_over_seeds_and_rows(rng),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
     print(OUTPUT.read_text(), end="")
 
 
-# How often a 95% interval excludes zero without a difference
+# How often a 95% interval excludes zero although there is no difference
 
 
 def false_positives(rng: np.random.Generator) -> dict:
-    """Per cent, for every balance of variances, number of seeds and number of rows."""
+    """False-positive rates in per cent, by balance of variances and numbers of seeds and rows."""
     return {
         name: {
             f"{n_seeds} seeds, {n_rows} rows": exclusion_rates(shares, n_seeds, n_rows, rng)
@@ -85,7 +85,7 @@ def false_positives(rng: np.random.Generator) -> dict:
 
 
 def worst_balance(rng: np.random.Generator) -> dict:
-    """The highest rate of the crossed interval over a grid of balances, per cent."""
+    """The crossed interval's highest false-positive rate over a grid of balances, per cent."""
     exponents, residuals = np.linspace(-2, 1, 10), (0, 0.1, 1)
     grid = [(1, 10**exponent, residual) for exponent in exponents for residual in residuals]
     return {
@@ -97,10 +97,10 @@ def worst_balance(rng: np.random.Generator) -> dict:
 def draw_mean_squares(
     shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, ...]:
-    """Mean (DRAWS,) without a difference and mean squares of seeds, rows, residual, over S N.
+    """Means (DRAWS,) without a true difference, and mean squares of seeds, rows and residual.
 
-    Under normal effects they are independent and the mean squares are chi-squared: nothing else
-    need be drawn.
+    Means are scaled by the root of S N. Under normal effects all are independent and the mean
+    squares chi-squared, so nothing else needs to be drawn.
     """
     of_seeds, of_rows, residual = shares
     freedom = (n_seeds - 1, n_rows - 1, (n_seeds - 1) * (n_rows - 1))
@@ -112,7 +112,7 @@ def draw_mean_squares(
 def exclusion_rates(
     shares: tuple, n_seeds: int, n_rows: int, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Of the crossed interval, of those over seeds and over rows alone, and of both at once."""
+    """Exclusion rates of the crossed interval, of seeds or rows alone, and of both at once."""
     mean, *squares = draw_mean_squares(shares, n_seeds, n_rows, rng)
     se, df = crossed_error(*squares, n_seeds, n_rows)
     crossed = excludes_zero(mean, se * math.sqrt(n_seeds * n_rows), df)
@@ -123,11 +123,12 @@ def exclusion_rates(
 
 
 def where_the_floor_is_reached(rng: np.random.Generator) -> dict:
-    """Rates among draws whose mean square of seeds fell below the residual's; both vary alike.
+    """Exclusion rates among draws whose mean square of seeds is below that of the residual.
 
-    `as seen` takes that mean square into the degrees of freedom as it was seen, not as floored.
+    Seeds and residual have equal variance. `as seen` computes degrees of freedom from the observed
+    mean square of seeds, `as floored` from the residual's.
     """
-    found = {}
+    rates = {}
     for n in SEEDS:
         mean, *squares = draw_mean_squares(BALANCES["seeds and residual alike"], n, 872, rng)
         below = squares[0] < squares[2]
@@ -135,19 +136,19 @@ def where_the_floor_is_reached(rng: np.random.Generator) -> dict:
         se, df = crossed_error(*squares, n, 872)
         se = se * math.sqrt(n * 872)
         scatter = sum(s**2 / f for s, f in zip(squares, freedom, strict=True))
-        found[f"{n} seeds"] = {
+        rates[f"{n} seeds"] = {
             "share of draws": per_cent(below),
             "as floored": per_cent(excludes_zero(mean, se, df)[below]),
             "as seen": per_cent(excludes_zero(mean, se, se**4 / scatter)[below]),
         }
-    return found
+    return rates
 
 
 def pigeonhole_false_positives(
     rng: np.random.Generator, runs: int = 500, n_rows: int = 200
 ) -> dict:
-    """Per cent. What counts is the share of the variance, whatever the number of rows."""
-    found = {}
+    """Per cent. Few rows suffice: only the shares of variance matter."""
+    rates = {}
     for name in ("seeds, rows and residual alike", "seeds and rows alike", "residual only"):
         of_seeds, of_rows, residual = BALANCES[name]
         for n in SEEDS[2:]:
@@ -159,20 +160,20 @@ def pigeonhole_false_positives(
                 differences = sum(size * rng.standard_normal(shape) for size, shape in parts)
                 interval = pigeonhole_interval(differences, draws=500)
                 excluded += interval["low"] > 0 or interval["high"] < 0
-            found[f"{name}: {n} seeds"] = round(100 * excluded / runs, 2)
-    return found
+            rates[f"{name}: {n} seeds"] = round(100 * excluded / runs, 2)
+    return rates
 
 
 def false_positives_of_right_or_wrong(
     rng: np.random.Generator, runs: int = 1000, n_rows: int = 872
 ) -> dict:
-    """The crossed interval's rate for differences of -1, 0 and 1, per cent.
+    """The crossed interval's false-positive rate for differences of -1, 0 and 1, per cent.
 
-    The chance that a model is right has a logit: the row's (mean 3, standard deviation 3, shared by
-    all), the model's on this row (0.5), the training's (0.1). Both models have the same
-    distribution.
+    The logit that a model is right is a sum: of the row (mean 3, standard deviation 3, shared by
+    all), of the model on this row (standard deviation 0.5), of the training (0.1). Both models have
+    the same distribution.
     """
-    found = {}
+    rates = {}
     for n_seeds in SEEDS:
         excluded = 0
         for _ in range(runs):
@@ -182,12 +183,12 @@ def false_positives_of_right_or_wrong(
             right = rng.random(logits.shape) < expit(logits)
             interval = crossed_interval(right[1].astype(float) - right[0])
             excluded += interval["p"] < 0.05
-        found[f"{n_seeds} seeds, {n_rows} rows"] = round(100 * excluded / runs, 2)
-    return found
+        rates[f"{n_seeds} seeds, {n_rows} rows"] = round(100 * excluded / runs, 2)
+    return rates
 
 
 def excludes_zero(mean: np.ndarray, se: np.ndarray, df: np.ndarray | int) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # no spread at all: excluded
+    with np.errstate(divide="ignore"):  # without any spread zero is excluded
         return 2 * stdtr(df, -np.abs(mean) / se) < 0.05
 
 
@@ -199,18 +200,18 @@ def per_cent(which: np.ndarray) -> float:
 
 
 def half_widths(n_seeds: int = 10) -> dict:
-    """Expected half-width of the crossed 95% interval in points, by variances of three seeds.
+    """Expected half-width of the crossed 95% interval in points, from variances of three seeds.
 
-    `as seen`: the variances as estimated. `cautious`: the mean square of seeds at the upper end of
-    its one-sided 90% interval, since three seeds tell little of it.
+    `as seen`: with variances as estimated. `cautious`: with the mean square of seeds at the upper
+    end of its one-sided 90% interval, because three seeds estimate it poorly.
     """
-    found = {}
+    by_comparison = {}
     for name, folder in STUDIES.items():
         models = json.loads((ROOT / folder / "results.json").read_text())["models"]
         for model in ("model2", "model3"):
             differences = right_or_wrong(models[model]) - right_or_wrong(models["model1"])
-            found[f"{name}, {model} - model1"] = expected_half_widths(differences, n_seeds)
-    return found
+            by_comparison[f"{name}, {model} - model1"] = expected_half_widths(differences, n_seeds)
+    return by_comparison
 
 
 def right_or_wrong(seeds: dict) -> np.ndarray:
@@ -218,12 +219,12 @@ def right_or_wrong(seeds: dict) -> np.ndarray:
 
 
 def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
-    """For other numbers of seeds and rows than those of the differences (S, N)."""
+    """Half-widths for n_seeds and each of ROW_COUNTS, from variances of differences (S, N)."""
     seen_seeds, seen_rows = differences.shape
     of_seeds, of_rows, residual = crossed_mean_squares(differences)
     upper = max(of_seeds, residual) * (seen_seeds - 1) / chi2.ppf(0.1, seen_seeds - 1)
     row_variance = max(of_rows - residual, 0.0) / seen_seeds
-    found = {"variance of rows": round(row_variance, 4), "of the residual": round(residual, 4)}
+    results = {"variance of rows": round(row_variance, 4), "of the residual": round(residual, 4)}
     for name, mean_square in (("as seen", of_seeds), ("cautious", upper)):
         seed_variance = max(mean_square - residual, 0.0) / seen_rows
         widths = {}
@@ -235,35 +236,38 @@ def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
             )
             se, df = crossed_error(*squares, n_seeds, n_rows)
             widths[f"{data}, {n_rows} rows"] = round(100 * float(stdtrit(df, 0.975) * se), 2)
-        found[name] = {"standard deviation of seeds": round(math.sqrt(seed_variance), 5), **widths}
-    return found
+        results[name] = {
+            "standard deviation of seeds": round(math.sqrt(seed_variance), 5),
+            **widths,
+        }
+    return results
 
 
-# How often an interval over rows contains the mean of the statistic over samples of as many rows
+# How often an interval over rows contains the statistic's mean over samples of the same size
 
 
 def coverage_over_rows(rng: np.random.Generator, runs: int = 1000) -> dict:
-    """Per cent, of the 95% delete-half jackknife interval, for classes near and far apart."""
-    found = {}
-    for name, apart in (("classes near", 0.5), ("classes far", 3.0)):
-        classes = apart * rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
+    """Coverage of the 95% delete-half jackknife interval in per cent, for near and far classes."""
+    coverage = {}
+    for name, separation in (("classes near", 0.5), ("classes far", 3.0)):
+        classes = separation * rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
         samples = [draw_rows(classes, rng) for _ in range(runs)]
         at_all = [measure(x[None], labels[None]) for x, labels in samples]
         draws = [measure_halves(x, labels, rng) for x, labels in samples]
-        found[name] = {}
+        coverage[name] = {}
         for i, key in enumerate(MEASURES):
             target = np.mean([values[0, i] for values in at_all])
             intervals = (
                 jackknife_interval(values[0, i], halves[:, i], TOTAL // 2, TOTAL)
                 for values, halves in zip(at_all, draws, strict=True)
             )
-            found[name][key] = per_cent([x["low"] <= target <= x["high"] for x in intervals])
-    return found
+            coverage[name][key] = per_cent([x["low"] <= target <= x["high"] for x in intervals])
+    return coverage
 
 
 def coverage_over_seeds_and_rows(rng: np.random.Generator, runs: int = 300) -> dict:
-    """The same of `seeds_and_rows_interval`: each seed sees the rows through its own linear map."""
-    found = {}
+    """The same for seeds_and_rows_interval; each seed transforms the rows by its own linear map."""
+    coverage = {}
     classes = rng.standard_normal((CLASSES, DIMENSIONS)) * spectrum()
     for n_seeds in (3, 5, 10):
         at_all = np.empty((runs, n_seeds, len(MEASURES)))
@@ -277,15 +281,15 @@ def coverage_over_seeds_and_rows(rng: np.random.Generator, runs: int = 300) -> d
                 at_all[run, seed] = measure(seen[None], labels[None])[0]
                 draws[run, seed] = measure(seen[subsets], labels[subsets])
         target = at_all.mean((0, 1))
-        found[f"{n_seeds} seeds"] = {}
+        coverage[f"{n_seeds} seeds"] = {}
         for i, key in enumerate(MEASURES):
             intervals = (
                 seeds_and_rows_interval(at_all[run, :, i], draws[run, :, :, i], TOTAL // 2, TOTAL)
                 for run in range(runs)
             )
             covered = [x["low"] <= target[i] <= x["high"] for x in intervals]
-            found[f"{n_seeds} seeds"][key] = per_cent(covered)
-    return found
+            coverage[f"{n_seeds} seeds"][key] = per_cent(covered)
+    return coverage
 
 
 def spectrum() -> np.ndarray:
@@ -300,7 +304,7 @@ def draw_rows(classes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
 
 
 def draw_halves(rng: np.random.Generator) -> np.ndarray:
-    """Rows of random halves (B, N / 2)."""
+    """Indices of random halves of the rows (B, N / 2)."""
     return rng.permuted(np.tile(np.arange(TOTAL), (SUBSETS, 1)), axis=1)[:, : TOTAL // 2]
 
 
@@ -323,8 +327,8 @@ def measure(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     squares = (member * (x**2).sum(-1, keepdims=True)).sum(1) / sizes
     spread = squares - (means**2).sum(-1)  # (B, C)
     first, second = np.triu_indices(CLASSES, 1)
-    apart = ((means[:, first] - means[:, second]) ** 2).sum(-1)  # (B, pairs)
-    cdnv = ((spread[:, first] + spread[:, second]) / (2 * apart)).mean(1)
+    squared_distance = ((means[:, first] - means[:, second]) ** 2).sum(-1)  # (B, pairs)
+    cdnv = ((spread[:, first] + spread[:, second]) / (2 * squared_distance)).mean(1)
     columns = (stable, np.log(stable), np.exp(log_effective), log_effective, cdnv, np.log(cdnv))
     return np.stack(columns, axis=1)
 

@@ -1,8 +1,8 @@
-"""What P6, P7 and P8 of the protocol can tell, and how often they err. Simulations.
+"""Power and error rates of P6, P7 and P8 of the protocol. Simulations.
 
-Plants thresholds that move with training time, draws trainings at the protocol's rates around them,
-and runs the endpoints' own code on what a table of measurements would say. Two minutes on one
-core; writes studies/results/statistics/threshold_simulation.json, in per cent of draws.
+Assumes thresholds that move with training time, simulates trainings at the protocol's rates, and
+runs the endpoints' code on the simulated measurements. Two minutes on one core; writes
+studies/results/statistics/threshold_simulation.json, in per cent of draws.
 """
 
 import itertools
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
 DRAWS = 1000
 MARGIN, KEPT = 0.25, 1 / 4
-ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of what a grid of quarter decades rounds off
-HOLM = 1 - 0.05 / 3  # the widest that the family of three asks for
+ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of rounding to a grid of quarter decades
+HOLM = 1 - 0.05 / 3  # the widest level in a family of three
 STEPS = tuple(50 * 2**k for k in range(8))
 FITTED = STEPS[2:]
 RATES = {
@@ -38,15 +38,15 @@ RATES = {
     "model2": [(-3.5 + k / 2, 6400) for k in range(4)]
     + [(rate, 400) for rate in (-1.5, -1.25, -1.0, -0.75)],
 }
-AT_200 = {"model1": -2.38, "model2": -1.43}  # of the published thresholds after 200 steps
+AT_200 = {"model1": -2.38, "model2": -1.43}  # published thresholds after 200 steps
 DOUBLING = math.log10(2)
-# Standard deviations: of a backbone's threshold, of what a training and a measurement deviate.
+# Standard deviations of thresholds over backbones, and of errors of a training, a measurement.
 BACKBONES, TRAININGS, MEASUREMENTS = 0.15, 0.1, 0.1
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    found = {
+    results = {
         "settings": {
             "draws": DRAWS,
             "steps": STEPS,
@@ -58,14 +58,14 @@ def main() -> None:
         "P8": p8(rng),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
     print(OUTPUT.read_text(), end="")
 
 
 def thresholds_of(
     arm: str, at_200: float, slope: float, rng: np.random.Generator
 ) -> dict[int, Threshold]:
-    """Steps -> threshold of one simulated backbone, whose own lies on a line in log10 steps."""
+    """Steps -> threshold of a simulated backbone, whose true one is linear in log10 of steps."""
     collapsed: dict[int, dict[float, bool]] = {step: {} for step in STEPS}
     for rate, longest in RATES[arm]:
         own = rate - at_200 + TRAININGS * rng.standard_normal()
@@ -82,8 +82,8 @@ def thresholds_of(
 
 
 def p6(rng: np.random.Generator) -> dict[str, Any]:
-    """By the slope, its standard deviation over backbones, their number, and where it begins."""
-    found = {}
+    """Verdicts by slope, its standard deviation, number of backbones, and shift of thresholds."""
+    rates_by_case = {}
     product = [*itertools.product((0.0, -0.25, -0.5, -0.87), (0.1, 0.2), (8, 5), (0.0,))]
     product += [(slope, 0.2, 8, moved) for slope in (0.0, -0.87) for moved in (-0.6, 0.4)]
     for slope, spread, backbones, moved in product:
@@ -99,17 +99,17 @@ def p6(rng: np.random.Generator) -> dict[str, Any]:
                 fitted = {step: by_step[step] for step in FITTED}
                 censored += sum(bool(threshold.censored) for threshold in fitted.values())
                 values.append(slope_over_time(fitted, ROUNDING))
-            known = [-value for value in values if value is not None]  # how far it falls
+            known = [-value for value in values if value is not None]  # P6 is how far it falls
             complete = len(known) == backbones
             return known, complete, False, censored / backbones / len(FITTED)
 
-        found[name] = rates_of(draw)
-    return found
+        rates_by_case[name] = rates_of(draw)
+    return rates_by_case
 
 
 def p7(rng: np.random.Generator) -> dict[str, Any]:
-    """Model 1 drifts by -0.87 decades a decade; by Model 2's slope and the number of backbones."""
-    found = {}
+    """Verdicts by Model 2's slope and number of backbones; Model 1's slope is -0.87."""
+    rates_by_case = {}
     for slope, backbones in itertools.product((-0.87, -0.62, -0.4, 0.0), (5, 8)):
 
         def draw(slope=slope, backbones=backbones):
@@ -127,14 +127,14 @@ def p7(rng: np.random.Generator) -> dict[str, Any]:
                     values.append(of_2 - of_1)
             return values, not missing, True, missing / backbones
 
-        found[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
-    return found
+        rates_by_case[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
+    return rates_by_case
 
 
 def p8(rng: np.random.Generator) -> dict[str, Any]:
-    """Five seeds, six rates that double; by Model 1's threshold and Model 2's shift from it."""
+    """Verdicts by Model 1's threshold and Model 2's shift; five seeds, six rates that double."""
     rates = [math.log10(2e-4) + k * DOUBLING for k in range(6)]
-    found = {}
+    rates_by_case = {}
     for base, shift, spread in itertools.product((-3.25, -2.75), (0.0, 0.25, 0.5, 0.9), (0.1, 0.2)):
 
         def draw(base=base, shift=shift, spread=spread):
@@ -143,19 +143,19 @@ def p8(rng: np.random.Generator) -> dict[str, Any]:
                 for side, at in zip(sides, (base, base + shift), strict=True):
                     own = at + spread * rng.standard_normal()
                     side[seed] = Threshold.of({rate: rate < own for rate in rates})
-            told = threshold_shift(*sides, DOUBLING)
-            unusable = float(not told["bounded"])
-            return told, bool(told["bounded"]), told["lower_bound"], unusable
+            interval = threshold_shift(*sides, DOUBLING)
+            unusable = float(not interval["bounded"])
+            return interval, bool(interval["bounded"]), interval["lower_bound"], unusable
 
-        found[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
-    return found
+        rates_by_case[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
+    return rates_by_case
 
 
 def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
-    """How often each verdict falls, per cent; mean estimate; mean share censored or missing.
+    """Per cent of draws with each verdict; mean estimate; mean share censored or missing.
 
-    draw() gives values of backbones (or an interval of their mean), whether all have one, whether
-    they are lower bounds, and that share.
+    draw() gives (values of backbones or an interval of their mean, whether all have a value,
+    whether they are lower bounds, share that is censored or missing).
     """
     verdicts, means, shares, excluded = Counter(), [], [], 0
     for _ in range(DRAWS):
@@ -171,15 +171,15 @@ def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
             verdicts["not complete"] += 1
             continue
         holm, inner = (t_interval(mean, se, df, level) for level in (HOLM, 0.90))
-        said = verdict(mean, holm, inner, MARGIN, True, lower_bound)
-        verdicts[said["verdict"]] += 1
+        judged = verdict(mean, holm, inner, MARGIN, True, lower_bound)
+        verdicts[judged["verdict"]] += 1
         means.append(mean)
         excluded += holm["low"] > 0 or holm["high"] < 0
-    told = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
-    told["interval excludes zero"] = round(100 * excluded / DRAWS, 1)
-    told["mean estimate"] = round(float(np.mean(means)), 3) if means else None
-    told["censored or missing"] = round(100 * float(np.mean(shares)), 1)
-    return told
+    per_cent = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
+    per_cent["interval excludes zero"] = round(100 * excluded / DRAWS, 1)
+    per_cent["mean estimate"] = round(float(np.mean(means)), 3) if means else None
+    per_cent["censored or missing"] = round(100 * float(np.mean(shares)), 1)
+    return per_cent
 
 
 if __name__ == "__main__":

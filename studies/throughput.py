@@ -1,9 +1,9 @@
-"""How fast does training run, against two yardsticks on the same model and the same rows?
+"""How fast does training run, compared with two other recipes on the same model and rows?
 
-`--backbone small` times Experiment 1; `--backbone 7b` the architecture of Qwen2.5-7B with random
-NF4 weights and true token lengths, for which it needs a GPU; `--backbone tiny` is that in
-miniature, for a CPU. The recipes of studies/yardsticks.py and ours run in turn, a few steps of
-each, in one process: conventional on batches drawn at random, the others on rows of like length.
+`--backbone small` times Experiment 1; `--backbone 7b` times the architecture of Qwen2.5-7B with
+random NF4 weights and true token lengths, on a GPU; `--backbone tiny` is that in miniature, for a
+CPU. The recipes of studies/yardsticks.py and ours run alternately, a few steps of each, in one
+process: conventional on random batches, the others on batches of rows of similar length.
 
 Writes throughput.json.
 """
@@ -45,23 +45,22 @@ from studies.yardsticks import RECIPES, ecosystem_seconds, make_trainer
 class Config:
     """Settings of the measurement; the comment above a field is its --help text."""
 
-    # What is trained: Experiment 1, the 7B architecture with random weights, or that in miniature.
+    # What to train: Experiment 1, the 7B architecture with random weights, or that in miniature.
     backbone: Literal["small", "7b", "tiny"] = "small"
     # Folder with the data in its official layout. Default: as for the experiments.
     data_dir: Path | None = None
-    # Tokenizer that gives the language models' true token lengths: a hub name, a folder or
-    # smollm2-135m.
+    # Tokenizer for true token lengths of language models: a hub name, a folder or smollm2-135m.
     tokenizer: str = DEFAULT_MODEL
-    # Folder for the results. Default: the experiment's own; for the miniature, a folder that git
+    # Folder for the results. Default: the experiment's own; with --backbone tiny a folder that git
     # ignores.
     output_dir: Path | None = None
     # Models to time.
     models: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
-    # Timed rounds: in each, every recipe runs in turn.
+    # Timed rounds; in each, every recipe runs once.
     rounds: int = 7
     # Optimizer steps of one recipe in a round.
     steps: int = 20
-    # GPU memory that the process may take, in GiB: of a card of 16, what its driver leaves.
+    # GPU memory that the process may use, in GiB; default: what a driver leaves of 16.
     memory_gib: float = 15.0
 
 
@@ -73,9 +72,10 @@ def measure(
     config: Config,
     least: tuple[Sizes, dict[str, float]] | None,
 ) -> dict:
-    """Examples and tokens per second of each recipe, medians over rounds; ratios over pairs of
-    rounds; peak memory; with `least`, sizes and rates, the share of the least time in ours'. A
-    recipe that ran out of memory is named in `out_of_memory`, and has no numbers.
+    """Examples and tokens per second of each recipe (medians over rounds), ratios, peak memory.
+
+    least: (sizes, rates), to compute `limit_share`, the lower bound of the time over our time. A
+    recipe that runs out of memory is named in `out_of_memory` and has no numbers.
     """
     size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
@@ -106,16 +106,16 @@ def measure(
                 print(f"model {number}: the recipe {recipe} runs out of memory", flush=True)
                 continue
             tokens = sum(float(lengths[batch].sum()) for batch in rows)
-            found = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
+            speed = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
             if on_gpu:
-                found["peak_bytes"] = torch.cuda.max_memory_allocated()
+                speed["peak_bytes"] = torch.cuda.max_memory_allocated()
             if least and recipe == "ours":
-                found["limit_share"] = least_step_seconds(*least, model, split, rows) / seconds
+                speed["limit_share"] = least_step_seconds(*least, model, split, rows) / seconds
             if round_number:  # the first round warms up
-                rounds[recipe].append(found)
+                rounds[recipe].append(speed)
     if plan is not None:
         plan.unpack(state["unpacked"])  # as an evaluation in training finds them
-    result = summarize({r: found for r, found in rounds.items() if r not in out_of_memory}, split)
+    result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory}, split)
     result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
     result["micro_batch_size"] = state["micro_batch_size"]
     return result | {"evaluation_examples_per_second": evaluation_rate(model, split, needed * size)}
@@ -124,10 +124,10 @@ def measure(
 def recipe_seconds(
     number: int, recipe: str, model, split: Split, settings, rows: list[np.ndarray], state: dict
 ) -> float | None:
-    """Seconds of these steps, None where memory runs out.
+    """Seconds of these steps, or None if memory runs out.
 
-    Each time with an optimizer of its own, which is gone afterwards: the moments of two would not
-    be in one training. `state` keeps what ours learned about memory.
+    Every call has its own optimizer, because one training never holds the moments of two. `state`
+    keeps our recipe's micro-batch size and number of unpacked layers between calls.
     """
     trainer = make_trainer(number, recipe, model, split, settings)
     try:
@@ -153,8 +153,10 @@ def recipe_seconds(
 def least_step_seconds(
     sizes: Sizes, rates: dict, model: common.DualHeadModel, split: Split, rows: list[np.ndarray]
 ) -> float:
-    """least_seconds of these steps' true tokens; an engram's model passes over the weights twice,
-    since a step's second half waits for the first half's engrams.
+    """least_seconds for the true tokens of these steps.
+
+    A model with an engram reads the weights twice per step, because a batch's second half needs the
+    engrams of its first half.
     """
     has_engram = model.compressor is not None
     tokens = sum(float(split.lengths[batch].sum()) + has_engram * len(batch) for batch in rows)
@@ -168,24 +170,26 @@ def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
     """Medians over the rounds of each recipe that did not run out of memory."""
     result: dict[str, Any] = {"examples_per_second": {}, "tokens_per_second": {}}
     result |= {"peak_memory_bytes": {}, "ratio": {}}
-    ours = np.array([f["examples"] for f in rounds.get("ours", [])])
-    for recipe, found in rounds.items():
-        examples = np.array([f["examples"] for f in found])
+    own_examples = np.array([f["examples"] for f in rounds.get("ours", [])])
+    for recipe, speeds in rounds.items():
+        examples = np.array([f["examples"] for f in speeds])
         result["examples_per_second"][recipe] = float(np.median(examples))
-        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in found]))
-        if "peak_bytes" in found[0]:
-            result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in found)
-        if recipe != "ours" and len(ours):
+        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in speeds]))
+        if "peak_bytes" in speeds[0]:
+            result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in speeds)
+        if recipe != "ours" and len(own_examples):
             kinds = {"median": np.median, "low": np.min, "high": np.max}
-            result["ratio"][recipe] = {k: float(f(ours / examples)) for k, f in kinds.items()}
-    if len(ours) and "limit_share" in rounds["ours"][0]:
+            result["ratio"][recipe] = {
+                k: float(f(own_examples / examples)) for k, f in kinds.items()
+            }
+    if len(own_examples) and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
     rates = result["examples_per_second"].items()
     return result | {"epoch_seconds": {recipe: len(split.labels) / rate for recipe, rate in rates}}
 
 
 def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> float:
-    """Rows a second of an evaluation, on a draw of the training split: of about its lengths."""
+    """Rows per second of an evaluation, on a random sample of the training split."""
     drawn = np.random.default_rng(1).permutation(len(split.labels))[: min(rows, 1000)]
     part = Split([split.token_ids[row] for row in drawn], split.labels[drawn])
     started = now()
@@ -193,25 +197,25 @@ def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> flo
     return len(drawn) / (now() - started)
 
 
-def describe(found: dict) -> str:
-    rates = found["examples_per_second"].items()
+def describe(result: dict) -> str:
+    rates = result["examples_per_second"].items()
     line = "examples/s: " + "  ".join(f"{recipe} {rate:,.0f}" for recipe, rate in rates)
     ratios = (
         f"{r['median']:.1f} [{r['low']:.1f}, {r['high']:.1f}] x {recipe}"
-        for recipe, r in found["ratio"].items()
+        for recipe, r in result["ratio"].items()
     )
     line += f"; ratio [lowest, highest round]: {', '.join(ratios)}"
-    if found["out_of_memory"]:
-        line += f"; out of memory: {', '.join(found['out_of_memory'])}"
-    if peaks := found["peak_memory_bytes"]:
+    if result["out_of_memory"]:
+        line += f"; out of memory: {', '.join(result['out_of_memory'])}"
+    if peaks := result["peak_memory_bytes"]:
         line += "; peak GiB: " + ", ".join(f"{r} {b / 2**30:.1f}" for r, b in peaks.items())
-    if "limit_share" in found:
-        line += f"; time / least time: {1 / found['limit_share']:.1f}"
+    if "limit_share" in result:
+        line += f"; time / least time: {1 / result['limit_share']:.1f}"
     return line
 
 
 # --------------------------------------------------------------------------------------------------
-# On what
+# What is timed
 # --------------------------------------------------------------------------------------------------
 
 STUDIES = (
@@ -230,8 +234,8 @@ def measure_small(config: Config) -> dict:
         torch.manual_seed(0)
         arm = common.find_arm(str(number))
         model = experiment.build_model(arm, 2, settings)
-        found = results[arm.name] = measure(number, model, split, settings, config, None)
-        print(f"{arm.title:20}{describe(found)}", flush=True)
+        result = results[arm.name] = measure(number, model, split, settings, config, None)
+        print(f"{arm.title:20}{describe(result)}", flush=True)
     save(config, "" if config.output_dir else f"results/{task.folder}", results)
     return results
 
@@ -252,9 +256,9 @@ def encode_for(config: Config, task: Task | None, encode, settings) -> Split:
 
 
 def describe_data(config: Config, task: Task, split: Split, settings) -> dict[str, Any]:
-    kept = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
+    how = {"rounds": config.rounds, "steps": config.steps, "batch_size": settings.batch_size}
     mean = float(split.lengths.mean())
-    return {"data": task.summary(), "tokens_per_row": mean, "settings": kept}
+    return {"data": task.summary(), "tokens_per_row": mean, "settings": how}
 
 
 def save(config: Config, folder: str, results: dict) -> None:
@@ -265,13 +269,17 @@ def save(config: Config, folder: str, results: dict) -> None:
 
 
 def measure_language_model(config: Config) -> dict[str, dict]:
-    """Both data sets on one architecture; a throughput.json for each."""
+    """Time both data sets on one architecture; write a throughput.json for each."""
     tiny = config.backbone == "tiny"
     device, shape = torch.device("cpu" if tiny else "cuda"), TINY if tiny else QWEN
     if not tiny:
         pick_device("cuda")
         cap_memory(config.memory_gib)
-    encode, rates, found = load_tokenizer(config.tokenizer), costs.device_rates(device), {}
+    encode, rates, results_by_data = (
+        load_tokenizer(config.tokenizer),
+        costs.device_rates(device),
+        {},
+    )
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         small = {"lora_rank": 4, "classifier_size": 16, "engram_size": 8} if tiny else {}
@@ -297,8 +305,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
             save(config, folder, results)
             del model
             gc.collect()
-        found[task.name] = results
-    return found
+        results_by_data[task.name] = results
+    return results_by_data
 
 
 def main() -> None:

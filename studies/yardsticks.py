@@ -1,4 +1,4 @@
-"""Two other recipes on the same model and the same rows: what training is timed against.
+"""Two other training recipes for the same model and rows, which throughput.py compares with ours.
 
 - conventional: every row padded to the maximum length, LM logits at every position; on a language
   model also micro-batches of 8 x accumulation 2 and gradient checkpointing.
@@ -27,7 +27,7 @@ RECIPES = ("conventional", "ecosystem", "ours")
 
 
 class LogitsEverywhere:
-    """Mixed into a trainer: makes LM logits at every position, pads included."""
+    """Mixin of a trainer: makes LM logits at every position, including padding."""
 
     def lm_loss_sum(self, hidden: Tensor, batch: Batch) -> Tensor:
         targets = batch.input_ids.masked_fill(~batch.text_mask, -100)[:, 1:]  # (B, L - 1)
@@ -37,12 +37,12 @@ class LogitsEverywhere:
         )
 
     def use_less_memory(self) -> None:
-        """It knows of no way to."""
+        """The recipe cannot use less memory, so it fails."""
         raise torch.OutOfMemoryError("the recipe runs out of memory")
 
 
 class Conventional(LogitsEverywhere):
-    """Pads to the maximum length, too."""
+    """LogitsEverywhere that also pads every row to the maximum length."""
 
     def collate(self, rows: np.ndarray) -> Batch:
         batch = super().collate(rows)
@@ -67,7 +67,7 @@ def make_trainer(
 
 
 class EcosystemLoss(nn.Module):
-    """What transformers' Trainer trains: the loss of a trainer's batch."""
+    """A module for transformers' Trainer, whose output is the loss of our trainer's batch."""
 
     def __init__(self, trainer: common.Trainer):
         super().__init__()
@@ -92,8 +92,9 @@ class StepTimes(transformers.TrainerCallback):
 
 
 def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
-    """Seconds that transformers' Trainer takes for the rows, between its first step's start and its
-    last one's end.
+    """Seconds that transformers' Trainer takes for the rows.
+
+    Measured from the start of its first step to the end of its last.
     """
     times, settings = StepTimes(), trainer.config
     with tempfile.TemporaryDirectory() as folder:  # it makes one, though it saves nothing
@@ -104,7 +105,7 @@ def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.clip_norm,
-            # the rows are grouped: a few steps' rows alone it would group coarsely
+            # rows are grouped by length already, better than it could with so few
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
             bf16=False,  # the model itself multiplies in bfloat16, in every recipe
@@ -114,12 +115,12 @@ def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
             report_to="none",
             disable_tqdm=True,
         )
-        theirs = transformers.Trainer(
+        trainer_of_transformers = transformers.Trainer(
             EcosystemLoss(trainer),
             arguments,
             train_dataset=datasets.Dataset.from_dict({"rows": rows.tolist()}),
             callbacks=[times],
         )
-        theirs.remove_callback(transformers.PrinterCallback)
-        theirs.train()
+        trainer_of_transformers.remove_callback(transformers.PrinterCallback)
+        trainer_of_transformers.train()
     return times.stamps[-1] - times.stamps[0]

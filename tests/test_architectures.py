@@ -17,7 +17,7 @@ from test_language_model import CPU, build, gradients_of_step, stir, tiny_settin
 import common
 import experiment_7b
 from collapse.models.architectures import decoder_layers
-from collapse.models.pretrained import load_causal_lm, load_tokenizer, pin_model
+from collapse.models.pretrained import load_causal_lm, load_tokenizer, resolve_model
 from collapse.training.checkpoints import optimizer_tensors, restore_optimizer, save_weights
 from collapse.utils import hub
 from collapse.utils.errors import UserError
@@ -207,7 +207,7 @@ def test_models_that_cannot_stand_under_the_heads_are_refused(save, name, change
 def test_models_of_another_kind_are_refused_before_their_weights_are_read(tmp_path, name, why):
     getattr(transformers, f"{name}Config")().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"is .*{why}.*: choose a decoder"):
-        pin_model(tiny_settings(tmp_path))
+        resolve_model(tiny_settings(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["GPT2", "OPT"])
@@ -261,18 +261,18 @@ def hub_model(tokenizer, tmp_path, monkeypatch):
 def test_a_revision_is_pinned_to_its_commit(hub_model):
     name, main, v1 = hub_model
     for revision, commit, positions in ((None, main, 128), ("v1", v1, 96), (v1, v1, 96)):
-        settings, in_results, details = pin_model(tiny_settings(name, revision=revision))
+        settings, in_results, details = resolve_model(tiny_settings(name, revision=revision))
         assert (settings.model, in_results, settings.revision) == (name, name, commit)
         assert details == {"model_commit": commit}
         assert load_causal_lm(settings, CPU).config.max_position_embeddings == positions
         assert load_tokenizer(settings.model, settings.revision)(["good bad"])[0]
     with pytest.raises(UserError, match="cannot load the model"):
-        pin_model(tiny_settings(name, revision="v2"))
+        resolve_model(tiny_settings(name, revision="v2"))
 
 
 def test_a_folder_has_no_revision(save):
     with pytest.raises(UserError, match="is a folder"):
-        pin_model(tiny_settings(save(random_model("GPT2")), revision="main"))
+        resolve_model(tiny_settings(save(random_model("GPT2")), revision="main"))
 
 
 def test_results_name_the_commit_and_go_on_with_no_other(hub_model, data_dir, tmp_path, capsys):

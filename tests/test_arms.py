@@ -90,7 +90,7 @@ def test_an_unknown_arm_or_weight_is_refused_in_one_sentence():
 def test_an_arm_is_found_by_the_name_that_its_results_have(name):
     arm = arm_of(name)
     assert common.find_arm(arm.name) == arm and "-seed" not in arm.name
-    assert arm.place[0] == list(ARMS).index(name.partition("@")[0])
+    assert arm.sort_key[0] == list(ARMS).index(name.partition("@")[0])
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -144,13 +144,13 @@ def counting_split(rows=48, words=6) -> Split:
 
 def test_shuffled_targets_are_the_true_ones_in_another_order():
     trainer = trainer_of("shuffled-lm")
-    trainer.deal_targets(ROWS)
+    trainer.shuffle_targets(ROWS)
     dealt = torch.cat([trainer.dealt_targets[row] for row in ROWS])
     true = torch.cat([trainer.split.token_ids[row][1:] for row in ROWS])
     assert torch.equal(dealt.sort().values, true.sort().values) and not torch.equal(dealt, true)
     lengths = [len(trainer.dealt_targets[row]) for row in ROWS]
     assert lengths == [len(trainer.split.token_ids[row]) - 1 for row in ROWS]
-    trainer.deal_targets(ROWS)
+    trainer.shuffle_targets(ROWS)
     again = torch.cat([trainer.dealt_targets[row] for row in ROWS])
     assert not torch.equal(again, dealt)  # another draw in every step
 

@@ -127,7 +127,7 @@ def test_one_that_comes_back_from_one_measurement_is_kept_and_counted():
 
 
 def write(folder, runs):
-    tail = dict.fromkeys(sweep.MADE_WITH, "x")
+    tail = dict.fromkeys(sweep.PROVENANCE_COLUMNS, "x")
     for run in runs:
         head = {"training": run.trial.name, **dataclasses.asdict(run.trial)}
         rows = [head | {"steps": row["steps"]} | row | tail for row in run.path]

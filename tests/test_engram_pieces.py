@@ -27,7 +27,7 @@ def words_as_tokens(texts: list[str]) -> list[list[int]]:
 
 @pytest.fixture
 def pieces() -> tuple[study.Pieces, study.Pieces]:
-    config = study.STUDY.in_small(study.Config(miniature=True))
+    config = study.STUDY.miniature_config(study.Config(miniature=True))
     train, validation, classes = study.load_pieces(config, words_as_tokens)
     assert classes == 2
     return train, validation
@@ -129,6 +129,6 @@ def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
     put_rows(table, before[:1], "training")
     assert rehearse(study, tmp_path).count("LM loss (accuracy)") == 1
     assert read_rows(table) == before
-    config = study.STUDY.in_small(study.Config(output_dir=tmp_path, learning_rate=0.1))
+    config = study.STUDY.miniature_config(study.Config(output_dir=tmp_path, learning_rate=0.1))
     with pytest.raises(UserError, match="learning_rate"):
         study.STUDY.run_missing(config)

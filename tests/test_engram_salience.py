@@ -252,13 +252,13 @@ def test_miniature_runs_every_trial_and_trains_only_what_is_lost_again(miniature
 
 
 def test_rows_of_another_rate_are_refused(miniature):
-    config = study.STUDY.in_small(study.Config(output_dir=miniature[0], learning_rate=0.1))
+    config = study.STUDY.miniature_config(study.Config(output_dir=miniature[0], learning_rate=0.1))
     with pytest.raises(UserError, match="learning_rate"):
         study.STUDY.run_missing(config)
 
 
 def test_no_label_reaches_the_model_that_the_lm_loss_alone_trains(miniature):
-    config = study.STUDY.in_small(study.Config(output_dir=miniature[0]))
+    config = study.STUDY.miniature_config(study.Config(output_dir=miniature[0]))
     trial = study.Trial(0, study.NEITHER, "model3")
     recipe = study.recipe_of(config, trial)
     train, _ = study.load_pairs(None, toy=True)

@@ -159,7 +159,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(monkeypatch, tmp
 
 
 def test_a_full_disk_stays_what_it_is():
-    error = fetching.broke_off("nobody/tiny", OSError(28, "No space left on device"))
+    error = fetching.download_error("nobody/tiny", OSError(28, "No space left on device"))
     assert isinstance(error, OSError) and error.errno == 28
 
 

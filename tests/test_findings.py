@@ -59,7 +59,7 @@ def test_every_column_of_results_md_has_a_value(page):
 
 def test_every_published_run_has_its_place_in_the_documents(page):
     folders = {str(path.parent.relative_to(ROOT)) for path in PUBLISHED}
-    assert folders == {study.folder for study in experiments.present()}
+    assert folders == {study.folder for study in experiments.studies_with_results()}
     for folder in folders:
         assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.document()
     measured = read_json(ROOT / experiments.RANKS)
@@ -87,8 +87,8 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
     text = " ".join((ROOT / "FINDINGS.md").read_text().split())
     said = "in these five studies no effective rank falls below four fifths of its start, and a "
     assert said + "difference in accuracy is found in none at the final epoch" in text
-    assert len(experiments.present()) == 5
-    for study in experiments.present():
+    assert len(experiments.studies_with_results()) == 5
+    for study in experiments.studies_with_results():
         for found in comparisons_of(experiments.results_of(study))["final"].values():
             assert found["interval"]["low"] < 0 < found["interval"]["high"]
     for result in ranks.values():

@@ -399,7 +399,7 @@ def test_what_is_kept_is_model_2s_change_less_model_1s_at_model_1s_rate(study):
         assert found["Banking77"][name]["n"] == found["mean"][name]["n"] == len(values)
     assert found["mean"]["language_kept"]["mean"] == 0  # the fixture changes none
     kept = [changes[s, "AG News", "model2", -2.5][0] for s in range(4)]
-    ends = benefit.ends(read, "AG News", "model2")
+    ends = benefit.summarize_arm(read, "AG News", "model2")
     assert ends["transfer_kept"]["mean"] == pytest.approx(np.mean(kept))
 
 

@@ -74,7 +74,7 @@ def test_as_rtx_has_bitsandbytes_choose_as_on_such_a_card(tmp_path, monkeypatch,
     kernels = types.ModuleType("ops")
     kernels._gpu_dispatch_props = lambda device_index: (132, 9, 0)
     monkeypatch.setitem(sys.modules, "bitsandbytes.backends.cuda.ops", kernels)
-    gpu_check.take_rtx_route()
+    gpu_check.pretend_rtx_4080()
     assert kernels._gpu_dispatch_props(0) == (76, 8, 9)
     monkeypatch.setitem(gpu_check.STEPS, 2, lambda card: iter([("a number", "3", 3, True)]))
     check(tmp_path, "2", "--tiny --as-rtx")

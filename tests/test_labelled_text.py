@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from collapse.config import NOT_IN_FINGERPRINT, RunConfig
+from collapse.config import RunConfig, fingerprint
 from collapse.data import custom
 from collapse.data.custom import load_labelled_text
 from collapse.data.registry import LOADERS, load_again, load_task
@@ -523,7 +523,7 @@ def test_a_path_in_the_repository_is_kept_relative_to_it_and_no_part_of_the_stud
 
 def test_settings_of_a_file_change_no_fingerprint_and_suit_no_set_by_name():
     added = {"dataset", "text_column", "label_column", "train_split", "validation_split"}
-    assert added <= set(NOT_IN_FINGERPRINT)
+    assert not added & fingerprint(RunConfig()).keys()
     for name in LOADERS:
         with pytest.raises(UserError, match="--label-column is for files and hub sets"):
             load_task(RunConfig(dataset=name, label_column="kind"))

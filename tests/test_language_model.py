@@ -33,10 +33,10 @@ from collapse.models.memory import _activation_bytes, count_parameters
 from collapse.models.pretrained import (
     LORA_TARGETS,
     adapter_tensors,
-    kind_of_gguf,
+    gguf_type,
     load_tokenizer,
     standin_folder,
-    unpacked,
+    unpack_gguf,
     weights_of,
 )
 from collapse.report.comparisons import COMPARISONS
@@ -700,19 +700,19 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
 def test_weights_of_a_gguf_file_are_unpacked_once_and_no_other_file_takes_their_folder(tmp_path):
     file, folder = tmp_path / "small.gguf", tmp_path / "small"
     with pytest.raises(UserError, match="there is no file"):
-        unpacked(file, folder)
+        unpack_gguf(file, folder)
     file.write_bytes(b"GGUF, but no more of it")
     with pytest.raises(UserError, match="cannot load the model"):
-        unpacked(file, folder)
+        unpack_gguf(file, folder)
     assert not folder.exists()
     folder.mkdir()
     record = {"file": file.name, "bytes": file.stat().st_size, "weights": "4-bit GGUF weights (Q4)"}
     (folder / "unpacked-from.json").write_text(json.dumps(record))
-    assert unpacked(file, folder) == folder
+    assert unpack_gguf(file, folder) == folder
     assert weights_of(str(folder)) == "4-bit GGUF weights (Q4)" and weights_of(str(tmp_path)) == ""
     file.write_bytes(b"another one")
     with pytest.raises(UserError, match="another file"):
-        unpacked(file, folder)
+        unpack_gguf(file, folder)
 
 
 def test_a_gguf_file_says_how_many_bits_its_weights_have():
@@ -720,4 +720,4 @@ def test_a_gguf_file_says_how_many_bits_its_weights_have():
     if package is None:
         pytest.skip("needs the stand-in's package: make standin")
     file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    assert kind_of_gguf(file) == "4-bit GGUF weights (Q4_1)"
+    assert gguf_type(file) == "4-bit GGUF weights (Q4_1)"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.phrases import maximal_phrases, rows_without_overlap
 from collapse.data.sst2 import load_sst2, load_sst2_by_sentence
 from collapse.data.text import corpus_text
 
@@ -41,7 +41,7 @@ def test_rows_apart_are_those_of_a_brute_force(seed):
 
     bare = [corpus_text(text) for text in texts]
     others_bare = [corpus_text(text) for text in others]
-    apart = rows_apart(texts, others)
+    apart = rows_without_overlap(texts, others)
     expected = [
         number
         for number, text in enumerate(bare)
@@ -52,7 +52,7 @@ def test_rows_apart_are_those_of_a_brute_force(seed):
 
 def test_rows_apart_looks_through_punctuation_and_drops_rows_without_letters():
     texts = ["a good , film", "film", "10000 ...", "so bad", "not so bad !", "goodness"]
-    assert rows_apart(texts, ["a good film .", "so - bad", "!"]) == [5]
+    assert rows_without_overlap(texts, ["a good film .", "so - bad", "!"]) == [5]
 
 
 def test_sst2_by_sentence_of_a_small_set(phrases_dir):

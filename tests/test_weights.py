@@ -14,7 +14,7 @@ from test_language_model import CPU, tiny_settings
 import common
 import experiment_7b
 from collapse.models import pretrained
-from collapse.models.pretrained import load_causal_lm, load_tokenizer, pin_model
+from collapse.models.pretrained import load_causal_lm, load_tokenizer, resolve_model
 from collapse.utils.errors import UserError
 
 
@@ -135,12 +135,12 @@ FAULTS = {
     "no weights": (no_file("*.safetensors"), "it has no weights.*copy its model.safetensors"),
     "an adapter": (as_adapter, r"holds adapters and no whole model.*some/base"),
     "no config": (no_file("config.json"), "holds no config.json.: give the folder"),
-    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "mend it"),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "fix it"),
     "a Git LFS pointer": (lfs_pointer, "git lfs install"),
     "cut short": (cut_short, "damaged or cut short"),
-    "a shard gone": (shard_gone, "mend it, or give another"),
+    "a shard gone": (shard_gone, "fix it, or give another"),
     "code of its own": (configured(model_type="newlm", auto_map=CUSTOM), "trust_remote_code"),
-    "a kind of tomorrow": (configured(model_type="newlm"), "newlm.*mend it, or"),
+    "a kind of tomorrow": (configured(model_type="newlm"), "newlm.*fix it, or"),
     "no tokenizer": (no_file("token*"), r"has no tokenizer: copy .*tokenizer\.json"),
     "half a tokenizer": (no_file("tokenizer.json"), r"has no tokenizer: copy .*tokenizer\.json"),
 }
@@ -152,7 +152,7 @@ def test_a_model_that_is_not_whole_is_refused_in_a_sentence(fault, qwen, tmp_pat
     damage, message = FAULTS[fault]
     damage(folder)
     with pytest.raises(UserError, match=message) as refused:
-        settings, *_ = pin_model(tiny_settings(folder))
+        settings, *_ = resolve_model(tiny_settings(folder))
         load_tokenizer(settings.model)
     assert "\n" not in str(refused.value) and str(folder) in str(refused.value)
     if "tokenizer" not in fault:  # whoever loads it, not the scripts alone
@@ -162,7 +162,7 @@ def test_a_model_that_is_not_whole_is_refused_in_a_sentence(fault, qwen, tmp_pat
 
 def test_the_weights_file_itself_is_no_model(qwen):
     with pytest.raises(UserError, match="is a file: give the folder"):
-        pin_model(tiny_settings(qwen / "model.safetensors"))
+        resolve_model(tiny_settings(qwen / "model.safetensors"))
 
 
 def sharded(model, folder):
@@ -189,7 +189,7 @@ def test_whole_models_load_to_their_own_weights(save, tied, tmp_path, capsys):
     folder = save_tiny(model, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     save(model, folder)
-    found = load_causal_lm(pin_model(tiny_settings(folder))[0], CPU)
+    found = load_causal_lm(resolve_model(tiny_settings(folder))[0], CPU)
     head, embedding = found.get_output_embeddings().weight, found.get_input_embeddings().weight
     assert (head is embedding) == tied
     for name, tensor in model.state_dict().items():
@@ -220,7 +220,7 @@ def test_a_model_that_is_stored_in_4_bits_is_used_as_it_is(kind, qwen, tmp_path,
     whole = transformers.AutoModelForCausalLM.from_pretrained(qwen, quantization_config=packing)
     folder = copy_of(qwen, tmp_path)
     whole.save_pretrained(folder)
-    settings, *_ = pin_model(tiny_settings(folder, quantization="nf4"))
+    settings, *_ = resolve_model(tiny_settings(folder, quantization="nf4"))
     assert "stored in 4 bits, and is used as it is" in capsys.readouterr().out
     assert settings.quantization == "none"
     model = common.build_language_model(arm_of(2), 2, "pooled", settings, CPU)
@@ -292,7 +292,7 @@ def test_a_gguf_file_is_a_model(tmp_path, monkeypatch, data_dir):
     (tmp_path / "mine").mkdir()
     file = tmp_path / "mine/tiny.gguf"
     model = tiny_gguf(file)
-    settings, name, _ = pin_model(tiny_settings(file))
+    settings, name, _ = resolve_model(tiny_settings(file))
     assert name == "tiny"
     found = load_causal_lm(settings, CPU)
     for key, tensor in model.state_dict().items():
@@ -309,8 +309,8 @@ def test_gguf_files_of_one_name_and_size_are_not_mixed_up(tmp_path, monkeypatch)
     for number in (0, 1):
         (tmp_path / f"mine{number}").mkdir()
         tiny_gguf(tmp_path / f"mine{number}/tiny.gguf", seed=number)
-    pin_model(tiny_settings(tmp_path / "mine0/tiny.gguf"))
+    resolve_model(tiny_settings(tmp_path / "mine0/tiny.gguf"))
     with pytest.raises(UserError, match="was unpacked from another file"):
-        pin_model(tiny_settings(tmp_path / "mine1/tiny.gguf"))
+        resolve_model(tiny_settings(tmp_path / "mine1/tiny.gguf"))
     with pytest.raises(UserError, match=r"GGUF files: give one of them, as --model .*tiny\.gguf"):
-        pin_model(tiny_settings(tmp_path / "mine0"))
+        resolve_model(tiny_settings(tmp_path / "mine0"))

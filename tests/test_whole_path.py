@@ -14,7 +14,7 @@ from conftest import fails, start_script, without_times
 import common
 import effective_rank_analysis
 import experiment_7b
-from collapse.models.pretrained import load_causal_lm, pin_model
+from collapse.models.pretrained import load_causal_lm, resolve_model
 from studies import random_checkpoint
 
 
@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 
 def settings(folder):
     given = experiment_7b.Config(model=str(folder), quantization="none", compute_dtype="bfloat16")
-    return pin_model(given)[0]
+    return resolve_model(given)[0]
 
 
 def test_at_full_width_it_has_the_shape_of_qwen2_5_7b(tmp_path):

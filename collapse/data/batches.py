@@ -13,7 +13,7 @@ from collapse.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Split:
-    """One split as ragged token ids: N tensors of int64 (length,), labels (N,)."""
+    """One split as token ids of unequal lengths: N int64 tensors (length,), labels (N,)."""
 
     token_ids: list[Tensor]
     labels: Tensor
@@ -67,11 +67,11 @@ def count_targets(split: Split, rows: Iterable[int]) -> int:
 def length_grouped_batches(
     lengths: np.ndarray, batch_size: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Row numbers of one epoch's batches: every row once, like lengths together, in random order.
+    """Row indices of one epoch's batches: every row once, similar lengths together, random order.
 
-    Shuffle, sort by length inside chunks of 50 batches, then shuffle the batches, and the rows
+    Shuffles, sorts by length inside chunks of 50 batches, then shuffles the batches and the rows
     inside each: model 3 pairs a batch's first half with its second, and must not always pair short
-    with long.
+    texts with long ones.
     """
     order = rng.permutation(len(lengths))
     batches = []
@@ -82,12 +82,12 @@ def length_grouped_batches(
     return [rng.permutation(batches[i]) for i in rng.permutation(len(batches))]
 
 
-# Padded tokens of one batch: what a CPU caches well, what fills a GPU.
+# Padded tokens of an evaluation batch: few enough for a CPU's cache, enough to fill a GPU.
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 def token_budget_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Row numbers by length, in batches of at most max_tokens padded tokens, one row at least."""
+    """Row indices by length, in batches of one row or more and at most max_tokens padded tokens."""
     batches, current = [], []
     for row in np.argsort(lengths, kind="stable"):
         if current and lengths[row] * (len(current) + 1) > max_tokens:

@@ -1,4 +1,4 @@
-"""The ten domains of CLINC150 (Larson et al. 2019), fifteen intents each; its file has none."""
+"""The ten domains of CLINC150 (Larson et al. 2019), fifteen intents each; not in its data file."""
 
 _INTENTS = {
     "banking": "account_blocked balance bill_balance bill_due freeze_account interest_rate "

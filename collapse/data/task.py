@@ -1,4 +1,4 @@
-"""A data set as a Task of texts and labels: its checks, its cuts, the reading of its files."""
+"""A data set as a Task of texts and labels: checks, subsets and splits, reading of files."""
 
 import codecs
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from collapse.data.phrases import maximal_phrases, rows_apart
+from collapse.data.phrases import maximal_phrases, rows_without_overlap
 from collapse.data.text import corpus_text
 from collapse.utils.errors import UserError
 
@@ -28,7 +28,7 @@ class Rows:
         return len(self.texts)
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> "Rows":
-        """The rows of these numbers, in this order."""
+        """The rows with these indices, in this order."""
         return Rows([self.texts[i] for i in numbers], [self.labels[i] for i in numbers])
 
 
@@ -42,12 +42,12 @@ class Task:
     class_names: tuple[str, ...]
     train: Rows
     validation: Rows
-    of_phrases: bool = False  # rows are phrases of others: tuning rows are whole sentences then
-    # Of a file or hub set: what load_labelled_text takes to read it again.
+    of_phrases: bool = False  # rows are phrases of other rows, as in SST-2: see tuning_split
+    # Arguments with which load_labelled_text reads a file or hub set again.
     origin: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
-        """What results.json says of the data; the digest tells if two runs saw the same rows."""
+        """The entry `data` of results.json; equal digests mean that two runs saw the same rows."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(json.dumps([rows.texts, rows.labels]).encode())
@@ -78,7 +78,7 @@ def check_task(task: Task) -> Task:
                 where = f"row {number + 1} of the {split} split of {task.name} ({task.source})"
                 raise UserError(
                     f"{where} has label {label}, "
-                    f"not one of 0 to {len(task.class_names) - 1}: mend or remove it."
+                    f"not one of 0 to {len(task.class_names) - 1}: fix or remove it."
                 )
     return task
 
@@ -118,21 +118,22 @@ def tuning_split(task: Task, rows: int) -> tuple[Task, Rows]:
 
     No training row is left that has the text of a tuning row. Where rows are phrases, tuning rows
     are whole sentences (maximal phrases), as the validation rows are, and no training row is left
-    that stands in one or holds one, see rows_apart. Validation rows are not touched. Raises
-    UserError when there are too few training rows.
+    that stands in one or holds one, see rows_without_overlap. Validation rows are not touched.
+    Raises UserError when there are too few training rows.
     """
     train = task.train
-    whole = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
-    if not 0 < rows < len(whole):
+    sentences = maximal_phrases(train.texts) if task.of_phrases else range(len(train))
+    if not 0 < rows < len(sentences):
         raise UserError(
-            f"{rows} tuning rows of {task.name}: take 1 to {len(whole) - 1}, or more training rows."
+            f"{rows} tuning rows of {task.name}: take 1 to {len(sentences) - 1}, "
+            "or more training rows."
         )
-    tuning = train.take([whole[i] for i in fixed_draw(len(whole), rows)])
+    tuning = train.take([sentences[i] for i in fixed_draw(len(sentences), rows)])
     if task.of_phrases:
-        left = train.take(rows_apart(train.texts, tuning.texts))
+        remaining = train.take(rows_without_overlap(train.texts, tuning.texts))
     else:
-        left = without_texts(train, tuning.texts)
-    return check_task(dataclasses.replace(task, train=left)), tuning
+        remaining = without_texts(train, tuning.texts)
+    return check_task(dataclasses.replace(task, train=remaining)), tuning
 
 
 def without_texts(rows: Rows, texts: Iterable[str]) -> Rows:
@@ -145,7 +146,7 @@ NO_LETTERS = "x"
 
 
 def in_corpus_text(task: Task) -> Task:
-    """The task in the letters of the language models' own text, see corpus_text.
+    """The task with its texts written as the language models' own corpus is, see corpus_text.
 
     Training rows without a letter are left out. Validation rows without one, such as "10-4", become
     NO_LETTERS: the split keeps its size, and no model can know such a row.
@@ -162,9 +163,9 @@ def read_lines(path: Path) -> list[str]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        here = f"{path.parent.name}/{path.name}"
+        file = f"{path.parent.name}/{path.name}"
         raise UserError(
-            f"{path} is not there: point --data-dir at the folder that holds {here}."
+            f"{path} is not there: point --data-dir at the folder that holds {file}."
         ) from None
     except OSError as error:
         raise UserError(
@@ -175,7 +176,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def decode_lines(content: bytes, path: Path) -> list[str]:
-    """Lines of UTF-8 without line ends and the mark that some programs begin it with.
+    """Lines of UTF-8 text, without line ends and without a byte order mark.
 
     Raises UserError for another encoding, naming file and line.
     """
@@ -187,13 +188,13 @@ def decode_lines(content: bytes, path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         encoding, number = "WINDOWS-1252", lines.index(error.object) + 1
     raise UserError(
-        f"{path}, line {number}: not UTF-8; mend the line, or convert the file from its encoding, "
+        f"{path}, line {number}: not UTF-8; fix the line, or convert the file from its encoding, "
         f"perhaps {encoding}: `iconv -f {encoding} -t UTF-8 {path.name} > NEW`."
     )
 
 
 def other_encoding(content: bytes) -> str | None:
-    """The encoding that a file begins as, or whose zero bytes it is full of; None: neither."""
+    """The encoding that a byte order mark or many zero bytes point at, or None."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     full = "UTF-16" if content.count(0) > len(content) / 4 else None
@@ -203,26 +204,27 @@ def other_encoding(content: bytes) -> str | None:
 def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: str) -> Rows:
     """Rows of (text, class name) pairs, runs of white space as one space.
 
-    Raises UserError naming the row, of those that `where` says, that has no text or no such class.
+    where: what the pairs are, for messages. Raises UserError naming the row, counted from 1, that
+    has no text or an unknown class.
     """
     numbers, rows = {name: number for number, name in enumerate(classes)}, Rows([], [])
     for row, (text, name) in enumerate(pairs, 1):
         rows.texts.append(" ".join(text.split()))
         if not rows.texts[-1]:
-            raise UserError(f"row {row} of {where} is empty: mend or remove it.")
+            raise UserError(f"row {row} of {where} is empty: fix or remove it.")
         if name not in numbers:
             raise UserError(
                 f"row {row} of {where} has class {name!r}, "
-                f"not one of the {len(numbers)}: mend or remove it."
+                f"not one of the {len(numbers)}: fix or remove it."
             )
         rows.labels.append(numbers[name])
     return rows
 
 
 def parse_label(text: str, lowest: int, highest: int, where: str) -> int:
-    """A label of a file, counted from 0. Raises UserError that says where it stands."""
+    """A label of a file, counted from 0. Raises UserError that names its place in the file."""
     if text not in map(str, range(lowest, highest + 1)):
         raise UserError(
-            f"{where}: label {text!r} is not one of {lowest} to {highest}; mend or remove the line."
+            f"{where}: label {text!r} is not one of {lowest} to {highest}; fix or remove the line."
         )
     return int(text) - lowest

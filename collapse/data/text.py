@@ -1,11 +1,11 @@
-"""Text as the language models' own corpus has it."""
+"""Normalizes text to the form of the language models' own corpus."""
 
 import re
 import unicodedata
 
 
 def corpus_text(text: str) -> str:
-    """Any text as the corpus has it: lower-case letters a to z, one space between words.
+    """A text as the corpus is written: lower-case letters a to z, one space between words.
 
     Accents fall off their letters; digits, punctuation and other scripts end a word. Text without
     any letter becomes "".

@@ -1,4 +1,4 @@
-"""Columns of CSV, TSV, JSON and Parquet files and of hub tables, every row with where it stands.
+"""Reads columns of CSV, TSV, JSON and Parquet files and of hub tables; rows keep their place.
 
 `datasets` reads them. JSON is left to Python's own reader: where a column holds "007" and 7,
 `datasets` (5.2.0) makes 7 of both, of "null" a missing value, and of dates points in time.
@@ -18,7 +18,7 @@ from collapse.data.task import decode_lines
 from collapse.utils.errors import DISK_FULL, UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # behind one of those
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # after one of SUFFIXES
 
 
 class NoLabels(UserError):
@@ -26,14 +26,14 @@ class NoLabels(UserError):
 
 
 class Table(NamedTuple):
-    """The wanted columns of one split: texts', then the labels'."""
+    """The requested columns of one split: those of the texts, then that of the labels."""
 
-    rows: list[tuple[str, Sequence[Any]]]  # where a row stands, its values
-    class_names: list[str] | None  # of whole-number labels, where the data names them
+    rows: list[tuple[str, Sequence[Any]]]  # place of a row, for messages, and its values
+    class_names: list[str] | None  # names of whole-number labels, if the data has them
 
 
-def kind_of(path: Path) -> str:
-    """The suffix that says what a file is, its compression's left out."""
+def file_type(path: Path) -> str:
+    """The suffix that names a file's type, without that of a compression."""
     return Path(path.stem if path.suffix.lower() in COMPRESSED else path).suffix.lower()
 
 
@@ -42,18 +42,18 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
     from datasets.utils.extract import Extractor
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"rows{kind_of(path)}")  # no name that `datasets` takes for a pattern
+        file = Path(folder, f"rows{file_type(path)}")  # no name that `datasets` takes for a pattern
         try:
-            if packing := Extractor.infer_extractor_format(path):
-                Extractor.extract(path, file, packing)
+            if compression := Extractor.infer_extractor_format(path):
+                Extractor.extract(path, file, compression)
             else:
                 file.symlink_to(path.resolve())
             if file.is_dir():  # of zip
                 (file,) = (inner for inner in file.rglob("*") if inner.is_file())
-            if kind_of(path) == ".parquet":
+            if file_type(path) == ".parquet":
                 return read_parquet(file, columns, str(path))
             text = "\n".join(decode_lines(file.read_bytes(), path))
-            read = read_json if kind_of(path) in (".json", ".jsonl") else read_csv
+            read = read_json if file_type(path) in (".json", ".jsonl") else read_csv
             return read(text, columns, path, Path(folder, "lines"))
         except Exception as error:  # each of these libraries has its own for bytes that are damaged
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
@@ -61,16 +61,16 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 raise
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
-            kind = f"is damaged or no {kind_of(path)[1:]} file"
-            raise UserError(f"{path} {kind} ({reason}): mend or replace it.") from None
+            complaint = f"is damaged or no {file_type(path)[1:]} file"
+            raise UserError(f"{path} {complaint} ({reason}): fix or replace it.") from None
 
 
-def by_datasets(kind: str, file: Path, **options: Any) -> Any:
-    """What `datasets` makes of a file; its cache lies beside that, in a folder that goes."""
+def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
+    """A file as `datasets` reads it; the cache lies beside it, in a temporary folder."""
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(100)  # what is wrong we say
+    datasets.logging.set_verbosity(100)  # our own messages say what is wrong
     options |= {"cache_dir": str(file.parent), "keep_in_memory": True}
     return getattr(datasets.Dataset, f"from_{kind}")(str(file), **options)
 
@@ -79,11 +79,11 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
     """Rows of CSV (RFC 4180), or of TSV, where a quotation mark is part of the text, as in GLUE."""
     from datasets import Features, Value
 
-    kind = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
-    if kind_of(path) == ".tsv":
-        kind = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    options = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
+    if file_type(path) == ".tsv":
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text), strict=True, **kind)
+    reader = csv.reader(io.StringIO(text), strict=True, **options)
     records, header = filter(None, reader), []  # without blank lines
 
     def check(record: list[str]) -> None:
@@ -98,37 +98,40 @@ def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table
             return Table([], None)
         check(first)  # pandas would shift the columns of all rows
         file.write_text(text, newline="")
-        kind["features"] = Features({name: Value("string") for name in header if name})
-        kind |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
+        options["features"] = Features({name: Value("string") for name in header if name})
+        options |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
         try:
-            return read_table(by_datasets("csv", file, **kind), columns, str(path))
+            return columns_of_split(load_with_datasets("csv", file, **options), columns, str(path))
         except Exception:
             for record in records:
                 check(record)
             raise
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
-        raise UserError(f"{where}: {error}; mend or remove the line.") from None
+        raise UserError(f"{where}: {error}; fix or remove the line.") from None
 
 
 def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
     """Rows of a file with a JSON object a line, or with one array of objects."""
     if text.lstrip().startswith("["):
-        unit, records = "element", enumerate(parsed(text) or [None], 1)
+        unit, records = "element", enumerate(parse_json(text) or [None], 1)
     else:
         lines = enumerate(text.split("\n"), 1)
-        unit, records = "line", ((number, parsed(line)) for number, line in lines if line.strip())
+        unit, records = (
+            "line",
+            ((number, parse_json(line)) for number, line in lines if line.strip()),
+        )
     rows = []
     for number, record in records:
         where = f"{path}, {unit} {number}"
         if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object of its own; mend or remove the {unit}.")
+            raise UserError(f"{where}: not a JSON object of its own; fix or remove the {unit}.")
         check_columns(list(record), columns, where)
         rows.append((where, [record[name] for name in columns]))
     return Table(rows, None)
 
 
-def parsed(text: str) -> Any:
+def parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -146,38 +149,38 @@ def read_parquet(file: Path, columns: Sequence[str], where: str) -> Table:
     check = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
     options = {"columns": list(dict.fromkeys(columns)), "fragment_scan_options": check}
     try:
-        table = by_datasets("parquet", file, **options)
+        table = load_with_datasets("parquet", file, **options)
     except Exception:  # class names that it stores may be stale
         plain = Features.from_arrow_schema(schema.remove_metadata())
         options["features"] = Features({name: plain[name] for name in options["columns"]})
-        table = by_datasets("parquet", file, **options)
-    return read_table(table, columns, where)
+        table = load_with_datasets("parquet", file, **options)
+    return columns_of_split(table, columns, where)
 
 
-def read_table(table: Any, columns: Sequence[str], where: str) -> Table:
-    """The columns of a split as `datasets` has it."""
+def columns_of_split(table: Any, columns: Sequence[str], where: str) -> Table:
+    """The requested columns of a split that `datasets` has loaded."""
     check_columns(table.column_names, columns, where)
     values = [table[name][:] for name in columns]
     names = getattr(table.features[columns[-1]], "names", None)
     if names and any(isinstance(label, int) and label >= len(names) for label in values[-1]):
-        names = None  # of a column that another tool has changed
+        names = None  # stale names: another tool has changed the column
     rows = enumerate(zip(*values, strict=True), 1)
     return Table([(f"row {number} of {where}", row) for number, row in rows], names)
 
 
-def check_columns(found: Sequence[str], wanted: Sequence[str], where: str) -> None:
-    """Raise UserError unless each of the wanted columns is there, once."""
+def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str) -> None:
+    """Raise UserError unless each of the wanted columns is there exactly once."""
     for option, names in (("text", wanted[:-1]), ("label", wanted[-1:])):
         for name in names:
-            if (count := found.count(name)) != 1:
-                times = "no column" if count == 0 else f"{count} columns"
+            if (count := names_there.count(name)) != 1:
+                count_in_words = "no column" if count == 0 else f"{count} columns"
                 error = NoLabels if (option, count) == ("label", 0) else UserError
                 raise error(
-                    f"{where}: {times} {shown([name])} among {shown(found)}; "
+                    f"{where}: {count_in_words} {quoted([name])} among {quoted(names_there)}; "
                     f"name one with --{option}-column."
                 )
 
 
-def shown(names: Iterable[str]) -> str:
-    """Names in a sentence; it stays a short one where a damaged file has thousands of them."""
+def quoted(names: Iterable[str]) -> str:
+    """Names for a message, cut short: a damaged file may have thousands of them."""
     return textwrap.shorten(", ".join(map(repr, names)), 120, placeholder=" ...") or "nothing"

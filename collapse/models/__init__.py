@@ -1,1 +1,1 @@
-"""Pretrained models, adapters, memory, losses."""
+"""Pretrained language models, LoRA adapters, GPU memory, losses."""

@@ -1,4 +1,4 @@
-"""What a causal LM is made of, found by its structure, and which ones cannot be used here."""
+"""Finds the layers of a causal LM, and refuses models that cannot carry our heads."""
 
 from typing import Any
 
@@ -10,37 +10,39 @@ from collapse.utils.errors import UserError
 
 
 def decoder_layers(backbone: nn.Module) -> nn.ModuleList:
-    """The layers of a backbone, in order: of its lists of modules the longest that is in no other.
+    """The layers of a backbone, in order: the longest module list that is inside no other list.
 
-    Inside a layer there may be longer ones, such as the experts of a mixture. Raises ValueError
-    for a backbone without lists.
+    A layer itself may hold a longer one, such as a mixture's experts. Raises ValueError for a
+    backbone without module lists.
     """
-    found, inside = [], ()
-    for name, module in backbone.named_modules():  # what holds a list comes before the list
+    module_lists, inside = [], ()
+    for name, module in backbone.named_modules():  # parents come before children
         if isinstance(module, nn.ModuleList) and not name.startswith(inside):
-            found.append(module)
+            module_lists.append(module)
             inside += (f"{name}.",)
-    return max(found, key=len)
+    return max(module_lists, key=len)
 
 
-def check_kind(config: Any, name: str) -> None:
-    """Raise UserError where the configuration alone says that a model is no plain causal LM.
+def check_is_text_decoder(config: Any, name: str) -> None:
+    """Raise UserError for a model whose configuration says that it is no decoder of text alone.
 
     config is a transformers.PreTrainedConfig, read before any weights are.
     """
-    found = None
+    unsuitable = None
     if config.is_encoder_decoder:
-        found = "an encoder-decoder"
+        unsuitable = "an encoder-decoder"
     elif config.get_text_config() is not config:
-        found = "made for more than text"
-    if found:
-        raise UserError(f"{name} ({config.model_type}) is {found}: choose a decoder of text alone.")
+        unsuitable = "made for more than text"
+    if unsuitable:
+        raise UserError(
+            f"{name} ({config.model_type}) is {unsuitable}: choose a decoder of text alone."
+        )
 
 
 def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
-    """Raise UserError for a model that cannot stand under the heads, or not with these settings.
+    """Raise UserError for a model that cannot carry our heads, or not with these settings.
 
-    causal_lm is as transformers loads it, without adapters, in evaluation mode.
+    causal_lm: as transformers loads it, without adapters, in evaluation mode.
     """
 
     def refuse(why: str) -> None:
@@ -57,12 +59,12 @@ def check_causal_lm(causal_lm: nn.Module, config: LanguageModelConfig) -> None:
         refuse(f"embeddings, layers and LM head differ in size ({sizes}), so choose another model")
     if (longest := longest_input(causal_lm)) is not None and config.max_length > longest:
         refuse(f"it has positions for {longest} tokens and a prefix, so lower --max-length to that")
-    if why := misbehaviour(causal_lm):
+    if why := incompatibility(causal_lm):
         refuse(f"{why}, so choose another model")
 
 
 def longest_input(causal_lm: nn.Module) -> int | None:
-    """Tokens that a table of learned positions has room for beside a prefix; None without one."""
+    """Longest text beside a prefix, for a model with learned positions; None for any other."""
     backbone = causal_lm.base_model
     outside = set(backbone.modules()) - set(decoder_layers(backbone).modules())
     tables = [module for module in outside if isinstance(module, nn.Embedding)]
@@ -71,28 +73,28 @@ def longest_input(causal_lm: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def misbehaviour(causal_lm: nn.Module) -> str | None:
-    """What a pass over a few random tokens shows that a DualHeadModel's backbone must not do."""
+def incompatibility(causal_lm: nn.Module) -> str | None:
+    """Why a model cannot be a DualHeadModel's backbone, by passes over random tokens, or None."""
     backbone, embedding = causal_lm.base_model, causal_lm.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     vocabulary = causal_lm.config.vocab_size
     ids = torch.randint(vocabulary, (2, 12), generator=generator)
     ids = ids.to(causal_lm.device)
     try:
-        expected = backbone(input_ids=ids).last_hidden_state
-        found = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+        states_from_ids = backbone(input_ids=ids).last_hidden_state
+        states = backbone(inputs_embeds=embedding(ids)).last_hidden_state
         ids[:, -1] = (ids[:, -1] + 1) % vocabulary
-        changed = backbone(inputs_embeds=embedding(ids)).last_hidden_state
+        states_after_change = backbone(inputs_embeds=embedding(ids)).last_hidden_state
     except (AttributeError, TypeError, ValueError) as error:
         return f"its layers do not run on embeddings ({str(error).partition(chr(10))[0]})"
-    if differs(found, expected):
+    if differs(states, states_from_ids):
         return "its layers give other states for embeddings than for the tokens they are of"
-    if differs(changed[:, :-1], found[:, :-1]):
+    if differs(states_after_change[:, :-1], states[:, :-1]):
         return "its states of a token change with the tokens behind it, it is not causal"
     return None
 
 
-def differs(found: Tensor, expected: Tensor) -> bool:
-    """Whether states (B, L, D) differ by more than rounding in the type they were made in."""
+def differs(states: Tensor, expected: Tensor) -> bool:
+    """Whether states (B, L, D) differ by more than the rounding of their type."""
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
-    return bool((found - expected).float().norm() > tolerance * expected.float().norm())
+    return bool((states - expected).float().norm() > tolerance * expected.float().norm())

@@ -1,4 +1,4 @@
-"""How long a training takes at least: operations and bytes over what a device is measured to do."""
+"""Lower bounds of training time: operations and bytes over a device's measured rates."""
 
 import time
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from collapse.models.architectures import decoder_layers
 from collapse.utils.files import ROOT, read_json
 
 # Bytes that elementwise work (norms, rotations, the gate, adapters' casts, dropout, additions)
-# moves for a token, layer and unit of width, forward and backward, in bfloat16: counted on
-# Qwen2.5's layer by tests/test_lora_costs.py for adapters that compute as one function, and peft's.
+# moves per token, layer and unit of width, forward and backward, in bfloat16. Counted on Qwen2.5's
+# layer by tests/test_lora_costs.py, for our fused adapters and for peft's.
 ELEMENTWISE_BYTES, ELEMENTWISE_BYTES_OF_PEFT = 670, 1420
-# Time of training steps over the least time: what recomputation, packed weights, padding, launches
-# and slower kernels cost. Assumed, until studies/gpu_check.py has measured it on the card at hand.
+# Training time as a factor of the lower bound, because of recomputation, packed weights, padding,
+# kernel launches and slow kernels: (low, high), assumed until studies/gpu_check.py measures it.
 ASSUMED_RATIO = (1.6, 2.4)
 GPU_CHECK = ROOT / "results_7b" / "gpu_check.json"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's steps multiply by."""
+    """Parameter counts and dimensions that the cost of a step depends on."""
 
     layers: int  # parameters of all layers' matrices, which are frozen
     adapters: int
@@ -32,7 +32,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model_config: Any, lora_rank: int) -> "Sizes":
-        """Of a model that transformers knows, from its configuration alone."""
+        """For a model that transformers knows, from its configuration alone."""
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -58,13 +58,13 @@ def least_seconds(
     itemsize: int = 2,
     elementwise: float = ELEMENTWISE_BYTES,
 ) -> float:
-    """Seconds that passes over so many tokens need at a device's rates: operations, then bytes.
+    """Seconds that passes over so many tokens take at least, given a device's rates.
 
-    rates: operations and bytes a second. targets: tokens with logits, 0 without an LM head.
-    reads: how often the weights are read from start to end, in each of the `products`: 1 in an
-    evaluation, 2 with the backward pass, 3 where that recomputes the forward pass. itemsize:
-    bytes of a value. A product waits for its weights, so the times add up. Attention's own products
-    and the optimizer are left out.
+    rates: operations and bytes per second. targets: tokens with logits, 0 without an LM head.
+    products: matrix products per weight, 1 in an evaluation, 2 with the backward pass, 3 where that
+    recomputes the forward pass. reads: how often each of them reads all weights. itemsize: bytes of
+    a value. The times of operations and bytes add up, because a product waits for its weights.
+    Attention's own products and the optimizer are left out.
     """
     trains, head = products > 1, sizes.head if targets else 0
     operations = 2 * products * tokens * (sizes.layers + sizes.adapters)
@@ -86,10 +86,10 @@ def least_training_seconds(
     has_engram: bool,
     itemsize: int = 2,
 ) -> float:
-    """least_seconds of a training with its evaluations, one before the first epoch.
+    """least_seconds of a whole training with its evaluations, one of them before the first epoch.
 
-    rows: for training and validation. A model with an engram passes over the weights twice a step,
-    has a prefix in each row, and is evaluated a second time with engrams that are carried.
+    rows: numbers of training and validation rows. A model with an engram reads the weights twice a
+    step, has a prefix in each row, and is evaluated a second time with carried engrams.
     """
     passes, targets = 2 if has_engram else 1, (tokens_per_row - 1) * has_lm_head
     trained, read = epochs * rows[0], epochs * rows[0] / batch_size * passes
@@ -105,7 +105,7 @@ def least_training_seconds(
 
 
 def device_rates(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, float]:
-    """Measured bytes a second of a copy, and operations a second of a large matrix product."""
+    """Measures bytes per second of a copy and operations per second of a large matrix product."""
     on_gpu = device.type == "cuda"
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     size, length = (4096, 2**29) if on_gpu else (1024, 2**27)
@@ -127,16 +127,16 @@ def device_rates(device: torch.device, dtype: torch.dtype | None = None) -> dict
 
 
 def now() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """A clock in seconds that first waits for the GPU to finish."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def ratio_on(card: str) -> tuple[tuple[float, float], bool]:
-    """(low, high) of training time over the least time; whether it was measured on this card."""
-    found = read_json(GPU_CHECK) if GPU_CHECK.exists() else {}
-    ratio = found.get("ratio")
-    if ratio and found["hardware"]["device"] == card:  # kernels alone, and with launching them
+    """Training time over the lower bound as (low, high), and whether measured on this card."""
+    gpu_check = read_json(GPU_CHECK) if GPU_CHECK.exists() else {}
+    ratio = gpu_check.get("ratio")
+    if ratio and gpu_check["hardware"]["device"] == card:  # kernels alone, and with launching them
         return (ratio["busy"][0], ratio["wall"][1]), True
     return ASSUMED_RATIO, False

@@ -1,7 +1,6 @@
-"""A model of the hub comes whole before anything is trained: what will be fetched, and fetching it.
+"""Downloads a model of the hub before training begins, and announces the size first.
 
-Named so that a person can say no: 15 GB that come without a word inside the first training look as
-if that hung.
+A silent download of 15 GB inside the first training would look like a hang.
 """
 
 import shutil
@@ -13,17 +12,17 @@ from collapse.utils.errors import DISK_FULL, UserError
 from collapse.utils.hub import use_cache_if_hub_is_silent
 
 GB = 10**9
-SPARE_BYTES = GB  # that a disk shall have left
-# What load_causal_lm and a tokenizer read of a repository.
+SPARE_BYTES = GB  # to leave free on the disk
+# Files of a repository that load_causal_lm and a tokenizer read.
 FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 FILES += ["model.safetensors", "model-*.safetensors"]
 
 
 def fetch(name: str, revision: str | None) -> None:
-    """Say how large a model is and where it lies or will lie, and fetch what is not there.
+    """Print a model's size and place, and download the files that are missing.
 
-    name: a folder, or a model of the hub. A fetch that broke off goes on with the files it lacks.
-    Raises UserError where the disk has no room, before anything is fetched, or the hub breaks off.
+    name: a folder, or a model of the hub. After an interrupted download only the missing files are
+    fetched. Raises UserError if the disk lacks room, before any download, or if a download fails.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -37,8 +36,8 @@ def fetch(name: str, revision: str | None) -> None:
             return print(f"model: {name}, from {constants.HF_HUB_CACHE}: the hub is not asked")
         files = snapshot_download(name, dry_run=True, **what)
     size, missing = (
-        sum(file.file_size or 0 for file in some)
-        for some in (files, [file for file in files if file.will_download])
+        sum(file.file_size or 0 for file in group)
+        for group in (files, [file for file in files if file.will_download])
     )
     folder, free = Path(constants.HF_HUB_CACHE), free_bytes(constants.HF_HUB_CACHE)
     print(f"model: {name}, {size / GB:.3g} GB in {len(files)} files", flush=True)
@@ -54,14 +53,14 @@ def fetch(name: str, revision: str | None) -> None:
     try:
         snapshot_download(name, **what)
     except Exception as error:  # each of these libraries raises its own kinds
-        raise broke_off(name, error) from None
+        raise download_error(name, error) from None
     finally:
         disable_progress_bars()
     return None
 
 
-def broke_off(name: str, error: Exception) -> Exception:
-    """What to raise for an error in a download."""
+def download_error(name: str, error: Exception) -> Exception:
+    """The exception to raise for an error during a download."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return error
     reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -72,13 +71,13 @@ def broke_off(name: str, error: Exception) -> Exception:
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Of the disk that the folder is on, or will be."""
+    """Free bytes of the disk of a folder, which need not exist yet."""
     folder = Path(folder).expanduser().absolute()
     return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
 
 
 def describe_card(device: Any, quantization: str, dtype: str) -> str:
-    """The card, what of its memory is free, and in which types a model computes on it."""
+    """A line with the GPU, its free memory, and the types that a model computes in."""
     import torch
 
     packed = "weights in 4 bits (NF4), " if quantization == "nf4" else ""

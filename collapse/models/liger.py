@@ -6,12 +6,12 @@ from collapse.utils.provenance import liger_version
 
 
 def use_liger(causal_lm: Any) -> None:
-    """Exchange kernels of RMSNorm, RoPE and SwiGLU, in place; call it before adapters are added.
+    """Replace the kernels of RMSNorm, RoPE and SwiGLU, in place; call it before adding adapters.
 
     Does nothing on a CPU, without liger-kernel, or for an architecture that it does not know. Its
-    losses are left out: a step here makes logits only where a token is predicted. The exchange of
-    RoPE stays for all models of the architecture in this process. Gradients in bfloat16 differ by
-    rounding: studies/gpu_check.py, step 4, takes up to 2% of their norm.
+    losses are not used, because our steps make logits only where a token is predicted. RoPE stays
+    replaced for all models of the architecture in this process. Gradients in bfloat16 differ by
+    rounding; studies/gpu_check.py, step 4, accepts up to 2% of their norm.
     """
     if liger_version(causal_lm.device) is None:
         return

@@ -1,14 +1,14 @@
-"""LoRA layers (Hu et al. 2021) that cost little more than their products.
+"""LoRA layers (Hu et al. 2021) that cost little more than their matrix products.
 
-peft creates, names, stores and loads the adapters; only the way a layer computes is exchanged:
+peft creates, names, stores and loads the adapters; we replace only how a layer computes:
 
     peft.get_peft_model(causal_lm, peft.LoraConfig(...))
     use_fused_lora(causal_lm)
 
-A layer of peft casts its input to the adapter's float32, keeps a dropped-out copy in that type,
-and adds the adapter's output in passes of its own. Here a layer is one autograd function: the
-adapter's products are of the base layer's type and added in place, and what is kept for the
-backward pass is the input, which layers share, and which of its values dropout took.
+A layer of peft casts its input to the adapter's float32, keeps a copy after dropout in that type,
+and adds the adapter's output in separate passes. Here a layer is one autograd function: the
+adapter's products have the base layer's type and are added in place. For the backward pass it keeps
+the input, which layers share, and the positions of the values that dropout removed.
 """
 
 import math
@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 
 def use_fused_lora(model: nn.Module) -> None:
-    """Let each LoRA layer that peft put into `model` compute by LoraLinear, in place.
+    """Make each LoRA layer that peft put into `model` compute by LoraLinear, in place.
 
-    Weights, names and peft's switches (disable_adapter, training or evaluation) stay as they are,
-    and a base layer may be replaced between steps. Adapters of experts' stacked weights, and of a
-    linear layer whose class has a forward pass of its own, stay peft's. Raises ValueError, here or
-    when a layer runs, for what LoraLinear does not compute: merged or several adapters, DoRA and
-    other variants, biases of adapters, a base layer that trains or is not linear, plain or in 4
-    bits.
+    Weights, names and peft's switches (disable_adapter, training or evaluation) keep working, and a
+    base layer may be replaced between steps. Adapters of experts' stacked weights, and of linear
+    layers whose class overrides the forward pass, keep peft's computation. Raises ValueError, here
+    or when a layer runs, for what LoraLinear does not support: merged or several adapters, DoRA and
+    other variants, biases of adapters, a base layer that trains, or one that is not linear.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -62,29 +61,29 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx, grad_output: Tensor):
         x, a, b, mask, inner = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])  # (T, I)
-        upstream = upstream.reshape(-1, upstream.shape[-1])  # (T, O)
-        of_x = of_a = of_b = None
+        grad_output = grad_output.reshape(-1, grad_output.shape[-1])  # (T, O)
+        grad_x = grad_a = grad_b = None
         with torch.autocast(x.device.type, enabled=False):
-            of_inner = (upstream @ b.to(x.dtype)).mul_(ctx.scale)  # (T, R)
+            grad_inner = (grad_output @ b.to(x.dtype)).mul_(ctx.scale)  # (T, R)
             if ctx.needs_input_grad[1]:
-                of_a = _float32_product(of_inner.T, kept_values(rows, mask))
+                grad_a = _float32_product(grad_inner.T, kept_values(rows, mask))
             if ctx.needs_input_grad[2]:
-                of_b = _float32_product(upstream.T, inner)
+                grad_b = _float32_product(grad_output.T, inner)
             if ctx.needs_input_grad[0]:
-                of_x = kept_values(of_inner @ a.to(x.dtype), mask, overwrite=True)
-                of_x = of_x.addmm_(upstream, _weight(ctx.base, x.dtype)).view(x.shape)
-        return of_x, of_a, of_b, None, None, None
+                grad_x = kept_values(grad_inner @ a.to(x.dtype), mask, overwrite=True)
+                grad_x = grad_x.addmm_(grad_output, _weight(ctx.base, x.dtype)).view(x.shape)
+        return grad_x, grad_a, grad_b, None, None, None
 
 
 def draw_mask(rows: Tensor, p: float) -> Tensor:
-    """Which values of `rows` dropout takes, each with probability p, drawn by torch's generator.
+    """Draws which values of `rows` dropout removes, each with probability p, by torch's generator.
 
-    On a CPU the positions of those that it takes, int64: a dropout of 5% then draws, keeps and
-    touches a twentieth of the values. Elsewhere, where one would have to wait for their number,
-    a byte for each value: whether it stays.
+    On a CPU: the int64 positions of the removed values, so that a dropout of 5% draws, keeps and
+    touches a twentieth of the values. On a GPU, where one would have to wait for their number: a
+    boolean for each value, True where it stays.
     """
     if rows.device.type == "cpu":
         return dropped_positions(rows.numel(), p)
@@ -92,7 +91,7 @@ def draw_mask(rows: Tensor, p: float) -> Tensor:
 
 
 def kept_values(rows: Tensor, mask: Tensor | None, overwrite: bool = False) -> Tensor:
-    """`rows`, zero where the mask takes a value. With `overwrite` they may be changed in place."""
+    """`rows` with removed values set to zero. With `overwrite` they may be changed in place."""
     if mask is None:
         return rows
     if mask.dtype == torch.bool:
@@ -104,10 +103,10 @@ def kept_values(rows: Tensor, mask: Tensor | None, overwrite: bool = False) -> T
 
 
 def dropped_positions(count: int, p: float) -> Tensor:
-    """Those of 0 .. count - 1 that are dropped, in order, each independently with probability p.
+    """A random subset of 0 .. count - 1, in order, each number in it with probability p < 1.
 
-    The gaps between them are geometric, so only about p * count numbers are drawn: uniform ones
-    of 24 bits, inverted. The rate is off by less than a millionth of p, which is below 1.
+    The gaps between its numbers are geometric, so only about p * count random numbers are drawn, by
+    inversion of uniform ones of 24 bits. The actual rate is off by less than a millionth of p.
     """
     pieces, last = [torch.empty(0, dtype=torch.int64)], -1
     while last < count - 1:
@@ -122,7 +121,7 @@ def dropped_positions(count: int, p: float) -> Tensor:
 
 
 def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
-    """In place of a LoRA layer's own forward method."""
+    """Replaces a LoRA layer's own forward method."""
     if args or kwargs:
         raise ValueError("a fused LoRA layer takes its input alone, and one adapter for all rows.")
     base = layer.base_layer
@@ -149,12 +148,14 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _only_adapter(layer: nn.Module) -> str:
-    """The name of a LoRA layer's adapter. Raises ValueError where LoraLinear would be wrong."""
+    """A LoRA layer's only adapter, by name. Raises ValueError where LoraLinear would be wrong."""
     base = layer.base_layer
     linear = isinstance(base, nn.Linear) or _is_transposed(base)
     if not linear or not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
-        found = type(base).__name__
-        raise ValueError(f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {found}.")
+        layer_type = type(base).__name__
+        raise ValueError(
+            f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {layer_type}."
+        )
     if any(parameter.requires_grad for parameter in base.parameters()):
         raise ValueError("a fused LoRA layer gives its base layer no gradient: freeze it.")
     if layer.merged:
@@ -175,8 +176,8 @@ def _is_transposed(base: nn.Module) -> bool:
 
 
 def _is_special(layer: nn.Module) -> bool:
-    """Whether a LoRA layer's base layer is an expert mixture's, or linear as Falcon's and BitNet's
-    are, in a way of their own.
+    """Whether a LoRA layer must stay peft's: one of experts' stacked weights, or of a linear layer
+    whose class overrides the forward pass, as Falcon's and BitNet's do.
     """
     from peft.tuners.lora.layer import ParamWrapper
 
@@ -188,7 +189,7 @@ def _is_special(layer: nn.Module) -> bool:
 
 
 def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (O, I)
-    """The weight of a linear layer as nn.Linear has it, unpacked where it is in 4 bits."""
+    """The weight of a linear layer in nn.Linear's layout, dequantized if it has 4 bits."""
     if hasattr(base.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -198,7 +199,7 @@ def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (O, I)
 
 
 def _float32_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, summed in float32, and on a GPU not rounded to the factors' type either."""
+    """left @ right in float32; on a GPU the sum is never rounded to the factors' type."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()

@@ -1,4 +1,4 @@
-"""Losses as sums: the mean over an optimizer step can be cut into micro-batches of any size."""
+"""Losses as sums, so that an optimizer step can be split into micro-batches of any size."""
 
 import torch
 import torch.nn.functional as F
@@ -10,18 +10,18 @@ LOGIT_CHUNK_TOKENS = 256  # tokens whose logits exist at one time
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of a linear layer's logits, without ever holding them all.
+    """Summed cross-entropy of a linear layer's logits, which never exist all at once.
 
     Logits are made for LOGIT_CHUNK_TOKENS tokens at a time and turned into their gradient at once,
     so nothing of size T x V is kept for the backward pass or computed again in it. Differentiable
-    once. The sum is fp32 whatever the states are; that of torch.nn.functional.linear_cross_entropy
-    has their type, three digits of a sum in bfloat16.
+    once. The sum is fp32 whatever the type of the states; torch.nn.functional.linear_cross_entropy
+    sums in the states' type, which leaves three digits in bfloat16.
 
-    Given `start`, other states with the linear layer above them, targets are ignored: the sum is
-    that of the divergence KL(start's distribution || distribution of the logits). Its slope is
-    p - q where the cross-entropy's is p - one_hot(target).
+    Given `start`, other states and the linear layer above them, targets are ignored and the sum is
+    of KL(start's distribution || distribution of the logits). Its gradient by the logits is p - q,
+    where the cross-entropy's is p - one_hot(target).
 
-    Logits may be multiplied by `scale` and then held between -cap and cap, by cap tanh(x / cap).
+    Logits may be multiplied by `scale` and then limited to (-cap, cap) by cap tanh(x / cap).
     """
 
     @staticmethod
@@ -37,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         cap: float | None = None,
     ) -> Tensor:  # scalar, fp32
         needed = [with_gradients and n for n in ctx.needs_input_grad[:3]]
-        of_states, of_weight, of_bias = (
+        grad_states, grad_weight, grad_bias = (
             torch.zeros_like(tensor) if n else None
             for tensor, n in zip((states, weight, bias), needed, strict=True)
         )
@@ -47,12 +47,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = _in_form(F.linear(states[part], weight, bias), scale, cap)  # (chunk, V)
             log_p = _log_softmax(logits)
             if start is None:
-                here = targets[part].unsqueeze(1)
-                total -= log_p.gather(1, here).sum()
+                true_tokens = targets[part].unsqueeze(1)
+                total -= log_p.gather(1, true_tokens).sum()
                 if not any(needed):
                     continue
                 slope = log_p.exp_()
-                slope.scatter_add_(1, here, slope.new_full((), -1.0).expand(here.shape))
+                slope.scatter_add_(
+                    1, true_tokens, slope.new_full((), -1.0).expand(true_tokens.shape)
+                )
             else:
                 log_q = _log_softmax(_in_form(start[1](start[0][part]), scale, cap))
                 q = log_q.exp()
@@ -63,13 +65,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             if scale != 1:
                 slope *= scale
             slope = slope.to(states.dtype)  # d loss / d what the linear layer gave
-            if of_states is not None:
-                of_states[part] = slope @ weight
-            if of_weight is not None:
-                of_weight.addmm_(slope.T, states[part])
-            if of_bias is not None:
-                of_bias += slope.sum(0)
-        ctx.gradients = of_states, of_weight, of_bias
+            if grad_states is not None:
+                grad_states[part] = slope @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(slope.T, states[part])
+            if grad_bias is not None:
+                grad_bias += slope.sum(0)
+        ctx.gradients = grad_states, grad_weight, grad_bias
         return total
 
     @staticmethod
@@ -90,7 +92,7 @@ def _in_form(logits: Tensor, scale: float, cap: float | None) -> Tensor:
 
 
 def _form_of(lm_head: nn.Linear) -> tuple[float, float | None]:
-    """What the model does to the head's logits; nothing where nobody noted any."""
+    """(scale, cap) of the head's logits, as note_logit_form has stored them; default: (1, None)."""
     return getattr(lm_head, "logit_scale", 1.0), getattr(lm_head, "logit_cap", None)
 
 
@@ -99,12 +101,12 @@ def lm_loss_sum(
 ) -> Tensor:
     """Next-token cross-entropy in nats, summed over the batch's targets; hidden is (B, L, D).
 
-    targets (T,) stand in for the true tokens where they are given.
+    targets (T,): predict these instead of the true tokens.
     """
     if targets is None:
         targets = batch.input_ids.flatten()[batch.target_index]  # (T,)
     states = predicting_states(hidden, batch)
-    # Inside the function gradients always look disabled, so it is told if anyone will want them.
+    # Inside an autograd function gradients always look disabled, so the answer is passed in.
     wanted = torch.is_grad_enabled()
     weights = lm_head.weight, lm_head.bias
     return LinearCrossEntropy.apply(states, *weights, targets, wanted, None, *_form_of(lm_head))
@@ -115,8 +117,8 @@ def kl_from_start_sum(
 ) -> Tensor:
     """KL(start || now) of the next-token distributions in nats, summed over the batch's targets.
 
-    What the LM loss does, with the distribution that the model began with in place of the token
-    that came: learning without forgetting (Li & Hoiem 2016). hidden and start_hidden are (B, L, D).
+    The LM loss with the initial model's distribution in place of the true token, as in learning
+    without forgetting (Li & Hoiem 2016). hidden and start_hidden are (B, L, D).
     """
     states, start = (predicting_states(h, batch) for h in (hidden, start_hidden))
     wanted = torch.is_grad_enabled()
@@ -125,7 +127,7 @@ def kl_from_start_sum(
 
 
 def predicting_states(hidden: Tensor, batch: Batch) -> Tensor:
-    """(T, D): of hidden (B, L, D) the state before each target, which predicts it."""
+    """The states (T, D) of hidden (B, L, D) just before each target, which predict it."""
     return hidden.flatten(0, 1)[batch.target_index - 1]
 
 

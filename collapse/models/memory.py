@@ -1,4 +1,4 @@
-"""Fitting a step into a card: what it needs, what to recompute, what may stay unpacked."""
+"""GPU memory of a training step: what it needs, which layers recompute, which stay unpacked."""
 
 import math
 import warnings
@@ -18,16 +18,16 @@ from collapse.utils.errors import UserError, is_out_of_memory
 
 
 class MemoryPlan:
-    """What a step needs, and how it is made to fit.
+    """Decides how a training step fits into memory.
 
-    It tells in how many layers a step must recompute activations (gradient checkpointing), and of
-    how many layers NF4 weights may stay unpacked.
+    In how many layers it recomputes activations (gradient checkpointing), and how many layers keep
+    their NF4 weights unpacked.
 
-    Attributes: `layers` of the backbone, `unpacked` of them; `token_bytes` that the backward pass
-    needs kept for one token in all layers, and `boundary_bytes` for one in a layer that recomputes;
-    `weight_bytes`, and `unpacking_bytes` that a layer's take more when they are unpacked;
-    `optimizer_bytes` of gradients and AdamW's moments; `free_bytes` for all of it; `prefix_tokens`
-    that stand before each row; `tokens` of the pass that was planned last.
+    Attributes: `layers`: those of the backbone; `unpacked`: how many are; `token_bytes`: kept per
+    token for the backward pass, in all layers; `boundary_bytes`: per token in a layer that
+    recomputes; `weight_bytes`; `unpacking_bytes`: how much more one layer takes unpacked;
+    `optimizer_bytes`: gradients and AdamW's moments; `free_bytes`: available for all of this;
+    `prefix_tokens`: before each row; `tokens`: of the pass that was planned last.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
@@ -47,7 +47,7 @@ class MemoryPlan:
         self.recompute(0)
         self.prefix_tokens = int(model.projector is not None)
         self.tokens = self.typical = self.longest = 0
-        torch.cuda.empty_cache()  # what a model before this one left counts as free
+        torch.cuda.empty_cache()  # cached memory of an earlier model counts as free
         self.token_bytes = _activation_bytes(model)
         self.boundary_bytes = (
             model.classifier.inner.in_features * next(model.backbone.parameters()).element_size()
@@ -69,15 +69,15 @@ class MemoryPlan:
         self.unpacked, self.unpacking_bytes = 0, plain - leaving
 
     def take_share(self, share: float) -> None:
-        """Leave the rest of the free memory to other trainings."""
+        """Use only this share of the free memory; other trainings have the rest."""
         self.free_bytes = self.weight_bytes + (self.free_bytes - self.weight_bytes) * share
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
-        """Peak of a step of so many tokens with the first so many layers recomputed."""
+        """Peak bytes of a step of `tokens`, with activations recomputed in that many layers."""
         layer = self.token_bytes / len(self.layers)
         kept = (len(self.layers) - recomputed) * layer + recomputed * self.boundary_bytes
-        # The layer at hand: gradients of its activations, and these once more where none are kept.
-        # What a layer before the last recomputes takes the place of what the last one kept.
+        # The layer at work holds gradients of its activations, and, if none are kept, also the
+        # activations. What earlier layers recompute takes the place of what the last one kept.
         in_work = layer if recomputed < len(self.layers) else 2 * layer
         return (
             self.weight_bytes
@@ -87,7 +87,7 @@ class MemoryPlan:
         )
 
     def layers_to_recompute(self, tokens: int) -> int:
-        """As few as fit; where none do, as many as help."""
+        """The fewest layers with which a step fits; if it never fits, as many as help."""
         least = len(self.layers) if self.mode == "on" else 0
         counts = range(least, self.most_recomputed + 1)
         fits = (n for n in counts if self.expected_bytes(tokens, n) <= self.free_bytes)
@@ -95,27 +95,27 @@ class MemoryPlan:
 
     @property
     def most_recomputed(self) -> int:
-        """The last layer's activations are needed at once: to recompute them saves nothing."""
+        """All but the last layer in auto mode: its activations are needed at once."""
         return {"on": len(self.layers), "auto": len(self.layers) - 1, "off": 0}[self.mode]
 
     def fit(self, tokens: int) -> None:
-        """Before a forward and backward pass of so many tokens."""
+        """Choose what to recompute, before a forward and backward pass of so many tokens."""
         self.tokens = tokens
         self.recompute(self.layers_to_recompute(tokens))
 
     def shrink(self) -> bool:
-        """After the pass that was planned last ran out of memory: expect less of it.
+        """Plan with less memory, after the last planned pass has run out of it.
 
-        A tenth at a time, until fewer layers stay unpacked or more recompute; False where neither
-        is left to gain anything.
+        Lowers free_bytes by a tenth at a time until fewer layers stay unpacked or more recompute;
+        False if neither can gain anything.
         """
-        before = self.expected_bytes(self.tokens, self.layers_to_recompute(self.tokens))
+        expected = self.expected_bytes(self.tokens, self.layers_to_recompute(self.tokens))
         while self.unpacked or self.layers_to_recompute(self.tokens) < self.most_recomputed:
-            self.free_bytes = 0.9 * min(self.free_bytes, before)
-            fewer = self.layers_to_unpack(self.typical, self.longest)
-            self.unpack(min(self.unpacked, fewer))
+            self.free_bytes = 0.9 * min(self.free_bytes, expected)
+            fitting = self.layers_to_unpack(self.typical, self.longest)
+            self.unpack(min(self.unpacked, fitting))
             count = self.layers_to_recompute(self.tokens)
-            if self.expected_bytes(self.tokens, count) < before:
+            if self.expected_bytes(self.tokens, count) < expected:
                 return True
         return False
 
@@ -132,11 +132,11 @@ class MemoryPlan:
         return self.unpacked
 
     def layers_to_unpack(self, typical: int, longest: int) -> int:
-        """All that leave room for what must fit.
+        """How many layers can stay unpacked and leave room for what must fit.
 
-        That is a step of `typical` tokens without recomputing, the longest one with it, where the
-        mode allows either, and an evaluation, which keeps nothing: half as many training tokens
-        need more.
+        What must fit is a step of `typical` tokens without recomputing, the longest step with it
+        (where the mode allows either), and an evaluation, which keeps no activations and needs less
+        than half as many tokens in training.
         """
         if not self.unpacking_bytes:
             return 0
@@ -150,9 +150,9 @@ class MemoryPlan:
     def unpack(self, count: int) -> None:
         """Hold the NF4 weights of the first `count` layers unpacked, and all others packed.
 
-        bitsandbytes unpacks a weight for every product in training but the forward pass of short
-        steps; here that is done once. The products are the same; on a GPU those of short steps may
-        sum in another order. The packed weights wait in CPU memory.
+        bitsandbytes unpacks a weight for nearly every product in training; here that is done once.
+        Products are the same, but on a GPU those of short steps may sum in another order. The
+        packed weights are kept in CPU memory meanwhile.
         """
         from bitsandbytes.functional import dequantize_4bit
 
@@ -172,7 +172,7 @@ class MemoryPlan:
         self.unpacked = count
 
     def describe(self, rows: int, length: int) -> str:
-        """What the longest step, of so many rows of this length, is expected to need."""
+        """A line on the expected memory of the longest step: `rows` rows of this length."""
         tokens = rows * (length + self.prefix_tokens)
         count = self.layers_to_recompute(tokens)
         total, gib = self.expected_bytes(tokens, count), 2**30
@@ -186,14 +186,14 @@ class MemoryPlan:
 
 
 def let_layers_recompute(backbone: nn.Module) -> None:
-    """Make ready the layers of a Hugging Face base model; an attribute of each then decides."""
+    """Prepare checkpointing in a Hugging Face base model; each layer's attribute switches it."""
     with warnings.catch_warnings():
         # transformers renames this method; the pinned version knows it.
         warnings.simplefilter("ignore", FutureWarning)
         backbone.gradient_checkpointing_enable({"use_reentrant": False})
     if hasattr(backbone, "disable_input_require_grads"):
-        # Asks embeddings for a gradient, which costs the first layer products of its own and is
-        # needed by the reentrant kind of checkpointing alone.
+        # It makes embeddings require gradients, which costs products in the first layer and is
+        # needed for reentrant checkpointing alone.
         backbone.disable_input_require_grads()
 
 
@@ -202,28 +202,30 @@ def in_batches_that_fit(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """(rows, run(rows)) for all rows, in batches of at most max_tokens padded tokens.
 
-    A batch that runs out of memory is run again, and all after it, with half its tokens. Raises
-    UserError when one row alone does not fit.
+    When a batch runs out of memory, its rows and all later ones are run in batches of half its
+    tokens. Raises UserError when a single row does not fit.
     """
     waiting = token_budget_batches(lengths, max_tokens)
     while waiting:
-        rows, found = waiting[0], None
+        rows, result = waiting[0], None
         try:
-            found = run(rows)
+            result = run(rows)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        if found is not None:
+        if result is not None:
             del waiting[0]
-            yield rows, found
+            yield rows, result
             continue
         if len(rows) == 1:
             raise UserError(DOES_NOT_FIT)
-        torch.cuda.empty_cache()  # outside of `except`, where the failed pass is no longer held
+        torch.cuda.empty_cache()  # outside of `except`, which still holds the failed pass's tensors
         max_tokens = len(rows) * int(lengths[rows].max()) // 2
         tqdm.write(f"out of GPU memory in an evaluation: batches of {max_tokens} tokens from here")
-        left = np.concatenate(waiting)
-        waiting = [left[batch] for batch in token_budget_batches(lengths[left], max_tokens)]
+        remaining = np.concatenate(waiting)
+        waiting = [
+            remaining[batch] for batch in token_budget_batches(lengths[remaining], max_tokens)
+        ]
 
 
 DOES_NOT_FIT = "GPU memory does not hold a single row: use a smaller model or --max-length."
@@ -256,7 +258,7 @@ def _packed_linears(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take."""
+    """Bytes that this process may still allocate."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     free, total = torch.cuda.mem_get_info(device)
@@ -267,16 +269,16 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def _activation_bytes(model: nn.Module, tokens: int = 64) -> float:
-    """Bytes for each token that autograd keeps for the backbone's backward pass.
+    """Bytes per token that autograd keeps for the backbone's backward pass.
 
-    Counted in two small forward passes: their difference leaves out what no token adds to, such as
-    the adapters' weights in the type of the states.
+    Counted as the difference of two small forward passes, which leaves out what does not grow with
+    tokens, such as the adapters' weights cast to the states' type.
     """
     return (_kept_bytes(model, tokens) - _kept_bytes(model, tokens // 2)) / (tokens - tokens // 2)
 
 
 def _kept_bytes(model: nn.Module, tokens: int) -> int:
-    """What autograd keeps of one forward pass of the backbone, beside weights and buffers."""
+    """Bytes that autograd keeps of a forward pass of the backbone, without weights and buffers."""
     device, embedding = next(model.parameters()).device, model.backbone.get_input_embeddings()
     known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -285,8 +287,8 @@ def _kept_bytes(model: nn.Module, tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             kept[storage.data_ptr()] = storage.nbytes()
-        # Not the tensor itself: where an operation saves its own output that would close a ring of
-        # references which no garbage collection finds, and leak the whole graph.
+        # Detached: an operation that saves its own output would otherwise be in a reference cycle
+        # that garbage collection does not find, and the whole graph would leak.
         return tensor.detach()
 
     was_training = model.training

@@ -1,4 +1,4 @@
-"""The bigram model that a language model has to beat: interpolated Kneser-Ney, on token ids."""
+"""The bigram baseline of a language model: interpolated Kneser-Ney, on token ids."""
 
 import numpy as np
 
@@ -30,8 +30,8 @@ class KneserNeyBigram:
     def probabilities(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """P(second | first) of arrays of ids of one shape."""
         codes = np.asarray(first, dtype=np.int64) * self.vocabulary + second
-        place = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
-        count = np.where(self.pairs[place] == codes, self.counts[place], 0)
+        position = np.minimum(np.searchsorted(self.pairs, codes), len(self.pairs) - 1)
+        count = np.where(self.pairs[position] == codes, self.counts[position], 0)
         seen = np.maximum(count - self.discount, 0) / np.maximum(self.totals[first], 1)
         return seen + self.rest[first] * self.lower[second]
 

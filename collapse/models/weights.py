@@ -1,4 +1,4 @@
-"""Reading a pretrained model: all of its weights and nothing drawn at random, or one sentence."""
+"""Reads a pretrained model with all of its weights, none random; else says what is wrong."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ def quiet_transformers() -> None:
 
 @contextlib.contextmanager
 def loading(name: str):
-    """Turn what transformers raises for a model that cannot be had into one sentence."""
+    """Turn errors of transformers about a model that cannot be loaded into a UserError."""
     quiet_transformers()
     is_path = Path(name).exists()
     silent = not is_path and use_cache_if_hub_is_silent()
@@ -38,22 +38,22 @@ def loading(name: str):
         if isinstance(error, UserError) or disk_full or is_out_of_memory(error):
             raise
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ...")
-        mend = "give a folder or hub name of a causal LM, "
-        mend += f"or {STANDIN_MODEL} after `make standin`"
+        fix = "give a folder or hub name of a causal LM, "
+        fix += f"or {STANDIN_MODEL} after `make standin`"
         if "custom code" in str(error):
             reason = "it needs code of its own, by trust_remote_code, which is never run here"
-            mend = "choose a model of an architecture that transformers has"
+            fix = "choose a model of an architecture that transformers has"
         elif isinstance(error, safetensors.SafetensorError):
-            mend = "its weights are damaged or cut short: fetch or copy them again, after "
-            mend += "`git lfs install` where git fetched them"
+            fix = "its weights are damaged or cut short: fetch or copy them again, after "
+            fix += "`git lfs install` where git fetched them"
         elif "pytorch_model.bin" in str(error) and not is_path:
-            reason, mend = NO_SAFETENSORS, convert(name)
+            reason, fix = NO_SAFETENSORS, conversion_command(name)
         elif silent or (not is_path and NOT_CONNECTED.search(str(error))):
             reason = "the hub does not answer, and its cache does not hold all of the model"
-            mend = "run the same command again when it does, or give a folder"
+            fix = "run the same command again when it does, or give a folder"
         elif is_path:
-            mend = "mend it, or give another one of a causal LM"
-        raise UserError(f"cannot load the model {name} ({reason}): {mend}.") from None
+            fix = "fix it, or give another one of a causal LM"
+        raise UserError(f"cannot load the model {name} ({reason}): {fix}.") from None
 
 
 NOT_CONNECTED = re.compile("connect|timed? ?out|offline", re.IGNORECASE)
@@ -61,7 +61,7 @@ NO_SAFETENSORS = "it has no weights in safetensors, and other files can run code
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt")
 
 
-def convert(name: str | Path) -> str:
+def conversion_command(name: str | Path) -> str:
     script = f"M.from_pretrained('{name}').save_pretrained('NEW')"
     return (
         'where you trust it, convert it by `python -c "from transformers import '
@@ -70,7 +70,7 @@ def convert(name: str | Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError for a folder that is no model's."""
+    """Raise UserError for a path that is not the folder of a whole model."""
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: give the folder of a model.")
     if (adapter := folder / "adapter_config.json").exists():
@@ -89,7 +89,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_config(name: str, revision: str | None) -> Any:
-    """The model's configuration. Raises UserError where there is none of a causal LM."""
+    """The model's configuration. Raises UserError where it cannot be loaded."""
     from transformers import AutoConfig
 
     if Path(name).exists():
@@ -99,9 +99,9 @@ def read_config(name: str, revision: str | None) -> Any:
 
 
 def own_quantization(model_config: Any) -> dict[str, Any] | None:
-    """How a model's weights are packed where they are stored; None where they are not.
+    """The quantization that a model is stored in; None for plain weights.
 
-    Raises UserError for any packing but bitsandbytes' 4 bits.
+    Raises UserError for any other than bitsandbytes' 4 bits.
     """
     packing = getattr(model_config, "quantization_config", None)
     if packing is None:
@@ -110,9 +110,9 @@ def own_quantization(model_config: Any) -> dict[str, Any] | None:
     method = packing.get("quant_method", "bitsandbytes" if "load_in_4bit" in packing else "unknown")
     if method == "bitsandbytes" and packing.get("load_in_4bit"):
         return packing
-    kind = "bitsandbytes, 8 bits" if method == "bitsandbytes" else str(method)
+    scheme = "bitsandbytes, 8 bits" if method == "bitsandbytes" else str(method)
     raise UserError(
-        f"the weights of {model_config.name_or_path} are quantized ({kind}), and adapters train "
+        f"the weights of {model_config.name_or_path} are quantized ({scheme}), and adapters train "
         "here on plain weights or on bitsandbytes' 4 bits: give the model as it was before its "
         "quantization; --quantization nf4 packs it."
     )
@@ -126,32 +126,34 @@ def own_quantization(model_config: Any) -> dict[str, Any] | None:
 def read_causal_lm(name: str | Path, **options: Any) -> nn.Module:
     """The causal LM that transformers' from_pretrained gives for these options.
 
-    By itself that draws weights that the files lack at random. Raises UserError for weights that
-    are not those that config.json tells of.
+    transformers initializes missing weights at random; here they raise a UserError, as do weights
+    that do not fit config.json.
     """
     from transformers import AutoModelForCausalLM
 
     options |= {"trust_remote_code": False, "ignore_mismatched_sizes": True}  # refused below
     with loading(str(name)):
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+        causal_lm, loading_info = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **options
         )
     modules = {path for path, _ in causal_lm.named_modules()}
-    if why := what_is_wrong(found, modules):
-        raise UserError(f"the weights of {name} are not those of a {type(causal_lm).__name__}{why}")
-    if found["unexpected_keys"]:
-        unused = three(found["unexpected_keys"])
+    if problem := weights_problem(loading_info, modules):
+        raise UserError(
+            f"the weights of {name} are not those of a {type(causal_lm).__name__}{problem}"
+        )
+    if loading_info["unexpected_keys"]:
+        unused = listed(loading_info["unexpected_keys"])
         print(f"NOTE: weights of {name} that are no part of its causal LM are not used: {unused}")
     return causal_lm
 
 
-# Ends of names of packed weights and of what unpacks them: GPTQ, AWQ, fp8, bitsandbytes and others.
+# Endings of the names of quantized weights and their scales: GPTQ, AWQ, fp8, bitsandbytes, others.
 PACKED = ("qweight", "qzeros", "g_idx", "scales", "weight_scale", "weight_scale_inv", "SCB")
 PACKED += ("weight_packed", "weight_shape", "absmax", "quant_map", "bitsandbytes__nf4")
 PACKED += ("bitsandbytes__fp4", "weight_format", "input_scale")
-# What old files hold beside weights: tables of rotations, causal masks.
+# Endings of buffers that old files store beside weights: tables of rotations, causal masks.
 TABLES = ("inv_freq", ".attn.bias", ".attention.bias", "masked_bias", "position_ids")
-# What wrappers put into names, who does, and what to save instead.
+# Prefix that a wrapper puts into names -> the wrapper, and what to save instead.
 WRAPPERS = {
     "_orig_mod.": ("torch.compile", "the model that was compiled (MODEL._orig_mod)"),
     "_fsdp_wrapped_module.": ("FSDP", "the model inside it"),
@@ -161,48 +163,48 @@ WRAPPERS = {
 }
 
 
-def what_is_wrong(found: dict[str, Any], modules: set[str]) -> str | None:
-    """The end of a sentence on weights that lack, hold too much or have other sizes; None: none do.
+def weights_problem(loading_info: dict[str, Any], modules: set[str]) -> str | None:
+    """How weights do not fit the model, as the end of a sentence; None if they fit.
 
-    found: what from_pretrained says of its loading; modules: the paths of the model's modules.
+    loading_info: what from_pretrained reports; modules: the paths of the model's modules.
     """
-    missing, unused = set(found["missing_keys"]), set(found["unexpected_keys"])
-    # Of layers that are there: another network than the one that was stored would compute.
+    missing, unused = set(loading_info["missing_keys"]), set(loading_info["unexpected_keys"])
+    # Unused weights of existing modules: another network than the stored one would compute.
     dropped = {key for key in unused if key.rpartition(".")[0] in modules - {""}}
     dropped = {key for key in dropped if not key.endswith(TABLES)}
     if packed := [key for key in unused if key.endswith(PACKED)]:
         return (
-            f": they are quantized ({three(packed)}), and config.json does not say how; give the "
+            f": they are quantized ({listed(packed)}), and config.json does not say how; give the "
             "model as it was before its quantization."
         )
     for inside, (cause, instead) in WRAPPERS.items():
         wrapped = {key for key in unused if key.replace(inside, "") in missing}
         if wrapped:
             return (
-                f": {cause} put {inside} into their names ({three(wrapped)}); save {instead} by "
+                f": {cause} put {inside} into their names ({listed(wrapped)}); save {instead} by "
                 "its save_pretrained, or take that out of the names."
             )
-    if sizes := sorted(found["mismatched_keys"], key=str):
+    if sizes := sorted(loading_info["mismatched_keys"], key=str):
         key, stored, wanted = sizes[0]
         return (
-            f" of the sizes in its config.json: {three({key for key, *_ in sizes})} differ, "
+            f" of the sizes in its config.json: {listed({key for key, *_ in sizes})} differ, "
             f"{key} is {list(stored)} where {list(wanted)} is asked for; give config.json and "
             "weights of one model."
         )
     if missing:
         return (
-            f": {three(missing)} are not there, and would be drawn at random; give a folder with "
+            f": {listed(missing)} are not there, and would be drawn at random; give a folder with "
             "all weights of a causal LM, as its save_pretrained writes them."
         )
     if dropped:
         return (
-            f" as config.json describes it: {three(dropped)} would not be used; give config.json "
+            f" as config.json describes it: {listed(dropped)} would not be used; give config.json "
             "and weights of one model."
         )
     return None
 
 
-def three(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Up to three of the names, in order, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -214,10 +216,10 @@ def check_weights(name: str, revision: str | None) -> None:
     from transformers.utils import cached_file
 
     if Path(name).exists() and not any(Path(name).glob("*.safetensors")):
-        reason, mend = "it has no weights", "fetch or copy its model.safetensors, too"
+        reason, fix = "it has no weights", "fetch or copy its model.safetensors, too"
         if any(file for kind in OTHER_WEIGHTS for file in Path(name).glob(kind)):
-            reason, mend = NO_SAFETENSORS, convert(name)
-        raise UserError(f"cannot load the model {name} ({reason}): {mend}.")
+            reason, fix = NO_SAFETENSORS, conversion_command(name)
+        raise UserError(f"cannot load the model {name} ({reason}): {fix}.")
     if own_quantization(read_config(name, revision)) is None:
         read_causal_lm(name, revision=revision, use_safetensors=True, device_map={"": "meta"})
     with loading(name):
@@ -231,7 +233,7 @@ def check_weights(name: str, revision: str | None) -> None:
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Raise UserError naming a weight that is NaN or infinite."""
     for name, tensor in tensors:
-        # A sum is not finite where a summand is not, and costs one pass.
+        # One pass: a sum is finite only if all its terms are.
         if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
             continue
         if bad := int((~tensor.float().isfinite()).sum()):

@@ -1,4 +1,4 @@
-"""From results.json files to comparisons and the tables of the log."""
+"""Comparisons between models, between data sets and with published runs, and their log tables."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ from collapse.report.markdown import Column, rows_of, text_table
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_json, settings_difference
 
-# Name -> (a, b, which correctness of a, which of b): b is compared with a.
+# Name -> (a, b, evaluation of a, evaluation of b): b is compared with a.
 COMPARISONS = {
     "model2 - model1": ("model1", "model2", "cold", "cold"),
     "model3 - model2": ("model2", "model3", "cold", "cold"),
@@ -33,13 +33,13 @@ COMPARISONS = {
 
 
 def pairs_of(models: Iterable[str]) -> dict[str, tuple[str, str, str, str]]:
-    """COMPARISONS, and each control beside models 1 and 2."""
+    """COMPARISONS, and each control compared with models 1 and 2."""
     against = itertools.product(controls_of(models), ("model1", "model2"))
     return COMPARISONS | {f"{b} - {a}": (a, b, "cold", "cold") for b, a in against}
 
 
 def controls_of(models: Iterable[str]) -> list[str]:
-    """All but the three models themselves; a model with a weight of its own is a control."""
+    """All but the three models themselves; a model with another weight, 2@0.1, is a control."""
     return [name for name in models if name not in ("model1", "model2", "model3")]
 
 
@@ -48,7 +48,8 @@ def compare_all(
 ) -> dict[str, dict]:
     """compare_models for every pair at the final and the best epoch, over the seeds of both.
 
-    rows_of: what rows.read_rows gives; pairs that are evaluated alike have compare_losses beside.
+    rows_of: what predictions.read_rows gives; where both models are evaluated cold, the numbers of
+    compare_losses are added.
     """
     comparisons: dict[str, dict] = {"final": {}, "best": {}}
     pairs = pairs_of(models).items()
@@ -59,57 +60,60 @@ def compare_all(
                 [list(map(int, models[m][s]["correct"][f"{epoch}_{kind}"])) for s in seeds]
                 for m, kind in ((a, kind_a), (b, kind_b))
             ]
-            found = compare_models(*map(np.array, rows))
+            comparison = compare_models(*map(np.array, rows))
             if kind_a == kind_b == "cold":
-                found |= compare_losses(rows_of, a, b, epoch)
-            comparisons[epoch][name] = found
+                comparison |= compare_losses(rows_of, a, b, epoch)
+            comparisons[epoch][name] = comparison
     return comparisons
 
 
 def comparisons_of(results: dict) -> dict[str, dict]:
-    """The comparisons of a results.json, anew from its rows where an older run wrote them."""
+    """The comparisons of a results.json, recomputed where an older version wrote them."""
     stored = results["comparisons"]
-    if all("interval" in found for epoch in stored.values() for found in epoch.values()):
+    if all("interval" in comparison for epoch in stored.values() for comparison in epoch.values()):
         return stored
     return compare_all(results["models"], {})
 
 
-# Between Experiments 2 and 3: the first two by design; the last changes both of the models that a
-# difference is of, and is told.
+# Settings in which Experiments 2 and 3 may differ and still be compared: the first two by design;
+# the last is the same for both models of a difference, and tables name it.
 DIFFERS_BY_DATA = ("max_length", "engram_source", "compute_dtype")
 
 
-# Of Experiments 2 and 3, whose folders hold runs on further data, too.
+# The data sets of Experiments 2 and 3, whose folders also hold runs on other data.
 OTHER_DATA = {"SST-2": "AG News", "AG News": "SST-2"}
 
 
 def find_other(folder: Path | None, results: dict) -> dict | None:
-    """The results on the other data set, of these two, that were made with the same settings.
+    """The results on the other of the two data sets that were made with the same settings.
 
-    Of several, those computed in the same type, with as many rows, or most. Says why, when there
-    are results and none of them will do.
+    Among several, prefers the same compute type, then as many training rows, then the most. Prints
+    the reasons if there are results but none can be compared.
     """
-    found, reasons = [], []
+    candidates, reasons = [], []
     wanted = OTHER_DATA.get(data_name(results["settings"]))
     for path in sorted(folder.glob("**/results.json")) if folder is not None else ():
-        with contextlib.suppress(UserError):  # not ours to mend
+        with contextlib.suppress(UserError):  # damaged, and not part of this run
             other = read_json(path)
             if data_name(other["settings"]) != wanted:
                 continue
-            theirs, ours = (alike_on_both(part["settings"]) for part in (other, results))
-            if reason := settings_difference(theirs, ours):
+            other_settings, own_settings = (
+                comparable_settings(part["settings"]) for part in (other, results)
+            )
+            if reason := settings_difference(other_settings, own_settings):
                 reasons.append(f"NOTE: not compared with {path}: {reason}")
                 continue
             rows = other["settings"]["data"]["train_rows"]
             types = [compute_type(part) for part in (results, other)]
             as_many = rows == results["settings"]["data"]["train_rows"]
-            found.append((types[0] == types[1], as_many, rows, str(path), other))
-    if reasons and not found:
+            candidates.append((types[0] == types[1], as_many, rows, str(path), other))
+    if reasons and not candidates:
         print("\n".join(reasons), flush=True)
-    return max(found)[-1] if found else None
+    return max(candidates)[-1] if candidates else None
 
 
-def alike_on_both(settings: dict) -> dict:
+def comparable_settings(settings: dict) -> dict:
+    """The settings that must agree between two data sets, in the form of settings_difference."""
     config = {k: v for k, v in settings["config"].items() if k not in DIFFERS_BY_DATA}
     return {"config": config, "data": {}}
 
@@ -119,12 +123,12 @@ def compute_type(results: dict) -> str | None:
 
 
 def data_name(settings: dict) -> str:
-    """The data set's name, a subset's as that of the whole."""
+    """The data set's name; a subset has that of the whole set."""
     return settings["data"]["name"].partition(",")[0]
 
 
 def study_name(settings: dict) -> str:
-    """What was trained on what: data, its training rows, backbone, a language model's type."""
+    """A study in words: data set, training rows, backbone, compute type of a language model."""
     data, config = settings["data"], settings["config"]
     backbone = Path(config["model"]).name if "model" in config else "small transformer"
     parts = (
@@ -136,27 +140,32 @@ def study_name(settings: dict) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def compare_datasets(here: dict, there: dict) -> dict[str, Any]:
-    """Each difference between models on this data set beside the same on the other one.
+def compare_datasets(results: dict, other_results: dict) -> dict[str, Any]:
+    """Each difference between two models on this data set and on the other one.
 
-    At the final epoch, for other seeds and rows. `more_here` is this data set's difference less the
-    other's: seeds of two data sets are not paired.
+    Intervals are of the final epoch, for other seeds and rows. `more_here` is the difference here
+    minus that of the other data set, unpaired: seeds of two data sets have nothing in common.
     """
-    ours, theirs = (comparisons_of(part)["final"] for part in (here, there))
+    own_pairs, other_pairs = (comparisons_of(part)["final"] for part in (results, other_results))
     comparisons = {}
-    for name in [name for name in ours if name in theirs]:
-        parts = {"here": ours[name]["interval"], "there": theirs[name]["interval"]}
+    for name in [name for name in own_pairs if name in other_pairs]:
+        parts = {"here": own_pairs[name]["interval"], "there": other_pairs[name]["interval"]}
         more = independent_difference(parts["there"], parts["here"])
         comparisons[name] = parts | {"more_here": more}
     titles = {
-        key: there["settings"]["data"][key] for key in ("name", "train_rows", "validation_rows")
+        key: other_results["settings"]["data"][key]
+        for key in ("name", "train_rows", "validation_rows")
     }
-    other = {"study": study_name(there["settings"]), **titles, "compute_dtype": compute_type(there)}
-    return {"other": other, "comparisons": comparisons}
+    other_study = {
+        "study": study_name(other_results["settings"]),
+        **titles,
+        "compute_dtype": compute_type(other_results),
+    }
+    return {"other": other_study, "comparisons": comparisons}
 
 
 def p_values(row: dict) -> str:
-    """McNemar's p of a comparison, by seed."""
+    """McNemar's p of a comparison, one for each seed."""
     return ", ".join(f"{p:.2g}" for p in row["mcnemar_p"])
 
 
@@ -187,7 +196,7 @@ CLUSTER_COLUMNS = (
 
 
 def cross_dataset_table(results: dict) -> str:
-    """This data set beside the other one, for the log."""
+    """The log's table of differences on this data set and on the other one."""
     cross = results["cross_dataset"]
     return (
         "\ndifference in points on two data sets, final epoch [95% interval]\n"
@@ -197,7 +206,7 @@ def cross_dataset_table(results: dict) -> str:
 
 
 def summary_table(results: dict) -> str:
-    """The run's outcome for the log."""
+    """The log's tables of accuracy, differences and engrams."""
     models = [
         {"title": f"{key.removeprefix('model')} {find_arm(key).title} (n = {len(runs)})"}
         | {"runs": runs}
@@ -226,32 +235,35 @@ REPRODUCTION_COLUMNS = (
 
 
 def reproduction_table(published: dict, results: dict) -> str:
-    """The published results that stood in this folder beside this run's.
+    """The log's table of the results that were published in this folder and of this run's.
 
-    Both read the same rows, so they differ by their trainings: paired over seeds where both ran the
-    same two or more, else as independent seeds.
+    Both use the same rows. Differences are paired over seeds if both ran two or more of the same
+    seeds, otherwise seeds are independent.
     """
     rows = []
     for key in [key for key in results["models"] if key in published["models"]]:
-        theirs, yours = (
+        published_accuracy, own_accuracy = (
             {seed: run["final"]["accuracy"] for seed, run in part["models"][key].items()}
             for part in (published, results)
         )
-        shared = theirs.keys() & yours.keys()
+        shared = published_accuracy.keys() & own_accuracy.keys()
         if len(shared) > 1:
-            difference, how = paired_difference(theirs, yours), "seed by seed, "
+            difference, how = paired_difference(published_accuracy, own_accuracy), "seed by seed, "
         else:
-            difference, how = difference_interval([*theirs.values()], [*yours.values()]), ""
+            difference, how = (
+                difference_interval([*published_accuracy.values()], [*own_accuracy.values()]),
+                "",
+            )
         if difference["low"] is None:
             verdict = "one seed each: no interval"
-        elif how and all(theirs[seed] == yours[seed] for seed in shared):
+        elif how and all(published_accuracy[seed] == own_accuracy[seed] for seed in shared):
             verdict = "the same in every seed"
         elif difference["low"] <= 0 <= difference["high"]:
             verdict = f"{how}no difference found"
         else:
             verdict = f"{how}yours differ from the published ones"
         row = {"model": key, "difference": difference, "verdict": verdict}
-        for name, values in (("published", theirs), ("yours", yours)):
+        for name, values in (("published", published_accuracy), ("yours", own_accuracy)):
             row[name] = f"{100 * np.mean([*values.values()]):.2f} (n={len(values)})"
         rows.append(row)
     title = "published results beside this run's: final validation accuracy in %"
@@ -264,11 +276,11 @@ def tidy_table(results: dict) -> str:
     rows = []
     for model, runs in results["models"].items():
         for seed, run in runs.items():
-            place = {"study": study, "data": data["name"], "model": model, "seed": seed}
-            rows.append(place | {"epoch": 0} | _flat("val", run["initial"]))
+            identity = {"study": study, "data": data["name"], "model": model, "seed": seed}
+            rows.append(identity | {"epoch": 0} | _flat("val", run["initial"]))
             for train, val in zip(run["train"], run["val"], strict=True):
                 epoch = {"epoch": val["epoch"]}
-                rows.append(place | epoch | _flat("train", train) | _flat("val", val))
+                rows.append(identity | epoch | _flat("train", train) | _flat("val", val))
     head = ("study", "data", "model", "seed", "epoch")
     numbers = {column for row in rows for column in row}.difference(head)
     columns = [*head, *sorted(numbers)]
@@ -280,7 +292,7 @@ def tidy_table(results: dict) -> str:
 
 
 def _flat(prefix: str, record: dict) -> dict:
-    """Numbers of a record, also of one inside it, under names with the prefix; None stays out."""
+    """The numbers of a record and of records inside it, names with a prefix; without None."""
     flat = {}
     for key, value in record.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Markdown tables: a list of columns says where a row holds a value and how it is written.
+"""Markdown tables from a list of columns, each of which says where its value is and its format.
 
-`table(columns, rows)` is every table of RESULTS.md, FINDINGS.md and README.md. One more `Column` in
-its list is one more column.
+`table(columns, rows)` makes nearly every table of RESULTS.md, FINDINGS.md and README.md. To add a
+column, add a `Column` to the list.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,30 +15,30 @@ UNKNOWN = "n/a"
 
 
 def at(record: Any, path: KeyPath) -> Any:
-    """The value under a path of keys, "val.-1.accuracy" say; None where a part is missing.
+    """The value under a path of keys, such as "val.-1.accuracy"; None where a part is missing.
 
     `*` stands for every entry of a list or dict and gives a list; "" is the record itself. Keys
-    that have dots of their own come as a tuple.
+    that contain dots are given as a tuple.
     """
     keys = path.split(".") if isinstance(path, str) and path else tuple(path)
-    for place, key in enumerate(keys):
+    for depth, key in enumerate(keys):
         if record is None:
             return None
         if key == "*":
             entries = record.values() if isinstance(record, dict) else record
-            return [at(entry, tuple(keys[place + 1 :])) for entry in entries]
+            return [at(entry, tuple(keys[depth + 1 :])) for entry in entries]
         record = record.get(key) if isinstance(record, dict) else record[int(key)]
     return record
 
 
 def cell(value: Any, digits: int | str = 2, scale: float = 1.0, sign: str = "") -> str:
-    """A value as a table shows it; its type decides how.
+    """A value as a table shows it, by its type.
 
-    digits: of a number, also a format such as ".2g".
-    A dict with `mean`, `low` and `high` is an interval, `mean [low, high]` with signs, its bounds
-    alone where it has no key `mean`; a list holds the values of several seeds, `mean (lowest to
-    highest)`; an int is a count. n/a stands for None, a mean of None, and a list with nothing or
-    None in it.
+    digits: decimals of a number, or a format such as ".2g".
+    A dict with `mean`, `low` and `high` is an interval and becomes `mean [low, high]` with signs,
+    or its bounds alone where it has no key `mean`. A list has the values of several seeds and
+    becomes `mean (lowest to highest)`. An int is a count. None, a mean of None, an empty list and a
+    list with None become n/a.
     """
     if isinstance(value, str):
         return value
@@ -58,9 +58,9 @@ def cell(value: Any, digits: int | str = 2, scale: float = 1.0, sign: str = "") 
 
 @dataclass(frozen=True)
 class Column:
-    """Its title, and the value of each row: a path (see `at`) or a function of the row.
+    """A column: its title, and where each row has its value, by a path (see `at`) or a function.
 
-    `digits`, `scale` (100 for %) and `sign` ("+" for differences) are those of `cell`.
+    `digits`, `scale` (100 for %) and `sign` ("+" for differences) are arguments of `cell`.
     """
 
     title: str
@@ -75,34 +75,35 @@ class Column:
 
 
 def plain(*titles: str) -> list[Column]:
-    """Columns whose values stand under their titles, with _ for spaces."""
+    """Columns whose values have the title as their key, with _ for spaces."""
     return [Column(title, (title.replace(" ", "_"),)) for title in titles]
 
 
 def table(
     columns: Sequence[Column], rows: Iterable[Any], numbers: bool = True, hide_unknown: bool = False
 ) -> str:
-    """Columns after the first end at the right where they hold numbers.
+    """A Markdown table of rows.
 
-    hide_unknown: leave out a column that is n/a in every row.
+    numbers: align columns after the first to the right. hide_unknown: leave out columns that are
+    n/a in every row.
     """
     lines = [[column.cell(row) for column in columns] for row in rows]
     shown = range(len(columns))
     if hide_unknown:
-        shown = [place for place in shown if any(line[place] != UNKNOWN for line in lines)]
-    header = [columns[place].title for place in shown]
-    return markdown(header, [[line[place] for place in shown] for line in lines], numbers)
+        shown = [number for number in shown if any(line[number] != UNKNOWN for line in lines)]
+    header = [columns[number].title for number in shown]
+    return markdown(header, [[line[number] for number in shown] for line in lines], numbers)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """A table of cells that are written already."""
+    """A Markdown table of cells that are strings already."""
     rule = "|---" + ("|--:" if numbers else "|---") * (len(header) - 1) + "|"
     head, *body = ("| " + " | ".join(line) + " |" for line in (header, *rows))
     return "\n".join((head, rule, *body))
 
 
 def text_table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
-    """The same for the log: columns stand below each other."""
+    """The same table for the log, its columns aligned by spaces."""
     lines = [[column.title for column in columns]]
     lines += [[column.cell(row) for column in columns] for row in rows]
     widths = [max(map(len, entries)) for entries in zip(*lines, strict=True)]
@@ -111,8 +112,9 @@ def text_table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
 
 
 def rows_of(nested: dict[str, Any], *names: str) -> list[dict[str, Any]]:
-    """A row for each innermost dict of nested ones: the keys that lead to it, under these names,
-    and its entries.
+    """A row for each innermost dict of nested dicts.
+
+    A row has the dict's entries, and the keys that lead to it under these names.
     """
     rows = []
     for key, inner in nested.items():
@@ -122,5 +124,5 @@ def rows_of(nested: dict[str, Any], *names: str) -> list[dict[str, Any]]:
 
 
 def merge_equal(counts: Sequence[str]) -> str:
-    """Counts of several columns, told as one where they agree."""
+    """Counts of several columns, as one where they are all equal."""
     return counts[0] if len(set(counts)) == 1 else ", ".join(counts)

@@ -1,4 +1,4 @@
-"""What Experiment 4 measures of one saved model: which rows, and numbers of its states."""
+"""What Experiment 4 measures of one saved model: draws of rows, and numbers of its states."""
 
 import contextlib
 from collections.abc import Callable
@@ -25,9 +25,8 @@ from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram
 from collapse.utils.errors import UserError
 
 LEAST_ROWS = 4  # half of them still have a rank
-CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows at which the rank is also measured
-# Of the other data set, for `transfer_accuracy`: as much as a record can afford, and no more rows
-# than the record's own.
+CURVE_ROWS = (50, 100, 200, 400, 800, 1600)  # numbers of rows that the rank is also measured on
+# Size of the other data set's sample for `transfer_accuracy`, limited to keep a record cheap.
 TRANSFER_ROWS, TRANSFER_TOKENS = 300, 16
 LANGUAGE_ROWS = 200
 
@@ -37,25 +36,25 @@ class Splits:
     """The rows that the models of a study are measured on."""
 
     validation: Split
-    train: Split  # as many
-    language: Split  # validation rows for the LM loss, which costs more than a pass without
+    train: Split  # as many training rows
+    language: Split  # fewer validation rows, for the LM loss, which is expensive
     transfer: tuple[Split, Split] | None = None  # training and test rows of another data set
 
 
 def draw_splits(
     task: Task, rows: int, data_dir: Path | None, encode: Callable[[Rows, int | None], Split]
 ) -> Splits:
-    """Fixed draws of the task's rows, up to so many, and of another data set's that data_dir has.
+    """Fixed draws of up to `rows` of the task's rows, and of another data set's in data_dir.
 
     encode(rows, longest) gives token ids, cut to `longest`. Raises UserError for too few rows.
     """
     validation = limit_task(task, None, rows).validation
     if len(validation) < LEAST_ROWS:
-        found = f"{len(validation)} validation rows are too few"
-        raise UserError(f"{found}: {LEAST_ROWS} or more are needed.")
+        too_few = f"{len(validation)} validation rows are too few"
+        raise UserError(f"{too_few}: {LEAST_ROWS} or more are needed.")
     train, other = limit_task(task, len(validation), None).train, None
     if data_dir is not None:
-        with contextlib.suppress(UserError, OSError):  # it has the one data set alone
+        with contextlib.suppress(UserError, OSError):  # data_dir may lack the other data set
             other = (load_sst2 if task.name.startswith("AG News") else load_ag_news)(data_dir)
     transfer = None
     if other is not None:
@@ -70,7 +69,7 @@ def draw_splits(
 def pooled_record(
     states: LayerStates, labels: np.ndarray, lengths: np.ndarray, draws: int
 ) -> dict[str, Any]:
-    """Ranks, spreads and neural collapse of the states by depth; of the last one by rows, too."""
+    """Ranks, spreads and neural collapse by depth; of the last state also on subsets of rows."""
     layers, n = records_by_depth(states, labels, lengths), len(labels)
     pooled = states.pooled[-1, 0]  # (N, D) what the classifier reads
     subsets = {size: random_subsets(n, size, draws) for size in CURVE_ROWS if size < n}
@@ -89,23 +88,23 @@ def pooled_record(
 
 
 def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str, list[float]]:
-    """Numbers at random halves of the rows, from which the intervals come.
+    """Numbers on random halves of the rows, from which intervals are estimated.
 
     states (2, N, D) are pooled with and without the first token.
     """
     n = len(labels)
-    found: dict[str, list[float]] = {}
+    by_measure: dict[str, list[float]] = {}
     for rows in random_subsets(n, n // 2, draws):
-        (pooled, rest), here = states[:, rows], labels[rows]
+        (pooled, rest), half_labels = states[:, rows], labels[rows]
         numbers = ranks_from_gram(pooled)
-        numbers["cdnv"] = cdnv(pooled, here)
+        numbers["cdnv"] = cdnv(pooled, half_labels)
         for suffix, features in (("", pooled), ("_without_first", rest)):
-            within = ranks_from_gram(within_classes(features, here))["effective_rank"]
+            within = ranks_from_gram(within_classes(features, half_labels))["effective_rank"]
             numbers["effective_rank_within" + suffix] = within
         numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
         for name, value in numbers.items():
-            found.setdefault(name, []).append(value)
-    return found
+            by_measure.setdefault(name, []).append(value)
+    return by_measure
 
 
 def intermediate_record(
@@ -118,9 +117,8 @@ def intermediate_record(
 ) -> dict[str, float]:
     """Ranks and NC1 to NC4 of the classifier's intermediate features (N, D) on validation rows.
 
-    `ncc_agreement` takes the nearest of the validation rows' own class means,
-    `ncc_agreement_train_means` that of the training rows', as Papyan et al. 2020. weights (C, D),
-    bias (C,).
+    `ncc_agreement` uses class means of the validation rows themselves, `ncc_agreement_train_means`
+    those of the training rows, as Papyan et al. 2020 do. weights (C, D), bias (C,).
     """
     means = class_means(train_features, train_labels, len(weights))
     return {
@@ -137,11 +135,11 @@ def train_record(
     weights: np.ndarray,
     bias: np.ndarray,
 ) -> dict[str, float | dict]:
-    """NC1 to NC3 and spreads of training rows (N, D), where the works on collapse measure them."""
-    of_head = neural_collapse_metrics(intermediate, labels, weights, bias)
-    of_head.pop("ncc_agreement")  # on training rows it is nearly their accuracy
+    """NC1 to NC3 and spreads on training rows (N, D), on which the literature measures them."""
+    intermediate_numbers = neural_collapse_metrics(intermediate, labels, weights, bias)
+    intermediate_numbers.pop("ncc_agreement")  # on training rows it is nearly their accuracy
     return {
         **neural_collapse_metrics(pooled, labels),
         **spreads(pooled, labels),
-        "intermediate": of_head,
+        "intermediate": intermediate_numbers,
     }

@@ -1,4 +1,4 @@
-"""Every figure: fit to print, in colours that colour-blind readers can tell apart."""
+"""Figures of training runs, and how every figure is saved; colours suit colour-blind readers."""
 
 import io
 import re
@@ -28,7 +28,7 @@ HAIR_SPACE = "\u200a"
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
-    """Write a figure as PNG, without date and version, which would make two equal plots differ."""
+    """Write a figure as PNG without date and version, so that equal plots are equal files."""
     buffer = io.BytesIO()
     look = {"dpi": 150, "bbox_inches": "tight", "metadata": {"Software": None}}
     with warnings.catch_warnings(record=True) as caught:
@@ -37,7 +37,7 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
     write_file(path, buffer.getvalue())
     messages = {str(warning.message): warning for warning in caught}
-    lacking = {int(found[1]) for found in map(re.compile(r"Glyph (\d+)").match, messages) if found}
+    lacking = {int(glyph[1]) for glyph in map(re.compile(r"Glyph (\d+)").match, messages) if glyph}
     for message, warning in messages.items():
         if not message.startswith("Glyph "):
             warnings.warn(warning.message, warning.category, stacklevel=2)
@@ -47,11 +47,11 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
 
 
 FONT = "DejaVu Sans"  # matplotlib's own
-LACKING: set[int] = set()  # characters that have been named
+LACKING: set[int] = set()  # characters that a message has named already
 
 
 def legend_below(figure: plt.Figure, axes: Sequence[plt.Axes] = ()) -> None:
-    """One legend of all panels (or these), each entry once, where it covers nothing."""
+    """One legend for all panels (or these) below the figure, each entry once."""
     entries: dict[str, Any] = {}
     for axis in axes or figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -117,8 +117,8 @@ MEASURED = (
 def plot_measured(path: Path, title: str, models: dict[str, dict]) -> None:
     """Ranks and training accuracy over optimizer steps, a line for each training.
 
-    models: key -> seed -> metrics. Trainings that were not measured on the way are left out;
-    without any there is no figure.
+    models: key -> seed -> metrics. Trainings without `measured` are left out; if none has it, there
+    is no figure.
     """
     runs = [
         (find_arm(key), run["measured"])
@@ -137,7 +137,7 @@ def plot_measured(path: Path, title: str, models: dict[str, dict]) -> None:
             axis.plot(steps, values, color=arm.color, label=arm.title, linewidth=1.2)
         axis.set(xlabel="optimizer step", ylabel=label)
         if key != "accuracy":
-            axis.set_ylim(bottom=0)  # a collapse is a share of the start
+            axis.set_ylim(bottom=0)  # so that a collapse shows as a share of the start
         axis.grid(alpha=0.3)
     legend_below(figure)
     figure.suptitle(f"{title}; {runs[0][1][0]['rows']:,} validation rows measured")

@@ -18,7 +18,7 @@ from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
 
 BEFORE_TRAINING = "#666666"
-LEAST_DEPTHS = 5  # of a line over depth
+LEAST_DEPTHS = 5  # points that a line over depth needs
 
 
 def plot_all(folder: Path, results: dict[str, dict]) -> None:
@@ -31,7 +31,7 @@ def plot_all(folder: Path, results: dict[str, dict]) -> None:
 
 @dataclass(frozen=True)
 class Shown:
-    """One model of a study as figures show it."""
+    """One model of a study with its look in figures."""
 
     key: str
     title: str
@@ -56,19 +56,19 @@ class Shown:
 
 
 def shown_models(result: dict) -> list[Shown]:
-    found = []
+    models = []
     for key in keys_of(result):
         title, tick, color, marker = "Before training", "Start", BEFORE_TRAINING, "D"
         if key != "pretrained":
             arm = find_arm(key)
             title, tick = title_of(key, result), arm.label.capitalize()
             color, marker = arm.color, arm.marker
-        found.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
-    return found
+        models.append(Shown(key, title, tick, color, marker, list(result[key]["seeds"].values())))
+    return models
 
 
 def in_two_lines(name: str) -> str:
-    """A study's name for a figure; of a folder that makes it unique only the last part."""
+    """A study's name for a figure in two lines; of a folder in it only the last part."""
     name = re.sub(r", results\S*/", ", ", name)
     return name.replace(" training rows, ", " training rows\n")
 
@@ -88,7 +88,7 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
     figure, axes = grid_of(len(results), 4, 2.9)
     for row, (name, result) in zip(axes, results.items(), strict=True):
         models = shown_models(result)
-        for place, model in enumerate(models):
+        for position, model in enumerate(models):
             values = np.array([r["singular_values"] for r in model.records])  # (S, min(N, D))
             components, look = np.arange(1, values.shape[1] + 1), {"markersize": 4}
             shares = values / values.sum(1, keepdims=True)
@@ -96,7 +96,7 @@ def plot_ranks(path: Path, results: dict[str, dict]) -> None:
             model.band(row[0], components, shares, markevery=0.15, **look)
             model.band(row[1], components, 100 * variance, markevery=0.15, **look)
             model.band(row[2], *rank_over_rows(model), **look)
-            model.dots(row[3], place, (record["effective_rank"] for record in model.records))
+            model.dots(row[3], position, (record["effective_rank"] for record in model.records))
         bound = min(result["num_samples"] - 1, len(values[0]))
         share = "share of the singular values' sum"
         row[0].set(xlabel="component", ylabel=share, xscale="log", yscale="log")
@@ -134,9 +134,9 @@ DEPTH_PANELS = {
 
 
 def plot_layers(path: Path, results: dict[str, dict]) -> None:
-    """Effective rank by depth: a row of panels for each study of a deep model, one a measure.
+    """Effective rank by depth: a row of panels for each study of a deep model, a panel per measure.
 
-    Records of an older run have the first measure alone. No figure where no model is deep.
+    Records of older versions have the first measure alone. No figure if no model is deep.
     """
     deep = {
         name: result
@@ -218,28 +218,28 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
     size = {"figsize": (14, 1.8 + 1.0 * len(results)), "layout": "constrained"}
     figure, axes = plt.subplots(1, 3, sharey=True, **size)
     for row, result in enumerate(results.values()):
-        theirs = reference_for(Path(result["folder"])) or {}
+        reference = reference_for(Path(result["folder"])) or {}
         gains = accuracy_gains(result)
         for model in shown_models(result)[1:]:
             look = {"color": model.color, "marker": model.marker, "label": model.title}
-            place = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
+            height = row + {"model1": -0.22, "model3": 0.22}.get(model.key, 0.0)
             if gain := gains.get(f"{model.key} - model1"):
-                point(axes[0], place, ends(gain, lambda value: 100 * value), **look)
-                if theirs:
-                    final = theirs["final"]
-                    hollow(axes[0], place, final[model.key] - final["model1"], **look)
+                point(axes[0], height, ends(gain, lambda value: 100 * value), **look)
+                if reference:
+                    final = reference["final"]
+                    hollow(axes[0], height, final[model.key] - final["model1"], **look)
             if change := result["changes"].get(f"{model.key} - pretrained"):
                 start = np.mean(values_of(result, "pretrained", "effective_rank"))
                 rank = change["both"]["effective_rank"]
                 shares = ends(rank, lambda value, start=start: 100 * (1 + value / start))
-                point(axes[1], place, shares, **look)
-                if "ranks" in theirs:
-                    ranks = theirs["ranks"]
+                point(axes[1], height, shares, **look)
+                if "ranks" in reference:
+                    ranks = reference["ranks"]
                     share = 100 * ranks[model.key][0] / ranks["pretrained"][0]
-                    hollow(axes[1], place, share, **look)
+                    hollow(axes[1], height, share, **look)
             change = result["changes"].get(f"{model.key} - model1", {}).get("both", {})
             if ratio := change.get("cdnv_log_ratio"):
-                point(axes[2], place, ends(ratio, math.exp), **look)
+                point(axes[2], height, ends(ratio, math.exp), **look)
     axes[0].set_yticks(range(len(results)), map(in_two_lines, results))
     axes[0].invert_yaxis()
     finish_overview(figure, axes)
@@ -247,17 +247,20 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
 
 
 def accuracy_gains(result: dict) -> dict[str, dict]:
-    """Pair -> interval of the difference in final accuracy; none without the study's results."""
+    """Pair -> interval of the difference in final accuracy; empty without a results.json."""
     file = ROOT / result["folder"] / "results.json"
     if not file.exists():
         return {}
-    return {k: found["interval"] for k, found in comparisons_of(read_json(file))["final"].items()}
+    return {
+        k: comparison["interval"]
+        for k, comparison in comparisons_of(read_json(file))["final"].items()
+    }
 
 
 def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
-    """Mean and bounds of an interval, those that there are, on another scale."""
-    found = {name: interval[name] for name in ("mean", "low", "high")}
-    return {name: scaled(value) for name, value in found.items() if value is not None}
+    """Mean and bounds of an interval, without those that are None, on another scale."""
+    known = {name: interval[name] for name in ("mean", "low", "high")}
+    return {name: scaled(value) for name, value in known.items() if value is not None}
 
 
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
@@ -282,14 +285,14 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     figure.suptitle("Final epoch; bars: 95% interval for other seeds and rows")
 
 
-def point(axis: plt.Axes, place: float, interval: dict, **look) -> None:
-    """A mean and its interval, where there is one, on a horizontal scale."""
+def point(axis: plt.Axes, height: float, interval: dict, **look) -> None:
+    """A mean with a horizontal bar for its interval, if it has one."""
     mean = interval["mean"]
     reach = [[mean - interval.get("low", mean)], [interval.get("high", mean) - mean]]
-    axis.errorbar(mean, place, xerr=reach, capsize=4, linestyle="none", **look)
+    axis.errorbar(mean, height, xerr=reach, capsize=4, linestyle="none", **look)
 
 
-def hollow(axis: plt.Axes, place: float, value: float, color: str, marker: str, **_) -> None:
-    """The reference's number, as a mark without filling above ours."""
+def hollow(axis: plt.Axes, height: float, value: float, color: str, marker: str, **_) -> None:
+    """The reference's number, as a hollow mark above ours."""
     look = {"color": color, "marker": marker, "markerfacecolor": "white", "linestyle": "none"}
-    axis.plot(value, place - 0.1, **look)
+    axis.plot(value, height - 0.1, **look)

@@ -17,11 +17,11 @@ from collapse.report.markdown import Column, text_table
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_json, settings_difference
 
-# Numbers whose changes have an interval for other seeds and rows, by random halves of the rows; the
-# first three stand in older results, too.
+# Numbers whose changes get an interval for other seeds and rows, from random halves of the rows.
+# Older results have the first three alone.
 HALVED = ("effective_rank", "stable_rank", "cdnv", "effective_rank_within")
 HALVED += ("effective_rank_without_first", "effective_rank_within_without_first")
-# Parts of a record that hold numbers of their own.
+# Entries of a record that are records themselves.
 PARTS = ("intermediate", "train")
 
 
@@ -37,22 +37,26 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
         records = study["records"]
         result = {key: study[key] for key in ("folder", "settings", "num_samples", "measured")}
         result["matched_rows"] = shared[-1] if shared else None
-        keys = sorted(records, key=lambda key: place_of(key))
+        keys = sorted(records, key=lambda key: sort_key_of(key))
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
         pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
-        result["changes"] = {name: change(a, found) for name, (a, found) in pairs.items() if found}
+        result["changes"] = {
+            name: change(a, record_pairs)
+            for name, (a, record_pairs) in pairs.items()
+            if record_pairs
+        }
         results[name] = result
     return results
 
 
-def place_of(key: str) -> tuple:
-    """Sorts the keys of models: the one before training, then the arms as they stand."""
-    return (-1,) if key == "pretrained" else find_arm(key).place
+def sort_key_of(key: str) -> tuple:
+    """Sorts keys of models: the baseline first, then the arms in their order."""
+    return (-1,) if key == "pretrained" else find_arm(key).sort_key
 
 
 def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
-    """(a, b) for every change from a to b that is told."""
+    """(a, b) for every change from a to b that results hold."""
     pairs = [("pretrained", "model1"), ("model1", "model2"), ("model2", "model3")]
     pairs += [("model1", "model3"), ("pretrained", "model2"), ("pretrained", "model3")]
     controls = controls_of(key for key in keys if key != "pretrained")
@@ -60,7 +64,7 @@ def changes_of(keys: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[str, Any]:
-    """Means over seeds, their intervals, and the records themselves."""
+    """Means over seeds, their intervals, and under `seeds` the records themselves."""
     flat = [scalars(record) for record in records.values()]
     shared = [number for number in flat[0] if all(number in f for f in flat)]
     intervals = {number: mean_interval(f[number] for f in flat) for number in shared}
@@ -70,15 +74,15 @@ def summarize_model(records: dict[str, dict], matched_rows: int | None) -> dict[
     means: dict[str, Any] = {}
     for number, interval in intervals.items():
         *parts, last = number.split(".")
-        place = means
+        level = means
         for part in parts:
-            place = place.setdefault(part, {})
-        place[last] = interval["mean"]
+            level = level.setdefault(part, {})
+        level[last] = interval["mean"]
     return {**means, "intervals": intervals, "seeds": records}
 
 
 def scalars(record: dict) -> dict[str, float]:
-    """Numbers of a record under flat names: those of PARTS as intermediate.NAME and so on."""
+    """The numbers of a record, flat: those of PARTS are named intermediate.NAME and so on."""
     flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
     for part in PARTS:
         inner = scalars(record[part]) if part in record else {}
@@ -87,9 +91,9 @@ def scalars(record: dict) -> dict[str, float]:
 
 
 def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
-    """Records of two models with the same seed.
+    """Pairs of records of two models with the same seed.
 
-    A pretrained model that has one record stands for every seed.
+    A single record of a pretrained model is paired with every seed.
     """
     first, second = records.get(a, {}), records.get(b, {})
     if a == "pretrained" and len(first) == 1:
@@ -98,66 +102,67 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
 
 
 def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """How much each number changes from model a to the other one: the mean over seeds.
+    """How much each number changes from model a to the other one: mean and interval over seeds.
 
-    A claim rests on `both`: changes of HALVED with an interval for other seeds and other rows. Of
-    numbers that stand beside it the interval is of seeds alone. A change of CDNV is also told as
-    that of its log, `cdnv_log_ratio`.
+    `both` has the changes of HALVED with an interval for other seeds and other rows, on which
+    claims rest. The change of log CDNV is there, too, as `cdnv_log_ratio`.
     """
     flat = [(scalars(first), scalars(second)) for first, second in pairs]
     keys = [key for key in flat[0][0] if all(key in part for pair in flat for part in pair)]
     keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
-    if a == "pretrained":  # its classifier is a fresh draw: what came out of that is no change
+    if a == "pretrained":  # its classifier is random, so changes of its output mean nothing
         parts = {key: key.split(".") for key in keys}
         keys = [k for k, p in parts.items() if "intermediate" not in p and p[-1] != "accuracy"]
-    found = {key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys}
+    changes = {
+        key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys
+    }
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
-    found["both"] = {}
+    changes["both"] = {}
     for key in HALVED:
         if not all(key in part for pair in pairs for r in pair for part in (r, r["halves"])):
-            continue  # of an older run
+            continue  # records of an older version lack it
         values = np.array([[record[key] for record in pair] for pair in pairs])  # (S, 2)
         drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])
         draws = drawn[:, 1] - drawn[:, 0]  # (S, B)
         both = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
-        found["both"][key] = both
+        changes["both"][key] = both
         if key == "cdnv" and values.min() > 0 and drawn.min() > 0:
             ratios = np.log(values[:, 1] / values[:, 0])
             draws = np.log(drawn[:, 1] / drawn[:, 0])
-            found["cdnv_log_ratio"] = mean_interval(ratios)
-            found["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
-    return found
+            changes["cdnv_log_ratio"] = mean_interval(ratios)
+            changes["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
+    return changes
 
 
 def add_losses_of_training(records: dict[str, dict[str, dict]]) -> None:
-    """What training took, as part of records (model -> seed -> record), changed in place.
+    """Add to records (model -> seed -> record), in place, what training cost.
 
-    `language_kept` is the LM loss less that before training, under the pretrained LM head or, of a
-    model from scratch, its own; `transfer` the accuracy on another data set's labels less that
-    before training. Left out where one of the two is None.
+    `language_kept`: change of the LM loss, under the pretrained LM head or, for a model from
+    scratch, its own. `transfer`: change of the accuracy on another data set's labels. Both are
+    left out where a value is None.
     """
     names = {"language_kept": "lm_loss", "transfer": "transfer_accuracy"}
     before = records.get("pretrained", {})
-    for found in records.values():
-        for seed, record in found.items():
+    for by_seed in records.values():
+        for seed, record in by_seed.items():
             start = before.get(seed) or next(iter(before.values()), {})
-            for name, of in names.items():
-                if None not in (record.get(of), start.get(of)):
-                    record[name] = record[of] - start[of]
+            for name, source in names.items():
+                if None not in (record.get(source), start.get(source)):
+                    record[name] = record[source] - start[source]
 
 
 def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict[str, dict]:
-    """Name -> study, as summarize takes it, of a results file that an earlier run wrote.
+    """The studies of an earlier run's results file, as summarize takes them.
 
-    measured is how this run measures. What was measured otherwise is left out to be replaced, or
-    UserError is raised.
+    measured: the settings of this run's measurements. Studies measured with other settings are left
+    out if `replace` is set; otherwise UserError is raised.
     """
     studies = read_json(file) if file.exists() else {}
     alike = {name: study for name, study in studies.items() if study.get("measured") == measured}
     if len(alike) < len(studies) and not replace:
-        here = ", ".join(f"{key} {value}" for key, value in measured.items())
+        how = ", ".join(f"{key} {value}" for key, value in measured.items())
         raise UserError(
-            f"{file} was not measured with {here}: "
+            f"{file} was not measured with {how}: "
             "give another --output-dir, or --fresh to replace it."
         )
     return with_records(alike)
@@ -166,10 +171,10 @@ def earlier_studies(file: Path, measured: dict[str, Any], replace: bool) -> dict
 def keep_unmeasured(
     study: dict, earlier: dict | None, published: Collection[tuple[str, str]]
 ) -> list[str]:
-    """Take over records of published trainings (model, seed) whose weights are not here.
+    """Take over earlier records of published trainings (model, seed) whose weights are missing.
 
-    earlier is the same folder's study of before, as summarize takes it; of other settings nothing
-    is taken. The baseline of a small transformer's seed comes along. Returns "model seed" of each.
+    earlier: the same folder's study in earlier results, ignored if its settings differ. Baselines
+    of a small transformer's seeds are taken over, too. Returns the names of what was taken.
     """
     if earlier is None or settings_difference(earlier["settings"], study["settings"]):
         return []
@@ -209,7 +214,7 @@ def title_of_change(pair: str, result: dict) -> str:
 
 
 def level(title: str, number: str, digits: int = 1) -> Column:
-    """A number of a model's records, by seed; rows are those of `models_of`."""
+    """A column with a number of each seed, for rows of `models_of`."""
     return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
 
 
@@ -240,7 +245,7 @@ def models_of(results: dict[str, dict]) -> list[dict[str, Any]]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """The outcome for the log."""
+    """The results as a text for the log."""
     parts = []
     for name, result in results.items():
         matched, columns = result["matched_rows"], LOG_COLUMNS
@@ -260,7 +265,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def values_of(result: dict, key: str, number: str) -> list[float]:
-    """A number of each seed's record of a model; none where an older run did not measure it."""
+    """A number of each seed's record of a model; without records that lack it."""
     records = result[key]["seeds"].values()
     if number == "effective_rank_matched":
         drawn = [record["subsets"].get(str(result["matched_rows"])) for record in records]

@@ -1,4 +1,4 @@
-"""What the study that this one starts from published: one seed of each model, its own code.
+"""Numbers that the reference study published: one seed of each model, with its own code.
 
 See https://github.com/MikeyBeez/sentiment. Accuracies in %, ranks as (effective rank, stable rank,
 participation ratio, components for 95% of the variance) of `rank_rows` validation rows, training
@@ -8,7 +8,7 @@ as (classification loss, LM loss, accuracy) of the last epoch.
 from pathlib import Path
 from typing import Any
 
-# Results folder of the experiment that repeats it -> its numbers.
+# Results folder of our experiment that repeats it -> the reference's numbers.
 REFERENCE: dict[str, dict[str, Any]] = {
     "results": {
         "model": "its small transformer",
@@ -67,5 +67,5 @@ REFERENCE: dict[str, dict[str, Any]] = {
 
 
 def reference_for(folder: Path) -> dict[str, Any] | None:
-    """The published numbers beside a results folder's own: none for data that it did not use."""
+    """The reference's numbers for a results folder; None for data that it did not use."""
     return None if "movie-snippets" in folder.parts else REFERENCE.get(folder.parts[0])

@@ -1,1 +1,1 @@
-"""Trainings side by side, their folder, what is published of them."""
+"""Runs trainings in parallel, manages their folder, publishes their results."""

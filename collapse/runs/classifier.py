@@ -1,4 +1,4 @@
-"""A trained model in use: classes of texts, and their continuation; load_classifier makes one."""
+"""Uses a trained model to classify texts and to continue them; see common.load_classifier."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -25,21 +25,21 @@ class TextClassifier:
     tokenizer: Any
     class_names: tuple[str, ...]
     max_length: int  # tokens of a text that the training read
-    evaluate: Callable[[Any, Split], Any]  # model, rows -> what has their logits (N, C)
-    prepare: Callable[[str], str]  # what a text of the training went through before its tokens
+    evaluate: Callable[[Any, Split], Any]  # model, rows -> an object with their logits (N, C)
+    prepare: Callable[[str], str]  # what was done to a text in training before it was tokenized
 
     def __call__(self, texts: Iterable[str]) -> np.ndarray:
         """Class probabilities (N, C) of N texts, in the order of class_names.
 
-        Model 3 reads each with the zero engram. Raises UserError for what is no list of texts, and
-        naming a row that is none or is empty.
+        Model 3 reads each text with the zero engram. Raises UserError if texts is no list of texts,
+        or names the row that is empty or no text.
         """
         texts = [self.prepare(text) for text in checked_texts(texts)]
         if not texts:
             return np.empty((0, len(self.class_names)), np.float32)
         if "" in texts:
             raise UserError(f"row {texts.index('') + 1} is an empty text: leave it out.")
-        rows = Rows(texts, [0] * len(texts))  # labels that nothing here asks for
+        rows = Rows(texts, [0] * len(texts))  # labels are not used
         split = encode_rows(rows, self.encode, self.max_length)
         logits = torch.from_numpy(self.evaluate(self.model, split).logits)
         return logits.softmax(1).numpy()
@@ -49,10 +49,10 @@ class TextClassifier:
         return token_ids(self.tokenizer, rows, texts)
 
     def generate(self, text: str, max_new_tokens: int = 20) -> str:
-        """The text's continuation, greedy, by the language model with its trained adapters.
+        """The text's greedy continuation by the language model with its trained adapters.
 
-        It is transformers' own generation; no engram stands before the text. Raises UserError for
-        what is not one text, or too long a one.
+        Uses transformers' generate, without an engram before the text. Raises UserError for an
+        argument that is not a single text, or too long a text.
         """
         if not isinstance(text, str):
             kind = type(text).__name__
@@ -66,7 +66,7 @@ class TextClassifier:
             if begin is None:
                 raise UserError("the text has no token to go on from: give a word or more.")
             ids = [begin]
-        room = longest_input(causal_lm)  # beside a prefix, which there is none of here
+        room = longest_input(causal_lm)  # less by one for a prefix, which is not used here
         if room is not None and len(ids) + max_new_tokens > room + 1:
             raise UserError(
                 f"the text has {len(ids)} tokens and {max_new_tokens} are to follow, and the model "
@@ -87,15 +87,15 @@ class TextClassifier:
 
 
 def first(*ids: int | list[int] | None) -> int | None:
-    """The first token of those that a model has; some have several of one purpose."""
-    ids = [one[0] if isinstance(one, list) and one else one for one in ids]
-    return next((one for one in ids if isinstance(one, int)), None)
+    """The first id that is not None; a model may have a list of ids for one purpose."""
+    ids = [token[0] if isinstance(token, list) and token else token for token in ids]
+    return next((token for token in ids if isinstance(token, int)), None)
 
 
 def checked_texts(texts: Iterable[str]) -> list[str]:
-    """The texts as a list. Raises UserError for one text, a table, and a row that is no text."""
+    """The texts as a list. Raises UserError for one text, a table, or a row that is no text."""
     kind = type(texts).__name__
-    # These would give characters, keys or names of columns.
+    # Iterating over these would give characters, keys or names of columns.
     single = isinstance(texts, str | bytes | Mapping) or hasattr(texts, "columns")
     if single or not hasattr(texts, "__iter__") or getattr(texts, "shape", None) == ():
         raise UserError(
@@ -111,14 +111,14 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"row {number} holds half of a character: mend or remove it.") from None
+            raise UserError(f"row {number} holds half of a character: fix or remove it.") from None
     return texts
 
 
 def base_model_of(adapter: Path) -> str:
-    """The pretrained model's folder, as an adapter's folder names it.
+    """The pretrained model's folder that is named in an adapter's folder.
 
-    Raises UserError where one of the two is not there.
+    Raises UserError where one of the two does not exist.
     """
     file = adapter / "adapter_config.json"
     if not file.exists():
@@ -133,9 +133,9 @@ def base_model_of(adapter: Path) -> str:
 
 
 def settings_beside(folder: Path, weights: str) -> Path:
-    """The settings.json of the run whose training lies in a folder.
+    """The settings.json of the run that a training's folder belongs to, beside it or in it.
 
-    Raises UserError naming what is missing.
+    Raises UserError that names what is missing.
     """
     if not (folder / "metrics.json").exists():
         raise UserError(
@@ -144,13 +144,13 @@ def settings_beside(folder: Path, weights: str) -> Path:
         )
     if not re.fullmatch(r".+-seed\d+", folder.name):
         raise UserError(f"{folder} was named like model2-seed42 when it was trained: name it so.")
-    found = [place for place in (folder.parent, folder) if (place / "settings.json").exists()]
-    if not found:
+    folders = [place for place in (folder.parent, folder) if (place / "settings.json").exists()]
+    if not folders:
         raise UserError(
             f"{folder} has no settings.json of its run beside it or in it: copy that, too, from "
             "the state folder that the training was copied from."
         )
-    settings = found[0] / "settings.json"
+    settings = folders[0] / "settings.json"
     adapter = (
         f"{weights}-adapter/{name}" for name in ("adapter_config.json", "adapter_model.safetensors")
     )

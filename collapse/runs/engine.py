@@ -1,14 +1,14 @@
-"""Jobs side by side: copies of one loop, as processes of this machine or as Slurm jobs.
+"""Runs jobs in parallel: copies of one loop, as processes of this machine or as Slurm jobs.
 
-A worker takes the next job that nobody holds, until none is left (Worker.take_all). One worker is
-the command's own process; --workers N starts N of them, --cluster slurm an array of N. Whoever runs
-a job holds the lock of its folder, so any number of commands may work in one results folder; a lock
-falls with the process that held it, however that process ended.
+A worker takes the next job that nobody holds, until none is left (Worker.take_all). A single worker
+runs in the command's own process; --workers N starts N processes, --cluster slurm an array of N.
+Whoever runs a job holds the lock of its folder, so any number of commands may work in one results
+folder. A lock is released with the process that held it, however that process ends.
 
-A command and its workers share files alone, in a folder of the command beside those of its jobs:
-the pickled jobs and what runs them, the lines that workers want printed, and a mark for each job
-that a worker has begun. The mark goes when the job is done, or stopped in an orderly way. So a mark
-whose lock nobody holds means that the worker was killed; and what is marked is not tried again.
+A command and its workers communicate by files alone, in a folder of the command beside those of its
+jobs: the pickled jobs and the function that runs them, lines to print, and a mark for each job that
+a worker has begun. The mark is removed when the job is done, or stopped in an orderly way. So a
+mark without a held lock means that the worker was killed. A marked job is not tried again.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ from collapse.utils.files import append_line, is_held, locked, read_json, write_
 if TYPE_CHECKING:  # torch takes seconds, and not every job needs it
     import torch
 
-LOOK_SECONDS = 0.1  # between two looks of a command at its workers
-WAIT_SECONDS = 1.0  # between two looks at jobs that other commands hold
-SQUEUE_SECONDS = 15.0  # between two questions to Slurm, which is shared with others
+LOOK_SECONDS = 0.1  # how often a command checks on its workers
+WAIT_SECONDS = 1.0  # how often a worker checks on jobs that other commands hold
+SQUEUE_SECONDS = 15.0  # how often Slurm is asked, which serves other users, too
 GO_ON = "the same command, without --fresh, goes on from its checkpoint"
 
 RunJob = Callable[[Job, Progress], None]
@@ -52,13 +52,13 @@ RunJob = Callable[[Job, Progress], None]
 def plan_workers(
     config: RunConfig, device: "torch.device", jobs: int
 ) -> tuple[int, dict[str, Any] | None]:
-    """How many workers so many jobs get, and the cluster to run them on, as run_all takes both.
+    """Number of workers for so many jobs, and parameters of the cluster, as run_all takes both.
 
-    By default one for each core or GPU that jobs have use for; on a cluster one for each job.
+    Default: one per core or GPU, at most one per job; on a cluster one per job.
     """
     cluster = None
     if config.cluster == "slurm":
-        places = jobs
+        most = jobs
         cluster = {
             "timeout_min": config.cluster_minutes,
             "mem_gb": config.cluster_memory_gib,
@@ -67,12 +67,12 @@ def plan_workers(
             "slurm_partition": config.cluster_partition,
         }
     elif device.type == "cuda":
-        places = len(visible_gpus())
+        most = len(visible_gpus())
     elif hasattr(os, "sched_getaffinity"):  # not on macOS
-        places = len(os.sched_getaffinity(0)) // config.threads
+        most = len(os.sched_getaffinity(0)) // config.threads
     else:
-        places = (os.cpu_count() or 1) // config.threads
-    return config.workers or max(1, min(jobs, places)), cluster
+        most = (os.cpu_count() or 1) // config.threads
+    return config.workers or max(1, min(jobs, most)), cluster
 
 
 def visible_gpus() -> list[str]:
@@ -87,37 +87,37 @@ def visible_gpus() -> list[str]:
 
 
 def share_of_device(workers: int, cluster: dict[str, Any] | None) -> float:
-    """What a worker may use of the memory of its device; a Slurm job has one of its own."""
+    """Share of its device's memory that a worker may use; a Slurm job has its own device."""
     return 1.0 if cluster else 1 / math.ceil(workers / max(1, len(visible_gpus())))
 
 
 def run_all(
     jobs: Sequence[Job], run_job: RunJob, workers: int, cluster: dict[str, Any] | None = None
 ) -> None:
-    """Have every job finished, by this command or another one.
+    """Finish every job, or wait until another command has finished it.
 
-    run_job(job, progress) leaves metrics.json in the job's folder as the last thing it does;
-    killed before, it goes on from a checkpoint of its own when it is called again. With one worker
-    it is called in this process, in the order of the jobs; with more, the longest first, in
-    processes of their own (it may be a closure); with a cluster (parameters of submitit), in
-    that many Slurm jobs. The jobs' folders lie side by side. Raises UserError at the end when jobs
-    failed; the others are done by then. What the user cannot fix ends a lone worker at once.
+    run_job(job, progress) must write metrics.json into the job's folder as its last step, and after
+    a kill go on from its own checkpoint when called again. With one worker it is called in this
+    process, in the order of the jobs; with more, in separate processes, the longest job first (it
+    may be a closure); with a cluster (parameters of submitit), in that many Slurm jobs. All jobs'
+    folders have the same parent. If jobs fail, the others are still run, and UserError is raised at
+    the end. An error that the user cannot fix ends a single worker at once.
     """
-    left = [job for job in jobs if not job.finished]
-    workers = min(workers, len(left))
-    if not left:
+    open_jobs = [job for job in jobs if not job.finished]
+    workers = min(workers, len(open_jobs))
+    if not open_jobs:
         return
-    if workers > 1:  # they are to end together
-        left.sort(key=lambda job: job.work, reverse=True)
+    if workers > 1:  # longest first, so that workers end at about the same time
+        open_jobs.sort(key=lambda job: job.work, reverse=True)
     with (
-        shared_folder(left[0].folder.parent) as folder,
+        shared_folder(open_jobs[0].folder.parent) as folder,
         contextlib.closing(RunBar(jobs)) as bar,
     ):
-        command = Command(folder, left, bar)
+        command = Command(folder, open_jobs, bar)
         if workers == 1 and not cluster:
-            Worker(folder, f"process {os.getpid()}", command.look).take_all(left, run_job)
+            Worker(folder, f"process {os.getpid()}", command.look).take_all(open_jobs, run_job)
         else:
-            write_file(folder / "work", cloudpickle.dumps((left, run_job)))
+            write_file(folder / "work", cloudpickle.dumps((open_jobs, run_job)))
             run_on_slurm(command, workers, cluster) if cluster else run_here(command, workers)
     failures = list(command.failures.values())
     if len(failures) > 1:
@@ -128,9 +128,9 @@ def run_all(
 
 @contextlib.contextmanager
 def shared_folder(parent: Path) -> Iterator[Path]:
-    """A command's folder beside those of its jobs, which it holds; those of dead commands go.
+    """Make and lock a command's folder beside those of its jobs; delete those of dead commands.
 
-    One with a job that is still run stays: Slurm jobs outlive a command that is killed.
+    A dead command's folder stays while one of its jobs runs: Slurm jobs outlive a killed command.
     """
     folder = parent / f".command-{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
     with locked(parent):
@@ -144,7 +144,7 @@ def shared_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        with locked(parent):  # no other command looks at it meanwhile
+        with locked(parent):  # so that no other command finds it half deleted
             lock.release()
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -154,7 +154,7 @@ def mark_of(folder: Path, job: Job) -> Path:
 
 
 class Command:
-    """What a command knows of its workers from the files that they share."""
+    """A command's view of its workers, through the files that they share."""
 
     def __init__(self, folder: Path, jobs: Sequence[Job], bar: RunBar):
         self.folder, self.jobs, self.bar = folder, jobs, bar
@@ -162,12 +162,12 @@ class Command:
         self._printed: dict[Path, int] = {}  # file of lines -> bytes
 
     def look(self) -> None:
-        """Print what is new, and move the bar."""
+        """Print new lines of the workers, note failures, update the progress bar."""
         for file in self.folder.glob("*.lines"):
             with open(file, "rb") as lines:
                 lines.seek(self._printed.get(file, 0))
                 for line in lines:
-                    if line.endswith(b"\n"):  # else it is being written
+                    if line.endswith(b"\n"):  # otherwise it is still being written
                         self._printed[file] = self._printed.get(file, 0) + len(line)
                         self.bar.write(**json.loads(line))
         for job, mark in self.marks().items():
@@ -176,20 +176,20 @@ class Command:
         self.bar.refresh()
 
     def marks(self) -> dict[Job, dict[str, str]]:
-        """Of the jobs that are begun, and not known as failed."""
+        """Marks of the jobs that workers have begun, without those known to have failed."""
         begun, marks = {file.stem for file in self.folder.glob("*.json")}, {}
         for job in self.jobs:
             if job.folder.name in begun and job not in self.failures:
-                with contextlib.suppress(FileNotFoundError):  # it is done by now
+                with contextlib.suppress(FileNotFoundError):  # the job was done meanwhile
                     marks[job] = read_json(mark_of(self.folder, job))
         return marks
 
     def has_open_jobs(self) -> bool:
-        """Is there a job that none of this command's workers has begun?"""
+        """Whether there is a job that none of this command's workers has begun."""
         return not all(job.finished or mark_of(self.folder, job).exists() for job in self.jobs)
 
-    def bury(self, job: Job, how: str) -> None:
-        """Fail a job whose worker is gone, if that has left nothing else to tell of it."""
+    def fail_lost_job(self, job: Job, how: str) -> None:
+        """Record the failure of a job whose worker has died without reporting one."""
         self.look()
         if job in self.marks() and not job.finished:
             self.fail(job, f"the worker training {job.name} {how}; {GO_ON}.")
@@ -205,7 +205,7 @@ class Command:
 
 @dataclass
 class Worker:
-    """One of the copies of the loop. A command that is its own worker looks (`look`) meanwhile."""
+    """One copy of the loop. `look`: Command.look, where the worker is the command's own process."""
 
     folder: Path
     name: str
@@ -213,20 +213,20 @@ class Worker:
 
     def take_all(self, jobs: Sequence[Job], run_job: RunJob) -> None:
         """Run every job that nobody holds, in their order, until none is left."""
-        passes = 0  # in a row in which others held all jobs
+        passes = 0  # in a row that found all jobs held by others
         while jobs := [job for job in jobs if self.is_open(job)]:
             ran = [self.attempt(job, run_job) for job in jobs]
             passes = 0 if any(ran) else passes + 1
-            if passes == 2:  # in the first it may have been for a moment
-                self.say_that_it_waits(jobs)
+            if passes == 2:  # not after one: a lock may be held for a moment
+                self.report_waiting(jobs)
             time.sleep(WAIT_SECONDS if passes else 0)
 
     def is_open(self, job: Job) -> bool:
-        """Not done, and not begun by this command."""
+        """Whether a job is neither done nor begun by this command."""
         return not job.finished and not mark_of(self.folder, job).exists()
 
     def attempt(self, job: Job, run_job: RunJob) -> bool:
-        """Run a job under its lock. False where another one holds it, or it is done."""
+        """Run a job under its lock. False if another worker holds the lock, or it is done."""
         if not self.is_open(job):
             return False
         job.folder.mkdir(parents=True, exist_ok=True)
@@ -245,8 +245,8 @@ class Worker:
                 self.look()
 
     def run(self, job: Job, run_job: RunJob) -> None:
-        """Run a job, marked meanwhile; the mark of one that fails stays and says why."""
-        self.folder.mkdir(parents=True, exist_ok=True)  # --fresh may have taken it away
+        """Run a job, marked meanwhile; if it fails, the mark stays and says why."""
+        self.folder.mkdir(parents=True, exist_ok=True)  # --fresh may have deleted it
         mark, failure, trace = mark_of(self.folder, job), "", ""
         write_json(mark, {"worker": self.name})
         try:
@@ -261,20 +261,20 @@ class Worker:
                 cause = traceback.format_exception_only(error)[-1].strip()
                 failure = f"{job.name} failed ({cause}); its traceback is above."
                 trace = traceback.format_exc()
-        finally:  # also when it is stopped: then another worker may go on
+        finally:  # also when stopped: without a mark another worker may go on
             if failure:
                 write_json(mark, {"worker": self.name, "failure": failure, "traceback": trace})
             else:
                 mark.unlink(missing_ok=True)
 
     def say(self, line: str, time_left: bool = False) -> None:
-        """Have a line printed by the command."""
+        """Let the command print a line."""
         append_line(self.folder / f"{self.name}.lines", {"line": line, "time_left": time_left})
         if self.look:
             self.look()
 
-    def say_that_it_waits(self, jobs: Sequence[Job]) -> None:
-        """Say, once in a command, that nothing is left but what others do."""
+    def report_waiting(self, jobs: Sequence[Job]) -> None:
+        """Print, once per command, that the remaining jobs are run by other commands."""
         with contextlib.suppress(FileExistsError):
             (self.folder / "waits").touch(exist_ok=False)
             more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
@@ -282,10 +282,10 @@ class Worker:
 
 
 def work(folder: Path, name: str) -> None:
-    """The life of a worker that is a process of its own."""
-    # tqdm's own lock is a semaphore of the system, which Python would complain of after a kill.
+    """What a separate worker process does: run jobs until none is left."""
+    # tqdm's default lock is a system semaphore, which Python reports as leaked after a kill.
     tqdm.set_lock(threading.RLock())
-    # SIGTERM ends it as sys.exit does, so that libraries give back what they hold of the system.
+    # SIGTERM ends it as sys.exit does, so that libraries release system resources.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     jobs, run_job = cloudpickle.loads((folder / "work").read_bytes())
     Worker(folder, name).take_all(jobs, run_job)
@@ -297,9 +297,9 @@ def search_path() -> str:
 
 
 def run_here(command: Command, workers: int) -> None:
-    """Start so many worker processes, and wait for their end; one killed in a job is replaced."""
+    """Start worker processes and wait for their end; replace one that is killed during a job."""
     processes: dict[int, subprocess.Popen] = {}
-    last = ""  # how the last worker ended that took no job with it
+    last = ""  # how the last worker ended that died outside of a job
     try:
         for number in range(workers):
             processes[number] = start_worker(command.folder, number)
@@ -308,11 +308,11 @@ def run_here(command: Command, workers: int) -> None:
                 if process.poll() is None:
                     continue
                 del processes[number]
-                how, name = how_it_ended(process.returncode), f"process {process.pid}"
+                how, name = describe_exit(process.returncode), f"process {process.pid}"
                 lost = [job for job, mark in command.marks().items() if mark["worker"] == name]
                 for job in lost:
-                    command.bury(job, how)
-                if not lost:  # another one would hardly do better
+                    command.fail_lost_job(job, how)
+                if not lost:  # not replaced: a new one would probably fail, too
                     last = how
                 elif command.has_open_jobs():
                     processes[number] = start_worker(command.folder, number)
@@ -331,9 +331,9 @@ def run_here(command: Command, workers: int) -> None:
 
 
 def start_worker(folder: Path, number: int) -> subprocess.Popen:
-    """A worker that a Ctrl-C does not reach, for that is its command's business.
+    """Start a worker process; Ctrl-C reaches its command alone, which then ends it.
 
-    It ends with its command, however that ends, for then its stdin does.
+    It ends with its command, however that ends, because then its stdin is closed.
     """
     environment = os.environ | {"PYTHONPATH": search_path()}
     if len(gpus := visible_gpus()) > 1:
@@ -347,24 +347,25 @@ def start_worker(folder: Path, number: int) -> subprocess.Popen:
 
 
 def main() -> None:
-    """Of a worker process."""
+    """Entry point of a worker process."""
     threading.Thread(target=end_with_command, daemon=True).start()
     run_script(lambda: work(Path(sys.argv[1]), f"process {os.getpid()}"))
 
 
 def end_with_command() -> None:
+    """Wait for the end of stdin, which is the command's end, and exit."""
     os.read(0, 1)  # sys.stdin would hold a lock that Python waits for when it ends
     os._exit(1)
 
 
-def how_it_ended(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
     if exit_code == -signal.SIGKILL:
         return "was killed by signal 9 (memory may have run out: try fewer --workers)"
     return f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
 
 
 def run_on_slurm(command: Command, workers: int, cluster: dict[str, Any]) -> None:
-    """Queue an array of so many workers, and wait until every job is done or has failed."""
+    """Queue an array of workers, and wait until every job is done or has failed."""
     logs = command.folder.parent / "slurm"
     array = submit(SlurmWorker(command.folder.absolute()), workers, logs, cluster)
     command.bar.write(f"{workers} Slurm jobs queued ({array}); their logs are in {logs}")
@@ -375,22 +376,22 @@ def run_on_slurm(command: Command, workers: int, cluster: dict[str, Any]) -> Non
             for job, mark in command.marks().items():
                 if not is_held(job.folder):
                     log = logs / f"{mark['worker'].split()[-1]}_0_log.out"
-                    command.bury(job, f"ended without a result (its log is {log})")
+                    command.fail_lost_job(job, f"ended without a result (its log is {log})")
             if time.monotonic() - asked >= SQUEUE_SECONDS:
                 asked, unknown = time.monotonic(), 0 if is_queued(array) else unknown + 1
-            if unknown == 2:  # not after one: what the workers have left may come late
+            if unknown == 2:  # not after one: files of the workers may arrive late
                 raise UserError(f"the Slurm jobs {array} ended early: see {logs}; {GO_ON}.")
             time.sleep(LOOK_SECONDS)
-        cancel.append("--state=PENDING")  # the others end in good order
+        cancel.append("--state=PENDING")  # running ones find no job left and end
     finally:
-        # In a session of its own: a second Ctrl-C does not keep it from ending the workers.
+        # In its own session, so that a second Ctrl-C does not stop it.
         subprocess.Popen(cancel, start_new_session=True, stderr=subprocess.DEVNULL).wait()
     command.look()
 
 
 def submit(worker: "SlurmWorker", workers: int, logs: Path, cluster: dict[str, Any]) -> str:
-    """Queue the array; its number. Raises UserError where Slurm does not take it."""
-    import submitit  # takes a second, which only this needs
+    """Queue the array and return its id. Raises UserError if Slurm does not accept it."""
+    import submitit  # here, because it takes a second
 
     if not shutil.which("sbatch"):
         raise UserError(
@@ -410,7 +411,7 @@ def submit(worker: "SlurmWorker", workers: int, logs: Path, cluster: dict[str, A
 
 
 def is_queued(array: str) -> bool:
-    """Does Slurm know it? squeue answers on every cluster; sacct would need a data base."""
+    """Whether Slurm still has the array. squeue works everywhere; sacct needs a database."""
     squeue = ["squeue", "--me", "--noheader", "--format=%F"]
     answer = subprocess.run(squeue, capture_output=True, text=True)
     return bool(answer.returncode) or array in answer.stdout.split()  # it may be too busy to answer
@@ -428,7 +429,7 @@ class SlurmWorker:
         work(self.folder, f"Slurm job {submitit.JobEnvironment().job_id}")
 
     def checkpoint(self, number: int) -> Any:
-        """What to queue again when its time is up, or its node is wanted: the same."""
+        """What submitit queues again when the job reaches its time limit or is preempted."""
         import submitit.helpers
 
         return submitit.helpers.DelayedSubmission(self, number)

@@ -1,4 +1,4 @@
-"""The folder of a run: published files at its top, the state of trainings below state/."""
+"""A run's folder: published files at its top, checkpoints and metrics of trainings in state/."""
 
 import contextlib
 import shutil
@@ -17,14 +17,13 @@ from collapse.utils.files import (
 
 
 class RunFolder:
-    """A folder of results: published files at its top, the state of the run under state/.
+    """A results folder: published files at its top, the state of its trainings in state/.
 
-    Attributes: `published` is the results.json that stood here before this run's state began, or
-    None.
+    Attributes: `published`: the results.json that was here before this run began, or None.
     """
 
     def __init__(self, path: Path, settings: dict, fresh: bool):
-        """settings define the study (configuration and data); a folder holds one such study.
+        """settings: configuration and data, which define the study; a folder holds one study.
 
         Raises UserError when the folder holds another study's results and fresh is not set, or
         when fresh is set while another command trains here.
@@ -48,9 +47,9 @@ class RunFolder:
         return self.path / "rows.safetensors"
 
     def check(self) -> None:
-        """Raise UserError when another command has begun another study here since, with --fresh."""
-        there = read_json(self.settings_file) if self.settings_file.exists() else self.settings
-        if difference := settings_difference(there, self.settings):
+        """Raise UserError when another command has since begun another study here by --fresh."""
+        stored = read_json(self.settings_file) if self.settings_file.exists() else self.settings
+        if difference := settings_difference(stored, self.settings):
             raise UserError(
                 f"another command has begun another configuration in {self.path} with --fresh "
                 f"({difference}): choose another folder with --output-dir."
@@ -66,24 +65,24 @@ class RunFolder:
                     f"{self.path} holds results of another configuration ({difference}): "
                     "choose another folder with --output-dir, or replace them with --fresh."
                 )
-        # What this run will be compared with: the results.json that stood here before our state, or
+        # This run will be compared with the results.json that was here before its state began, or
         # that --fresh replaces.
         published = published_file if published_file.exists() else self.results_file
         if published == published_file or fresh or not settings_file.exists():
-            # With --fresh it may be any file.
+            # --fresh replaces any file, also a damaged one.
             with contextlib.suppress(FileNotFoundError, UserError):
                 before = read_json(published)
                 self.published = None if settings_difference(before, settings) else before
         if fresh and self.state.exists():
             discarded = self.path / "state-discarded"
             shutil.rmtree(discarded, ignore_errors=True)
-            # At once: a kill in rmtree must not leave half of another run.
+            # Renamed first, because a kill during rmtree must not leave half of a run.
             self.state.rename(discarded)
             shutil.rmtree(discarded)
         self.state.mkdir(parents=True, exist_ok=True)
         if self.published:
             write_json(published_file, self.published)
-        if fresh:  # what is published stays published until it is trained again: nothing stays now
+        if fresh:  # otherwise published trainings stay published until they are trained again
             self.results_file.unlink(missing_ok=True)
             self.rows_file.unlink(missing_ok=True)
         write_json(settings_file, settings)
@@ -93,7 +92,7 @@ class RunFolder:
         return self.state / f"{model}-seed{seed}"
 
     def finished(self) -> dict[str, dict[str, dict]]:
-        """Metrics of every training that finished here: model -> seed -> metrics."""
+        """Metrics of every finished training of this folder: model -> seed -> metrics."""
         done: dict[str, dict[str, dict]] = {}
         for model, seed in finished_trainings(self.path):
             metrics = read_json(self.training(model, seed) / "metrics.json")
@@ -101,14 +100,18 @@ class RunFolder:
         return done
 
     def trained_elsewhere(self) -> dict[str, dict[str, dict]]:
-        """Metrics of the published trainings whose state is not here, as `finished` gives them.
+        """Metrics of published trainings without a state in this folder, as `finished` gives them.
 
-        In a fresh clone that is every one of them, until it is trained again.
+        In a fresh clone these are all of them, until they are trained again.
         """
         published = read_json(self.results_file)["models"] if self.results_file.exists() else {}
-        here = {(model, str(seed)) for model, seed in finished_trainings(self.path)}
+        finished = {(model, str(seed)) for model, seed in finished_trainings(self.path)}
         return {
-            model: left
+            model: unfinished
             for model, runs in published.items()
-            if (left := {seed: run for seed, run in runs.items() if (model, seed) not in here})
+            if (
+                unfinished := {
+                    seed: run for seed, run in runs.items() if (model, seed) not in finished
+                }
+            )
         }

@@ -1,7 +1,7 @@
-"""Jobs, how far they are, and the bar of a whole run.
+"""Jobs, their progress as files, and the progress bar of a whole run.
 
-A job writes progress.json into its folder, whichever process of whichever machine runs it; every
-command that works in the results folder reads those of all its jobs.
+A job writes progress.json into its folder, on whichever machine it runs; every command in the
+results folder reads the files of all its jobs.
 """
 
 import contextlib
@@ -16,19 +16,19 @@ from tqdm import tqdm
 
 from collapse.utils.files import write_json
 
-REPORT_SECONDS = 1.0  # between two writes of progress.json, and two looks at those of others
+REPORT_SECONDS = 1.0  # how often progress.json is written, and how often read
 
 
 @dataclass(frozen=True)
 class Job:
-    """A unit of work with a folder, a lock and, where it takes long, a checkpoint of its own.
+    """A unit of work with a folder, a lock and, if it takes long, a checkpoint.
 
-    Costs say how long jobs take in comparison: the longest starts first, and the time left follows
-    from the work that is done. Their unit is anything that all jobs of a run share.
+    Costs are relative times, in any unit that all jobs of a run share. They decide which job starts
+    first (the longest) and the estimate of the time left.
     """
 
     name: str  # as messages name it: "model 2 seed 43"
-    folder: Path  # its state; it is finished when metrics.json is there
+    folder: Path  # of its state; the job is finished when it contains metrics.json
     steps: int
     cost: float = 1.0  # of a step
     evaluations: int = 0
@@ -43,7 +43,7 @@ class Job:
         return self.cost * self.steps + self.evaluation_cost * self.evaluations
 
     def work_done(self) -> float:
-        """By metrics.json or else progress.json, whoever wrote it; a damaged one stops no run."""
+        """Work done, from metrics.json or progress.json; 0 if the latter is missing or damaged."""
         if self.finished:
             return self.work
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
@@ -54,7 +54,7 @@ class Job:
 
 
 class Progress:
-    """A running job's reports. `alone`: it may show a bar of its own, for no other job runs."""
+    """Reports of a running job. `alone`: no other job runs, so it may show its own bar."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Progress:
         self._steps = self._evaluations = 0
 
     def go_on_after(self, steps: int, evaluations: int) -> None:
-        """Say what an earlier start has done."""
+        """Count what was done before the job was resumed."""
         self._steps, self._evaluations = steps, evaluations
         self._report()
 
@@ -81,7 +81,7 @@ class Progress:
         self._report()
 
     def say(self, line: str, time_left: bool = False) -> None:
-        """Print a line where the run's output goes; time_left: with the minutes left at its end."""
+        """Print a line in the run's output; time_left: followed by the minutes left."""
         if time_left:
             self._report(always=True)
         self._write_line(line, time_left)
@@ -94,7 +94,7 @@ class Progress:
 
 
 class RunBar:
-    """The bar of a whole run; it knows the time left also where no terminal shows a bar."""
+    """The progress bar of a whole run; it estimates the time left also without a terminal."""
 
     def __init__(self, jobs: Sequence[Job]):
         self._done = {job: job.work_done() for job in jobs}
@@ -103,7 +103,7 @@ class RunBar:
         self._bar = tqdm(total=100, desc="whole run", bar_format=shape, disable=None)
 
     def refresh(self) -> None:
-        """Show where all jobs are; looks at their reports at most once a second."""
+        """Update the bar from the jobs' reports, at most once a second."""
         if time.monotonic() - self._looked >= REPORT_SECONDS:
             self._show()
 
@@ -118,7 +118,7 @@ class RunBar:
         stream.flush()
 
     def drop(self, job: Job) -> None:
-        """It has failed: nobody waits for it any more."""
+        """Leave a failed job out of the remaining work."""
         self._done.pop(job, None)
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class RunBar:
         self._looked = time.monotonic()
         for job, before in self._done.items():
             self._done[job] = job.work_done()
-            # One that starts over has less than before: that is no work undone.
+            # A job that starts over reports less than before, which must not count as negative.
             self._gained += max(0.0, self._done[job] - before)
         total = sum(job.work for job in self._done)
         self._bar.n = round(100 * sum(self._done.values()) / total, 1) if total else 100
@@ -137,9 +137,9 @@ class RunBar:
         self._bar.refresh()
 
     def _time_left(self) -> str:
-        """By the work that all commands have done since this one started; "" before there is any.
+        """Minutes left, from the work that all commands have done since the start; "" without any.
 
-        With several workers it is too low at the end, where some of them have nothing left to do.
+        With several workers it is too low at the end, when some of them are idle.
         """
         if not self._gained:
             return ""

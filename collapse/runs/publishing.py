@@ -1,4 +1,4 @@
-"""What a run publishes of its finished trainings: results.json, a tidy CSV, plots."""
+"""Publishes the finished trainings of a run: results.json, a tidy CSV, plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,34 +18,39 @@ def publish(
     class_names: Sequence[str],
     other: Path | None,
 ) -> dict[str, Any]:
-    """Write all that the folder shows; returns what results.json holds.
+    """Write all published files of the folder; returns the content of results.json.
 
-    That is the trainings that finished here, and published ones that were trained elsewhere.
-    head is what it tells beside the trainings: experiment, settings, versions, hardware. other is
-    the results folder on the other data set. Commands that share the folder take turns. Raises
-    UserError when the folder has become another study's.
+    It has the trainings that finished here, and published ones that were trained elsewhere.
+    head: entries beside the trainings: experiment, settings, versions, hardware. other: results
+    folder on the other data set. Commands that share the folder take turns. Raises UserError when
+    the folder has become another study's.
     """
-    from collapse.report import plots  # matplotlib takes a while, and no worker starts with it
+    from collapse.report import plots  # here, because workers need no matplotlib, which is slow
 
     with locked(folder.path):
         folder.check()
-        here, elsewhere = folder.finished(), folder.trained_elsewhere()
-        names = sorted(here.keys() | elsewhere, key=lambda name: find_arm(name).place)
-        models = {name: by_seed(elsewhere.get(name, {}) | here.get(name, {})) for name in names}
+        trained_here, trained_elsewhere = folder.finished(), folder.trained_elsewhere()
+        names = sorted(
+            trained_here.keys() | trained_elsewhere, key=lambda name: find_arm(name).sort_key
+        )
+        models = {
+            name: by_seed(trained_elsewhere.get(name, {}) | trained_here.get(name, {}))
+            for name in names
+        }
         results = {**through_json(head), "models": models}
-        kept = {(name, seed) for name, runs in elsewhere.items() for seed in runs}
+        kept = {(name, seed) for name, runs in trained_elsewhere.items() for seed in runs}
         predictions.publish_rows(folder.path, kept)
         results["comparisons"] = comparisons.compare_all(models, predictions.read_rows(folder.path))
-        if found := comparisons.find_other(other, results):
-            results["cross_dataset"] = comparisons.compare_datasets(results, found)
+        if other_results := comparisons.find_other(other, results):
+            results["cross_dataset"] = comparisons.compare_datasets(results, other_results)
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", comparisons.tidy_table(results).encode())
         curves = folder.path / "learning_curves.png"
         plots.plot_learning_curves(curves, title, models)
         plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
-        if "model3" in models and "model3" not in here:
-            return results  # its engrams are elsewhere, and their figure is here
-        plot_engrams(folder, title, class_names, here.get("model3", {}))
+        if "model3" in models and "model3" not in trained_here:
+            return results  # without its engrams: their published figure stays
+        plot_engrams(folder, title, class_names, trained_here.get("model3", {}))
     return results
 
 
@@ -56,7 +61,7 @@ def by_seed(runs: dict[str, dict]) -> dict[str, dict]:
 def plot_engrams(
     folder: RunFolder, title: str, class_names: Sequence[str], runs: dict[str, dict]
 ) -> None:
-    """t-SNE of the first seed's engrams; without any, the plot of an older run does not stay."""
+    """Plot t-SNE of the first seed's engrams; without model 3, delete an older plot."""
     from collapse.report import plots
 
     path = folder.path / "engram_clusters.png"

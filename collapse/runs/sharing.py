@@ -1,4 +1,4 @@
-"""A run's trained models for others: adapters, heads and a card in one folder, and on the hub."""
+"""Uploads a run's trained models to the hub: adapters, heads and a model card."""
 
 import shutil
 import tempfile
@@ -11,24 +11,24 @@ from collapse.utils.files import read_json, write_file, write_json
 
 
 def open_repository(name: str) -> str:
-    """Full name of a model repository of the hub, which is made, private, where it is not there.
+    """Full name of a model repository of the hub; created as a private one if it does not exist.
 
-    Called before a run, so that a name or token that will not do costs no training. Raises
-    UserError for those.
+    Called before a run, so that a wrong name or token is noticed before any training. Raises
+    UserError for these.
     """
     import huggingface_hub
 
     try:
         api = huggingface_hub.HfApi()
         return api.create_repo(name, private=True, exist_ok=True).repo_id
-    except Exception as error:  # of the hub, of its client for HTTP, of names that are none
+    except Exception as error:  # of the hub, of its HTTP client, or for an invalid name
         raise _refused(name, error) from None
 
 
 def push(run: Path, name: str) -> None:
-    """Upload what lay_out makes of a run, in the place of an earlier run's models.
+    """Upload what lay_out makes of a run; replaces models of an earlier upload.
 
-    Raises UserError when the hub does not take it.
+    Raises UserError when the upload fails.
     """
     import huggingface_hub
 
@@ -56,10 +56,11 @@ def _refused(name: str, error: Exception) -> UserError:
 
 
 def lay_out(run: Path, target: Path, name: str) -> list[str]:
-    """Put every finished training of a results folder where others can use it; returns their names.
+    """Copy every finished training of a results folder into target; returns the trainings' names.
 
-    target gets README.md, results.json, settings.json, and for each training MODEL-seedN/ with
-    what load_classifier and peft read of its last epoch. name is the repository's, for the card.
+    target gets README.md, results.json, settings.json, and a folder MODEL-seedN/ for each training,
+    with what load_classifier and peft read of its last epoch. name: of the repository, for the
+    card.
     """
     results = read_json(run / "results.json")
     model = results["settings"]["config"]["model"]
@@ -69,7 +70,7 @@ def lay_out(run: Path, target: Path, name: str) -> list[str]:
         shutil.copytree(training / "final-adapter", shared / "final-adapter")
         for file in ("final.safetensors", "metrics.json"):
             shutil.copyfile(training / file, shared / file)
-        # Where a folder with the pretrained model lay is nobody's business.
+        # The name in place of the local path of the pretrained model.
         adapter = shared / "final-adapter/adapter_config.json"
         write_json(adapter, read_json(adapter) | {"base_model_name_or_path": model})
     shutil.copyfile(run / "results.json", target / "results.json")
@@ -79,13 +80,13 @@ def lay_out(run: Path, target: Path, name: str) -> list[str]:
 
 
 def model_card(results: dict, name: str, folders: list[str]) -> str:
-    """The repository's README.md: the run's numbers, what the files are, how to load them."""
+    """The repository's README.md: the run's numbers, its files, how to load them."""
     from huggingface_hub import ModelCardData
 
     config, data = results["settings"]["config"], results["settings"]["data"]
     model, commit = config["model"], config.get("model_commit")
     head = ModelCardData(
-        base_model=model if commit else None,  # only then the hub knows it
+        base_model=model if commit else None,  # without a commit it is not on the hub
         library_name="peft",
         pipeline_tag="text-classification",
         tags=["lora"],

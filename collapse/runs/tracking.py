@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl in an experiment tracker, too: --log-to."""
+"""Sends the numbers of metrics.jsonl to an experiment tracker: --log-to."""
 
 import contextlib
 import importlib
@@ -14,9 +14,9 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wand
 
 
 def load_tracker(kind: str) -> Any:
-    """The module that writes to a tracker, None for "none".
+    """The module that writes to a tracker; None for "none".
 
-    Raises UserError where its package, which nothing else here needs, is not installed.
+    Raises UserError if its package is not installed; nothing else here needs it.
     """
     if kind == "none":
         return None
@@ -31,11 +31,11 @@ def load_tracker(kind: str) -> Any:
 def tracked(
     kind: str, folder: Path, name: str, group: str, config: dict[str, Any]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What a training calls with each record that it adds to metrics.jsonl.
+    """A function that a training calls with each record that it adds to metrics.jsonl.
 
-    The training is one run of the tracker, whose id stands in its folder: after a kill it goes on
-    there. Steps since the last checkpoint are then sent twice, with the same numbers. group is what
-    trainings of one study share.
+    A training is one run of the tracker. The run's id is stored in the training's folder, so that
+    it continues after a kill; steps since the last checkpoint are then sent twice, with the same
+    numbers. group: the same for all trainings of a study.
     """
     module = load_tracker(kind)
     if module is None:
@@ -50,7 +50,7 @@ def tracked(
                 writer.add_scalar(key, value, step)
     else:
         run_id = stored_id(folder / "tracker-run")
-        # trackio finds a run by its name, and keeps all runs in one place of its own.
+        # trackio identifies a run by its name, and stores all runs in a folder of its own.
         own = {"id": run_id, "dir": folder} if kind == "wandb" else {}
         run = module.init(
             project="collapse",
@@ -68,7 +68,7 @@ def tracked(
 
 
 def stored_id(file: Path) -> str:
-    """The id in the file, which gets a new one where there is none."""
+    """The id in the file; a new one is written if the file does not exist."""
     if not file.exists():
         write_file(file, uuid.uuid4().hex[:8].encode())
     return file.read_text()

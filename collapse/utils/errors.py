@@ -10,11 +10,11 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend; its message is one sentence that says how."""
+    """An error the user can fix; its message is one sentence that says how."""
 
 
 def check_name(path: str | Path) -> None:
-    """Raise UserError for a path that no results file can hold: bytes that are no UTF-8."""
+    """Raise UserError for a path that is not valid UTF-8, which JSON files cannot store."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -23,17 +23,17 @@ def check_name(path: str | Path) -> None:
 
 
 def expand_home(argument: str) -> str:
-    """An argument of the command line whose ~ the shell left, as in --output-dir=~/x.
+    """A command-line argument with ~ expanded, which the shell does not do in --output-dir=~/x.
 
-    Raises UserError for a path that no results file can hold.
+    Raises UserError for a path that is not valid UTF-8.
     """
     check_name(argument)
-    found = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
-    return f"{found[1] or ''}{Path(found[2]).expanduser()}" if found else argument
+    match = re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL)
+    return f"{match[1] or ''}{Path(match[2]).expanduser()}" if match else argument
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: what a person can mend ends in one sentence and exit code 2."""
+    """Run a script's main; an error the user can fix ends in one sentence and exit code 2."""
     try:
         sys.argv[1:] = map(expand_home, sys.argv[1:])
         return main()
@@ -49,7 +49,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def what_to_do(error: Exception) -> str | None:
-    """The sentence for a person who can mend what was raised; None for an error of the code."""
+    """The sentence to print for an error that the user can fix; None for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):
@@ -69,7 +69,7 @@ def what_to_do(error: Exception) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory was too small: torch's allocator says so, CUDA, or cuBLAS."""
+    """Whether the GPU ran out of memory, as torch's allocator, CUDA or cuBLAS report it."""
     if not isinstance(error, RuntimeError):  # as torch's OutOfMemoryError and AcceleratorError are
         return False
     import torch  # takes seconds, and whoever only starts jobs needs none of it

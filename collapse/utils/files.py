@@ -1,4 +1,4 @@
-"""Files that are whole or not there, checksums, locks, and what a results folder holds."""
+"""Atomic writes, checksums and locks; which trainings a results folder holds."""
 
 import contextlib
 import hashlib
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a kill or a full disk leaves the old one."""
-    # One name: what a kill leaves is overwritten next time.
+    """Write a file atomically: after a kill or on a full disk the old one is still there."""
+    # Always the same name, so that the next write replaces what a kill has left.
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
@@ -54,7 +54,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Leave the lines up to this step, for a run that goes on there; one cut short goes too."""
+    """Keep the lines up to this step, from which a run resumes; an incomplete line goes, too."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError):
@@ -76,8 +76,8 @@ def write_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, 
 def read_tensors(path: Path, job: Path | None = None) -> "tuple[dict[str, Tensor], dict[str, Any]]":
     """Read what write_tensors wrote: (tensors, metadata).
 
-    job is the folder of the training that the file belongs to; default: the one it lies in.
-    Raises UserError when the file is gone or anything in it is not as it was written.
+    job: folder of the training that the file belongs to, if not its own folder. Raises UserError
+    when the file is missing or its content has changed.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -123,13 +123,13 @@ def digest_weights(folder: str | Path) -> str:
 
 
 def through_json(value: Any) -> Any:
-    """value as it looks after a trip through JSON: stored and fresh settings compare equal."""
+    """value as JSON stores it, so that stored and fresh settings compare equal."""
     return json.loads(json.dumps(value, default=str))
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a folder for the moment of a change, so that commands that share it take turns.
+    """Lock a folder during a change, so that commands that share it take turns.
 
     Raises UserError when the folder cannot be written.
     """
@@ -150,7 +150,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Does a command train in this folder of one training at the moment?"""
+    """Whether some command is running the training of this folder at the moment."""
     lock = filelock.FileLock(folder / ".lock", blocking=False)
     try:
         with lock:
@@ -165,17 +165,17 @@ def finished_trainings(path: Path) -> list[tuple[str, int]]:
     return sorted((model, int(seed)) for model, _, seed in (n.rpartition("-seed") for n in names))
 
 
-def settings_difference(file: Any, here: dict) -> str | None:
-    """In which setting a results.json or settings.json differs from those here; None: in none.
+def settings_difference(file: Any, settings: dict) -> str | None:
+    """How a results.json or settings.json differs from these settings; None: in nothing.
 
-    A setting that only one side knows is no difference: what the code learnt later had one value
-    before. Where the rows were read from is none either: their digest says what they are.
+    A setting that only one side has is no difference: before it was added there was one behaviour.
+    Neither is the place that rows were read from, because their digest identifies them.
     """
-    there = file.get("settings", file) if isinstance(file, dict) else {}
+    stored = file.get("settings", file) if isinstance(file, dict) else {}
     for part in ("config", "data"):
-        if not isinstance(there.get(part), dict):
+        if not isinstance(stored.get(part), dict):
             return f"its file names no {part}"
-        for key, value in here[part].items():
-            if key in there[part] and there[part][key] != value and key != "origin":
-                return f"{key} is {there[part][key]} there and {value} here"
+        for key, value in settings[part].items():
+            if key in stored[part] and stored[part][key] != value and key != "origin":
+                return f"{key} is {stored[part][key]} there and {value} here"
     return None

@@ -1,4 +1,4 @@
-"""Hugging Face's hub: its cache when it does not answer, a data set's rows."""
+"""Data sets of the Hugging Face hub, from its cache when the hub does not answer."""
 
 import contextlib
 import threading
@@ -8,16 +8,16 @@ from typing import Any
 
 from collapse.utils.errors import DISK_FULL
 
-# An unreachable hub may cost this much, not the minutes of its client's own retries.
+# How long to wait for the hub: its client's own retries would take minutes.
 HUB_SECONDS = 5.0
 
 
 def load_from_hub(
     dataset: str, text_column: str, splits: tuple[str, ...]
 ) -> list[tuple[list[str], list[int]]] | None:
-    """(texts, labels) of splits of a hub data set with a `label` column, also from the cache.
+    """(texts, labels) of splits of a hub data set with a `label` column, from the hub or its cache.
 
-    None, with the reason printed, when neither hub nor cache gives them.
+    None, with the reason printed, when neither has them.
     """
     tables = _tables(dataset, splits, None)
     if tables is None:
@@ -32,26 +32,26 @@ def load_named_from_hub(
     class_column: str,
     configuration: str | None = None,
 ) -> list[list[tuple[str, str]]] | None:
-    """(text, class name) pairs of splits of a hub data set, where load_from_hub looks.
+    """(text, class name) pairs of splits of a hub data set, from the hub or its cache.
 
-    The classes' column holds names, or numbers that the data set has names for.
+    class_column holds names, or numbers that the data set has names for. None as in load_from_hub.
     """
     tables = _tables(dataset, splits, configuration)
     if tables is None:
         return None
-    found = []
+    splits_of_pairs = []
     for table in tables:
         names, feature = table[class_column], table.features[class_column]
         if hasattr(feature, "int2str"):
             names = feature.int2str(list(names))
-        found.append(list(zip(table[text_column], names, strict=True)))
-    return found
+        splits_of_pairs.append(list(zip(table[text_column], names, strict=True)))
+    return splits_of_pairs
 
 
 def load_all_splits(dataset: str, configuration: str | None) -> dict[str, Any] | None:
-    """Every split of a hub data set as `datasets` has it, from where load_from_hub looks."""
-    found = _tables(dataset, (None,), configuration)
-    return found and found[0]
+    """Every split of a hub data set as `datasets` has it, from the hub or its cache, or None."""
+    tables = _tables(dataset, (None,), configuration)
+    return tables and tables[0]
 
 
 def _tables(
@@ -77,19 +77,19 @@ ASK_AGAIN_SECONDS = 120.0
 
 @dataclass
 class _Silence:
-    """What this process has found of the hub: one slow answer is not the end of all questions."""
+    """Whether the hub was silent, and until when this process does not ask it again."""
 
     until: float = 0.0  # by time.monotonic()
-    switched: bool = False  # the libraries to offline, here and not by the person's HF_HUB_OFFLINE
+    switched: bool = False  # whether we set the libraries offline, not the user by HF_HUB_OFFLINE
 
 
 _silence = _Silence()
 
 
 def use_cache_if_hub_is_silent() -> bool:
-    """Keep Hugging Face's libraries to their cache while the hub is silent; True when it is.
+    """Set Hugging Face's libraries offline while the hub does not answer; True when it does not.
 
-    It is asked again after two minutes, and the libraries may then ask it, too.
+    After two minutes the hub is asked again, and if it answers, the libraries go online again.
     """
     import huggingface_hub
 
@@ -103,7 +103,7 @@ def use_cache_if_hub_is_silent() -> bool:
 
 
 def _hub_answers() -> bool:
-    """Does the hub answer a short question within seconds, or once more within twice as many?"""
+    """Whether the hub answers a short request within HUB_SECONDS, or another within twice that."""
     return any(_answers_within(seconds) for seconds in (HUB_SECONDS, 2 * HUB_SECONDS))
 
 
@@ -117,7 +117,7 @@ def _answers_within(seconds: float) -> bool:
         with contextlib.suppress(Exception):
             answers.append(session.head(url, timeout=seconds).status_code < 500)
 
-    # A name lookup knows no time limit, so it has a thread of its own.
+    # In a thread, because the lookup of a host name has no time limit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)

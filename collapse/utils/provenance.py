@@ -1,4 +1,4 @@
-"""What a result was made with: commit, versions, hardware."""
+"""What a result was made with: git commit, versions of libraries, hardware."""
 
 import contextlib
 import importlib.metadata
@@ -15,7 +15,7 @@ from collapse.utils.files import ROOT
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with -modified at its end when the code differs from it."""
+    """The commit of the code, followed by -modified when the code differs from it."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -60,8 +60,8 @@ def liger_version(device: torch.device) -> str | None:
 
 
 def hardware_name(device: torch.device) -> str:
-    """Of the GPU or processor."""
-    # On the machine that hands trainings to a cluster the device may be absent.
+    """Name of the GPU, or of the processor."""
+    # The machine that submits jobs to a cluster may have no GPU itself.
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the reference claims, and what its experiments show when repeated: tables of FINDINGS.md."""
+"""Tables of FINDINGS.md on the claims and experiments of the reference, and our repetitions."""
 
 from pathlib import Path
 
@@ -10,21 +10,28 @@ from collapse.report.markdown import Column, at, cell, table
 from collapse.report.records import values_of
 from collapse.report.reference import REFERENCE, reference_for
 from studies.report import own_models
-from studies.report.experiments import STUDIES, Study, change_cell, present, read_ranks, results_of
+from studies.report.experiments import (
+    STUDIES,
+    Study,
+    change_cell,
+    read_ranks,
+    results_of,
+    studies_with_results,
+)
 from studies.report.own_models import standing
 
-CROSS = "results_agnews/smollm2-135m"  # its gains are compared with those of its `other`
+CROSS = "results_agnews/smollm2-135m"  # whose gains are compared with the other data set's
 SHORT = {study.folder: study.short for study in STUDIES}
 
 
 def repeated() -> list[Study]:
-    """Studies on data sets that the reference used, with all three models."""
-    studies = [study for study in present() if reference_for(Path(study.folder))]
+    """Studies with all three models on data sets that the reference used."""
+    studies = [study for study in studies_with_results() if reference_for(Path(study.folder))]
     return [study for study in studies if "model3" in results_of(study)["models"]]
 
 
 def full_tables(*kinds: str) -> list[str]:
-    """Keys of these tables of RESULTS.md, of each such study."""
+    """Keys in RESULTS.md of the tables of these kinds, for each repeated study."""
     return [f"{study.folder} {kind}" for study in repeated() for kind in kinds]
 
 
@@ -47,17 +54,17 @@ def aris(results: dict, case: str) -> list[float]:
 
 
 def ari_gain(study: Study) -> dict:
-    """Engram ARI of the trained compressor less the untrained one's: over seeds, it has no rows."""
+    """Engram ARI of the trained compressor minus the untrained one's, interval over seeds."""
     results = results_of(study)
     pairs = zip(aris(results, "trained"), aris(results, "untrained"), strict=True)
     return mean_interval(trained - untrained for trained, untrained in pairs)
 
 
 def mild_collapse(ranks: dict) -> tuple[str, dict[str, str]]:
-    """Where on SST-2 model 1 meets the reference's sign of a mild collapse, by the means of the
-    seeds: stable rank and participation ratio fall while the effective rank does not.
+    """(verdict, study -> numbers before and after): does model 1 collapse mildly on SST-2?
 
-    Which ones do; of each its numbers before and after training.
+    The reference's sign of it: stable rank and participation ratio fall while the effective rank
+    does not. Judged by means over seeds.
     """
     met, shown = [], {}
     for result in [result for name, result in ranks.items() if name.startswith("SST-2")]:
@@ -81,17 +88,17 @@ def verdict_of_h4(ran: dict[str, dict]) -> str:
 
 
 def verdict_of_h3(ran: dict[str, dict]) -> str:
-    """P4 is of a trained label; P4b asks what training the compressor adds."""
+    """P4 is about a trained label; P4b about what training the compressor adds."""
     results = own_models.results_of(own_models.CONFIGS["engram_salience"]) or {"arms": []}
     arms = [row for row in results["arms"] if row["arm"] == "model3"]
     differences = [row["less_random_compressor"] for row in arms]
-    told = [f"; P4b {cell(difference, 3)}" for difference in differences if difference["n"]]
-    return f"{standing(ran, 'P4')}, of a trained label{''.join(told)}"
+    added = [f"; P4b {cell(difference, 3)}" for difference in differences if difference["n"]]
+    return f"{standing(ran, 'P4')}, of a trained label{''.join(added)}"
 
 
-def claim(text: str, theirs: str, verdict: str, cells: dict[str, str]) -> dict[str, str]:
-    """A row; cells: short name of a study -> what it shows."""
-    return cells | {"claim": text, "theirs": theirs, "verdict": verdict}
+def claim(text: str, reference: str, verdict: str, cells: dict[str, str]) -> dict[str, str]:
+    """A row of the table; cells: short name of a study -> its cell."""
+    return cells | {"claim": text, "theirs": reference, "verdict": verdict}
 
 
 def claims_of_accuracy(ran: dict[str, dict]) -> list[dict[str, str]]:
@@ -99,7 +106,7 @@ def claims_of_accuracy(ran: dict[str, dict]) -> list[dict[str, str]]:
     study = next(study for study in STUDIES if study.folder == CROSS)
     other = next(other for other in STUDIES if other.folder == study.other)
     compared = compare_datasets(results_of(study), results_of(other))["comparisons"]
-    finals = [(SHORT[folder], theirs["final"]) for folder, theirs in REFERENCE.items()]
+    finals = [(SHORT[folder], reference["final"]) for folder, reference in REFERENCE.items()]
     gained = (f"{name} {final['model2'] - final['model1']:+.2f}" for name, final in finals)
     their_aris = [REFERENCE[folder]["ari"] for folder in ("results_7b", "results_agnews")]
     return [
@@ -155,7 +162,7 @@ def claims_of_rank(ran: dict[str, dict]) -> list[dict[str, str]]:
 
 
 def reference_claims() -> tuple[str, list[str]]:
-    """What the reference claims, and what stands beside it here; keys of the full tables."""
+    """Table of the reference's claims beside our results, and keys of the full tables."""
     ran, names = own_models.endpoints(), [study.short for study in repeated()]
     columns = [Column("claim of the reference", "claim"), Column("its number", "theirs")]
     columns += [Column(name, lambda row, name=name: row.get(name, "")) for name in names]
@@ -175,11 +182,11 @@ EXPERIMENT_COLUMNS = (
 
 
 def table_repeated() -> str:
-    """Three models on each of the reference's data sets: accuracy, rank, engrams, beside its."""
+    """Accuracy, rank and engrams of the three models on each of the reference's data sets."""
     rows = []
     for ranks in read_ranks().values():
-        folder, theirs = ranks["folder"], reference_for(Path(ranks["folder"]))
-        if not theirs:
+        folder, reference = ranks["folder"], reference_for(Path(ranks["folder"]))
+        if not reference:
             continue
         study = next(study for study in STUDIES if study.folder == folder)
         results, empty = results_of(study), {"study": study.short, "rank": "", "engrams": ""}
@@ -188,14 +195,14 @@ def table_repeated() -> str:
             accuracy = 100 * np.mean(at(runs, "*.final.accuracy"))
             rank = np.mean(values_of(ranks, key, "effective_rank"))
             row = empty | {"model": key.removeprefix("model")}
-            row["accuracy"] = f"{accuracy:.2f} ({theirs['final'][key]:.2f})"
+            row["accuracy"] = f"{accuracy:.2f} ({reference['final'][key]:.2f})"
             row["rank"] = f"{rank:.1f}, {100 * rank / start:.0f}%"
-            if "ranks" in theirs:
-                before, after = (theirs["ranks"][name][0] for name in ("pretrained", key))
+            if "ranks" in reference:
+                before, after = (reference["ranks"][name][0] for name in ("pretrained", key))
                 row["rank"] += f" ({after}, {100 * after / before:.0f}%)"
             if key == "model3":
                 means = [np.mean(aris(results, case)) for case in ("trained", "untrained")]
-                row["engrams"] = "{:.3f}, {:.3f} ({:.3f})".format(*means, theirs["ari"])
+                row["engrams"] = "{:.3f}, {:.3f} ({:.3f})".format(*means, reference["ari"])
             rows.append(row)
         for accuracy in own_models.bag_of_words(folder).values():
             rows.append(empty | {"model": "bag of words", "accuracy": f"{100 * accuracy:.2f}"})

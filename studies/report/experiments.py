@@ -1,7 +1,7 @@
 """Experiments 1 to 4: their results folders, and their tables and figures in RESULTS.md.
 
-Levels are told as the mean of the seeds (lowest to highest seed), differences as mean [95% interval
-for other seeds and other rows]. Columns and rows of the reference are named so.
+Levels are written as mean of the seeds (lowest to highest seed), differences as mean [95% interval
+for other seeds and other rows]. Columns and rows with the reference's numbers say so.
 """
 
 import math
@@ -26,17 +26,17 @@ THREE_MODELS = ("model1", "model2", "model3")
 
 @dataclass(frozen=True)
 class Study:
-    """A results folder and how its numbers were made."""
+    """A results folder and the command that made it."""
 
     folder: str
     title: str
-    short: str  # as tables of FINDINGS.md name it
+    short: str  # name in tables of FINDINGS.md
     command: str
     other: str = ""  # results folder of the same models on the other data set
 
 
 SMOLLM = "--model smollm2-135m --data-dir DIR --train-limit 2000"
-# In the order in which every table and figure has them; a folder without results is passed over.
+# In the order of all tables and figures; folders without results are left out.
 STUDIES = (
     Study(
         "results",
@@ -88,7 +88,8 @@ STUDIES = (
 RANKS = "results_effective_rank/effective_rank_results.json"
 
 
-def present(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
+def studies_with_results(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
+    """The studies whose folder has a results.json."""
     return [study for study in studies if (ROOT / study.folder / "results.json").exists()]
 
 
@@ -97,7 +98,7 @@ def results_of(study: Study) -> dict[str, Any]:
 
 
 def read_ranks() -> dict[str, dict]:
-    """Experiment 4 on STUDIES, in their order, with changes as this version tells them."""
+    """Results of Experiment 4 on STUDIES, in their order, summarized by the present code."""
     stored = read_json(ROOT / RANKS)
     places = {study.folder: place for place, study in enumerate(STUDIES)}
     known = [name for name, result in stored.items() if result["folder"] in places]
@@ -112,7 +113,7 @@ def read_ranks() -> dict[str, dict]:
 
 
 def short_commit(commit: str | None) -> str:
-    """Ten digits, and -modified where the code was; a run outside of a clone has none."""
+    """Ten digits of a commit, with -modified if it has that; unknown for a run outside a clone."""
     if commit is None:
         return "unknown"
     return commit[:10] + ("-modified" if commit.endswith("-modified") else "")
@@ -124,14 +125,14 @@ def threads(run: dict) -> str:
 
 
 def origin(runs: list[dict]) -> str:
-    """By which code on which machines trainings or records were made."""
+    """Commits and machines by which trainings or records were made, in words."""
     commits = ", ".join(sorted({short_commit(run["git_commit"]) for run in runs}))
     devices = ", ".join(sorted({f"{run['hardware']['device']}, {threads(run)}" for run in runs}))
     return f"by commit {commits} on {devices}"
 
 
 def provenance(folder: Path, results: dict) -> str:
-    """Which data, rows, seeds, code and machine a study's numbers come from."""
+    """Data, rows, seeds, code and machine of a study's numbers, in words."""
     data, config = results["settings"]["data"], results["settings"]["config"]
     runs = rows_of(results["models"], "model", "seed")
     seeds = sorted({int(run["seed"]) for run in runs})
@@ -145,7 +146,7 @@ def provenance(folder: Path, results: dict) -> str:
 
 
 def provenance_of_ranks(file: str, results: dict) -> str:
-    """How the records of Experiment 4 were measured, and by which code on which machine."""
+    """Settings, code and machine of the records of Experiment 4, in words."""
     measured_by = [
         r
         for row in records.models_of(results)
@@ -176,7 +177,7 @@ def trainings_by_model(results: dict) -> list[dict[str, Any]]:
     ]
 
 
-def accuracy_columns(theirs: dict | None) -> list[Column]:
+def accuracy_columns(reference: dict | None) -> list[Column]:
     columns = [
         Column("validation accuracy, %", "name"),
         Column("trained parameters", "runs.0.parameters.trainable"),
@@ -184,24 +185,24 @@ def accuracy_columns(theirs: dict | None) -> list[Column]:
         Column("final, engram carried", "runs.*.val.-1.carried.accuracy", 2, 100),
         Column("best epoch", "runs.*.best.accuracy", 2, 100),
     ]
-    if theirs:
-        title = f"reference, {theirs['model']}: final"
-        columns.append(Column(title, lambda row: theirs["final"][row["key"]]))
-        columns.append(Column("reference: best", lambda row: theirs["best"][row["key"]]))
+    if reference:
+        title = f"reference, {reference['model']}: final"
+        columns.append(Column(title, lambda row: reference["final"][row["key"]]))
+        columns.append(Column("reference: best", lambda row: reference["best"][row["key"]]))
     return columns
 
 
-def comparison_columns(theirs: dict | None) -> list[Column]:
+def comparison_columns(reference: dict | None) -> list[Column]:
     def published(row: dict) -> float | None:
-        b, a = (theirs[row["epoch"]].get(model) for model in row["pair"].split(" - "))
+        b, a = (reference[row["epoch"]].get(model) for model in row["pair"].split(" - "))
         return None if None in (a, b) else b - a
 
     title = "difference in accuracy, points"
     columns = [Column(title, lambda row: f"{row['pair']}, {row['epoch']} epoch")]
     columns.append(Column("mean [95%]", "interval", 2, 100))
     columns.append(Column("McNemar's exact p, each seed", p_values))
-    if theirs:
-        columns.append(Column(f"reference, {theirs['model']}", published, sign="+"))
+    if reference:
+        columns.append(Column(f"reference, {reference['model']}", published, sign="+"))
     return columns
 
 
@@ -244,7 +245,7 @@ ENGRAM_COLUMNS = (
 )
 
 
-def table_engrams(theirs: dict | None, results: dict) -> str:
+def table_engrams(reference: dict | None, results: dict) -> str:
     if "model3" not in results["models"]:
         return ""
     runs, rows = results["models"]["model3"], []
@@ -253,8 +254,8 @@ def table_engrams(theirs: dict | None, results: dict) -> str:
         row = {"name": name, "ari": at(clusters, "*.ari")}
         row["cluster_accuracy"] = [100 * share for share in at(clusters, "*.cluster_accuracy")]
         rows.append(row | {kind: at(cosines, f"*.{kind}") for kind in ("within", "between")})
-    if theirs:
-        rows.append(theirs | {"name": f"reference: {theirs['model']}"})
+    if reference:
+        rows.append(reference | {"name": f"reference: {reference['model']}"})
     purities = "; ".join(
         f"{name} {cell(at(runs, f'*.cluster.trained.purity.{label}'), 1, 100)}"
         for label, name in enumerate(results["settings"]["data"]["class_names"])
@@ -276,7 +277,7 @@ MEASURED_COLUMNS = (
 
 
 def table_measured(trainings: list[dict]) -> str:
-    """Each training that was measured on the way: its start, its least components, its end."""
+    """Trainings with measurements on the way: at the start, the fewest components, the end."""
     rows = []
     for run in trainings:
         path = [point for point in run.get("measured", ()) if point["dims_95pct"] is not None]
@@ -307,16 +308,19 @@ def table_cross(results: dict, other: dict) -> str:
 
 
 def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
-    """Name of a table -> its caption and text; the text is empty where there is nothing to tell."""
-    theirs, models = reference_for(folder), trainings_by_model(results)
+    """Name of a table -> (caption, table); an empty string where there is no data for it."""
+    reference, models = reference_for(folder), trainings_by_model(results)
     comparisons = rows_of(comparisons_of(results), "epoch", "pair")
     trainings = rows_of(results["models"], "model", "seed")
     return {
-        "accuracy": ("Accuracy.", table(accuracy_columns(theirs), models)),
-        "comparisons": ("Differences in accuracy.", table(comparison_columns(theirs), comparisons)),
+        "accuracy": ("Accuracy.", table(accuracy_columns(reference), models)),
+        "comparisons": (
+            "Differences in accuracy.",
+            table(comparison_columns(reference), comparisons),
+        ),
         "training": ("Losses, gradients, effective rank.", table(TRAINING_COLUMNS, models)),
         "seeds": ("Each training.", table(SEED_COLUMNS, trainings)),
-        "engrams": ("Engrams.", table_engrams(theirs, results)),
+        "engrams": ("Engrams.", table_engrams(reference, results)),
         "measured": ("Ranks and training accuracy on the way.", table_measured(trainings)),
     }
 
@@ -343,7 +347,7 @@ def add_study(page: Page, study: Study) -> None:
 
 
 def change(title: str, number: str, digits: int = 1) -> Column:
-    """The change of a number between two models."""
+    """A column with the change of a number between two models."""
     return Column(title, lambda row: change_cell(row["change"], number, digits))
 
 
@@ -406,13 +410,14 @@ DEPTH_COLUMNS = (
 
 
 def table_records(ranks: dict, columns: tuple[Column, ...]) -> str:
-    """Numbers of every study and model; those that no record holds have no column."""
+    """Numbers of every study and model, without columns that no record has."""
     return table(columns, records.models_of(ranks), hide_unknown=True)
 
 
 def change_cell(changes: dict, number: str, digits: int) -> str | None:
-    """Mean [95%] of a change; of a log ratio as a factor; the mean alone where rows have no
-    interval; None where an older run lacks it.
+    """Mean [95%] of a change, for a log ratio as a factor.
+
+    The mean alone if the number has no interval over rows; None if older results lack it.
     """
     interval = changes["both"].get(number)
     if interval is None:
@@ -433,8 +438,9 @@ def table_changes(ranks: dict) -> str:
 
 
 def table_depth(ranks: dict) -> str:
-    """Of language models: ranks of the embeddings, of the layer between where each seed's is
-    lowest, and of the last state; for each measure that the records have.
+    """Ranks of language models at the embeddings, at the last state, and the lowest between.
+
+    A row for each measure that the records have; the lowest layer is that of each seed.
     """
     rows = []
     for model in records.models_of(ranks):

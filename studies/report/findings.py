@@ -1,9 +1,8 @@
 """Write RESULTS.md, and fill the marked blocks of FINDINGS.md and README.md, from the JSON files.
 
-RESULTS.md holds every table and figure of every run, in one order, each study with its command and
-where its numbers come from. A block stands between <!--begin NAME--> and <!--end-->; what is
-between the marks is replaced by what BLOCKS has under its name. Figures whose numbers are in the
-JSON files are drawn anew.
+RESULTS.md has every table and figure of every run, for each study with its command and the origin
+of its numbers. A block is the text between <!--begin NAME--> and <!--end-->; it is replaced by the
+output of BLOCKS[NAME]. Figures whose numbers are in the JSON files are drawn again.
 """
 
 import re
@@ -56,7 +55,7 @@ def add_experiments(page: Page) -> None:
     caption = "Final epoch, three seeds, and *(the reference's)*, one seed; Model 3 with the zero "
     caption += "engram; *untrained*: a compressor as it was drawn."
     page.table("experiments", caption, claims.table_repeated())
-    for study in experiments.present():
+    for study in experiments.studies_with_results():
         experiments.add_study(page, study)
 
 
@@ -124,8 +123,7 @@ def table_qwen() -> str:
     return thresholds.table_real_model(own_models.results_of(own_models.QWEN)["by_components"][AG])
 
 
-# Name of a block -> a function that gives its table, and the keys of the tables of RESULTS.md that
-# hold more of it.
+# Name of a block -> a function that gives its table, and keys of the full tables in RESULTS.md.
 BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
     "endpoints": lambda: (own_models.table_endpoints(short=True), ["endpoints"]),
     "threshold": lambda: (table_threshold(), ["threshold", "shifts"]),
@@ -140,7 +138,7 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
 
 
 def fill(text: str, page: Page) -> str:
-    """The document with every block made anew; page is RESULTS.md, whose tables they name."""
+    """The document with every block made again; page: RESULTS.md, whose table numbers they name."""
 
     def replace(match: re.Match) -> str:
         content, keys = BLOCKS[match["name"]]()
@@ -172,9 +170,9 @@ JUST_COLLAPSED = -2.25  # base-10 logarithm of the lowest rate at which nearly a
 
 
 def summarize_and_draw() -> None:
-    """Summaries and figures of the tables of own models, figures of what the JSON files hold.
+    """Write the summaries of all studies, and draw all figures whose numbers are in files.
 
-    t-SNE needs the engrams of a run.
+    Not those of t-SNE, which need the engrams of a run.
     """
     rank_plots.plot_all((ROOT / experiments.RANKS).parent, experiments.read_ranks())
     own_models.summarize()
@@ -182,7 +180,7 @@ def summarize_and_draw() -> None:
     sensitivity.write_summary()
     path = ROOT / side_studies.SINK
     sink.plot(path.with_suffix(".png"), read_json(path))
-    for study in experiments.present():
+    for study in experiments.studies_with_results():
         results = experiments.results_of(study)
         data = results["settings"]["data"]
         rows = f"{data['train_rows']:,} training, {data['validation_rows']:,} validation rows"

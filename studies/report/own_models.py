@@ -1,7 +1,7 @@
-"""Studies on own language models: the protocol's endpoints, and each study's tables and figures.
+"""Studies on our own language models: the protocol's endpoints, tables and figures.
 
-A function add_NAME writes a study's section of RESULTS.md; it adds nothing before the study's
-results.json is there.
+A function add_NAME writes a study's section of RESULTS.md, or nothing while the study has no
+results.json.
 """
 
 import math
@@ -35,7 +35,7 @@ STUDIES = {
     "engram_salience": engram_salience,
     "engram_pieces": engram_pieces,
 }
-# Study -> the settings of its published run, as far as they name its folder and its trainings.
+# Study -> settings of its published run that determine its folder and trainings.
 CONFIGS = {name: study.Config(corpus="newsgroups") for name, study in STUDIES.items()}
 STANDIN = collapse_threshold.Config(model="smollm2-135m")  # described, not tested
 TIME = collapse_time.Config(corpus="newsgroups")
@@ -47,7 +47,7 @@ MODELS = ("model1", "model2")
 
 
 def summarize() -> None:
-    """Write results.json and figures of every study that has tables anew."""
+    """Write results.json and figures of every study that has tables."""
     published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
     published += [(collapse_threshold, config) for config in (STANDIN, *REAL_MODELS)]
     for study, config in [*published, (collapse_time, TIME)]:
@@ -60,7 +60,7 @@ def folder_of(config: sweep.Config) -> str:
 
 
 def results_of(config: sweep.Config) -> dict[str, Any] | None:
-    """Its results.json; None before it is there."""
+    """The study's results.json; None if it does not exist."""
     path = config.folder / "results.json"
     return read_json(path) if path.exists() else None
 
@@ -68,7 +68,7 @@ def results_of(config: sweep.Config) -> dict[str, Any] | None:
 def source_of(
     config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
 ) -> str:
-    """Command of a study, with options, and settings as its rows have them; how these were made."""
+    """Command, source and provenance of a study, in words; settings: options read from its rows."""
     rows = sweep.published_rows(config.folder)
     trainings = {(row["seed"], row["training"]) for row in rows}
     options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
@@ -93,9 +93,9 @@ def begin(
     settings: Sequence[str] = (),
     once: str = "",
 ) -> dict[str, Any] | None:
-    """Begin a study's section, and give its results.
+    """Begin a study's section, and return its results.
 
-    None, with nothing added, before these are there; before the endpoint `once` has an interval.
+    Adds nothing and returns None if there are no results, or if the endpoint `once` has none.
     """
     results = results_of(config)
     if results is None or (once and not results[once]):
@@ -113,7 +113,7 @@ def arm_title(row: dict) -> str:
 
 
 def count_of(interval: dict | None) -> int | None:
-    """Over how many backbones an interval is."""
+    """Number of backbones that an interval is based on."""
     return interval and interval.get("n", interval.get("n_seeds"))
 
 
@@ -125,8 +125,7 @@ BACKBONES = Column("backbones", count_of)
 # The protocol's endpoints
 # --------------------------------------------------------------------------------------------------
 
-# Two families, each adjusted by itself: endpoint -> what it measures, and what its number is
-# multiplied by for the unit.
+# Two families, adjusted separately: endpoint -> what it measures with unit, factor to that unit.
 ENDPOINTS = {
     "P1": ("accuracy, Model 2 - Model 1, points", 100),
     "P2": ("shift of the threshold by the LM loss, decades", 1),
@@ -144,16 +143,16 @@ STUDY_OF |= {"P4": "engram_salience", "P5": "benefit"}
 
 
 def result_of(endpoint: str) -> dict[str, Any] | None:
-    """What its study says of an endpoint; None before that has run."""
+    """An endpoint in the results of its study; None before that has run."""
     if endpoint == "P8":
         return at(results_of(QWEN), ("by_components", "AG News", "shift"))
     return at(results_of(CONFIGS[STUDY_OF[endpoint]] if endpoint in STUDY_OF else TIME), endpoint)
 
 
 def endpoints(family: dict[str, tuple[str, float]] = ENDPOINTS) -> dict[str, dict[str, Any]]:
-    """Those that have run, each with `interval` at Holm's level and its verdict.
+    """The endpoints of a family that have run, with `interval` at Holm's level and verdict.
 
-    One that has not run, or bounds nothing above zero, counts as if its p were 1.
+    For Holm's method an endpoint that has not run, or whose bound excludes nothing, has p = 1.
     """
     results = {name: result for name in family if (result := result_of(name))}
     p_values = {name: p_of(results[name]) if name in results else 1.0 for name in family}
@@ -171,7 +170,7 @@ def endpoints(family: dict[str, tuple[str, float]] = ENDPOINTS) -> dict[str, dic
 
 
 def p_of(result: dict[str, Any]) -> float:
-    """As Holm counts it: a lower bound below zero, or one of nothing, rejects nothing."""
+    """An endpoint's p for Holm's method; 1 if its bound cannot exclude zero."""
     bounds_nothing = not result.get("bounded", True)
     below = result.get("lower_bound", False) and (result["mean"] or 0) <= 0
     if (bounds_nothing or below) and not refuted_from_above(result):
@@ -180,7 +179,7 @@ def p_of(result: dict[str, Any]) -> float:
 
 
 def refuted_from_above(result: dict[str, Any]) -> bool:
-    """Of P7: the largest slope that Model 2's ends allow lies surely below Model 1's."""
+    """P7 alone: even the largest possible slope of Model 2 is below Model 1's."""
     return bool(result.get("at_most")) and result["verdict"] == "refuted"
 
 
@@ -189,12 +188,12 @@ def verdict_so_far(result: dict[str, Any]) -> str:
 
 
 def standing(ran: dict[str, dict], name: str) -> str:
-    """An endpoint's verdict in a word."""
+    """An endpoint's name and verdict."""
     return f"{name} {verdict_so_far(ran[name]) if name in ran else 'not run'}"
 
 
 def endpoint_columns(counted: str) -> list[Column]:
-    """counted: what `n` is a number of."""
+    """Columns of the table of endpoints; counted: title for `n`."""
 
     def scaled(row: dict) -> tuple[int, float, str]:
         return (2 if abs(row["scale"] * row["margin"]) >= 0.1 else 3), row["scale"], "+"
@@ -221,8 +220,9 @@ def table_endpoints(
     counted: str = "backbones",
     short: bool = False,
 ) -> str:
-    """Those that ran, and a line that names the others; short: without what the adjusted interval
-    tells, too.
+    """Table of the endpoints that ran, and a line with the others.
+
+    short: without the 90% interval and p.
     """
     ran = endpoints(family)
     rows = [
@@ -265,7 +265,7 @@ def bag_of_words(folder: str) -> dict[str, float]:
 
 
 def table_bag_of_words(titles: dict[str, str]) -> str:
-    """A bag of words beside Models 1 and 2 on the same rows; titles: of experiments' folders."""
+    """A bag of words beside Models 1 and 2 on the same rows; titles: folder -> its name."""
     titles = titles | {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
     rows = (
         row | {"models": titles[row["folder"]]} | accuracies(row["folder"], row["data"])
@@ -275,7 +275,7 @@ def table_bag_of_words(titles: dict[str, str]) -> str:
 
 
 def accuracies(folder: str, data: str) -> dict[str, float]:
-    """Mean validation accuracy of Models 1 and 2 on a data set, as a results folder tells it."""
+    """Mean validation accuracy of Models 1 and 2 on a data set, from a results folder."""
     results = read_json(ROOT / folder / "results.json")
     if "models" in results:  # an experiment
         return {
@@ -345,7 +345,7 @@ TIME_COST_COLUMNS = (DATA, ARM, Column("time over Model 1's", "mean"), BACKBONES
 
 
 def table_differences(results: dict) -> str:
-    """Accuracy of each arm less Model 1's, of controls less Model 2's too; points [95%]."""
+    """Accuracy of each arm minus Model 1's, and of controls minus Model 2's; points [95%]."""
     columns = [Column("accuracy, points [95%]", "title")]
     columns += [Column(data, (data,), 2, 100) for data in results["arms"]]
     columns.append(Column("mean of its sets", "mean", 2, 100))
@@ -359,7 +359,7 @@ def table_differences(results: dict) -> str:
 
 
 def table_rank_at_equal_loss(results: dict) -> str:
-    """P5 and its parts: log rank within classes where both models have the same training loss."""
+    """P5 and its parts: log rank within classes at equal training loss."""
     return table(
         EQUAL_LOSS_COLUMNS,
         rows_of(results["rank_at_equal_loss"] | {"mean, P5": results["P5"]}, "data"),
@@ -367,18 +367,18 @@ def table_rank_at_equal_loss(results: dict) -> str:
 
 
 def table_times(results: dict) -> str:
-    """Time of all steps over Model 1's of the same backbone and set."""
+    """Training time relative to Model 1 on the same backbone and data set."""
     times = {
-        data: dict(sorted(arms.items(), key=lambda pair: find_arm(pair[0]).place))
+        data: dict(sorted(arms.items(), key=lambda pair: find_arm(pair[0]).sort_key))
         for data, arms in results["times"].items()
     }
     return table(TIME_COST_COLUMNS, rows_of(times, "data", "arm"))
 
 
 def table_gains() -> str:
-    """For FINDINGS.md: Model 2 less Model 1 on each data set; the means are P1 and P5.
+    """For FINDINGS.md: Model 2 minus Model 1 on each data set; the means are P1 and P5.
 
-    Beside them the accuracy of Model 1, and that of a bag of words on the same rows.
+    With the accuracy of Model 1 and of a bag of words on the same rows.
     """
     config = CONFIGS["benefit"]
     results, words = results_of(config), bag_of_words(folder_of(config))
@@ -522,7 +522,7 @@ def add_pieces(page: Page) -> None:
 
 
 def correlation(title: str, path: str) -> Column:
-    """r [95%]."""
+    """A column with a correlation and its 95% interval."""
 
     def value(row: dict) -> dict | None:
         known = at(row, path)
@@ -561,7 +561,7 @@ LANGUAGE_MODEL_COLUMNS = (
 
 
 def table_linguistic(results: dict, titles: dict[str, str]) -> str:
-    """Rank correlation of each measure with validation loss: at one size, over sizes, theirs."""
+    """Rank correlations with validation loss: at one size, over sizes, and the paper's."""
     paper = results["paper"] or {}
     rows = (
         {"title": title, "one_size": results["fixed_scale"][name], "sizes": results["grid"][name]}
@@ -573,7 +573,7 @@ def table_linguistic(results: dict, titles: dict[str, str]) -> str:
 
 
 def table_decay(results: dict, titles: dict[str, str]) -> str:
-    """What less weight decay does to each measure, and to validation loss."""
+    """Effect of less weight decay on each measure and on validation loss."""
     titles = {"validation_loss": "validation loss, nats", **titles}
     differences = results["less_weight_decay"]
     rows = (differences[name] | {"title": title} for name, title in titles.items())

@@ -1,4 +1,4 @@
-"""RESULTS.md as it grows: sections, texts, tables and figures in order."""
+"""RESULTS.md while it is written: sections, texts, numbered tables and figures."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,10 +8,12 @@ from collapse.utils.files import ROOT
 
 @dataclass
 class Page:
-    """Lines of RESULTS.md; tables and figures are numbered as they come."""
+    """The parts of RESULTS.md; tables and figures are numbered in order."""
 
     parts: list[str] = field(default_factory=list)
-    numbers: dict[str, str] = field(default_factory=dict)  # FOLDER TABLE -> A1 and so on
+    numbers: dict[str, str] = field(
+        default_factory=dict
+    )  # key of a table, "FOLDER NAME" -> its number, "A1"
     figures: int = 0
     contents: list[str] = field(default_factory=list)  # a line a section
 

@@ -1,5 +1,7 @@
-"""What RESULTS.md tells beside the experiments and the studies on own models: the first token as
-an attention sink, what the statistics resolve, speed, and the reference's numbers.
+"""Smaller sections of RESULTS.md.
+
+The first token as an attention sink, resolution of the statistics, speed, and the reference's
+numbers.
 """
 
 from pathlib import Path
@@ -26,7 +28,7 @@ SINK_COLUMNS = (
 
 
 def table_sink(results: dict) -> str:
-    """Of each layer of a pretrained model; layer 0 are the embeddings."""
+    """Ranks and norms of each layer of a pretrained model; layer 0 are the embeddings."""
     rows = (numbers | {"layer": layer} for layer, numbers in enumerate(results["layers"]))
     return table(SINK_COLUMNS, rows)
 
@@ -56,7 +58,7 @@ FALSE_POSITIVE_COLUMNS = (
 
 
 def table_half_widths(results: dict) -> str:
-    """What ten seeds resolve, from variances seen in our runs."""
+    """Half-widths of intervals with ten seeds, from variances in our runs."""
     cases = results["half_widths_in_points"]
     kinds = ("as seen", "cautious")
     by_kind = {case: {kind: numbers[kind] for kind in kinds} for case, numbers in cases.items()}
@@ -87,8 +89,8 @@ def add_statistics(page: Page) -> None:
 def table_throughput(results: dict) -> str:
     rows = []
     for key in [key for key in THREE_MODELS if key in results]:
-        found = results[key]
-        rates, ratio = found["examples_per_second"], found["ratio"]["conventional"]
+        speeds = results[key]
+        rates, ratio = speeds["examples_per_second"], speeds["ratio"]["conventional"]
         cells = [f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{ratio['median']:.1f}"]
         rows.append([model_name(key), *cells, f"{ratio['low']:.1f} to {ratio['high']:.1f}"])
     header = ["model", "conventional, examples/s", "ours, examples/s", "ratio"]
@@ -101,18 +103,19 @@ def table_throughput(results: dict) -> str:
 
 
 def table_paper(counts_of: dict[str, dict]) -> str:
-    """Hours expected by card for data sets (folder -> counts of studies/hours.py), and the
-    reference's; how many times as fast as other recipes ours can be at most.
+    """Estimated hours by card, the reference's hours, and the largest possible speed-up.
+
+    counts_of: results folder -> output of studies/hours.py.
     """
     rows, sources, cards = [], [], []
     for place, counts in counts_of.items():
-        theirs, cards = REFERENCE[place], list(counts["cards"])
+        reference, cards = REFERENCE[place], list(counts["cards"])
         for key in THREE_MODELS:
             rates = counts[key]["examples_per_second"]
             cells = [hours_range(counts, key, card) for card in cards]
-            cells += [f"{theirs['minutes'][key] / 60:.1f}"]
+            cells += [f"{reference['minutes'][key] / 60:.1f}"]
             cells += [f"{rates['ours'] / rates[other]:.1f}" for other in rates if other != "ours"]
-            rows.append([f"{theirs['data']}, {model_name(key)}", *cells])
+            rows.append([f"{reference['data']}, {model_name(key)}", *cells])
         sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
     low, high = counts["assumed_ratio"]
     note = (
@@ -127,7 +130,7 @@ def table_paper(counts_of: dict[str, dict]) -> str:
 
 
 def table_hours(counts_of: dict[str, dict]) -> str:
-    """For the README: hours of a training by card, models 1 to 3 and data sets."""
+    """For README.md: estimated hours of a training, by card, model and data set."""
     first = next(iter(counts_of.values()))
     rows = [
         [
@@ -146,7 +149,7 @@ def table_hours(counts_of: dict[str, dict]) -> str:
 
 
 def table_by_others(folder: Path) -> str:
-    """7B runs that people sent, a row for each training: folder/NAME/results.json."""
+    """7B runs by others, from folder/NAME/results.json; a row for each training."""
     rows = []
     for file in sorted(folder.glob("*/results.json")):
         results = read_json(file)
@@ -190,21 +193,21 @@ def add_speed(page: Page) -> None:
 
 def table_reference_accuracy() -> str:
     rows = []
-    for theirs in REFERENCE.values():
+    for reference in REFERENCE.values():
         for key in THREE_MODELS:
-            numbers = [theirs.get(epoch, {}).get(key) for epoch in ("first", "final", "best")]
-            numbers += theirs.get("training", {}).get(key, (None, None, None))
+            numbers = [reference.get(epoch, {}).get(key) for epoch in ("first", "final", "best")]
+            numbers += reference.get("training", {}).get(key, (None, None, None))
             cells = ["n/a" if number is None else f"{number:g}" for number in numbers]
-            rows.append([f"{theirs['data']}, {theirs['model']}", model_name(key), *cells])
+            rows.append([f"{reference['data']}, {reference['model']}", model_name(key), *cells])
     header = ["reference: data, backbone", "model", "accuracy, first epoch", "final", "best"]
     return markdown([*header, "train cls loss", "train LM loss", "train accuracy"], rows)
 
 
 def table_reference_ranks() -> str:
     rows = []
-    for theirs in REFERENCE.values():
-        for key, ranks in theirs.get("ranks", {}).items():
-            place = f"{theirs['data']}, {theirs['model']}; {theirs['rank_rows']:,} rows"
+    for reference in REFERENCE.values():
+        for key, ranks in reference.get("ranks", {}).items():
+            place = f"{reference['data']}, {reference['model']}; {reference['rank_rows']:,} rows"
             name = "Pretrained" if key == "pretrained" else model_name(key)
             rows.append([place, name, *map(str, ranks)])
     header = ["reference: data, backbone", "model", "effective rank", "stable rank"]

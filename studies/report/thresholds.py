@@ -1,7 +1,6 @@
-"""The learning rate at which a representation collapses, on own and on real models, and over time:
-tables and figures of collapse_threshold.py and collapse_time.py in RESULTS.md.
+"""Tables and figures of collapse_threshold.py and collapse_time.py in RESULTS.md.
 
-A rate has `≥` or `≤` before it where some trainings are known by a bound alone.
+A rate has `≥` or `≤` before it where only a bound is known for some trainings.
 """
 
 from collections.abc import Sequence
@@ -30,13 +29,13 @@ SHIFTS = {
 
 
 def bound_of(row: dict, datasets: Sequence[str]) -> str:
-    """`≥ ` or `≤ ` where some thresholds of an arm are beyond the rates, on one of these sets."""
+    """`≥ ` or `≤ ` if some thresholds of an arm are beyond the rates, on one of these data sets."""
     ends = (("≥ ", "at_the_top"), ("≤ ", "at_the_bottom"))
     return "".join(sign for sign, end in ends if any(row[end][data] for data in datasets))
 
 
 def threshold_column(data: str, steps: str) -> Column:
-    """Mean threshold of an arm as a rate."""
+    """A column with the mean threshold of each arm, as a learning rate."""
 
     def threshold(row: dict) -> str | None:
         interval = row["edge"][data]
@@ -46,7 +45,7 @@ def threshold_column(data: str, steps: str) -> Column:
 
 
 def shift_cell(row: dict, kind: str, place: str, datasets: Sequence[str]) -> str:
-    """A shift from Model 1's threshold; as a bound where the arm's own is one of healthy runs."""
+    """A shift from Model 1's threshold, marked as a bound where the arm's threshold is one."""
     if row["arm"] == "model1":
         return "0"
     interval = row["shift"][kind][place]
@@ -60,10 +59,10 @@ def table_threshold(
     unit: str | None = "backbones",
     steps: str = "",
 ) -> str:
-    """Where runs of each arm stop being healthy, against Model 1; unit: what repeats.
+    """Threshold of each arm, and its shifts from Model 1.
 
-    Its number is that on each data set, told as one where they agree; without a unit it is left
-    out. `steps`: after how many of them, which a threshold depends on.
+    unit: title of a last column with the number of backbones or seeds; None leaves it out. steps:
+    length of the trainings, for the titles.
     """
     datasets = list(results["arms"][0]["edge"])
 
@@ -79,7 +78,7 @@ def table_threshold(
 
 
 def table_shifts(results: dict) -> str:
-    """Shifts of table_threshold on each data set by itself, where each may have other seeds."""
+    """The shifts of table_threshold on each data set separately, each with its own seeds."""
 
     def shift(kind: str) -> Column:
         return Column(SHIFTS[kind], lambda row: shift_cell(row, kind, row["data"], [row["data"]]))
@@ -114,7 +113,7 @@ FINETUNED_COLUMNS = (
 
 
 def table_ends(results: dict, dataset: str) -> str:
-    """What runs of each arm and rate end as, and means over backbones."""
+    """Counts of outcomes for each arm and rate, and means over backbones."""
     rows = [
         outcomes | {"arm": row["arm"], "rate": rate, "ends": row["ends"][dataset].get(rate)}
         for row in results["arms"]
@@ -124,7 +123,7 @@ def table_ends(results: dict, dataset: str) -> str:
 
 
 def steps_of(config: collapse_threshold.Config) -> str:
-    """Optimizer steps of a study's trainings, as its rows have them; without rows nothing."""
+    """Optimizer steps of a study's trainings, from its rows; empty without rows."""
     steps = {row["steps"] for row in sweep.published_rows(config.folder)}
     return " or ".join(sorted(steps, key=int))
 
@@ -155,7 +154,7 @@ def add_threshold(page: Page) -> None:
 
 
 def add_standin_threshold(page: Page) -> None:
-    """Described, not tested: one model, whose seeds are of adapters, heads and order of rows."""
+    """Descriptive only: one model, whose seeds are of adapters, heads and order of rows."""
     config = own_models.STANDIN
     title = "The same of the stand-in: SmolLM2-135M-Instruct with LoRA"
     options = f"--model {config.model} --arms 1 2"
@@ -192,7 +191,7 @@ def add_shifts_and_ends(
 
 
 def threshold_after(step: str) -> Column:
-    """Mean threshold as a rate."""
+    """A column with the mean threshold after so many steps, as a learning rate."""
 
     def threshold(row: dict) -> str | None:
         known = row["thresholds"].get(step)
@@ -205,7 +204,7 @@ def threshold_after(step: str) -> Column:
 
 
 def table_time(results: dict[str, Any]) -> str:
-    """Mean threshold of each part after so many steps, as a learning rate; slopes."""
+    """Mean threshold of each part of the study after each number of steps, and slopes."""
     columns = [Column("part", "part"), ARM]
     columns += [threshold_after(str(step)) for step in results["measured"]]
     columns += [
@@ -218,7 +217,7 @@ def table_time(results: dict[str, Any]) -> str:
 
 
 def table_bounds(results: dict[str, Any]) -> str:
-    """P6 and P7 with other shares of components as bound of a collapse, and from step 50 on."""
+    """P6 and P7 with other bounds of a collapse, and from the first measurement on."""
     rules = {
         f"below {float(bound):.0%}": shares for bound, shares in results["other_bounds"].items()
     }
@@ -240,7 +239,7 @@ REAL_MODEL_COLUMNS = (
 
 
 def table_real_model(results: dict[str, Any]) -> str:
-    """Thresholds of each arm and seed as rates, and what became of the runs at each rate."""
+    """Thresholds of each arm and seed as rates, and outcomes at each rate."""
     rows, bounds = rows_of(results["runs"], "arm", "rate"), {">=": "≥ ", "<=": "≤ "}
     for arm, by_seed in results["arms"].items():
         thresholds = (
@@ -248,12 +247,12 @@ def table_real_model(results: dict[str, Any]) -> str:
             for known in by_seed.values()
         )
         first = next(row for row in rows if row["arm"] == arm)
-        first["thresholds"] = "; ".join(thresholds)  # told beside the arm's first rate
+        first["thresholds"] = "; ".join(thresholds)  # shown in the row of the arm's first rate
     return table(REAL_MODEL_COLUMNS, ({"thresholds": ""} | row for row in rows))
 
 
 def add_time(page: Page) -> None:
-    """P6 to P8, the study of time, and each real model that ran."""
+    """The section on P6 to P8: the study of time, and each real model that ran."""
     config = own_models.TIME
     results, family = results_of(config), own_models.LATER_ENDPOINTS
     endpoints = own_models.endpoints(family)

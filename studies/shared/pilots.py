@@ -1,8 +1,8 @@
-"""Studies of accuracy: learning rates are chosen on pilots, validation rows are kept.
+"""Studies of accuracy: learning rates are chosen on pilot backbones, results kept by row.
 
-Each trial trains to the epoch that is best on its tuning rows. Those of pilot backbones ask no
-validation row; the rate with the best mean tuning accuracy over them is the one that counts. Which
-validation rows a trial had right is in a file beside the table of its backbone.
+Each trial trains to the epoch that is best on its tuning rows. Trials of pilot backbones never use
+validation rows; the rate with the best mean tuning accuracy over them is used in the study. Which
+validation rows a trial classified correctly is stored in a file beside its backbone's table.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +25,9 @@ MODELS = ("model1", "model2")
 
 @dataclass
 class Config(sweep.Config):
-    """Settings of such a study; the comment above a field is its --help text."""
+    """Settings of a study with pilots; the comment above a field is its --help text."""
 
-    # Parts to run: pilot (chooses the rates), endpoint.
+    # Parts to run: pilot (chooses the learning rates), endpoint.
     parts: tuple[str, ...] = ("pilot", "endpoint")
     # Base-10 logarithms of the learning rates that the pilot tries.
     rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
@@ -45,47 +45,47 @@ def is_pilot(trial: sweep.Trial) -> bool:
 
 @dataclass(frozen=True)
 class Run(sweep.Run):
-    """A trial that has ended, with which validation rows (N,) it had right at its best epoch."""
+    """A trial that has ended, and which validation rows it classified correctly."""
 
-    correct: np.ndarray | None = None  # None without a whole epoch, and of pilots
+    correct: np.ndarray | None = None  # (N,) at the best epoch; None for pilots, or without epochs
 
     @property
     def tuning_accuracy(self) -> float:
-        """At the best epoch; 0 without a whole epoch."""
+        """Tuning accuracy at the best epoch; 0 without a whole epoch."""
         return best_tuning_accuracy(self.path)
 
 
 def best_tuning_accuracy(path: Sequence[Mapping[str, Any]]) -> float:
-    asked = (row["tuning_accuracy"] for row in path)
-    return max((accuracy for accuracy in asked if accuracy is not None), default=0.0)
+    accuracies = (row["tuning_accuracy"] for row in path)
+    return max((accuracy for accuracy in accuracies if accuracy is not None), default=0.0)
 
 
 def best_rates(
     config: Config, pilots: Sequence[Any], kind_of: Callable[[Any], Any]
 ) -> dict[Any, float]:
-    """Kind of trial -> the rate with the best mean tuning accuracy over the pilots; or the lowest.
+    """Kind of trial -> the rate with the best mean tuning accuracy over pilots; of ties the lowest.
 
-    Raises UserError before all pilots have run.
+    kind_of(trial): trials of one kind share a rate. Raises UserError before all pilots have run.
     """
     runs = sweep.read_runs(config.folder, sweep.PILOTS, type(pilots[0]), Run)
     accuracies = {run.trial: run.tuning_accuracy for run in runs}
-    found: dict[Any, dict[float, list[float]]] = {}
+    accuracies_by_kind: dict[Any, dict[float, list[float]]] = {}
     for trial in sorted(pilots, key=lambda trial: trial.rate):
         if trial not in accuracies:
             kind = kind_of(trial)
             raise UserError(f"the pilot of {kind} has not run whole: run --parts pilot before.")
-        by_rate = found.setdefault(kind_of(trial), {})
+        by_rate = accuracies_by_kind.setdefault(kind_of(trial), {})
         by_rate.setdefault(trial.rate, []).append(accuracies[trial])
     return {
         kind: max(by_rate, key=lambda rate: float(np.mean(by_rate[rate])))
-        for kind, by_rate in found.items()
+        for kind, by_rate in accuracies_by_kind.items()
     }
 
 
 def in_parts(
     config: Config, pilot: Sequence[Any], others: Callable[[], Sequence[Any]]
 ) -> Iterator[Sequence[Any]]:
-    """The pilot's trials, then those of the other parts, which rest on the rates that it chose."""
+    """The pilot's trials, then those of the other parts, which need the rates that it chooses."""
     if "pilot" in config.parts:
         yield pilot
     if set(config.parts) - {"pilot"}:
@@ -106,9 +106,10 @@ def run_trial(
     tuning_rows: Rows,
     other: Task | None = None,
 ) -> list[finetune.Record]:
-    """Train to the best epoch, with all measurements; validation rows go into their file.
+    """Train to the best epoch, measure, and store the results on validation rows.
 
-    made_with: `train_rows`, `epochs`, `max_length`; other: whose labels states are probed for.
+    made_with: `train_rows`, `epochs`, `max_length`. other: another data set, for whose labels
+    states are probed.
     """
     recipe = sweep.recipe_of(
         config,
@@ -143,12 +144,12 @@ def line(records: Sequence[finetune.Record]) -> str:
 
 
 def rows_file(folder: Path, seed: int) -> Path:
-    """Beside the table of a backbone: which validation rows its trainings had right."""
+    """The file beside a backbone's table with its trainings' results on validation rows."""
     return folder / f"rows-{seed}.safetensors"
 
 
 def put_rows(file: Path, name: str, rows: Mapping[str, Tensor]) -> None:
-    """Add a training's rows, or put them in the place of its former ones; commands take turns."""
+    """Add a training's rows, or replace its earlier ones; commands take turns."""
     with locked(file.parent):
         stored = read_tensors(file)[0] if file.exists() else {}
         write_tensors(file, stored | {f"{name}/{part}": rows[part] for part in rows}, {})
@@ -164,9 +165,10 @@ def read_all_rows(file: Path) -> dict[str, RowResults]:
 
 
 def read_runs(folder: Path, planned: int, trial_type: type) -> Iterator[Run]:
-    """Every trial of the first so many seeds.
+    """Every trial of the seeds 0 .. planned - 1.
 
-    Rows that are not of a trial's table, left from one before, are refused with UserError.
+    Raises UserError where the results on validation rows do not fit the table, as those of an
+    earlier training of the same name.
     """
     for seed in range(planned):
         rows = read_all_rows(rows_file(folder, seed))

@@ -1,9 +1,9 @@
 """Pretrain small causal language models, each from its seed, as folders that transformers loads.
 
-By default the backbones of the other studies: width 128, 2 layers, 3 epochs, one for each seed.
-They go to data/lm/, and a row for each model to studies/results/pretrain/models.csv: its loss on
-validation text beside that of a Kneser-Ney bigram of the same tokens. The same command goes on
-where it was stopped.
+By default it makes the backbones of the other studies: width 128, 2 layers, 3 epochs, one for each
+seed. Models go to data/lm/, and a row for each to studies/results/pretrain/models.csv, with its
+loss on validation text and that of a Kneser-Ney bigram model on the same tokens. The same command
+resumes where it was stopped.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from collapse.config import check_bounds
 from collapse.data.corpus import VOCABULARY, check_no_row_inside, load_corpus, tokens_of
@@ -24,6 +23,7 @@ from collapse.models.weights import read_causal_lm
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
 from collapse.training.pretraining import Recipe, check_recipe, pretrain, step_cost, validation_loss
+from collapse.utils import command_line
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
@@ -32,7 +32,7 @@ from studies.shared.tables import put_row
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
 RESULTS = ROOT / "studies" / "results" / "pretrain" / "models.csv"
-# Sets that studies fine-tune the models on; their validation rows may not be in the text.
+# Data sets that studies use; their validation rows must not be in the pretraining text.
 CHECKED = ("SST-2 by sentence", "AG News", "CLINC150", "Banking77", "20 Newsgroups")
 CorpusName = Literal["tinystories", "newsgroups", "miniature"]
 
@@ -42,33 +42,33 @@ class Config:
     """Settings of the pretraining; the comment above a field is its --help text."""
 
     # Text: tinystories from the hub, or newsgroups (20 Newsgroups' train part and the Friends
-    # dialogues), which `make corpus` fetches; miniature is made up, for rehearsals.
-    corpus: CorpusName = "tinystories"
-    # Seeds, each a model.
-    seeds: tuple[int, ...] = tuple(range(30))
+    # dialogues) from `make corpus`; miniature is generated, for test runs.
+    corpus: CorpusName = command_line.grouped("tinystories", "data")
+    # Seeds, one for each model.
+    seeds: tuple[int, ...] = command_line.grouped(tuple(range(30)), "model")
     # Width of the models.
-    width: int = 128
+    width: int = command_line.grouped(128, "model")
     # Layers of the models.
-    layers: int = 2
+    layers: int = command_line.grouped(2, "model")
     # Passes over the training text.
-    epochs: int = 3
-    # Decoupled weight decay of matrices.
-    weight_decay: float = 0.1
-    # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
+    epochs: int = command_line.grouped(3, "optimization")
+    # Decoupled weight decay; applied to matrices alone.
+    weight_decay: float = command_line.grouped(0.1, "optimization")
+    # Trainings to run in parallel, each in its own process with one thread.
+    workers: int = command_line.grouped(1, "execution")
     # Folder for the models.
-    models_dir: Path = LANGUAGE_MODELS
+    models_dir: Path = command_line.grouped(LANGUAGE_MODELS, "execution")
     # Table with a row for each model.
-    results: Path = RESULTS
-    # Only look whether a validation row of a classification set is in the training text. Needs
+    results: Path = command_line.grouped(RESULTS, "execution")
+    # Only check that no validation row of a classification set is in the training text. Needs
     # --data-dir with SST-2, ag_news_csv, clinc150 and banking77.
-    check: bool = False
+    check: bool = command_line.grouped(False, "data")
     # Folder with the classification sets in their official layout, for --check.
-    data_dir: Path | None = None
+    data_dir: Path | None = command_line.grouped(None, "data")
 
 
 def fixed_size(seed: int, corpus: CorpusName) -> Recipe:
-    """The recipe of the models that other studies fine-tune; a rehearsal's are tiny."""
+    """The recipe of the backbones that studies fine-tune; tiny for the corpus `miniature`."""
     size = {"width": 32, "layers": 1, "epochs": 1} if corpus == "miniature" else {}
     return Recipe(seed=seed, **size)
 
@@ -76,11 +76,11 @@ def fixed_size(seed: int, corpus: CorpusName) -> Recipe:
 def backbones(
     seeds: Sequence[int], corpus: CorpusName, models_dir: Path = LANGUAGE_MODELS, workers: int = 1
 ) -> list[Path]:
-    """Folders of the models of the fixed size with these seeds, pretrained here where they are not.
+    """Folders of the backbones with these seeds; pretrains those that do not exist.
 
     AutoModelForCausalLM and AutoTokenizer load them. Raises UserError where a folder has a model of
-    another recipe. Weights depend on seed and corpus alone: on
-    one thread of one kind of machine they are the same bit for bit.
+    another recipe. Weights depend on seed and corpus alone: with one thread on one kind of machine
+    they are the same bit for bit.
     """
     recipes = [fixed_size(seed, corpus) for seed in seeds]
     jobs = [job_of(recipe, corpus, models_dir) for recipe in recipes]
@@ -114,7 +114,7 @@ def trainer(
     models_dir: Path = LANGUAGE_MODELS,
     results: Path | None = None,
 ):
-    """What run_all calls: pretrain, evaluate, put the model's row into the table, write metrics."""
+    """A function for run_all: pretrains, evaluates, puts the row into the table, writes metrics."""
     by_name = {folder_name(recipe, corpus): recipe for recipe in recipes}
 
     def train(job: Job, progress: Progress) -> None:
@@ -143,7 +143,7 @@ def model_row(
     blocks: np.ndarray,
     validation: np.ndarray,
 ) -> dict[str, Any]:
-    """A model's row of models.csv; `ahead_of_bigram` in nats, above zero where the model is."""
+    """A model's row of models.csv; `ahead_of_bigram` (nats) is positive if it beats the bigram."""
     loss = validation_loss(load(folder), validation)
     bigram = bigram_loss(blocks, validation)
     return {
@@ -175,9 +175,9 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def check_rows(corpus: CorpusName, data_dir: Path | None) -> int:
-    """How many validation rows of classification sets were looked for in the training text.
+    """Number of validation rows that were checked against the training text.
 
-    Raises UserError when one is there, see collapse.data.corpus.rows_inside for what that means.
+    Raises UserError when one of them is in it, in the sense of collapse.data.corpus.rows_inside.
     """
     if data_dir is None:
         raise UserError("--check needs --data-dir with the classification sets.")
@@ -203,7 +203,7 @@ def check_config(config: Config) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = command_line.parse(Config, __doc__)
     # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if config.check:

@@ -1,8 +1,8 @@
-"""What a study is: trials, each trained and measured once, their rows on disk, and what these say.
+"""A study: trials that are trained and measured once, their tables on disk, summary and figures.
 
-Studies fine-tune own language models. A backbone is the unit that repeats: all its trials run,
-their rows are in a table of its own, then comes the next. So a study that is stopped has whole
-backbones, and goes on by what its tables lack.
+Studies fine-tune our own small language models. The unit of repetition is a backbone, that is, one
+pretrained model: all its trials run and fill a table of its own before the next backbone begins. So
+a study that is stopped has complete backbones, and resumes with the rows that its tables lack.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
-import tyro
 
 import common
 from collapse.config import check_bounds
@@ -23,48 +22,49 @@ from collapse.measures.statistics import t_interval
 from collapse.measures.verdicts import verdict
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
+from collapse.utils import command_line
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit, hardware_name
 from studies.shared import finetune, pretrain
-from studies.shared.tables import into_table, read_rows, without_rows
+from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
-PLANNED = 20  # backbones of an endpoint, by their seeds from 0 on; pilots count for nothing
-ENDPOINTS = 5  # of the protocol's first part
-LATER_ENDPOINTS = 3  # of its second, a family of its own
-PILOTS = (100, 101, 102)
+PLANNED = 20  # backbones of an endpoint, with seeds from 0 on; pilots do not count
+ENDPOINTS = 5  # in the protocol's first part, a family of tests
+LATER_ENDPOINTS = 3  # in its second part, another family of tests
+PILOTS = (100, 101, 102)  # seeds of the backbones that learning rates are chosen on
 
 
 @dataclass
 class Config:
     """Settings of a study; the comment above a field is its --help text."""
 
-    # A study's own setting: what is trained instead, seeds are then no backbones.
+    # A model to fine-tune instead of backbones, if a study has such a setting.
     model: ClassVar[str | None] = None
     # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
-    data_dir: Path | None = None
-    # Text of the own language models: tinystories from the hub, or newsgroups, of `make corpus`.
-    corpus: pretrain.CorpusName = "tinystories"
-    # Own language models, by their seeds.
+    data_dir: Path | None = command_line.grouped(None, "data")
+    # Text that backbones are pretrained on: tinystories (hub) or newsgroups (`make corpus`).
+    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
+    # Seeds of the backbones, our own small language models.
     seeds: tuple[int, ...] = tuple(range(PLANNED))
-    # Trainings side by side, each in a process of its own with one thread.
-    workers: int = 1
-    # Where trainings compute: auto takes a GPU where there is one. Own models are pretrained on
-    # the CPU in any case.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    # The whole study in small, on made-up text, in a folder that git ignores.
-    miniature: bool = False
-    # Only results.json and the figures, from the rows that are there.
-    summarize: bool = False
-    # Folder for own language models.
-    models_dir: Path = pretrain.LANGUAGE_MODELS
-    # Folder for results, in it one for each corpus.
-    output_dir: Path = ROOT / "studies" / "results"
+    # Trainings to run in parallel, each in its own process with one thread.
+    workers: int = command_line.grouped(1, "execution")
+    # Where to fine-tune; auto takes a GPU when there is one. Backbones are always pretrained on the
+    # CPU.
+    device: Literal["auto", "cpu", "cuda"] = command_line.grouped("auto", "execution")
+    # Run the whole study in small, on generated text, in a folder that git ignores.
+    miniature: bool = command_line.grouped(False, "execution")
+    # Only write results.json and the figures, from existing tables.
+    summarize: bool = command_line.grouped(False, "execution")
+    # Folder for the backbones.
+    models_dir: Path = command_line.grouped(pretrain.LANGUAGE_MODELS, "execution")
+    # Folder for results, with a subfolder for each corpus.
+    output_dir: Path = command_line.grouped(ROOT / "studies" / "results", "execution")
 
     @property
     def folder(self) -> Path:
-        """Of the tables, results.json and figures."""
+        """Folder of the tables, results.json and figures."""
         return self.output_dir / self.corpus
 
 
@@ -75,7 +75,7 @@ class Trial(Protocol):
     arm: str  # its name in results
 
     @property
-    def name(self) -> str: ...  # unique among its seed's
+    def name(self) -> str: ...  # unique among the trials of its seed
 
 
 Row = dict[str, Any]
@@ -83,39 +83,39 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Study:
-    """A study as functions; `config` stands for its settings, an instance of config_type."""
+    """A study as a set of functions; `config` is an instance of config_type."""
 
     config_type: type[Config]
-    # Settings of the whole study in small, see --miniature.
+    # Settings that differ with --miniature.
     miniature: Mapping[str, Any]
-    # trials(config): in batches, where a later batch may rest on the rows of the ones before.
+    # trials(config): in batches; a later batch may depend on rows of earlier ones.
     trials: Callable[[Any], Iterable[Sequence[Any]]]
-    # settings(config, fields of a trial): what its rows are made with, in the table behind them.
-    # `steps`, or `epochs` of `train_rows`, say how long it trains.
+    # settings(config, fields of a trial): settings of its training, stored in its rows. `steps`,
+    # or `epochs` and `train_rows`, say how long it trains.
     settings: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
-    # run(config, trial, progress): trains, and gives the rows that it measured.
+    # run(config, trial, progress): trains, and returns rows of measurements.
     run: Callable[[Any, Any, Progress], list[Row]]
-    # line(rows): what is printed of a trial that has ended.
+    # line(rows): the text to print when a trial has ended.
     line: Callable[[list[Row]], str]
-    # summary(config): what results.json holds.
+    # summary(config): the content of results.json.
     summary: Callable[[Any], dict[str, Any]]
-    # text(results): what is printed of them.
+    # text(results): the text to print about them.
     text: Callable[[dict[str, Any]], str]
-    # draw(config, results): figures, into config.folder.
+    # draw(config, results): writes figures into config.folder.
     draw: Callable[[Any, dict[str, Any]], None] = lambda config, results: None
     # check(config): raises UserError for settings that cannot be run.
     check: Callable[[Any], None] = lambda config: None
-    # Of all measurements of a trial, in steps of Model 1.
+    # Cost of all measurements of a trial, in training steps of Model 1.
     evaluation_cost: float = 100.0
 
     def main(self, description: str) -> None:
-        """Of the script: run what is missing, unless only a summary is asked for, and report."""
-        config = tyro.cli(self.config_type, description=description)
+        """Main function of the script: run missing trials, unless --summarize, and report."""
+        config = command_line.parse(self.config_type, description)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive a fork
         set_allocator()
         self.check_config(config)
         if config.miniature:
-            config = self.in_small(config)
+            config = self.miniature_config(config)
         config.folder.mkdir(parents=True, exist_ok=True)
         if not config.summarize:
             self.run_missing(config)
@@ -128,44 +128,45 @@ class Study:
             raise UserError("--seeds is empty: name at least one, as in --seeds 0.")
         self.check(config)
 
-    def in_small(self, config: Any) -> Any:
-        """The settings of the study's miniature, in folders of its own."""
+    def miniature_config(self, config: Any) -> Any:
+        """The settings for --miniature, with separate folders."""
         folder = config.output_dir / "limit-miniature"
         places = {"models_dir": folder / "state" / "lm", "output_dir": folder}
         return dataclasses.replace(config, corpus="miniature", **places, **self.miniature)
 
     def report(self, config: Config) -> dict[str, Any]:
-        """Write results.json and the figures from the rows that are there."""
+        """Write results.json and the figures from existing tables."""
         results = self.summary(config)
         write_json(config.folder / "results.json", results)
         self.draw(config, results)
         return results
 
     def run_missing(self, config: Config) -> None:
-        """Have every trial's rows in its seed's table: backbones side by side, up to workers.
+        """Run every trial whose rows are missing, with as many backbones at once as workers.
 
-        Raises UserError for a table that was made with other settings, or other weights.
+        Raises UserError for a table that was made with other settings or other weights.
         """
         for trials in self.trials(config):
             seeds = list(dict.fromkeys(trial.seed for trial in trials))
             for seed in seeds:
                 table = table_of(config.folder, seed)
                 check_settings(table, lambda row: self.settings(config, row))
-            together = 1 if config.model else config.workers  # seeds; one model's are whole
-            for first in range(0, len(seeds), together):
-                some = seeds[first : first + together]
-                title = f"seeds {', '.join(map(str, some))} of {len(seeds)}"
-                self.run_seeds(config, [t for t in trials if t.seed in some], title)
+            # Of a given model each seed is completed before the next begins.
+            batch_size = 1 if config.model else config.workers
+            for first in range(0, len(seeds), batch_size):
+                batch = seeds[first : first + batch_size]
+                title = f"seeds {', '.join(map(str, batch))} of {len(seeds)}"
+                self.run_seeds(config, [t for t in trials if t.seed in batch], title)
 
     def run_seeds(self, config: Config, trials: Sequence[Trial], title: str) -> None:
-        """Run the trials of some seeds whose rows are not there; pretrain their backbones before.
+        """Pretrain the backbones of these trials, and run the trials whose rows are missing.
 
-        In the table the trial and its settings go before a row, behind it what it was made with.
+        A row of the table has the trial and its settings, the measurements, and its provenance.
         """
         commit = git_commit()
         by_job = {self.job(config, trial): trial for trial in trials}
 
-        def place_of(job: Job) -> tuple[Path, str]:
+        def table_and_key(job: Job) -> tuple[Path, str]:
             return table_of(config.folder, by_job[job].seed), by_job[job].name
 
         def rows_of(job: Job, progress: Progress) -> list[Row]:
@@ -175,12 +176,12 @@ class Study:
             head = {"training": trial.name} | fields | rounded(self.settings(config, fields))
             digest = finetune.digest_of_model(model_of(config, trial.seed))
             made_with = commit, digest, hardware_name(pick_device(config.device))
-            tail = dict(zip(MADE_WITH, made_with, strict=True))
+            tail = dict(zip(PROVENANCE_COLUMNS, made_with, strict=True))
             rows = self.run(config, trial, progress)
             progress.say(f"{job.name}: {self.line(rows)}", time_left=True)
             return [head | rounded(row) | tail for row in rows]
 
-        missing = without_rows(by_job, place_of, "training")
+        missing = reset_missing_jobs(by_job, table_and_key, "training")
         if not missing:
             return
         print(title, flush=True)
@@ -189,7 +190,7 @@ class Study:
             pretrain.backbones(seeds, config.corpus, config.models_dir, config.workers)
         for seed in seeds:
             check_weights(table_of(config.folder, seed), model_of(config, seed))
-        run_all(missing, into_table(rows_of, place_of, "training"), config.workers)
+        run_all(missing, into_table(rows_of, table_and_key, "training"), config.workers)
 
     def job(self, config: Config, trial: Trial) -> Job:
         """The unit of work that run_all takes."""
@@ -216,7 +217,7 @@ class Study:
 
 
 def model_of(config: Config, seed: int) -> str:
-    """As --model takes it: the given one, or the folder of an own language model."""
+    """The model to fine-tune: that of --model, or the folder of the seed's backbone."""
     if config.model:
         return config.model
     own = pretrain.fixed_size(seed, config.corpus)
@@ -224,7 +225,7 @@ def model_of(config: Config, seed: int) -> str:
 
 
 def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
-    """Of a training of all weights of the trial's backbone, but where `other` fields say else."""
+    """The recipe for training all weights of the trial's backbone; `other`: further fields."""
     fields = {"model": model_of(config, trial.seed), "arm": trial.arm, "seed": trial.seed}
     fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
     return finetune.Recipe(**fields | other)
@@ -234,8 +235,8 @@ def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
 # Tables
 # --------------------------------------------------------------------------------------------------
 
-MADE_WITH = ("git_commit", "weights_sha256", "hardware")
-OF_A_MODEL = ("model", "weights", "quantization", "compute_dtype")  # that --model gave
+PROVENANCE_COLUMNS = ("git_commit", "weights_sha256", "hardware")
+MODEL_COLUMNS = ("model", "weights", "quantization", "compute_dtype")  # with --model
 
 
 def table_of(folder: Path, seed: int) -> Path:
@@ -245,7 +246,7 @@ def table_of(folder: Path, seed: int) -> Path:
 def check_settings(
     table: Path, settings_of: Callable[[Mapping[str, str]], Mapping[str, Any]]
 ) -> None:
-    """Raise UserError when a row of a table was made with other settings than settings_of(row)."""
+    """Raise UserError if a row of a table was made with other settings than settings_of(row)."""
     for row in read_rows(table):
         for name, value in rounded(settings_of(row)).items():
             made_with = row.get(name, "")
@@ -257,9 +258,10 @@ def check_settings(
 
 
 def check_weights(table: Path, model: str) -> None:
-    """Raise UserError when a table's rows were made with other weights than the model has.
+    """Raise UserError if a table's rows were made with other weights than the model has.
 
-    Arms are compared on one backbone, and another kind of machine pretrains another one.
+    Arms must be compared on the same backbone, and on another kind of machine pretraining with the
+    same seed gives other weights.
     """
     weights = {row["weights_sha256"] for row in read_rows(table)}
     if weights - {finetune.digest_of_model(model) or ""}:
@@ -270,7 +272,7 @@ def check_weights(table: Path, model: str) -> None:
 
 
 def published_rows(folder: Path) -> list[dict[str, str]]:
-    """Rows of all tables in a folder, seed by seed, pilots' among them."""
+    """Rows of all tables in a folder, seed by seed, including pilots."""
     tables = sorted(folder.glob("seed-*.csv"), key=lambda table: int(table.stem[5:]))
     return [row for table in tables for row in read_rows(table)]
 
@@ -280,7 +282,7 @@ class Run:
     """A trial that has ended."""
 
     trial: Any
-    path: list[dict[str, float | None]]  # its measurements, from before the first step to the last
+    path: list[dict[str, float | None]]  # measurements in order, the first before any step
 
     @property
     def end(self) -> dict[str, float | None]:
@@ -290,9 +292,9 @@ class Run:
 def read_runs(
     folder: Path, seeds: Iterable[int], trial_type: type, run_type: type[Run] = Run
 ) -> list[Any]:
-    """Every trial in the tables of these seeds, numbers as numbers."""
+    """Every trial in the tables of these seeds, with measurements as numbers."""
     fields = {field.name: field.type for field in dataclasses.fields(trial_type)}
-    words = {"training", *MADE_WITH, *OF_A_MODEL, *fields}
+    words = {"training", *PROVENANCE_COLUMNS, *MODEL_COLUMNS, *fields}
     runs = []
     for seed in seeds:
         rows = read_rows(table_of(folder, seed))
@@ -309,12 +311,12 @@ def read_runs(
 
 
 def arms_of(runs: Iterable[Run]) -> list[str]:
-    """Arms that ran, in their order."""
-    return sorted({run.trial.arm for run in runs}, key=lambda name: common.find_arm(name).place)
+    """Names of the arms that ran, in the order of ARMS."""
+    return sorted({run.trial.arm for run in runs}, key=lambda name: common.find_arm(name).sort_key)
 
 
 def rounded(row: Mapping[str, Any]) -> Row:
-    """Six digits, more than two machines share; a table of thousands of rows stays small."""
+    """Floats rounded to six digits: two machines agree in fewer, and tables stay small."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -324,27 +326,27 @@ def rounded(row: Mapping[str, Any]) -> Row:
 
 
 def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """Seed -> mean of its values on all data sets, of seeds that have one on each."""
+    """Seed -> mean over data sets, for seeds that have a value on each."""
     seeds = sorted(set.intersection(*map(set, sides)))
     return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
 
 
 def endpoint(
-    found: Mapping[str, Any] | None, margin: float, done: bool, family: int = ENDPOINTS
+    interval: Mapping[str, Any] | None, margin: float, done: bool, family: int = ENDPOINTS
 ) -> dict[str, Any] | None:
-    """An interval with `mean`, `se`, `df`, `n` as one of the protocol's endpoints: its verdict.
+    """An interval with `mean`, `se`, `df` and `n`, with the verdict of the protocol's endpoint.
 
-    At the level of the first of a family, the widest that Holm can ask for; done: all planned
-    backbones ran. An estimate that `found` calls a `lower_bound` is judged as one, and one that is
-    not `bounded` not at all. None before two are done.
+    The verdict uses the widest level that Holm's method can ask for in a family of that size.
+    done: all planned backbones ran. An interval marked `lower_bound` is judged as a lower bound,
+    and one that is not `bounded` gets no verdict. None with fewer than two backbones.
     """
-    if not found or found["n"] < 2:
+    if not interval or interval["n"] < 2:
         return None
-    estimate, se, df = (found[name] for name in ("mean", "se", "df"))
-    if not found.get("bounded", True):
+    estimate, se, df = (interval[name] for name in ("mean", "se", "df"))
+    if not interval.get("bounded", True):
         df = 0.0  # no interval
     widest = t_interval(estimate, se, df, 1 - 0.05 / family)
     interval_90 = t_interval(estimate, se, df, 0.90)
-    lower_bound = found.get("lower_bound", False)
-    said = verdict(estimate, widest, interval_90, margin, done, lower_bound)
-    return {**found, "holm_at_most": widest, "interval_90": interval_90, **said, "done": done}
+    lower_bound = interval.get("lower_bound", False)
+    judged = verdict(estimate, widest, interval_90, margin, done, lower_bound)
+    return {**interval, "holm_at_most": widest, "interval_90": interval_90, **judged, "done": done}

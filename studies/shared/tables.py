@@ -1,4 +1,4 @@
-"""Tables of results that grow by a row as a training ends: CSV, a row a model."""
+"""Tables of results as CSV files, which get their rows when a training ends."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from collapse.utils.files import locked, write_file, write_json
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file with a header; none where there is no file."""
+    """Rows of a CSV file with a header; empty if the file does not exist."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -20,49 +20,49 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def put_row(path: Path, row: Mapping[str, Any], key: str) -> None:
+    """put_rows for a single row."""
     put_rows(path, [row], key)
 
 
 def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Put rows that share a value of `key` into a CSV file: in the place of those that have it
-    there, or at the end.
+    """Put rows with one value of column `key` into a CSV file.
 
-    The file is written whole, and commands that share it take turns. Raises UserError when it has
-    other columns.
+    They replace the rows that have this value, or are added at the end. The file is written
+    atomically, and commands that share it take turns. Raises UserError if it has other columns.
     """
     with locked(path.parent):
-        there = read_rows(path)
-        if there and list(there[0]) != list(rows[0]):
+        stored = read_rows(path)
+        if stored and list(stored[0]) != list(rows[0]):
             raise UserError(f"{path} has other columns than this version writes: move it away.")
         new = [
             {name: "" if value is None else str(value) for name, value in row.items()}
             for row in rows
         ]
-        same = [number for number, old in enumerate(there) if old[key] == new[0][key]]
-        place = same[0] if same else len(there)
-        behind = [row for row in there[place:] if row[key] != new[0][key]]
+        positions = [number for number, old in enumerate(stored) if old[key] == new[0][key]]
+        position = positions[0] if positions else len(stored)
+        after = [row for row in stored[position:] if row[key] != new[0][key]]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*there[:place], *new, *behind])
+        writer.writerows([*stored[:position], *new, *after])
         write_file(path, text.getvalue().encode())
 
 
-def without_rows(
-    jobs: Iterable[Job], place_of: Callable[[Job], tuple[Path, str]], key: str
+def reset_missing_jobs(
+    jobs: Iterable[Job], table_and_key: Callable[[Job], tuple[Path, str]], key: str
 ) -> list[Job]:
-    """Those jobs that have no row in their table, to be done, or to be done again.
+    """The jobs without a row in their table, reset so that they run, or run again.
 
-    place_of(job) gives its table and the value that its rows have for `key`. Tables outlive the
-    folders of jobs: that one there was finished does not count.
+    table_and_key(job) gives the job's table and the value of column `key` in the job's rows. The
+    table decides, not the job's folder: a metrics.json of a job without a row is deleted.
     """
-    there: dict[Path, set[str]] = {}
+    known: dict[Path, set[str]] = {}
     missing = []
     for job in jobs:
-        table, value = place_of(job)
-        if table not in there:
-            there[table] = {row[key] for row in read_rows(table)}
-        if value not in there[table]:
+        table, value = table_and_key(job)
+        if table not in known:
+            known[table] = {row[key] for row in read_rows(table)}
+        if value not in known[table]:
             (job.folder / "metrics.json").unlink(missing_ok=True)
             missing.append(job)
     return missing
@@ -70,14 +70,14 @@ def without_rows(
 
 def into_table(
     rows_of: Callable[[Job, Progress], Sequence[Mapping[str, Any]]],
-    place_of: Callable[[Job], tuple[Path, str]],
+    table_and_key: Callable[[Job], tuple[Path, str]],
     key: str,
 ) -> Callable[[Job, Progress], None]:
-    """What run_all calls: make a job's rows, put them into its table, and finish it."""
+    """A function for run_all: makes a job's rows, puts them into its table, finishes the job."""
 
     def train(job: Job, progress: Progress) -> None:
         rows = rows_of(job, progress)
-        put_rows(place_of(job)[0], rows, key)
+        put_rows(table_and_key(job)[0], rows, key)
         write_json(job.folder / "metrics.json", rows[-1])
 
     return train

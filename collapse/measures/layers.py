@@ -144,3 +144,20 @@ def numbers_of(
     numbers["cdnv"] = cdnv(pooled, labels)
     numbers["length_share"] = length_share(pooled, lengths)
     return {name + suffix: value for name, value in numbers.items()}
+
+
+def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """How many directions states (2, N, D) of `outputs` spread over, in all and within classes."""
+    pooled, rest = states
+    ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
+    names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")
+    numbers = {name: ranks.get(name) for name in names}
+    numbers |= dict.fromkeys(
+        ("effective_rank_within", "effective_rank_without_first", "cdnv"), None
+    )
+    if ranks:
+        within = ranks_from_gram(within_classes(pooled, labels))
+        numbers["effective_rank_within"] = within["effective_rank"]
+        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
+        numbers["cdnv"] = cdnv(pooled, labels)
+    return numbers

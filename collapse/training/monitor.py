@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from collapse.data.batches import EVALUATION_TOKENS, Split, collate, token_budget_batches
 from collapse.data.task import fixed_draw
-from collapse.measures.layers import summarize_states
-from collapse.measures.neural_collapse import cdnv, within_classes
-from collapse.measures.rank import rank_metrics, ranks_from_gram
+from collapse.measures.layers import collapse_of, summarize_states
 
 MEASURED_ROWS = 256  # of each split, by default
 
@@ -103,23 +101,6 @@ def outputs(model: nn.Module, split: Split) -> tuple[Tensor, Tensor]:
     back = torch.from_numpy(np.argsort(np.concatenate(batches)))
     states, logits = zip(*found, strict=True)
     return torch.cat(states, dim=1)[:, back], torch.cat(logits)[back]
-
-
-def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """How many directions states (2, N, D) of `outputs` spread over, in all and within classes."""
-    pooled, rest = states
-    ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
-    names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")
-    numbers = {name: ranks.get(name) for name in names}
-    numbers |= dict.fromkeys(
-        ("effective_rank_within", "effective_rank_without_first", "cdnv"), None
-    )
-    if ranks:
-        within = ranks_from_gram(within_classes(pooled, labels))
-        numbers["effective_rank_within"] = within["effective_rank"]
-        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
-        numbers["cdnv"] = cdnv(pooled, labels)
-    return numbers
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

@@ -153,7 +153,6 @@ def test_the_share_kept_chooses_the_best_checkpoint(llama, tmp_path):
         trainer.train()
     assert trainer.state.best_metric > 0.5
     assert trainer.state.best_model_checkpoint.endswith(("-5", "-10"))
-    assert "eval_collapse/components_kept" not in trainer.evaluate() or trainer.state.global_step
 
 
 def test_a_resumed_run_keeps_the_reference(llama, tmp_path):
@@ -179,7 +178,9 @@ WORKER = """
 import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from test_collapse_callback import *
+from collapse.check import measuring
+from collapse.models.finetuned import core_of
+from test_collapse_callback import measured, trainer_of
 torch.set_num_threads(1)
 llama, folder = map(Path, sys.argv[1:3])
 trainer = trainer_of(llama, folder, [], {"every": 5}, ddp_backend="gloo")
@@ -210,7 +211,7 @@ def test_two_processes_give_the_numbers_of_one(llama, tmp_path):
         for rank in "01"
     ]
     said = [worker.communicate(timeout=900)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert [worker.returncode for worker in workers] == [0, 0], said[0][-2000:]
     assert all("WRAPPED DistributedDataParallel" in text for text in said)
     logs, numbers = json.loads((tmp_path / "found.json").read_text())
     assert [row["step"] for row in logs] == [0, 5, 10, 15, 20]

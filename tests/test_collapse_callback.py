@@ -220,3 +220,29 @@ def test_two_processes_give_the_numbers_of_one(llama, tmp_path):
     one.train()
     name = "collapse/effective_rank"
     assert measured(one)[0][name] == pytest.approx(logs[0][name], rel=1e-6)
+
+
+def test_trl_trains_the_same_and_logs_the_lm_loss(llama, tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    found = []
+    for attached in (False, True):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+        tokenizer.pad_token = tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+        settings = {"max_steps": 10, "per_device_train_batch_size": 4, "logging_steps": 5}
+        settings |= {"save_strategy": "no", "report_to": [], "use_cpu": True, "bf16": False}
+        trainer = trl.SFTTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(llama),
+            trl.SFTConfig(str(tmp_path), max_length=16, learning_rate=1e-2, **settings),
+            train_dataset=datasets.Dataset.from_dict({"text": TEXTS}),
+            processing_class=tokenizer,
+        )
+        if attached:
+            CollapseCallback(TEXTS, every=5, max_length=12).attach(trainer)
+        trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        weights = trainer.model.state_dict().values()
+        found.append([weight.clone() for weight in weights])
+    assert found[0] == found[2] and len(found[0]) == 2
+    assert all(map(torch.equal, found[1], found[3]))
+    changes = [row["collapse/lm_loss_change"] for row in measured(trainer)]
+    assert len(changes) == 3 and changes[0] == 0 > changes[-1]

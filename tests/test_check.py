@@ -15,9 +15,10 @@ from conftest import SIZES, arm_of, save_tiny
 
 import common
 import effective_rank_analysis as analysis
-from collapse.check import check, command, measuring
+from collapse.check import check, command
 from collapse.config import LanguageModelConfig
-from collapse.measures.layers import LayerStates, undisturbed
+from collapse.measures import against_base
+from collapse.measures.layers import LayerStates, collapse_of, undisturbed
 from collapse.models import finetuned
 from collapse.models.pretrained import add_lora, load_causal_lm, whole_tokenizer
 from collapse.report.model_records import Splits
@@ -72,7 +73,7 @@ def texts_file(tmp_path):
 def test_numbers_are_those_of_experiment_4_and_of_measure_every(adapter):
     folder, adapters, settings = adapter
     found = check(str(folder), None, TEXTS, LABELS, rows=140, max_length=12).record
-    drawn = measuring.draw_texts(TEXTS, LABELS, whole_tokenizer(settings.model, None), 140, 12)
+    drawn = against_base.draw_texts(TEXTS, LABELS, whole_tokenizer(settings.model, None), 140, 12)
     model = common.wrap_causal_lm(adapters, arm_of(2), 2, "pooled", settings).eval()
     on_the_way = monitor.measures(model, drawn.split, drawn.split)
     record = analysis.measure(model, Splits(*[drawn.split] * 3), draws=2)
@@ -110,7 +111,8 @@ def test_the_adapter_off_is_the_fresh_base_and_everything_stays_as_it_was(adapte
     fresh = check(model, str(llama), TEXTS, tokenizer=tokenizer)
     plain = transformers.AutoModelForCausalLM.from_pretrained(llama)
     whole = check(model, plain, TEXTS, tokenizer=tokenizer).record
-    assert off["base"].endswith("(adapter off)") and off["last_layer"] == fresh.record["last_layer"]
+    assert off["base"].endswith("(adapter off)") and fresh.record["base"] == str(llama)
+    assert off["last_layer"] == fresh.record["last_layer"]
     assert whole["last_layer"] == off["last_layer"] and whole["base"] == str(llama)
 
 
@@ -125,13 +127,22 @@ def test_trained_biases_make_the_base_be_loaded_anew(qwen, tmp_path):
     assert found["last_layer"]["now"] != found["last_layer"]["base"]
 
 
+def test_four_bits_are_four_bits_on_both_sides(adapter):
+    pytest.importorskip("bitsandbytes")
+    found = check(str(adapter[0]), None, TEXTS, dtype="4bit").record
+    assert found["dtype"] == {"base": "4bit", "now": "4bit"} and found["kept"] > 0.25
+    plain = check(str(adapter[0]), None, TEXTS).record["last_layer"]["base"]
+    assert found["last_layer"]["base"]["effective_rank"] != plain["effective_rank"]
+    assert found["last_layer"]["base"]["lm_loss"] == pytest.approx(plain["lm_loss"], rel=0.05)
+
+
 def test_padding_side_and_batch_size_change_nothing_beyond_rounding(llama, monkeypatch):
     tokenizer = whole_tokenizer(str(llama), None)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     found = []
     for side, tokens in (("right", 1024), ("left", 1024), ("left", 1)):
         tokenizer.padding_side = side
-        monkeypatch.setattr(measuring, "BATCH_TOKENS", tokens)
+        monkeypatch.setattr(against_base, "BATCH_TOKENS", tokens)
         found.append(check(model, model, TEXTS, LABELS, tokenizer).record["last_layer"]["now"])
     assert found[0] == found[1]
     for name, value in found[0].items():
@@ -169,13 +180,13 @@ def test_a_classifier_is_measured_where_its_head_reads(kind, read, llama, tmp_pa
     report = check(str(tmp_path / "model"), str(tmp_path / "model"), TEXTS, rows=130)
     assert report.record["read"] == read and "not tested" in report.text()
     assert report.record["last_layer"]["now"]["lm_loss"] is None
-    drawn = measuring.draw_texts(TEXTS, None, whole_tokenizer(str(llama), None), 130, 128)
+    drawn = against_base.draw_texts(TEXTS, None, whole_tokenizer(str(llama), None), 130, 128)
     states = []
     with undisturbed(model):
         for ids in drawn.split.token_ids:
             output = model(ids[None], output_hidden_states=True).hidden_states[-1][0]
             states.append(output[-1 if read == "last" else 0])
-    expected = measuring.collapse_of(torch.stack([torch.stack(states)] * 2).numpy(), None)
+    expected = collapse_of(torch.stack([torch.stack(states)] * 2).numpy(), None)
     found = report.record["last_layer"]["now"]
     assert found["effective_rank"] == pytest.approx(expected["effective_rank"], rel=1e-4)
     assert found["effective_rank_without_first"] is None
@@ -185,7 +196,7 @@ def test_matrices_of_known_rank_and_the_verdicts_on_them():
     """Equal variance in k directions: rank k, and 95 % of the variance in 0.95 k of them."""
     n, texts = (
         256,
-        measuring.draw_texts(TEXTS, None, lambda t: {"input_ids": [[1]] * len(t)}, 256, 9),
+        against_base.draw_texts(TEXTS, None, lambda t: {"input_ids": [[1]] * len(t)}, 256, 9),
     )
 
     def numbers(k):
@@ -193,20 +204,20 @@ def test_matrices_of_known_rank_and_the_verdicts_on_them():
         waves = np.cos(np.pi * (np.arange(n)[:, None] + 0.5) * np.arange(1, k + 1) / n)
         pooled[..., :k] = waves
         states = LayerStates(pooled, np.ones((1, 2, n), np.float32))
-        return measuring.numbers_of(states, None, texts, "mean")
+        return against_base.numbers_of(states, None, texts, "mean")
 
     base = numbers(100)
     assert base["effective_rank"] == pytest.approx(100, rel=1e-5) and base["dims_95pct"] == 95
     for k, verdict in ((100, "kept"), (25, "kept"), (24, "collapsed"), (1, "collapsed")):
         now = numbers(k)
-        assert measuring.share_kept(now, base) == pytest.approx(k / 100, abs=0.02)
-        assert measuring.judge(now, base, texts)[0] == verdict, k
+        assert against_base.share_kept(now, base) == pytest.approx(k / 100, abs=0.02)
+        assert against_base.judge(now, base, texts)[0] == verdict, k
     nothing = base | {"dims_95pct": 0}
-    assert measuring.judge(base, nothing, texts)[0] == "no verdict"
-    assert measuring.judge(base | {"dims_95pct": None}, base, texts)[0] == "not finite"
+    assert against_base.judge(base, nothing, texts)[0] == "no verdict"
+    assert against_base.judge(base | {"dims_95pct": None}, base, texts)[0] == "not finite"
     for classes, verdict in ((12, "kept"), (13, "no verdict")):
         some = dataclasses.replace(texts, classes=classes)
-        assert measuring.judge(base, base, some)[0] == verdict
+        assert against_base.judge(base, base, some)[0] == verdict
 
 
 def collapsed_copy(folder, to, directions=3):
@@ -293,13 +304,13 @@ def test_a_draw_drops_copies_and_blanks_and_keeps_labels_beside_their_texts():
         return {"input_ids": [[len(text), 1, 2, 3] for text in texts]}
 
     texts = ["a", "bb", "a ", "", "ccc"]
-    drawn = measuring.draw_texts(texts, ["x", "y", "y", "x", "x"], tokenizer, 10, 3)
+    drawn = against_base.draw_texts(texts, ["x", "y", "y", "x", "x"], tokenizer, 10, 3)
     assert [ids.tolist() for ids in drawn.split.token_ids] == [[1, 1, 2], [2, 1, 2], [3, 1, 2]]
     assert drawn.split.labels.tolist() == [0, 1, 0] and drawn.classes == 2
-    other = measuring.draw_texts(texts, ["x", "y", "y", "x", "y"], tokenizer, 10, 3)
+    other = against_base.draw_texts(texts, ["x", "y", "y", "x", "y"], tokenizer, 10, 3)
     assert other.sha256 != drawn.sha256
     with pytest.raises(UserError, match="one to each"):
-        measuring.draw_texts(texts, ["x"], tokenizer, 10, 3)
+        against_base.draw_texts(texts, ["x"], tokenizer, 10, 3)
 
 
 def test_heads_are_known_by_their_class(llama):

@@ -178,7 +178,7 @@ WORKER = """
 import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from collapse.check import measuring
+from collapse.measures import against_base
 from collapse.models.finetuned import core_of
 from test_collapse_callback import measured, trainer_of
 torch.set_num_threads(1)
@@ -188,8 +188,9 @@ trainer.train()
 print("WRAPPED", type(trainer.model_wrapped).__name__)
 if trainer.is_world_process_zero():
     callback = trainer.callback_handler.callbacks[-1]
-    alone = measuring.pooled_states(trainer.model, core_of(trainer.model), callback.texts, "last")
-    numbers = measuring.numbers_of(*alone, callback.texts, "last")
+    what = trainer.model, core_of(trainer.model), callback.texts, "last", False
+    alone = against_base.pooled_states(*what)
+    numbers = against_base.numbers_of(*alone, callback.texts, "last")
     logs = measured(trainer)
     (folder / "found.json").write_text(json.dumps([logs, numbers]))
 """

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from collapse.check import measuring
 from collapse.check.report import ADVICE
-from collapse.models.finetuned import core_of, what_its_head_reads
+from collapse.measures import against_base
+from collapse.models.finetuned import core_of, has_lm_head, what_its_head_reads
 from collapse.utils.files import read_json, write_json
 
 REFERENCE = "collapse_reference.json"
@@ -34,8 +34,8 @@ class CollapseCallback(TrainerCallback):
         labels: Sequence[Any] | None = None,
         every: int | None = None,
         stop: bool = False,
-        rows: int = measuring.ROWS,
-        max_length: int = measuring.MAX_LENGTH,
+        rows: int = against_base.ROWS,
+        max_length: int = against_base.MAX_LENGTH,
         read: str = "auto",
     ):
         self.what = texts, labels, rows, max_length
@@ -52,7 +52,7 @@ class CollapseCallback(TrainerCallback):
         texts, labels, *limits = self.what
         self.core, self.latest = core_of(self.trainer.model), None
         tokenizer = self.trainer.processing_class
-        self.texts = measuring.draw_texts(texts, labels, tokenizer, *limits)
+        self.texts = against_base.draw_texts(texts, labels, tokenizer, *limits)
         self.reads = what_its_head_reads(self.core) if self.read == "auto" else self.read
         what, stored = {"texts_sha256": self.texts.sha256, "read": self.reads}, None
         file = Path(args.output_dir) / REFERENCE
@@ -63,7 +63,7 @@ class CollapseCallback(TrainerCallback):
         if state.is_world_process_zero and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**what, "step": state.global_step, "numbers": self.start})
-        verdict, why = measuring.judge(self.start, self.start, self.texts)
+        verdict, why = against_base.judge(self.start, self.start, self.texts)
         if verdict == "no verdict" and state.is_world_process_zero:
             warnings.warn(f"collapse is measured, but no alarm given: {why}", stacklevel=2)
         self.observe(state, control)
@@ -80,12 +80,11 @@ class CollapseCallback(TrainerCallback):
 
     def measure(self, state: Any) -> dict[str, Any]:
         """In every process, for they may share the layers out; the first one's numbers count."""
-        wrapped = self.trainer.model_wrapped
-        found = measuring.pooled_states(wrapped, self.core, self.texts, self.reads)
+        how = self.texts, self.reads
+        model, causal = self.trainer.model_wrapped, has_lm_head(self.core)
+        found = against_base.pooled_states(model, self.core, *how, causal)
         first = state.is_world_process_zero
-        return _from_rank_zero(
-            measuring.numbers_of(*found, self.texts, self.reads) if first else None
-        )
+        return _from_rank_zero(against_base.numbers_of(*found, *how) if first else None)
 
     def observe(self, state: Any, control: Any) -> None:
         """Measure and log, once a step."""
@@ -93,10 +92,10 @@ class CollapseCallback(TrainerCallback):
             return
         began = time.perf_counter()
         now = self.measure(state)
-        verdict, why = measuring.judge(now, self.start, self.texts)
-        self.latest = state.global_step, measuring.share_kept(now, self.start)
-        record = {name: now[name] for name in LOGGED}
-        record |= {"components": now["dims_95pct"], "components_kept": self.latest[1]}
+        verdict, why = against_base.judge(now, self.start, self.texts)
+        self.latest = state.global_step, against_base.share_kept(now, self.start)
+        record = {name: now[name] for name in LOGGED} | {"components": now["dims_95pct"]}
+        record["components_kept"] = self.latest[1]
         losses = now["lm_loss"], self.start["lm_loss"]
         record["lm_loss_change"] = losses[0] - losses[1] if None not in losses else None
         record["alarm"] = int(verdict in ("collapsed", "not finite"))

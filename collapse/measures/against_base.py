@@ -1,4 +1,4 @@
-"""Which texts are measured, what a model's states on them say, and the verdict."""
+"""A model's states on given texts against those of its base: which rows, numbers, the verdict."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from collapse.data.batches import Split, collate, count_targets, encode_rows, to
 from collapse.data.task import Rows, fixed_draw
 from collapse.measures.layers import LayerStates, collapse_of, summarize_states, undisturbed
 from collapse.measures.neural_collapse import sink_ratio
-from collapse.models.finetuned import has_lm_head
 from collapse.models.losses import lm_loss_of_logits
 from collapse.utils.errors import UserError
 
@@ -58,14 +57,20 @@ def draw_texts(
 
 
 def pooled_states(
-    model: nn.Module, core: nn.Module, texts: Texts, read: str, every_layer: bool = False
+    model: nn.Module,
+    core: nn.Module,
+    texts: Texts,
+    read: str,
+    causal: bool,
+    every_layer: bool = False,
 ) -> tuple[LayerStates, float | None]:
     """States of the last layer, or of all, and the mean next-token loss in nats.
 
     model is what runs: the model, or a wrapper of distributed training around it; core is the
-    transformers model inside. The loss is None without an LM head, and where it is not finite.
+    transformers model inside; causal: it has a causal LM's head. The loss is None without one, and
+    where it is not finite.
     """
-    split, causal, states, loss = texts.split, has_lm_head(core), None, 0.0
+    split, states, loss = texts.split, None, 0.0
     if int(max(ids.max() for ids in split.token_ids)) >= core.config.vocab_size:
         raise UserError("the tokenizer has tokens that the model or its base does not know.")
     # Decoders under a classifier refuse to pad without a token for it: then one row at a time.

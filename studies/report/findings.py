@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from collapse.report import plots, rank_plots
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_file
-from studies import linguistic_collapse, sensitivity, sink
+from studies import alarm_replay, linguistic_collapse, sensitivity, sink
 from studies.report import claims, experiments, own_models, side_studies, thresholds
 from studies.report.page import Page
 
@@ -92,6 +92,7 @@ SECTIONS: tuple[Callable[[Page], None], ...] = (  # in this order
     side_studies.add_speed,
     side_studies.add_reference,
     sensitivity.add_tables,
+    alarm_replay.add_alarm,
 )
 
 

@@ -59,14 +59,14 @@ class CollapseCallback(TrainerCallback):
         if state.global_step and state.is_world_process_zero and file.exists():
             stored = read_json(file)
             stored = stored["numbers"] if stored | what == stored else None
-        self.start = _from_rank_zero(stored) or self.measure(state)
+        self.start = (stored := _from_rank_zero(stored)) or self.measure(state)
         if state.is_world_process_zero and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**what, "step": state.global_step, "numbers": self.start})
         verdict, why = against_base.judge(self.start, self.start, self.texts)
         if verdict == "no verdict" and state.is_world_process_zero:
             warnings.warn(f"collapse is measured, but no alarm given: {why}", stacklevel=2)
-        self.observe(state, control)
+        self.observe(state, control, None if stored else self.start)
 
     def on_step_end(self, args, state, control, **_) -> None:
         every = self.every or max(10, state.max_steps // 20)
@@ -86,12 +86,12 @@ class CollapseCallback(TrainerCallback):
         first = state.is_world_process_zero
         return _from_rank_zero(against_base.numbers_of(*found, *how) if first else None)
 
-    def observe(self, state: Any, control: Any) -> None:
-        """Measure and log, once a step."""
+    def observe(self, state: Any, control: Any, now: dict[str, Any] | None = None) -> None:
+        """Measure, unless `now` is what there is, and log; once a step."""
         if self.latest and self.latest[0] == state.global_step:
             return
         began = time.perf_counter()
-        now = self.measure(state)
+        now = now or self.measure(state)
         verdict, why = against_base.judge(now, self.start, self.texts)
         self.latest = state.global_step, against_base.share_kept(now, self.start)
         record = {name: now[name] for name in LOGGED} | {"components": now["dims_95pct"]}

@@ -280,6 +280,14 @@ def counted(name: str) -> Callable[[dict], str]:
     return lambda row: f"{row[name]['count']} of {row[name]['of']}"
 
 
+def percent(name: str) -> Callable[[dict], str]:
+    def written(row: dict) -> str:
+        found = row[name]
+        return f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+    return written
+
+
 def early(row: dict) -> str:
     steps = row["steps_before_the_end"]
     return f"{np.median(steps):g} ({steps[0]} to {steps[-1]})" if steps else "n/a"
@@ -289,9 +297,9 @@ COLUMNS = (
     Column("trainings", "where"),
     Column("alarm", "alarm"),
     Column("collapsed, caught", counted("caught")),
-    Column("caught, % [95%]", "caught", 1, 100, " "),
+    Column("caught, % [95%]", percent("caught")),
     Column("others, false alarms", counted("false")),
-    Column("false, % [95%]", "false", 1, 100, " "),
+    Column("false, % [95%]", percent("false")),
     Column("steps before the end", early),
 )
 
@@ -313,11 +321,11 @@ def add_alarm(page: Page) -> None:
     page.text("Command: `python studies/alarm_replay.py --data-dir DIR`")
     page.text(source(found))
     caption = "Collapses caught before the last step, false alarms on runs that ended with a "
-    caption += "quarter of their components or more; bounds chosen on even seeds. Intervals take "
-    caption += "trainings of one backbone for independent."
+    caption += "quarter of their components or more; bounds chosen on even seeds, *twice* is "
+    caption += "CollapseCallback's. Intervals take trainings of one backbone for independent."
     rows = rows_of_rates(found["rates"]["components"], found["chosen"]["dims_95pct"], "components")
     page.table("alarm", caption, table(COLUMNS, rows))
-    caption = "The same at a quarter, which collapse-check and CollapseCallback take."
+    caption = "The same at a quarter, the line that says *collapsed* at the end."
     rows = rows_of_rates(found["at_a_quarter"], dict.fromkeys(RULES, 0.25), "components")
     page.table("alarm at a quarter", caption, table(COLUMNS, rows))
     rows = []

@@ -23,9 +23,9 @@ LOGGED += ("cdnv", "sink_ratio")
 class CollapseCallback(TrainerCallback):
     """Measures fixed texts at step 0, evaluations, every so many steps and the last, and logs it.
 
-    `collapse/alarm` is 1 where under a quarter of the components of step 0 are left, or a state is
-    not finite. Twice running it warns and, with `stop`, ends the training; nothing else of it
-    changes. every: by default a twentieth of all steps, ten or more.
+    `collapse/alarm` is 1 where under 32.5% of the components of step 0 are left, or a state is not
+    finite. Twice running it warns and, with `stop`, ends the training; nothing else of it changes.
+    every: by default a twentieth of all steps, ten or more. RESULTS.md says how often it errs.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class CollapseCallback(TrainerCallback):
             return
         began = time.perf_counter()
         now = now or self.measure(state)
-        verdict, why = against_base.judge(now, self.start, self.texts)
+        verdict, why = against_base.judge(now, self.start, self.texts, against_base.ALARM)
         self.latest = state.global_step, against_base.share_kept(now, self.start)
         record = {name: now[name] for name in LOGGED} | {"components": now["dims_95pct"]}
         record["components_kept"] = self.latest[1]

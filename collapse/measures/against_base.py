@@ -18,7 +18,8 @@ from collapse.models.losses import lm_loss_of_logits
 from collapse.utils.errors import UserError
 
 ROWS, LEAST_ROWS, MAX_LENGTH = 256, 128, 128
-BOUND = 0.25  # share of the base's components; studies/alarm_replay.py says how often it errs
+BOUND = 0.25  # share of the base's components below which a model has collapsed
+ALARM = 0.325  # the same on the way: twice running it foretells that end, studies/alarm_replay.py
 BATCH_TOKENS = 1024  # padded; the logits of so many exist at one time
 
 
@@ -125,5 +126,5 @@ def judge(
         few = f"{texts.classes} classes need {needed} of the base's {base['dims_95pct']} components"
         return "no verdict", f"{few}, too many to tell a collapse: give more texts."
     if share_kept(now, base) < bound:
-        return "collapsed", f"under {bound:.0%} of the components are left."
-    return "kept", f"{bound:.0%} or more of the components are left."
+        return "collapsed", f"under {100 * bound:g}% of the components are left."
+    return "kept", f"{100 * bound:g}% or more of the components are left."

@@ -122,6 +122,11 @@ def test_it_warns_at_the_second_alarm_and_stops_where_it_is_told_to(llama, tmp_p
     assert trainer.state.global_step == 12
     alarms = {row["step"]: row["collapse/alarm"] for row in measured(trainer)}
     assert alarms == {0: 0, 3: 0, 6: 0, 9: 1, 12: 1}
+    goes_on = trainer_of(llama, tmp_path, [Kill(7, value)], {"every": 3})
+    with pytest.warns(UserWarning) as told:
+        goes_on.train()
+    assert goes_on.state.global_step == STEPS
+    assert sum("Lower the rate" in str(w.message) for w in told) == 1
 
 
 def test_without_a_collapse_it_is_silent_and_with_few_texts_it_gives_no_alarm(llama, tmp_path):

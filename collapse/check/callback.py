@@ -105,7 +105,7 @@ class CollapseCallback(TrainerCallback):
         control.should_log = should_log  # which `log` clears, and the loss would not be logged
         told = [row["collapse/alarm"] for row in state.log_history if "collapse/alarm" in row]
         if told[-2:] == [1, 1]:
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and told[-3:] != [1, 1, 1]:  # said once
                 warnings.warn(f"step {state.global_step}: {verdict}: {why} {ADVICE}", stacklevel=2)
             control.should_training_stop |= self.stop
 

@@ -8,6 +8,7 @@ tokens. So everything is pooled twice, with the first token and without it.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,16 +64,40 @@ def without_first(text_mask: Tensor) -> Tensor:
     return rest
 
 
-def summarize_states(hidden: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+def summarize_states(
+    hidden: Tensor, text_mask: Tensor, read: Literal["mean", "last", "first"] = "mean"
+) -> tuple[Tensor, Tensor]:
     """(2, B, D) and (2, B), as LayerStates holds them, of one depth's states.
 
-    hidden is (B, L, D), or with a prefix (B, 1 + L, D).
+    hidden is (B, L, D), or with a prefix (B, 1 + L, D). read: a mean over text tokens, or the state
+    of the last or first of them, which is then in both places.
     """
     rest, text = without_first(text_mask), hidden[:, -text_mask.shape[1] :]
     norms = torch.linalg.vector_norm(text, dim=-1, dtype=torch.float32)  # (B, L)
     others = (norms * rest).sum(1) / rest.sum(1)  # (B,)
-    pooled = torch.stack([pool(text, text_mask), pool(text, rest)])
+    if read == "mean":
+        pooled = torch.stack([pool(text, text_mask), pool(text, rest)])
+    else:
+        position = text_mask.sum(1) - 1 if read == "last" else torch.zeros_like(text_mask[:, 0])
+        one = text[torch.arange(len(text), device=text.device), position.long()].float()  # (B, D)
+        pooled = torch.stack([one, one])
     return pooled, torch.stack([norms[:, 0], others])
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, nothing compiled; then each module is in its mode again.
+
+    No inference tensors: what a model caches in a pass may be needed by a backward pass later.
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextlib.contextmanager
@@ -144,3 +169,25 @@ def numbers_of(
     numbers["cdnv"] = cdnv(pooled, labels)
     numbers["length_share"] = length_share(pooled, lengths)
     return {name + suffix: value for name, value in numbers.items()}
+
+
+def collapse_of(states: np.ndarray, labels: np.ndarray | None) -> dict[str, float | None]:
+    """How many directions pooled states (2, N, D) spread over, in all and within classes.
+
+    states: of one depth, as summarize_states gives them. None for what is not finite, and for what
+    needs labels (N,) where there are none.
+    """
+    pooled, rest = states
+    ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
+    names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")
+    numbers = {name: ranks.get(name) for name in names}
+    numbers |= dict.fromkeys(
+        ("effective_rank_within", "effective_rank_without_first", "cdnv"), None
+    )
+    if ranks:
+        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
+    if ranks and labels is not None:
+        within = ranks_from_gram(within_classes(pooled, labels))
+        numbers["effective_rank_within"] = within["effective_rank"]
+        numbers["cdnv"] = cdnv(pooled, labels)
+    return numbers

@@ -112,6 +112,16 @@ def lm_loss_sum(
     return LinearCrossEntropy.apply(states, *weights, targets, wanted, None, *_form_of(lm_head))
 
 
+def lm_loss_of_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """What lm_loss_sum gives, of a model's own logits (B, L, V), whatever it does to them."""
+    targets = batch.input_ids.flatten()[batch.target_index]  # (T,)
+    total = logits.new_zeros((), dtype=torch.float32)
+    for part in torch.arange(len(targets)).split(LOGIT_CHUNK_TOKENS):
+        log_p = _log_softmax(logits.flatten(0, 1)[batch.target_index[part] - 1])  # (chunk, V)
+        total -= log_p.gather(1, targets[part].unsqueeze(1)).sum()
+    return total
+
+
 def kl_from_start_sum(
     hidden: Tensor, batch: Batch, lm_head: nn.Linear, start_hidden: Tensor, start_head: nn.Linear
 ) -> Tensor:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from collapse.data.batches import Split
 from collapse.data.task import fixed_draw
-from collapse.measures.neural_collapse import cdnv, within_classes
-from collapse.measures.rank import rank_metrics, ranks_from_gram
+from collapse.measures.layers import collapse_of
 from collapse.training.evaluation import evaluate
 
 MEASURED_ROWS = 256  # of each split, by default
@@ -84,26 +83,6 @@ def measures_on(
             }
         )
     return found
-
-
-def collapse_of(states: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """How many directions states (2, N, D) spread over, in all and within classes.
-
-    The first axis is (all text tokens, all but the first), labels are (N,).
-    """
-    pooled, rest = states
-    ranks = rank_metrics(pooled) if np.isfinite(states).all() else {}
-    names = ("effective_rank", "stable_rank", "dims_95pct", "top10_variance")
-    numbers = {name: ranks.get(name) for name in names}
-    numbers |= dict.fromkeys(
-        ("effective_rank_within", "effective_rank_without_first", "cdnv"), None
-    )
-    if ranks:
-        within = ranks_from_gram(within_classes(pooled, labels))
-        numbers["effective_rank_within"] = within["effective_rank"]
-        numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
-        numbers["cdnv"] = cdnv(pooled, labels)
-    return numbers
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

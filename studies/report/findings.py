@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from collapse.report import plots, rank_plots
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_file
-from studies import collapse_threshold, sensitivity, sink
+from studies import alarm_replay, collapse_threshold, sensitivity, sink
 from studies.report import claims, experiments, hero, own_models, side_studies, thresholds
 from studies.report.page import Page
 
@@ -97,6 +97,7 @@ SECTIONS: tuple[Callable[[Page], None], ...] = (  # in this order
     side_studies.add_speed,
     side_studies.add_reference,
     sensitivity.add_tables,
+    alarm_replay.add_alarm,
 )
 
 

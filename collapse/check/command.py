@@ -1,0 +1,136 @@
+"""collapse-check: has fine-tuning collapsed a model, compared with its base on your own texts?
+
+Exit code 0: kept, 1: collapsed or not finite, 2: bad input, 3: no verdict.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from collapse.check.report import READS, Report
+from collapse.measures import against_base
+from collapse.measures.against_base import MAX_LENGTH, ROWS, Texts
+from collapse.measures.rank import rank_metrics, singular_values
+from collapse.models import finetuned
+from collapse.models.finetuned import core_of
+from collapse.models.pretrained import find_model, whole_tokenizer
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import digest_weights
+
+
+def check(
+    model: str | nn.Module,
+    base: str | nn.Module | None,
+    texts: Sequence[str],
+    labels: Sequence[Any] | None = None,
+    tokenizer: Any = None,
+    rows: int = ROWS,
+    max_length: int = MAX_LENGTH,
+    read: str = "auto",
+    dtype: str = "auto",
+) -> Report:
+    """Compare a model's states with its base's on the same rows.
+
+    model, base: hub names, folders, or loaded models of transformers and peft. base None: the model
+    with its adapter off, or what its adapter or card names. Raises UserError for what cannot be
+    compared.
+    """
+    name, base_name = (
+        core_of(m).name_or_path if isinstance(m, nn.Module) else m for m in (model, base)
+    )
+    off = base is None
+    if not isinstance(model, nn.Module):
+        model, base_name = finetuned.load_fine_tuned(name, base_name, dtype)
+        off = not isinstance(base, nn.Module)  # else the adapter stands on the base that was named
+    adapted = finetuned.is_adapted(model)
+    off = off and finetuned.can_be_off(model)
+    base_name = base_name or name * adapted
+    if not base_name:
+        raise UserError(f"nothing says which model is the base of {name}: name it by --base.")
+    max_length = min(max_length, getattr(core_of(model).config, "max_position_embeddings", 10**9))
+    tokenizer = tokenizer or whole_tokenizer(base_name if adapted else name, None)
+    texts = against_base.draw_texts(texts, labels, tokenizer, rows, max_length)
+    read = finetuned.what_its_head_reads(model) if read == "auto" else read
+    now = _side(model, texts, read, name)
+    if off:
+        with finetuned.adapter_off(model):
+            start = _side(model, texts, read, base_name)
+    else:
+        model = None  # two may not fit
+        whole = base if isinstance(base, nn.Module) else finetuned.load_whole(base_name, dtype)
+        start = _side(whole, texts, read, base_name)
+    verdict, why = against_base.judge(now["last_layer"], start["last_layer"], texts)
+    record = {"schema": 1, "verdict": verdict, "why": why}
+    record["kept"] = against_base.share_kept(now["last_layer"], start["last_layer"])
+    record |= {"model": name + " (adapter)" * adapted, "base": base_name + " (adapter off)" * off}
+    record |= {"texts_sha256": texts.sha256, "rows": len(texts.split.labels)}
+    record |= {"classes": texts.classes, "max_length": max_length, "read": read}
+    return Report(record | {part: {"base": start[part], "now": now[part]} for part in now})
+
+
+def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any]:
+    core, causal, layers = core_of(model), finetuned.has_lm_head(model), []
+    states, loss = against_base.pooled_states(model, core, texts, read, causal, every_layer=True)
+    for pooled, _ in states.pooled:
+        ranks = rank_metrics(pooled) if np.isfinite(pooled).all() else {}
+        layers.append({name: ranks.get(name) for name in ("effective_rank", "stable_rank")})
+    last, folder = states.pooled[-1, 0], Path(find_model(name))
+    stored = digest_weights(folder) if folder.is_dir() else None
+    return {
+        "last_layer": against_base.numbers_of(states, loss, texts, read),
+        "layers": layers,
+        "singular_values": singular_values(last).tolist() if np.isfinite(last).all() else [],
+        "revision": stored or getattr(core.config, "_commit_hash", None),
+        "dtype": "4bit" if getattr(core, "is_loaded_in_4bit", False) else str(core.dtype),
+    }
+
+
+def read_texts(file: Path, column: str = "text") -> list[str]:
+    """A text a line; by the file's name a column of CSV or of JSON lines."""
+    try:
+        with open(file, newline="", encoding="utf-8") as lines:
+            if file.suffix == ".csv":
+                return [row[column] or "" for row in csv.DictReader(lines)]
+            if file.suffix in (".jsonl", ".json"):
+                return [str(json.loads(line)[column]) for line in lines if line.strip()]
+            return lines.read().splitlines()
+    except (KeyError, TypeError):
+        raise UserError(f"{file} has no column {column}: name one by --text-column.") from None
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no JSON
+        raise UserError(f"cannot read {file} ({error}).") from None
+
+
+def main() -> None:
+    run_script(_main)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("model", help="model or adapter: a folder, or a name on the hub")
+    add("--texts", type=Path, required=True, help="a text a line, .csv or .jsonl")
+    add("--text-column", default="text", help="of CSV or JSON lines")
+    add("--base", help="default: the adapter off, or what adapter or card name")
+    add("--labels", type=Path, help="a label a line, one for each text")
+    add("--rows", type=int, default=ROWS)
+    add("--max-length", type=int, default=MAX_LENGTH, help="in tokens")
+    add("--read", choices=("auto", *READS), default="auto")
+    add("--dtype", choices=("auto", "fp32", "bf16", "4bit"), default="auto")
+    add("--out", type=Path, default=Path(), help="folder of report.html and report.json")
+    add("--json", action="store_true", help="print JSON instead of text")
+    a = parser.parse_args()
+    if min(a.rows, a.max_length) < 1:
+        raise UserError("--rows and --max-length are 1 or more.")
+    texts = read_texts(a.texts, a.text_column), read_texts(a.labels) if a.labels else None
+    report = check(a.model, a.base, *texts, None, a.rows, a.max_length, a.read, a.dtype)
+    report.write(a.out)
+    said = report.text() + "\nwrote report.html, report.json"
+    print(json.dumps(report.record) if a.json else said)
+    sys.exit(report.exit_code)

@@ -1,0 +1,370 @@
+"""Would an alarm at a share of the start's components have caught the collapses that ran, in time?
+
+Replays the published trainings of collapse_threshold.py. They were measured on 256 rows on the way
+and on 1,000 at both ends, and a share of components is one of as many rows; so the start is
+measured here on the 256 rows, too. The bound is chosen on the backbones with even seeds; how often
+it errs is told of the odd ones, of the controls and of a real model. Writes starts.csv, a row as a
+start is measured, and results.json. The same command goes on where it was stopped.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from collapse.measures.layers import collapse_of
+from collapse.report.markdown import Column, table
+from collapse.training import monitor
+from collapse.training.evaluation import evaluate
+from collapse.utils.device import set_threads
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, read_json, write_json
+from collapse.utils.provenance import git_commit, hardware_name
+from studies import collapse_threshold
+from studies.report.page import Page
+from studies.shared import finetune, pretrain, sweep
+from studies.shared.tables import put_row, read_rows
+
+PUBLISHED = ROOT / "studies" / "results" / "collapse_threshold"
+OUTPUT = ROOT / "studies" / "results" / "alarm_replay"
+ROWS = monitor.MEASURED_ROWS
+BOUNDS = tuple(round(0.10 + k / 40, 3) for k in range(17))  # 0.10 to 0.50
+MEASURES = {"dims_95pct": "components", "effective_rank": "effective rank"}
+MEASURES["stable_rank"] = "stable rank"
+RULES = {"once": 1, "twice": 2}  # measurements below the bound, one after another
+DATASETS = ("AG News", "SST-2 by sentence")
+PLAIN = ("model1", "model2")
+
+
+@dataclass
+class Config:
+    """Settings of the replay; the comment above a field is its --help text."""
+
+    # Folder with ag_news_csv and SST-2 in their official layouts. Default: the Hugging Face hub.
+    data_dir: Path | None = None
+    # Own language models whose starts are measured, pretrained here where they are not; those of
+    # other seeds are taken to start as the mean of the measured ones.
+    seeds: tuple[int, ...] = tuple(range(sweep.PLANNED))
+    # Text of the own language models.
+    corpus: pretrain.CorpusName = "newsgroups"
+    # The real model, as collapse_threshold.py --model took it.
+    model: str = "smollm2-135m"
+    # Trainings of own language models side by side.
+    workers: int = 1
+    # Measure nothing: only results.json, from the starts that are there.
+    summarize: bool = False
+    # Folder for own language models.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+    # Folder for the results.
+    output_dir: Path = OUTPUT
+
+
+# --------------------------------------------------------------------------------------------------
+# Starts at as many rows
+# --------------------------------------------------------------------------------------------------
+
+
+def measure_starts(config: Config) -> None:
+    """Add to starts.csv what lacks there, the real model before the own ones."""
+    real = collapse_threshold.Config(model=config.model, quantization="none")
+    real.compute_dtype = "float32"
+    own = collapse_threshold.Config(corpus=config.corpus, models_dir=config.models_dir)
+    for study, seeds in ((real, (0,)), (own, config.seeds)):
+        for seed, dataset in itertools.product(seeds, DATASETS):
+            name = f"{study.folder.name}, {dataset}, seed {seed}"
+            table_of_starts = config.output_dir / "starts.csv"
+            if any(row["start"] == name for row in read_rows(table_of_starts)):
+                continue
+            if not study.model:
+                pretrain.backbones([seed], config.corpus, config.models_dir, config.workers)
+            found = measure_start(study, seed, dataset, config.data_dir)
+            fields = {"start": name, "models": study.folder.name, "seed": seed, "dataset": dataset}
+            put_row(table_of_starts, fields | sweep.rounded(found), "start")
+            print(f"{name}: {found['dims_95pct']} components at {ROWS} rows", flush=True)
+
+
+def measure_start(
+    study: collapse_threshold.Config, seed: int, dataset: str, data_dir: Path | None
+) -> dict[str, Any]:
+    """What monitor.Measuring would have found before the first step of a training.
+
+    Raises UserError where the weights are not those that the published trainings started from.
+    """
+    trial = collapse_threshold.Trial(seed, dataset, "model1", -3.0)
+    recipe = collapse_threshold.recipe_of(study, trial)
+    data = finetune.load_data(recipe, data_dir)
+    digest = finetune.digest_of_model(recipe.model)
+    published = read_rows(sweep.table_of(PUBLISHED / study.folder.name, seed))
+    if {row["weights_sha256"] for row in published} != {digest}:
+        raise UserError(f"{recipe.model} has other weights than the published trainings of it.")
+    model, _ = finetune.build(recipe, data.classes)
+    split = monitor.draw_rows(data.validation)
+    evaluation = evaluate(model, split, losses=False)
+    states = np.stack([evaluation.pooled, evaluation.pooled_without_first])
+    found = collapse_of(states, evaluation.labels)
+    made_with = {"git_commit": git_commit(), "weights_sha256": digest}
+    made_with["hardware"] = hardware_name(next(model.parameters()).device)
+    return {"rows": ROWS, **{name: found[name] for name in MEASURES}, **made_with}
+
+
+def read_starts(file: Path) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """(models, data set) -> seed -> its start."""
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in read_rows(file):
+        numbers = {name: float(row[name]) for name in MEASURES}
+        found.setdefault((row["models"], row["dataset"]), {})[int(row["seed"])] = numbers
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# The replay
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A training as an alarm sees it."""
+
+    run: collapse_threshold.Run
+    start: dict[str, float]  # at as many rows as the way
+
+    @property
+    def collapsed(self) -> bool:
+        """By the published rule, at the last step and all measured rows of both ends."""
+        return self.run.kept < collapse_threshold.KEPT
+
+    def alarm(self, measure: str, bound: float, times: int) -> int | None:
+        """The step of the first alarm on the way; None: it is silent."""
+        below = 0
+        for record in self.run.path:
+            if not record["step"] or record["rows"] != ROWS:
+                continue
+            value = record[measure]
+            below = below + 1 if value is None or value / self.start[measure] < bound else 0
+            if below == times:
+                return int(record["step"])
+        return None
+
+
+def replayed(config: Config, models: str, shift: float = 0.0) -> list[Replayed]:
+    """The published trainings of own models or of the real one that did not diverge.
+
+    shift: added to every start's components, to see what rests on them.
+    """
+    starts, found = read_starts(config.output_dir / "starts.csv"), []
+    for run in collapse_threshold.read_runs(PUBLISHED / models):
+        known = starts.get((models, run.trial.dataset))
+        if known is None or run.kept is None:
+            continue
+        means = {name: float(np.mean([s[name] for s in known.values()])) for name in MEASURES}
+        start = dict(known.get(run.trial.seed, means))
+        start["dims_95pct"] += shift
+        found.append(Replayed(run, start))
+    return found
+
+
+def rates(trainings: Sequence[Replayed], measure: str, bound: float, times: int) -> dict[str, Any]:
+    """How many collapses an alarm caught before the end, how often it was false, how early it was.
+
+    Intervals: exact, of trainings as if they were independent; those of one backbone are not.
+    """
+    alarms = [(one, one.alarm(measure, bound, times)) for one in trainings]
+    of_collapsed = [(one, step) for one, step in alarms if one.collapsed]
+    of_others = [step for one, step in alarms if not one.collapsed]
+    early = [int(one.run.end["step"]) - step for one, step in of_collapsed if step is not None]
+    return {
+        "caught": share(len(early), len(of_collapsed)),
+        "false": share(len(of_others) - of_others.count(None), len(of_others)),
+        "steps_before_the_end": sorted(early),
+    }
+
+
+def share(count: int, of: int) -> dict[str, Any]:
+    """`mean` with Clopper and Pearson's interval at 95%."""
+    from scipy.stats import binomtest
+
+    found = {"count": count, "of": of, "mean": None, "low": None, "high": None}
+    if of:
+        interval = binomtest(count, of).proportion_ci(0.95, "exact")
+        found |= {"mean": count / of, "low": float(interval.low), "high": float(interval.high)}
+    return found
+
+
+def best_bound(trainings: Sequence[Replayed], measure: str, times: int) -> float:
+    """The bound with the greatest caught share minus false share; of equals the nearest to 1/4."""
+
+    def worth(bound: float) -> tuple[float, float]:
+        found = rates(trainings, measure, bound, times)
+        balance = found["caught"]["mean"] - found["false"]["mean"]
+        return round(balance, 9), -abs(bound - collapse_threshold.KEPT)
+
+    return max(BOUNDS, key=worth)
+
+
+def summary(config: Config) -> dict[str, Any]:
+    own, real = replayed(config, config.corpus), replayed(config, config.model)
+    starts = read_starts(config.output_dir / "starts.csv")
+
+    def some(test: Callable[[collapse_threshold.Trial], bool]) -> list[Replayed]:
+        return [one for one in own if test(one.run.trial)]
+
+    even = some(lambda t: t.seed % 2 == 0 and t.arm in PLAIN)
+    groups = {
+        "even seeds, Models 1 and 2 (chosen on)": even,
+        "odd seeds, Models 1 and 2": some(lambda t: t.seed % 2 == 1 and t.arm in PLAIN),
+        "odd seeds, controls": some(lambda t: t.seed % 2 == 1 and t.arm not in PLAIN),
+        f"{config.model}, Models 1 and 2": real,
+    }
+    if not all(groups.values()):
+        raise UserError("no start is measured yet: leave --summarize out.")
+    chosen = {
+        measure: {rule: best_bound(even, measure, times) for rule, times in RULES.items()}
+        for measure in MEASURES
+    }
+    return {
+        "rows": ROWS,
+        "starts": {
+            ", ".join(key): {
+                "measured_seeds": sorted(known),
+                "components": [known[seed]["dims_95pct"] for seed in sorted(known)],
+            }
+            for key, known in starts.items()
+        },
+        "chosen": chosen,
+        "rates": {
+            MEASURES[measure]: {
+                rule: {
+                    name: rates(group, measure, chosen[measure][rule], times)
+                    for name, group in groups.items()
+                }
+                for rule, times in RULES.items()
+            }
+            for measure in MEASURES
+        },
+        "at_a_quarter": {
+            rule: {name: rates(group, "dims_95pct", 0.25, times) for name, group in groups.items()}
+            for rule, times in RULES.items()
+        },
+        "by_bound": {
+            rule: {str(bound): rates(even, "dims_95pct", bound, times) for bound in BOUNDS}
+            for rule, times in RULES.items()
+        },
+        "starts_two_components": {
+            f"{shift:+d}": {
+                rule: rates(
+                    [
+                        o
+                        for o in replayed(config, config.corpus, shift)
+                        if o.run.trial.seed % 2 and o.run.trial.arm in PLAIN
+                    ],
+                    "dims_95pct",
+                    chosen["dims_95pct"][rule],
+                    times,
+                )
+                for rule, times in RULES.items()
+            }
+            for shift in (-2, 2)
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# RESULTS.md
+# --------------------------------------------------------------------------------------------------
+
+
+def counted(name: str) -> Callable[[dict], str]:
+    return lambda row: f"{row[name]['count']} of {row[name]['of']}"
+
+
+def percent(name: str) -> Callable[[dict], str]:
+    def written(row: dict) -> str:
+        found = row[name]
+        return f"{100 * found['mean']:.1f} [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+
+    return written
+
+
+def early(row: dict) -> str:
+    steps = row["steps_before_the_end"]
+    return f"{np.median(steps):g} ({steps[0]} to {steps[-1]})" if steps else "n/a"
+
+
+COLUMNS = (
+    Column("trainings", "where"),
+    Column("alarm", "alarm"),
+    Column("collapsed, caught", counted("caught")),
+    Column("caught, % [95%]", percent("caught")),
+    Column("others, false alarms", counted("false")),
+    Column("false, % [95%]", percent("false")),
+    Column("steps before the end", early),
+)
+
+
+def rows_of_rates(by_rule: dict, bounds: dict[str, float], measure: str) -> list[dict[str, Any]]:
+    return [
+        found | {"where": where, "alarm": f"{measure} < {bounds[rule]:g}, {rule}"}
+        for rule, groups in by_rule.items()
+        for where, found in groups.items()
+    ]
+
+
+def add_alarm(page: Page) -> None:
+    file = OUTPUT / "results.json"
+    if not file.exists():
+        return
+    found = read_json(file)
+    question = "Does the callback's alarm tell a collapse while it can be stopped?"
+    page.section("An alarm on the way", question)
+    page.text("Command: `python studies/alarm_replay.py --data-dir DIR`")
+    page.text(source(found))
+    caption = "Collapses caught before the last step, false alarms on runs that ended with a "
+    caption += "quarter of their components or more; bounds chosen on even seeds, *twice* is "
+    caption += "CollapseCallback's. Intervals take trainings of one backbone for independent."
+    rows = rows_of_rates(found["rates"]["components"], found["chosen"]["dims_95pct"], "components")
+    page.table("alarm", caption, table(COLUMNS, rows))
+    caption = "The same at a quarter, the line that says *collapsed* at the end."
+    rows = rows_of_rates(found["at_a_quarter"], dict.fromkeys(RULES, 0.25), "components")
+    page.table("alarm at a quarter", caption, table(COLUMNS, rows))
+    rows = []
+    for measure, name in list(MEASURES.items())[1:]:
+        rows += rows_of_rates(found["rates"][name], found["chosen"][measure], name)
+    caption = "Other ranks, each at its own best bound on even seeds."
+    page.table("alarm by other ranks", caption, table(COLUMNS, rows))
+
+
+def source(found: dict) -> str:
+    starts = [
+        f"{name}: {min(s['components']):g} to {max(s['components']):g} of "
+        f"{len(s['measured_seeds'])} seed{'s' if len(s['measured_seeds']) > 1 else ''}"
+        for name, s in found["starts"].items()
+    ]
+    return (
+        f"*Source: `{(OUTPUT / 'results.json').relative_to(ROOT)}`, from the tables of "
+        f"`{PUBLISHED.relative_to(ROOT)}` and starts measured on the same {found['rows']} rows "
+        f"({'; '.join(starts)} components; a seed without one is taken to start at their mean).*"
+    )
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    set_threads(1)  # sums of more threads differ in their last digits
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    if not config.summarize:
+        measure_starts(config)
+    results = summary(config)
+    write_json(config.output_dir / "results.json", results)
+    rows = rows_of_rates(
+        results["rates"]["components"], results["chosen"]["dims_95pct"], "components"
+    )
+    print(table(COLUMNS, rows))
+
+
+if __name__ == "__main__":
+    run_script(main)

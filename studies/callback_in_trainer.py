@@ -1,0 +1,108 @@
+"""Does CollapseCallback warn in a Trainer of transformers at a rate that collapses, and only there?
+
+Fine-tunes an own small language model (studies/shared/pretrain.py) as transformers does it, with a
+fresh classifier on the last token, on 500 sentences of SST-2 at two learning rates; the callback
+measures the sentences of the development set. Writes results.json: losses, components kept, alarms
+and warnings of both runs. Minutes on a CPU.
+"""
+
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import tyro
+
+from collapse.check import CollapseCallback
+from collapse.data.task import Task, in_corpus_text, limit_task
+from collapse.utils.device import set_threads
+from collapse.utils.errors import run_script
+from collapse.utils.files import ROOT, digest_weights, write_json
+from collapse.utils.provenance import environment, git_commit
+from studies.shared import finetune, pretrain
+
+RATES = (1e-2, 5e-4)
+STEPS, EVERY, WARMUP_STEPS, TRAIN_ROWS, MAX_LENGTH = 120, 10, 10, 500, 32
+
+
+@dataclass
+class Config:
+    """Settings of the study; the comment above a field is its --help text."""
+
+    # Folder with SST-2 in its official layout. Default: the Hugging Face hub.
+    data_dir: Path | None = None
+    # Text of the own language model.
+    corpus: pretrain.CorpusName = "newsgroups"
+    # Folder for own language models.
+    models_dir: Path = pretrain.LANGUAGE_MODELS
+    # File for the results.
+    output: Path = ROOT / "studies" / "results" / "callback_in_trainer" / "results.json"
+
+
+def train(model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
+    """One training; what the callback logged, and its warnings."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
+    torch.manual_seed(0)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=len(task.class_names)
+    )
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    rows = [
+        {"input_ids": tokenizer(text)["input_ids"][:MAX_LENGTH], "labels": label}
+        for text, label in zip(task.train.texts, task.train.labels, strict=True)
+    ]
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=16,
+        learning_rate=rate,
+        warmup_steps=WARMUP_STEPS,
+        lr_scheduler_type="constant_with_warmup",
+        logging_steps=STEPS // 3,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = transformers.Trainer(
+        classifier, arguments, train_dataset=rows, processing_class=tokenizer
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    CollapseCallback(task.validation.texts, every=EVERY, max_length=MAX_LENGTH).attach(trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    log = trainer.state.log_history
+    measured = [record for record in log if "collapse/alarm" in record]
+    return {
+        "rate": rate,
+        "loss": {record["step"]: record["loss"] for record in log if "loss" in record},
+        "components_kept": {r["step"]: r["collapse/components_kept"] for r in measured},
+        "alarm": {record["step"]: record["collapse/alarm"] for record in measured},
+        "warnings": [str(w.message) for w in caught if "components are left" in str(w.message)],
+    }
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    set_threads(1)
+    (model,) = pretrain.backbones([0], config.corpus, config.models_dir)
+    task = limit_task(finetune.load_task("SST-2 by sentence", config.data_dir), TRAIN_ROWS, 872)
+    task = in_corpus_text(task)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [train(model, task, rate, Path(folder)) for rate in RATES]
+    made_with = environment(torch.device("cpu"), git_commit())
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(config.output, {"runs": runs, "weights_sha256": digest_weights(model), **made_with})
+    for run in runs:
+        kept = ", ".join(f"{step}: {share:.2f}" for step, share in run["components_kept"].items())
+        print(f"rate {run['rate']:g}: components kept after step {kept}")
+        print("\n".join(run["warnings"]) or "no warning")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -54,6 +54,7 @@ def draw(
     beside_line = {**RIGHT, "transform": kept.get_yaxis_transform()}
     kept.text(0.99, 100 * KEPT + 1, "collapsed below", **beside_line)
     kept.set(ylabel="components kept (%)", title=title, xscale="log")
+    kept.set_ylim(top=1.12 * kept.get_ylim()[1])  # room for a name above the highest point
     chance = 100 * float(np.mean([run.end["chance"] for run in runs]))
     accuracy.axhline(chance, color="gray", linewidth=0.8, linestyle=":")
     beside_line["transform"] = accuracy.get_yaxis_transform()

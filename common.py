@@ -292,10 +292,10 @@ class Trainer:
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, **settings, fused=True)
         self.dealt_targets: dict[int, Tensor] = {}  # shuffled-lm: row -> its targets in this step
-        # Whose LM gradients are apart from the others': shared-scale, or controls of model 3.
-        self.apart = self.parameters if arm.shared_scale else []
+        # Parameters whose LM gradient is computed separately: shared-scale, controls of model 3.
+        self.separate_lm_parameters = self.parameters if arm.shared_scale else []
         if arm.compressor != "both":
-            self.apart = list(model.compressor.parameters())
+            self.separate_lm_parameters = list(model.compressor.parameters())
         self.lm_gradients: list[Tensor | None] = []  # of those
         self.start_model = None  # kl without adapters: the model before its first step
         if arm.anchor == "kl" and model.adapters is None:
@@ -346,7 +346,7 @@ class Trainer:
         sums = StepSums(rows=len(rows), targets=targets, steps=1)
         if self.arm.lm == "shuffled":
             self.shuffle_targets(rows)
-        self.lm_gradients = [None] * len(self.apart)
+        self.lm_gradients = [None] * len(self.separate_lm_parameters)
         found = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
@@ -355,7 +355,9 @@ class Trainer:
             loss.backward()
             found += numbers
         if self.arm.compressor != "both":  # the LM's alone, or none: then no step moves it
-            for parameter, gradient in zip(self.apart, self.lm_gradients, strict=True):
+            for parameter, gradient in zip(
+                self.separate_lm_parameters, self.lm_gradients, strict=True
+            ):
                 parameter.grad = gradient
         columns = zip(*torch.stack(found).tolist(), strict=True)
         sums.cls_loss, beside, correct = (sum(column) for column in columns)
@@ -371,9 +373,9 @@ class Trainer:
     def losses(
         self, sequence: tuple[np.ndarray, ...], sums: StepSums
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Of one piece: the share of the step's loss that directs it, the LM's share, and sums.
+        """For one piece: the loss to call backward on, weight x LM loss, and sums of each part.
 
-        The sums are for each part: classification loss, the other loss, right rows.
+        The sums: classification loss, the other loss, right rows.
         """
         cls_total = other_total = torch.zeros((), device=self.device)
         engram, numbers = None, []
@@ -433,7 +435,9 @@ class Trainer:
         return hidden, self.model.lm_head
 
     def add_lm_gradients(self, lm_loss: Tensor) -> None:
-        found = torch.autograd.grad(lm_loss, self.apart, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            lm_loss, self.separate_lm_parameters, retain_graph=True, allow_unused=True
+        )
         self.lm_gradients = [
             old if new is None else new if old is None else old + new
             for old, new in zip(self.lm_gradients, found, strict=True)
@@ -449,7 +453,7 @@ class Trainer:
         return 0.5 * self.weight * float(distance)
 
     def use_less_memory(self) -> None:
-        """Plan with less memory, or else halve the micro-batch: the last that ran out guides it.
+        """After an out-of-memory error: shrink the memory plan if possible, else halve micro-batches.
 
         Raises UserError when neither is left.
         """

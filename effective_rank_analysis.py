@@ -226,7 +226,8 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 # Files and folders, from the repository: a change to one of them measures every model anew.
-MEASURED_WITH = ("effective_rank_analysis.py", "common.py", "experiment.py", "collapse/data")
+MEASURED_WITH = ("effective_rank_analysis.py", "common.py", "experiment.py", "requirements.txt")
+MEASURED_WITH += ("collapse/arms.py", "collapse/config.py", "collapse/data")
 MEASURED_WITH += ("collapse/measures", "collapse/models", "collapse/training")
 MEASURED_WITH += ("collapse/report/model_records.py",)
 

@@ -37,7 +37,7 @@ from collapse.utils import command_line
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
-from collapse.utils.provenance import hardware_name
+from collapse.utils.provenance import git_commit, hardware_name
 from studies.shared import finetune, sweep
 from studies.shared.tables import read_rows
 
@@ -133,7 +133,7 @@ def trials(config: Config) -> Iterator[list[Trial]]:
 
 
 def next_of_bracket(config: Config, seed: int, dataset: str, arm: str) -> list[Trial]:
-    """The next trial to find a seed's threshold; empty if it is between two neighbouring rates.
+    """The trial to run next; none once no untried rate lies between highest kept and lowest fallen.
 
     The first seed of an arm is bisected. Later seeds begin at the rate that is nearest to the mean
     threshold of the seeds before.
@@ -216,22 +216,18 @@ def start_of(config: Config, trial: Trial) -> list[dict[str, Any]]:
     All arms of a seed without a prefix start from the same model, and measuring it takes as long as
     dozens of steps on a CPU. Empty until such a training has ended.
     """
-    hardware = hardware_name(pick_device(config.device))
-    rows = [
-        row
-        for row in read_rows(sweep.table_of(config.folder, trial.seed))
-        if (row["dataset"], row["hardware"], row["step"]) == (trial.dataset, hardware, "0")
-        and common.find_arm(row["arm"]).prefix == "none"
-    ]
-    if not rows or common.find_arm(trial.arm).prefix != "none":
+    if common.find_arm(trial.arm).prefix != "none":
         return []
-    names = list(rows[0])
-    measured = names[names.index("step") : names.index("lm_loss") + 1]
-    return [
-        {name: as_number(row[name]) for name in measured}
-        for row in rows
-        if row["training"] == rows[0]["training"]
-    ]
+    same = trial.dataset, hardware_name(pick_device(config.device)), git_commit(), "0"
+    by_training: dict[str, list[dict[str, str]]] = {}
+    for row in read_rows(sweep.table_of(config.folder, trial.seed)):
+        made = row["dataset"], row["hardware"], row["git_commit"], row["step"]
+        if made == same and common.find_arm(row["arm"]).prefix == "none":
+            by_training.setdefault(row["training"], []).append(row)
+    rows = next((rows for rows in by_training.values() if len(rows) == 2), [])  # of both numbers
+    names = list(rows[0]) if rows else []
+    measured = names[names.index("step") : names.index("lm_loss") + 1] if rows else []
+    return [{name: as_number(row[name]) for name in measured} for row in rows]
 
 
 def as_number(text: str) -> float | None:
@@ -281,7 +277,7 @@ class Run(sweep.Run):
         return "collapsed, functional" if learned else "collapsed, dead"
 
     def shares(self) -> dict[int, float | None]:
-        """Step -> the lowest share of the initial components among its measurements.
+        """Step -> components over step 0's on as many rows, the smaller if measured on two numbers.
 
         A measurement is compared with the initial one on as many rows, and left out if there is
         none. The share is None if a number was not finite.
@@ -449,13 +445,13 @@ def summary(config: Config) -> dict[str, Any]:
         "P2": endpoint,
         "other_bounds": others,
     }
-    if config.model and any(starts_on_few_rows(run) for run in runs):
+    comparable = [run for run in runs if starts_on_few_rows(run)] if config.model else []
+    if comparable:
         results["by_components"] = {
             dataset: by_components(
-                [run for run in runs if run.trial.dataset == dataset],
-                sorted({*config.rates, *rates_of(outcomes, dataset)}),
+                [run for run in comparable if run.trial.dataset == dataset], config.rates
             )
-            for dataset in datasets
+            for dataset in dict.fromkeys(run.trial.dataset for run in comparable)
         }
     return results
 
@@ -665,6 +661,10 @@ def text(results: dict[str, Any]) -> str:
 
 
 def check(config: Config) -> None:
+    if config.bracket and max(config.seeds) >= sweep.PLANNED:
+        raise UserError(
+            f"--bracket takes seeds below {sweep.PLANNED}: a pilot's count for nothing."
+        )
     if config.bracket and not (config.model and config.measure_at):
         raise UserError("--bracket needs --model, whose thresholds it finds, and --measure-at.")
     if config.model:

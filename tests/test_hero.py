@@ -21,7 +21,7 @@ def runs():
     return runs
 
 
-def test_a_line_goes_through_the_medians_and_every_training_is_a_point(runs, monkeypatch, tmp_path):
+def test_a_line_goes_through_the_means_and_every_training_is_a_point(runs, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(hero, "save_figure", lambda figure, path: drawn.append(figure))
     hero.draw(tmp_path / "hero.png", "title", runs, shaded=-2.0, chosen=-3.0)

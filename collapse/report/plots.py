@@ -72,7 +72,8 @@ def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> Non
 
     models: key -> seed -> metrics.
     """
-    figure, axes = plt.subplots(1, 4, figsize=(15, 4), layout="constrained")
+    size = 15 / 4 * len(CURVES), 4
+    figure, axes = plt.subplots(1, len(CURVES), figsize=size, layout="constrained")
     for axis, (key, label, scale) in zip(axes, CURVES, strict=True):
         for model_key, runs in models.items():
             arm = find_arm(model_key)

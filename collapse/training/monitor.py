@@ -58,7 +58,7 @@ def measures(model: nn.Module, train: Split, validation: Split) -> dict[str, flo
 def measures_on(
     model: nn.Module, train: Split, validation: Split, limits: Sequence[int | None]
 ) -> list[dict[str, float | None]]:
-    """The same on so many of each split's rows, as draw_rows takes them, for every limit; one pass.
+    """`measures` on so many of each split's rows, for every limit, from one evaluation.
 
     None stands for all rows.
     """

@@ -51,7 +51,7 @@ def steps(
 
 def learning_rate_at(step: int, total_steps: int, config: RunConfig) -> float:
     """Learning rate of step 0 .. total_steps-1: linear warm-up, then held or cosine to zero."""
-    warmup = math.ceil(config.warmup_fraction * total_steps)
+    warmup = math.ceil(round(config.warmup_fraction * total_steps, 6))  # 10 / 147 * 147 is above 10
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "constant":

@@ -15,7 +15,7 @@ from collapse.report.plots import save_figure
 from studies.collapse_threshold import KEPT, Run, value_of
 
 ARMS = ("model1", "model2")
-SIDE = {"model1": -1, "model2": 1}  # points stand beside each other
+SIDE = {"model1": -0.012, "model2": 0.012}  # decades: points stand beside each other
 PUBLISHED_RATE = 2e-4  # of the reference
 
 
@@ -84,18 +84,19 @@ def percent(run: Run, measure: str) -> float:
 
 
 def draw_arm(axis: plt.Axes, runs: Sequence[Run], measure: str) -> None:
-    """A point a training, a line through the medians, the arm's name at its end."""
+    """A point a training, a line through the means, the arm's name at its end."""
     if not runs:
         return
     arm = common.find_arm(runs[0].trial.arm)
     rates = sorted({run.trial.rate for run in runs})
-    medians = []
+    means = []
     for rate in rates:
         values = [percent(run, measure) for run in runs if run.trial.rate == rate]
-        medians.append(np.median(values))
-        places = np.full(len(values), 10 ** (rate + 0.012 * SIDE[arm.name]))
+        means.append(np.mean(values))
+        places = np.full(len(values), 10 ** (rate + SIDE[arm.name]))
         axis.plot(places, values, ".", color=arm.color, alpha=0.5, markersize=5)
-    axis.plot([10**rate for rate in rates], medians, color=arm.color, linewidth=1.5)
+    x = [10 ** (rate + SIDE[arm.name]) for rate in rates]
+    axis.plot(x, means, color=arm.color, linewidth=1.5)
     if measure == "kept":  # named once
         highest = max(percent(run, measure) for run in runs if run.trial.rate == rates[0])
         axis.annotate(

@@ -128,7 +128,7 @@ BACKBONES = Column("backbones", count_of)
 # Two families, adjusted separately: endpoint -> what it measures with unit, factor to that unit.
 ENDPOINTS = {
     "P1": ("accuracy, Model 2 - Model 1, points", 100),
-    "P2": ("shift of the threshold by the LM loss, decades", 1),
+    "P2": ("shift of the threshold by the LM loss, decades (a lower bound)", 1),
     "P3": ("slope of the gain on log2 classes, logits", 1),
     "P4": ("ARI, trained label - other label", 1),
     "P5": ("log rank within classes at equal loss, Model 2 - Model 1", 1),

@@ -28,10 +28,20 @@ SHIFTS = {
 # --------------------------------------------------------------------------------------------------
 
 
-def bound_of(row: dict, datasets: Sequence[str]) -> str:
-    """`≥ ` or `≤ ` if some thresholds of an arm are beyond the rates, on one of these data sets."""
-    ends = (("≥ ", "at_the_top"), ("≤ ", "at_the_bottom"))
-    return "".join(sign for sign, end in ends if any(row[end][data] for data in datasets))
+def bound_of(row: dict, datasets: Sequence[str], kind: str = "healthy") -> str:
+    """`≥ ` or `≤ ` if some thresholds of an arm are beyond the rates, on one of these data sets.
+
+    Those of healthy runs are counted; those of another kind of GOOD are seen by how runs end at the
+    highest and at the lowest rate.
+    """
+    if kind == "healthy":
+        ends = (("≥ ", "at_the_top"), ("≤ ", "at_the_bottom"))
+        return "".join(sign for sign, end in ends if any(row[end][data] for data in datasets))
+    good = collapse_threshold.GOOD[kind]
+    by_rate = [list(row["outcomes"][data].values()) for data in datasets]  # from the lowest on
+    above = any(counts[-1][outcome] for counts in by_rate for outcome in good)
+    below = any(counts[0][outcome] for counts in by_rate for outcome in set(OUTCOMES) - good)
+    return "≥ " * above + "≤ " * below
 
 
 def threshold_column(data: str, steps: str) -> Column:
@@ -49,7 +59,7 @@ def shift_cell(row: dict, kind: str, place: str, datasets: Sequence[str]) -> str
     if row["arm"] == "model1":
         return "0"
     interval = row["shift"][kind][place]
-    bound = bound_of(row, datasets) if kind == "healthy" and interval["n"] else ""
+    bound = bound_of(row, datasets, kind) if interval["n"] else ""
     return bound + cell(interval)
 
 

@@ -226,7 +226,7 @@ def train(
     after_step: Callable[[], None] = lambda: None,
     shuffle: Shuffle | None = None,
 ) -> list[Record]:
-    """Train for recipe.steps; all that measure(step) gave, before the first step and after each.
+    """Train; returns all records of measure(step), called with 0 and after every step.
 
     It gives nothing for most steps. A training that meets a number that is not finite ends there,
     whether a step or `measure` raises FloatingPointError: its last record has the step, and None

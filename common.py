@@ -453,7 +453,7 @@ class Trainer:
         return 0.5 * self.weight * float(distance)
 
     def use_less_memory(self) -> None:
-        """After an out-of-memory error: shrink the memory plan if possible, else halve micro-batches.
+        """After an out-of-memory error: shrink the memory plan, or else halve micro-batches.
 
         Raises UserError when neither is left.
         """

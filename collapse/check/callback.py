@@ -61,9 +61,8 @@ class CollapseCallback(TrainerCallback):
             stored = stored["numbers"] if stored | what == stored else None
         self.start = (stored := _from_rank_zero(stored)) or self.measure(state)
         if state.global_step and not stored and state.is_world_process_zero:
-            warnings.warn(
-                f"no {file} of these texts: compared with step {state.global_step}, not 0"
-            )
+            why = f"no {file} of these texts: compared with step {state.global_step}, not with 0"
+            warnings.warn(why, stacklevel=2)
         if state.is_world_process_zero and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_json(file, {**what, "step": state.global_step, "numbers": self.start})

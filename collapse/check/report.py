@@ -45,9 +45,7 @@ class Report:
         if read != "mean":
             lines.append(OTHER_READ % READS[read])
         ranks = [layer["stable_rank"] for layer in self.record["layers"]["now"]]
-        low = [
-            str(at) for at, rank in enumerate(ranks) if rank is not None and 0 < rank < DOMINATED
-        ]
+        low = [str(layer) for layer, rank in enumerate(ranks) if rank and rank < DOMINATED]
         if low:
             lines.append(f"A few texts dominate layer {', '.join(low)} (stable rank < 1.5).")
         return "\n".join(lines)

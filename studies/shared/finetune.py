@@ -110,7 +110,7 @@ TOY = "made-up"  # data for rehearsals, as rows name it
 
 
 def toy_task(data_dir: Path | None) -> Task:
-    """Made-up texts; the class tells if a first word's first letter is of the alphabet's half."""
+    """Made-up texts; class 1: the text begins with a letter before l."""
     texts = miniature_documents(count=160, words=12)
     rows = Rows(texts, [int(text[0] < "l") for text in texts])
     half = len(texts) // 2

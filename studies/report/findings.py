@@ -132,7 +132,10 @@ BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
         own_models.table_gains(),
         ["benefit differences", "benefit ranks", "bag of words"],
     ),
-    "qwen": lambda: (table_qwen(), [f"{own_models.QWEN.model} {AG}"]),
+    "qwen": lambda: (
+        table_qwen(),
+        [f"{own_models.QWEN.model} {kind}{AG}" for kind in ("", "ends ")],
+    ),
     "claims": claims.reference_claims,
     "hours": lambda: (side_studies.table_hours(side_studies.paper_hours()), []),
 }

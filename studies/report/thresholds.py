@@ -291,11 +291,13 @@ def add_real_model(page: Page, config: collapse_threshold.Config) -> None:
     results = results_of(config)
     if not results or "by_components" not in results:
         return
-    options = f"--model {config.model} --arms 1 2"
+    options = f"--model {config.model} --arms 1 2 --bracket"
     page.text(own_models.source_of(config, options, ["steps", "compute_dtype"]))
     for data, thresholds in results["by_components"].items():
         caption = f"{config.model}, {data}: thresholds by components alone, after the steps "
         caption += "above; a run fell where it had fewer than a quarter of its start's components "
         caption += f"at a measurement from step {collapse_threshold.FIRST_JUDGED} on."
         page.table(f"{config.model} {data}", caption, table_real_model(thresholds))
+        caption = f"How these runs end, {data}: counts, and means of the seeds."
+        page.table(f"{config.model} ends {data}", caption, table_ends(results, data))
     page.figure(f"{folder_of(config)}/collapse.png", f"Components that {config.model} keeps")

@@ -233,7 +233,8 @@ MEASURED_WITH += ("collapse/report/model_records.py",)
 
 
 def files_that_measure() -> list[Path]:
-    places = [ROOT / place for place in MEASURED_WITH]
+    here = Path(__file__).resolve().parent
+    places = [here / place for place in MEASURED_WITH]
     return sorted(file for p in places for file in (p.glob("*.py") if p.is_dir() else [p]))
 
 

@@ -175,7 +175,8 @@ def test_a_resumed_run_keeps_the_reference(llama, tmp_path):
         resumed.callback_handler.callbacks[-1].start == whole.callback_handler.callbacks[-1].start
     )
     other = trainer_of(llama, tmp_path, attach={"every": 5, "rows": 140}, **settings)
-    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    with pytest.warns(UserWarning, match="compared with step 10, not with 0"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
     assert json.loads(reference.read_bytes())["step"] == 10  # other texts: of what is there
 
 

@@ -190,6 +190,11 @@ def test_a_bracket_is_found_with_few_runs_and_is_what_all_would_give(monkeypatch
         assert len(runs) == 6
 
 
+def test_a_bracket_of_a_pilot_would_never_end_and_is_refused(capsys):
+    error = fails(start_script, capsys, study, "--model any --bracket --seeds 100 --measure-at 10")
+    assert "seeds below 20" in error
+
+
 def test_what_is_kept_at_every_rate_bounds_the_shift_and_a_base_that_is_decides_nothing():
     shifted = {("model1", seed): -3.1 for seed in range(5)}
     shifted |= {("model2", seed): 0.0 for seed in range(5)}

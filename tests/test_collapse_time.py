@@ -52,7 +52,7 @@ def settings(trial):
     return study.settings(CONFIG, dataclasses.asdict(trial))
 
 
-@pytest.mark.parametrize("steps", [400, 6400])
+@pytest.mark.parametrize("steps", [147, 294, 400, 6400])
 def test_ten_steps_of_warm_up_whatever_the_number_of_steps(steps):
     recipe = finetune.Recipe("m", "AG News", "1", 1e-3, 0, steps, 64, True, True)
     rates = [learning_rate_at(step, steps, recipe.config()) for step in range(12)]

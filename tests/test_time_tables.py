@@ -24,7 +24,8 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
     at = {("model1", seed): (-3.4, -3.1)[seed % 2] for seed in range(4)}
     at |= {("model2", seed): 0.0 for seed in range(4)}
     qwen = dataclasses.replace(own_models.QWEN, output_dir=tmp_path / "real")
-    results = {"by_components": {"AG News": collapse_threshold.by_components(planted(at), GRID)}}
+    components = collapse_threshold.by_components(planted(at), GRID)
+    results = {"by_components": {"AG News": components}, "arms": []}
     qwen.folder.mkdir(parents=True)
     write_json(qwen.folder / "results.json", results)
     monkeypatch.setattr(own_models, "TIME", tables)

@@ -236,6 +236,8 @@ def test_what_fails_is_named_at_the_end_tried_once_and_stops_no_other(tmp_path, 
                 raise ZeroDivisionError("no rows")
             if seed == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            time.sleep(0.3)  # so that there are others that go on when a command looks
 
     expected = [
         "model 1 seed 0: its loss is not finite.",

@@ -73,6 +73,7 @@ def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadMo
 @pytest.fixture(autouse=True, scope="module")
 def freeze_imports() -> None:
     """Trainings collect garbage; a million objects of imported modules are none."""
+    gc.unfreeze()  # what a module before has left may be garbage now
     gc.collect()
     gc.freeze()
 

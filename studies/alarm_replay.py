@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 import tyro
 
-from collapse.measures.layers import collapse_of
+from collapse.measures.thresholds import KEPT
 from collapse.report.markdown import Column, table
 from collapse.training import monitor
-from collapse.training.evaluation import evaluate
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, read_json, write_json
@@ -91,7 +90,7 @@ def measure_starts(config: Config) -> None:
 def measure_start(
     study: collapse_threshold.Config, seed: int, dataset: str, data_dir: Path | None
 ) -> dict[str, Any]:
-    """What monitor.Measuring would have found before the first step of a training.
+    """What monitor.Measuring finds before the first step of a training.
 
     Raises UserError where the weights are not those that the published trainings started from.
     """
@@ -103,10 +102,7 @@ def measure_start(
     if {row["weights_sha256"] for row in published} != {digest}:
         raise UserError(f"{recipe.model} has other weights than the published trainings of it.")
     model, _ = finetune.build(recipe, data.classes)
-    split = monitor.draw_rows(data.validation)
-    evaluation = evaluate(model, split, losses=False)
-    states = np.stack([evaluation.pooled, evaluation.pooled_without_first])
-    found = collapse_of(states, evaluation.labels)
+    found = monitor.Measuring(model, data.measured_train, data.validation)()
     made_with = {"git_commit": git_commit(), "weights_sha256": digest}
     made_with["hardware"] = hardware_name(next(model.parameters()).device)
     return {"rows": ROWS, **{name: found[name] for name in MEASURES}, **made_with}
@@ -136,7 +132,7 @@ class Replayed:
     @property
     def collapsed(self) -> bool:
         """By the published rule, at the last step and all measured rows of both ends."""
-        return self.run.kept < collapse_threshold.KEPT
+        return self.run.kept < KEPT
 
     def alarm(self, measure: str, bound: float, times: int) -> int | None:
         """The step of the first alarm on the way; None: it is silent."""
@@ -201,7 +197,7 @@ def best_bound(trainings: Sequence[Replayed], measure: str, times: int) -> float
     def worth(bound: float) -> tuple[float, float]:
         found = rates(trainings, measure, bound, times)
         balance = found["caught"]["mean"] - found["false"]["mean"]
-        return round(balance, 9), -abs(bound - collapse_threshold.KEPT)
+        return round(balance, 9), -abs(bound - KEPT)
 
     return max(BOUNDS, key=worth)
 
@@ -210,14 +206,18 @@ def summary(config: Config) -> dict[str, Any]:
     own, real = replayed(config, config.corpus), replayed(config, config.model)
     starts = read_starts(config.output_dir / "starts.csv")
 
-    def some(test: Callable[[collapse_threshold.Trial], bool]) -> list[Replayed]:
-        return [one for one in own if test(one.run.trial)]
+    def some(trainings: list[Replayed], odd: bool, plain: bool = True) -> list[Replayed]:
+        trials = ((one, one.run.trial) for one in trainings)
+        return [one for one, t in trials if t.seed % 2 == odd and (t.arm in PLAIN) == plain]
 
-    even = some(lambda t: t.seed % 2 == 0 and t.arm in PLAIN)
+    even = some(own, odd=False)
+    moved = {
+        f"{shift:+d}": some(replayed(config, config.corpus, shift), odd=True) for shift in (-2, 2)
+    }
     groups = {
         "even seeds, Models 1 and 2 (chosen on)": even,
-        "odd seeds, Models 1 and 2": some(lambda t: t.seed % 2 == 1 and t.arm in PLAIN),
-        "odd seeds, controls": some(lambda t: t.seed % 2 == 1 and t.arm not in PLAIN),
+        "odd seeds, Models 1 and 2": some(own, odd=True),
+        "odd seeds, controls": some(own, odd=True, plain=False),
         f"{config.model}, Models 1 and 2": real,
     }
     if not all(groups.values()):
@@ -247,7 +247,7 @@ def summary(config: Config) -> dict[str, Any]:
             for measure in MEASURES
         },
         "at_a_quarter": {
-            rule: {name: rates(group, "dims_95pct", 0.25, times) for name, group in groups.items()}
+            rule: {name: rates(group, "dims_95pct", KEPT, times) for name, group in groups.items()}
             for rule, times in RULES.items()
         },
         "by_bound": {
@@ -255,20 +255,11 @@ def summary(config: Config) -> dict[str, Any]:
             for rule, times in RULES.items()
         },
         "starts_two_components": {
-            f"{shift:+d}": {
-                rule: rates(
-                    [
-                        o
-                        for o in replayed(config, config.corpus, shift)
-                        if o.run.trial.seed % 2 and o.run.trial.arm in PLAIN
-                    ],
-                    "dims_95pct",
-                    chosen["dims_95pct"][rule],
-                    times,
-                )
+            shift: {
+                rule: rates(trainings, "dims_95pct", chosen["dims_95pct"][rule], times)
                 for rule, times in RULES.items()
             }
-            for shift in (-2, 2)
+            for shift, trainings in moved.items()
         },
     }
 
@@ -329,7 +320,7 @@ def add_alarm(page: Page) -> None:
     rows = rows_of_rates(found["rates"]["components"], found["chosen"]["dims_95pct"], "components")
     page.table("alarm", caption, table(COLUMNS, rows))
     caption = "The same at a quarter, the line that says *collapsed* at the end."
-    rows = rows_of_rates(found["at_a_quarter"], dict.fromkeys(RULES, 0.25), "components")
+    rows = rows_of_rates(found["at_a_quarter"], dict.fromkeys(RULES, KEPT), "components")
     page.table("alarm at a quarter", caption, table(COLUMNS, rows))
     rows = []
     for measure, name in list(MEASURES.items())[1:]:

@@ -27,7 +27,7 @@ from collapse.measures.statistics import (
     paired_difference,
     sign_flip_p,
 )
-from collapse.measures.thresholds import Threshold, threshold_shift
+from collapse.measures.thresholds import KEPT, Threshold, threshold_shift
 from collapse.models.fetching import fetch
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
@@ -42,7 +42,6 @@ from studies.shared import finetune, sweep
 from studies.shared.tables import read_rows
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
-KEPT = 1 / 4  # share of the initial components below which a representation has collapsed
 OTHER_BOUNDS = (0.1, 0.5)  # in place of KEPT, to see how P2 depends on it
 FIRST_JUDGED = 25  # steps; a low share earlier, just after warm-up, is no collapse for P8
 SEEDS_OF_A_MODEL = 5  # planned for P8

@@ -24,13 +24,19 @@ import torch
 import common
 from collapse.measures.neural_collapse import length_share
 from collapse.measures.statistics import differences_interval, mean_interval
-from collapse.measures.thresholds import Threshold, collapsed_by, slope_bounds, slope_over_time
+from collapse.measures.thresholds import (
+    KEPT,
+    Threshold,
+    collapsed_by,
+    slope_bounds,
+    slope_over_time,
+)
 from collapse.report.plots import save_figure
 from collapse.report.reference import REFERENCE
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
-from studies.collapse_threshold import KEPT, MARGIN, OTHER_BOUNDS, threshold_of
+from studies.collapse_threshold import MARGIN, OTHER_BOUNDS, threshold_of
 from studies.shared import finetune, sweep
 
 BACKBONES = tuple(range(200, 208))  # of P6; a pilot takes another

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from collapse.measures.statistics import differences_interval, format_interval, paired_difference
+from collapse.measures.thresholds import KEPT
 from collapse.report.markdown import markdown
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_json
@@ -117,7 +118,7 @@ def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
             means = np.mean(pairs, axis=0)
             names = ("model1", "model2", "loss_model1", "loss_model2")
             numbers = dict(zip(names, map(float, means), strict=True))
-            if numbers["model1"] < threshold.KEPT:
+            if numbers["model1"] < KEPT:
                 place = {"data": dataset, "rate": rate, "pairs": len(pairs)}
                 rows.append(place | numbers)
     return rows

@@ -17,6 +17,7 @@ import numpy as np
 
 from collapse.measures.statistics import t_interval
 from collapse.measures.thresholds import (
+    KEPT,
     Threshold,
     collapsed_by,
     slope_bounds,
@@ -28,7 +29,7 @@ from collapse.measures.verdicts import verdict
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
 DRAWS = 1000
-MARGIN, KEPT = 0.25, 1 / 4
+MARGIN = 0.25
 ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of rounding to a grid of quarter decades
 HOLM = 1 - 0.05 / 3  # the widest level in a family of three
 STEPS = tuple(50 * 2**k for k in range(8))

@@ -183,7 +183,6 @@ def test_a_resumed_run_keeps_the_reference(llama, tmp_path):
 WORKER = """
 import json, sys, torch
 from pathlib import Path
-sys.path.insert(0, "tests")
 from collapse.measures import against_base
 from collapse.models.finetuned import core_of
 from test_collapse_callback import measured, trainer_of
@@ -203,7 +202,8 @@ if trainer.is_world_process_zero():
 
 
 def test_two_processes_give_the_numbers_of_one(llama, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1"}
     environment |= {"MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", WORKER, str(llama), str(tmp_path)]
     workers = [

@@ -14,11 +14,11 @@ from collapse.data.batches import Split, collate, count_targets, encode_rows, to
 from collapse.data.task import Rows, fixed_draw
 from collapse.measures.layers import LayerStates, collapse_of, summarize_states, undisturbed
 from collapse.measures.neural_collapse import sink_ratio
+from collapse.measures.thresholds import KEPT
 from collapse.models.losses import lm_loss_of_logits
 from collapse.utils.errors import UserError
 
 ROWS, LEAST_ROWS, MAX_LENGTH = 256, 128, 128
-BOUND = 0.25  # share of the base's components below which a model has collapsed
 ALARM = 0.325  # the same on the way: twice running it foretells that end, studies/alarm_replay.py
 BATCH_TOKENS = 1024  # padded; the logits of so many exist at one time
 
@@ -112,7 +112,7 @@ def share_kept(now: dict[str, Any], base: dict[str, Any]) -> float | None:
 
 
 def judge(
-    now: dict[str, Any], base: dict[str, Any], texts: Texts, bound: float = BOUND
+    now: dict[str, Any], base: dict[str, Any], texts: Texts, bound: float = KEPT
 ) -> tuple[str, str]:
     """`kept`, `collapsed`, `not finite` or `no verdict`, and a sentence that says why."""
     rows, needed = len(texts.split.labels), max(0, texts.classes - 1)

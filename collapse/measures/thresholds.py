@@ -16,6 +16,8 @@ import numpy as np
 
 from collapse.measures.statistics import t_interval
 
+KEPT = 1 / 4  # share of the start's components below which a representation has collapsed
+
 
 @dataclass(frozen=True)
 class Threshold:

@@ -168,7 +168,7 @@ class TrainingLoop:
         tensors, metadata = read_tensors(self.checkpoint)
         history = History.from_dict(metadata["history"])
         restore_optimizer(self.trainer.model, self.trainer.optimizer, tensors)
-        done = history.epoch * self.batches_per_epoch + history.batch
+        done = self.steps_done(history)
         history.resumed.append(done)
         drop_lines_after(self.log, done)
         self.progress.go_on_after(done, 1 + history.epoch)
@@ -183,12 +183,18 @@ class TrainingLoop:
         tensors = optimizer_tensors(self.trainer.model, self.trainer.optimizer)
         write_tensors(self.checkpoint, tensors, {"history": dataclasses.asdict(self.history)})
 
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.batches_per_epoch
+
+    def steps_done(self, history: History) -> int:
+        return history.epoch * self.batches_per_epoch + history.batch
+
     def steps_left(self) -> Iterator[Step]:
         """All steps but those that a training gone on with has taken; with a bar on a terminal."""
         lengths, config, history = self.trainer.split.lengths, self.config, self.history
         shuffle = partial(length_grouped_batches, lengths, config.batch_size)
-        total = config.epochs * self.batches_per_epoch
-        done = history.epoch * self.batches_per_epoch + history.batch
+        total, done = self.total_steps, self.steps_done(history)
         return tqdm(
             steps(shuffle, total, config, self.seed, first=done),
             self.label,
@@ -211,7 +217,7 @@ class TrainingLoop:
         if done % LOG_STEPS == 0:
             self.write(place | self.trainer.record(history.unlogged))
             history.unlogged = StepSums()
-        last = done == config.epochs * self.batches_per_epoch
+        last = done == self.total_steps
         if config.measure_every and (last or done % config.measure_every == 0):
             self.log_measures(history, place, grad_norm=sums.grad_norm)
         if time.monotonic() - self.saved > CHECKPOINT_SECONDS and not step.ends_epoch:

@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import common
+from collapse.measures.thresholds import KEPT
 from collapse.report.plots import save_figure
-from studies.collapse_threshold import KEPT, Run, value_of
+from studies.collapse_threshold import Run, value_of
 
 ARMS = ("model1", "model2")
 SIDE = {"model1": -0.012, "model2": 0.012}  # decades: points stand beside each other

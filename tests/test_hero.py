@@ -24,22 +24,14 @@ def runs():
 def test_a_line_goes_through_the_means_and_every_training_is_a_point(runs, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(hero, "save_figure", lambda figure, path: drawn.append(figure))
-    hero.draw(tmp_path / "hero.png", "title", runs, shaded=-2.0, chosen=-3.0)
+    hero.draw(tmp_path / "hero.png", "title", runs, -2.0, {-3.0: "the reference's rate"})
     kept, accuracy = drawn[0].axes
     lines = {tuple(np.round(line.get_ydata(), 6)) for line in kept.lines}
     assert {(50.0, 10.0), (80.0, 90.0)} <= lines and (100.0,) not in lines
     assert sum(len(line.get_ydata()) == 3 for line in kept.lines) == 4  # arms by rates
     texts = [text.get_text() for text in (*kept.texts, *accuracy.texts)]
     assert "10% against 90%" in texts and "70.0% against 60.0%" in texts
-    assert "rate one would choose" in texts and "published rate" not in texts
-
-
-def test_the_published_rate_is_marked_where_the_rates_reach_it(runs, monkeypatch, tmp_path):
-    drawn = []
-    monkeypatch.setattr(hero, "save_figure", lambda figure, path: drawn.append(figure))
-    low = [measured_run([1.0, 1.0, 0.9, 0.9], "model1", -4.0, seed) for seed in range(2)]
-    for run in low:
-        for record in run.path:
-            record["validation_accuracy"] = 0.7
-    hero.draw(tmp_path / "hero.png", "title", [*runs, *low])
-    assert "published rate" in [text.get_text() for text in drawn[0].axes[0].texts]
+    named = {text.get_text(): text.xy for text in kept.texts if hasattr(text, "xy")}
+    assert named["the reference's rate"][0] == 1e-3
+    assert named["Model 1: Classification Only"] == (1e-3, 50.0)
+    assert named["Model 2: Dual Head"] == (1e-2, 90.0)  # where Model 1 has fallen

@@ -4,7 +4,7 @@ One data set, Models 1 and 2, a point a training. Drawn for own models, and for 
 ran; the tables of collapse_threshold.py hold the numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,99 +17,92 @@ from studies.collapse_threshold import Run, value_of
 
 ARMS = ("model1", "model2")
 SIDE = {"model1": -0.012, "model2": 0.012}  # decades: points stand beside each other
-PUBLISHED_RATE = 2e-4  # of the reference
+BAND = 0.07  # decades to each side of the shaded rate
+GRAY = {"fontsize": 9, "color": "gray"}
 
 
 def draw(
-    path: Path,
-    title: str,
-    runs: Sequence[Run],
-    shaded: float | None = None,
-    chosen: float | None = None,
+    path: Path, title: str, runs: Sequence[Run], shaded: float, marked: Mapping[float, str]
 ) -> None:
     """Components kept above, validation accuracy below, against the learning rate.
 
-    shaded: base-10 logarithm of a rate whose numbers are written beside it; chosen: of the rate
-    that rows held out for tuning chose for Model 1. Other arms than Models 1 and 2 are left out.
+    shaded: base-10 logarithm of the rate whose means are written above it; marked: names of
+    further rates, by the same logarithm. Other arms than Models 1 and 2 are left out.
     """
     runs = [run for run in runs if run.trial.arm in ARMS]
     figure, panels = plt.subplots(2, 1, figsize=(7, 6), layout="constrained", sharex=True)
-    measures = ("kept", "validation_accuracy")
-    for axis, measure in zip(panels, measures, strict=True):
+    for axis, measure in zip(panels, ("kept", "validation_accuracy"), strict=True):
         for name in ARMS:
             draw_arm(axis, [run for run in runs if run.trial.arm == name], measure)
-        if shaded is not None:
-            axis.axvspan(10 ** (shaded - 0.1), 10 ** (shaded + 0.1), color="gold", alpha=0.25)
-            axis.annotate(
-                " against ".join(mean_text(runs, name, shaded, measure) for name in ARMS),
-                (10 ** (shaded - 0.12), axis.get_ylim()[0]),
-                xytext=(-4, 40),
-                textcoords="offset points",
-                ha="right",
-                fontsize=9,
-            )
-        if chosen is not None:
-            axis.axvline(10**chosen, color="gray", linewidth=0.8, linestyle="--")
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(bottom, top + 0.15 * (top - bottom))  # room for the means
+        axis.axvspan(10 ** (shaded - BAND), 10 ** (shaded + BAND), color="gold", alpha=0.25)
+        means = " against ".join(mean_text(runs, name, shaded, measure) for name in ARMS)
+        place = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "top"}
+        axis.text(10**shaded, 0.97, means, fontsize=9, **place)
+        for rate in marked:
+            axis.axvline(10**rate, color="gray", linewidth=0.8, linestyle="--")
     kept, accuracy = panels
-    kept.axhline(100 * KEPT, color="gray", linewidth=0.8, linestyle=":")
-    beside_line = {**RIGHT, "transform": kept.get_yaxis_transform()}
-    kept.text(0.99, 100 * KEPT + 1, "collapsed below", **beside_line)
-    kept.set(ylabel="components kept (%)", title=title, xscale="log")
-    kept.set_ylim(top=1.12 * kept.get_ylim()[1])  # room for a name above the highest point
+    name_arms(kept, runs)
+    for rate, name in marked.items():
+        place = {"xytext": (4, 3), "textcoords": "offset points"}
+        kept.annotate(name, (10**rate, 0), xycoords=("data", "axes fraction"), **place, **GRAY)
     chance = 100 * float(np.mean([run.end["chance"] for run in runs]))
-    accuracy.axhline(chance, color="gray", linewidth=0.8, linestyle=":")
-    beside_line["transform"] = accuracy.get_yaxis_transform()
-    accuracy.text(0.15, chance + 1, "chance", **beside_line)
+    for axis, height, name in ((kept, 100 * KEPT, "collapsed below"), (accuracy, chance, "chance")):
+        axis.axhline(height, color="gray", linewidth=0.8, linestyle=":")
+        place = {"xytext": (4, 2), "textcoords": "offset points"}
+        axis.annotate(name, (0.19, height), xycoords=("axes fraction", "data"), **place, **GRAY)
+    kept.set(ylabel="components kept (%)", title=title, xscale="log")
     accuracy.set(ylabel="validation accuracy (%)", xlabel="learning rate")
-    rates = [10**run.trial.rate for run in runs]
-    if min(rates) <= PUBLISHED_RATE <= max(rates):
-        kept.axvline(PUBLISHED_RATE, color="black", linewidth=0.8)
-        kept.annotate("published rate", (PUBLISHED_RATE, 0.03), **BESIDE)
-    if chosen is not None:
-        kept.annotate("rate one would choose", (10**chosen, 0.03), **BESIDE)
+    rates = sorted({run.trial.rate for run in runs} | set(marked))
+    accuracy.set_xticks([10**rate for rate in rates], [f"{10**rate:.1e}" for rate in rates])
+    accuracy.minorticks_off()
     save_figure(figure, path)
-
-
-RIGHT = {"ha": "right", "va": "bottom", "fontsize": 9, "color": "gray"}
-BESIDE = {
-    "xycoords": ("data", "axes fraction"),
-    "xytext": (4, 0),
-    "textcoords": "offset points",
-    "fontsize": 9,
-    "color": "gray",
-}
 
 
 def percent(run: Run, measure: str) -> float:
     return value_of(run, measure) * (100 if measure == "kept" else 1)
 
 
+def means_by_rate(runs: Sequence[Run], arm: str, measure: str) -> dict[float, float]:
+    """The mean over an arm's trainings in percent, by base-10 logarithm of the rate."""
+    values: dict[float, list[float]] = {}
+    for run in sorted(runs, key=lambda run: run.trial.rate):
+        if run.trial.arm == arm:
+            values.setdefault(run.trial.rate, []).append(percent(run, measure))
+    return {rate: float(np.mean(some)) for rate, some in values.items()}
+
+
 def draw_arm(axis: plt.Axes, runs: Sequence[Run], measure: str) -> None:
-    """A point a training, a line through the means, the arm's name at its end."""
+    """A point a training, and a line through the means."""
     if not runs:
         return
     arm = common.find_arm(runs[0].trial.arm)
-    rates = sorted({run.trial.rate for run in runs})
-    means = []
-    for rate in rates:
+    means = means_by_rate(runs, arm.name, measure)
+    for rate in means:
         values = [percent(run, measure) for run in runs if run.trial.rate == rate]
-        means.append(np.mean(values))
         places = np.full(len(values), 10 ** (rate + SIDE[arm.name]))
         axis.plot(places, values, ".", color=arm.color, alpha=0.5, markersize=5)
-    x = [10 ** (rate + SIDE[arm.name]) for rate in rates]
-    axis.plot(x, means, color=arm.color, linewidth=1.5)
-    if measure == "kept":  # named once
-        highest = max(percent(run, measure) for run in runs if run.trial.rate == rates[0])
+    x = [10 ** (rate + SIDE[arm.name]) for rate in means]
+    axis.plot(x, list(means.values()), color=arm.color, linewidth=1.5)
+
+
+def name_arms(axis: plt.Axes, runs: Sequence[Run]) -> None:
+    """Each arm's name at its line: Model 1's at the lowest rate, Model 2's where they part most."""
+    first, second = (means_by_rate(runs, name, "kept") for name in ARMS)
+    both = sorted(set(first) & set(second), key=lambda rate: second[rate] - first[rate])
+    for name, rate, side in ((ARMS[0], min(first), 0), (ARMS[1], both[-1], 12)):
+        arm = common.find_arm(name)
+        values = [percent(r, "kept") for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]
         axis.annotate(
-            f"Model {arm.name.removeprefix('model')}: {arm.title}",
-            (10 ** rates[0], highest),
-            xytext=(-4, 7),
+            f"Model {name.removeprefix('model')}: {arm.title}",
+            (10**rate, max(values)),
+            xytext=(side, 5),
             textcoords="offset points",
             color=arm.color,
-            fontsize=10,
         )
 
 
-def mean_text(runs: Sequence[Run], name: str, rate: float, measure: str) -> str:
-    values = [percent(r, measure) for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]
-    return f"{np.mean(values):.0f}%" if measure == "kept" else f"{np.mean(values):.1f}%"
+def mean_text(runs: Sequence[Run], arm: str, rate: float, measure: str) -> str:
+    mean = means_by_rate(runs, arm, measure)[rate]
+    return f"{mean:.0f}%" if measure == "kept" else f"{mean:.1f}%"

@@ -13,7 +13,15 @@ from collapse.report import plots, rank_plots
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_file
 from studies import alarm_replay, collapse_threshold, sensitivity, sink
-from studies.report import claims, experiments, hero, own_models, side_studies, thresholds
+from studies.report import (
+    claims,
+    experiments,
+    hero,
+    own_models,
+    real_models,
+    side_studies,
+    thresholds,
+)
 from studies.report.page import Page
 
 DOCUMENTS = ("FINDINGS.md", "README.md")
@@ -174,6 +182,18 @@ def draw_heroes() -> None:
             hero.draw(config.folder / "hero.png", title, runs, shaded, marked)
 
 
+def draw_real_models() -> None:
+    """The rates at which real models collapse, in order of size; a column a data set."""
+    columns = {}
+    for config, name in (
+        (own_models.STANDIN, "SmolLM2-135M-Instruct"),
+        (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct"),
+    ):
+        for run in collapse_threshold.read_runs(config.folder):
+            columns.setdefault(f"{name}\n{run.trial.dataset}", []).append(run)
+    real_models.draw(ROOT / thresholds.REAL_MODELS, columns)
+
+
 def summarize_and_draw() -> None:
     """Write the summaries of all studies, and draw all figures whose numbers are in files.
 
@@ -182,6 +202,7 @@ def summarize_and_draw() -> None:
     rank_plots.plot_all((ROOT / experiments.RANKS).parent, experiments.read_ranks())
     own_models.summarize()
     draw_heroes()
+    draw_real_models()
     sensitivity.write_summary()
     path = ROOT / side_studies.SINK
     sink.plot(path.with_suffix(".png"), read_json(path))

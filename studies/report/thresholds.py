@@ -14,6 +14,7 @@ from studies.report.own_models import ARM, DATA, RATE, folder_of, results_of
 from studies.report.page import Page
 from studies.shared import sweep
 
+REAL_MODELS = "studies/results/collapse_threshold/real_models.png"
 FINETUNED = "studies/results/pretrain/finetuned.json"
 OUTCOMES = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 SHIFTS = {
@@ -285,6 +286,7 @@ def add_time(page: Page) -> None:
         page.figure(f"{folder_of(config)}/collapse_time.png", caption)
     for model in models:
         add_real_model(page, model)
+    page.figure(REAL_MODELS, "Learning rate at which real models collapse, a point a seed")
 
 
 def add_real_model(page: Page, config: collapse_threshold.Config) -> None:

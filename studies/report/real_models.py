@@ -1,0 +1,56 @@
+"""The figure of real models in order of size: the learning rate at which each one collapses."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import common
+from collapse.measures.thresholds import Threshold
+from collapse.report.plots import save_figure
+from studies.collapse_threshold import Run, thresholds_by_components
+from studies.report.hero import ARMS
+
+PUBLISHED_RATE = 2e-4  # at which the reference's 7B Model 1 collapsed, after 22,500 steps
+MARKERS = {"": "o", ">=": "^", "<=": "v"}  # a censored threshold points where the true one lies
+
+
+def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
+    """A column for each model and data set, a point a seed; runs: by the column's name, in order.
+
+    A threshold is half-way, in logarithms, between the highest learning rate up to which at least a
+    quarter of the components was kept and the next one; the bar joins these two rates.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for column, of_column in enumerate(runs.values()):
+        thresholds = thresholds_by_components(list(of_column), rates=())
+        for side, name in zip((-0.15, 0.15), ARMS, strict=True):
+            draw_thresholds(axis, column + side, name, list(thresholds.get(name, {}).values()))
+    axis.axhline(PUBLISHED_RATE, color="gray", linewidth=0.8, linestyle="--")
+    note = "the reference's rate: its 7B Model 1 collapsed here, after 22,500 steps"
+    axis.annotate(note, (0.01, PUBLISHED_RATE), xycoords=("axes fraction", "data"), **NOTE)
+    axis.set_xticks(range(len(runs)), list(runs))
+    axis.set(
+        yscale="log", ylabel="learning rate of collapse, 150 steps", xlim=(-0.5, len(runs) - 0.5)
+    )
+    axis.set_ylim(1e-4, 2e-2)
+    for name in ARMS:
+        arm = common.find_arm(name)
+        label = f"Model {name.removeprefix('model')}: {arm.title}"
+        axis.plot([], [], "o", color=arm.color, label=label)
+    axis.legend(loc="upper right", fontsize=9)
+    save_figure(figure, path)
+
+
+NOTE = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 9, "color": "gray"}
+
+
+def draw_thresholds(axis: plt.Axes, x: float, name: str, thresholds: Sequence[Threshold]) -> None:
+    color = common.find_arm(name).color
+    shifts = 0.03 * (np.arange(len(thresholds)) - (len(thresholds) - 1) / 2)
+    for shift, threshold in zip(shifts, thresholds, strict=True):
+        ends = [10**end for end in (threshold.low, threshold.high) if np.isfinite(end)]
+        axis.plot([x + shift] * len(ends), ends, color=color, linewidth=0.8, alpha=0.6)
+        marker = MARKERS[threshold.censored]
+        axis.plot(x + shift, 10**threshold.value, marker, color=color, markersize=5)

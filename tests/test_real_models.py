@@ -1,0 +1,24 @@
+"""The figure of real models in order of size."""
+
+import numpy as np
+import pytest
+from test_collapse_threshold import measured_run
+
+from studies.report import real_models
+
+
+def test_a_threshold_lies_between_two_rates_or_points_beyond_them(monkeypatch, tmp_path):
+    kept = {("model1", -3.0): 0.9, ("model1", -2.0): 0.1, ("model2", -3.0): 0.9}
+    kept |= {("model2", -2.0): 0.9, ("kl", -3.0): 0.1}  # Model 2 is kept at both, kl is left out
+    runs = [measured_run([1.0, 1.0, k, k], arm, rate, "0") for (arm, rate), k in kept.items()]
+    drawn = []
+    monkeypatch.setattr(real_models, "save_figure", lambda figure, path: drawn.append(figure))
+    real_models.draw(tmp_path / "x.png", {"one model": runs})
+    axis = drawn[0].axes[0]
+    points = {
+        line.get_marker(): line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 1
+    }
+    assert points["o"][0] == pytest.approx(10**-2.5) and points["^"][0] == pytest.approx(1e-2)
+    bars = [line.get_ydata() for line in axis.lines if line.get_linewidth() == 0.8]
+    assert any(np.allclose(bar, [1e-3, 1e-2]) for bar in bars)
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["one model"]

@@ -12,11 +12,11 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from conftest import fails, start_script
+from conftest import start_script
 
 from collapse.data import corpus
-from collapse.data.corpus import Corpus, check_no_row_inside, rows_inside, to_blocks
-from collapse.data.sst2 import load_sst2_by_sentence
+from collapse.data.corpus import load_corpus, rows_inside, to_blocks
+from collapse.data.registry import LOADERS
 from collapse.data.text import corpus_text
 from collapse.models.ngram import KneserNeyBigram
 from collapse.runs.progress import Job, Progress
@@ -60,23 +60,13 @@ def test_a_row_is_found_as_a_whole_document_or_word_for_word_inside_one():
     assert rows_inside(rows, documents) == [(0, 0), (1, 1)]
 
 
-def test_a_row_of_a_classification_set_in_the_training_text_is_an_error():
-    text = Corpus("tiny", [f"oh {SENTENCE}"], [])
-    check_no_row_inside(
-        {"some set": ["Another row, of more than eight words, not in there!"]}, text
-    )
-    with pytest.raises(UserError, match="1 rows of some set are in the training text of tiny"):
-        check_no_row_inside({"some set": ["", SENTENCE.title() + "!"]}, text)
-
-
-def test_the_check_looks_for_validation_rows_as_the_loaders_give_them(phrases_dir, monkeypatch):
-    monkeypatch.setattr(pretrain, "CHECKED", ("SST-2 by sentence",))
-    rows = load_sst2_by_sentence(phrases_dir).validation.texts
-    assert pretrain.check_rows("miniature", phrases_dir) == len(rows)
-    spoilt = Corpus("spoilt", [f"he said {rows[0]} that day"], [])
-    monkeypatch.setattr(pretrain, "load_corpus", lambda name: spoilt)
-    with pytest.raises(UserError, match="1 rows of SST-2 by sentence, validation are in"):
-        pretrain.check_rows("miniature", phrases_dir)
+def test_no_validation_row_of_a_studys_data_is_in_the_text_of_its_backbones(shared_data):
+    if not corpus.WHEEL.exists():
+        pytest.skip("needs the text of `make corpus`")
+    names = ("SST-2 by sentence", "AG News", "CLINC150", "Banking77", "20 Newsgroups")
+    texts = [text for name in names for text in LOADERS[name](shared_data).validation.texts]
+    rows = [corpus_text(text) for text in texts]
+    assert len(rows) > 20_000 and not rows_inside(rows, load_corpus("newsgroups").train)
 
 
 @pytest.fixture
@@ -261,19 +251,11 @@ def test_a_backbone_is_trained_once(tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(folder).vocab_size > 256
 
 
-def test_the_script_leaves_a_row_for_each_model(monkeypatch, tmp_path, capsys):
-    line = "--corpus miniature --seeds 0 1 --width 32 --layers 1 --epochs 1"
-    line += f" --models-dir {tmp_path}/lm"
-    start_script(pretrain, f"{line} --results {tmp_path}/models.csv")
-    rows = read_rows(tmp_path / "models.csv")
-    assert [row["seed"] for row in rows] == ["0", "1"]
-    for row in rows:
-        ahead = float(row["bigram_loss"]) - float(row["validation_loss"])
-        assert float(row["ahead_of_bigram"]) == pytest.approx(ahead)
-        assert row["weights_sha256"] == digest_weights(tmp_path / "lm" / row["name"])
-    for option, message in (("--width 48", "multiple of 32"), ("--check", "--data-dir")):
-        error = fails(start_script, capsys, pretrain, f"{line} {option}")
-        assert message in error
+def test_a_backbones_metrics_have_its_losses_and_the_digest_of_its_weights(tmp_path):
+    (folder,) = pretrain.backbones([1], "miniature", tmp_path)
+    row = read_json(folder / "metrics.json")
+    assert row["seed"] == 1 and row["weights_sha256"] == digest_weights(folder)
+    assert row["ahead_of_bigram"] == pytest.approx(row["bigram_loss"] - row["validation_loss"])
 
 
 def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatch, tmp_path):

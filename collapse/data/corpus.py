@@ -177,21 +177,6 @@ def rows_inside(rows: Sequence[str], documents: Sequence[str]) -> list[tuple[int
     return sorted(matches)
 
 
-def check_no_row_inside(rows: dict[str, Sequence[str]], corpus: Corpus) -> None:
-    """Raise UserError when a row of a classification set (name -> texts) is in the training text.
-
-    See rows_inside for what "in" means.
-    """
-    for name, texts in rows.items():
-        texts = [corpus_text(text) for text in texts]
-        if matches := rows_inside(texts, corpus.train):
-            row, document = matches[0]
-            raise UserError(
-                f"{len({row for row, _ in matches})} rows of {name} are in the training text of "
-                f"{corpus.name}, the first is {texts[row]!r}: leave document {document} out."
-            )
-
-
 def train_tokenizer(documents: Sequence[str], vocabulary: int = VOCABULARY):
     """A byte-level BPE tokenizer (transformers') trained on these documents.
 

@@ -37,9 +37,7 @@ from collapse.utils import command_line
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
-from collapse.utils.provenance import git_commit, hardware_name
 from studies.shared import finetune, sweep
-from studies.shared.tables import read_rows
 
 MARGIN = 0.25  # decades, of studies/PROTOCOL.md
 OTHER_BOUNDS = (0.1, 0.5)  # in place of KEPT, to see how P2 depends on it
@@ -203,35 +201,9 @@ def run(config: Config, trial: Trial, progress: Progress) -> list[dict[str, Any]
     interval = math.ceil(config.steps / (MEASUREMENTS + 1))
     measure_at = config.measure_at or range(0, config.steps, interval)
     both_ends = bool(config.measure_at)
-    start = start_of(config, trial) if both_ends else []
-    records = finetune.watch(recipe, data, measure_at, progress.step, both_ends, start)
+    records = finetune.watch(recipe, data, measure_at, progress.step, both_ends)
     chance = np.bincount(data.measured_train.labels).max() / len(data.measured_train.labels)
     return [record | {"chance": chance, "classes": data.classes} for record in records]
-
-
-def start_of(config: Config, trial: Trial) -> list[dict[str, Any]]:
-    """The initial measurements of another training of this seed on this kind of machine.
-
-    All arms of a seed without a prefix start from the same model, and measuring it takes as long as
-    dozens of steps on a CPU. Empty until such a training has ended.
-    """
-    if common.find_arm(trial.arm).prefix != "none":
-        return []
-    same = trial.dataset, hardware_name(pick_device(config.device)), git_commit(), "0"
-    by_training: dict[str, list[dict[str, str]]] = {}
-    for row in read_rows(sweep.table_of(config.folder, trial.seed)):
-        made = row["dataset"], row["hardware"], row["git_commit"], row["step"]
-        if made == same and common.find_arm(row["arm"]).prefix == "none":
-            by_training.setdefault(row["training"], []).append(row)
-    rows = next((rows for rows in by_training.values() if len(rows) == 2), [])  # of both numbers
-    names = list(rows[0]) if rows else []
-    measured = names[names.index("step") : names.index("lm_loss") + 1] if rows else []
-    return [{name: as_number(row[name]) for name in measured} for row in rows]
-
-
-def as_number(text: str) -> float | None:
-    """The number in a cell of a table; whole numbers stay int, so that they are written as read."""
-    return (int(text) if text.isdigit() else float(text)) if text else None
 
 
 def line(rows: list[dict[str, Any]]) -> str:

@@ -319,7 +319,7 @@ def test_language_kept_is_measured_under_the_lm_head_of_the_start(miniature):
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
-def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
+def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature, monkeypatch):
     recipe = recipe_in(miniature)
     data = finetune.load_data(recipe, None)
     records = finetune.watch(recipe, data, (5,), few_rows_too=True)
@@ -331,8 +331,9 @@ def test_both_ends_are_measured_on_the_rows_of_the_way_where_asked(miniature):
         (10, False),
     ]
     again = finetune.watch(recipe, data, (5,), few_rows_too=True)
-    taken = finetune.watch(recipe, data, (5,), few_rows_too=True, start=records[:2])
-    assert again == records == taken  # what is spared draws no random number
+    monkeypatch.setattr(finetune, "measured_starts", {})
+    anew = finetune.watch(recipe, data, (5,), few_rows_too=True)
+    assert again == records == anew  # what is spared draws no random number
 
 
 def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
@@ -350,8 +351,12 @@ def test_one_pass_gives_what_fewer_rows_give_by_themselves(miniature):
     assert alone == pytest.approx(some, rel=1e-4)
 
 
-def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
+def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path, monkeypatch):
     """A folder as --model: the second training takes over what the first one measured."""
+    measured, full_records = [], finetune.full_records
+    monkeypatch.setattr(
+        finetune, "full_records", lambda *given: measured.append(1) or full_records(*given)
+    )
     folder = backbone_in(miniature)
     config = study.Config(
         model=str(folder),
@@ -370,10 +375,12 @@ def test_a_given_models_start_is_measured_once_a_seed(miniature, tmp_path):
     start = {(row["arm"], row["rows"], row["lm_loss"], row["dims_95pct"]) for row in rows[:2]}
     again = {("model1", *(row[k] for k in ("rows", "lm_loss", "dims_95pct"))) for row in rows[5:7]}
     assert start == again and {row["model"] for row in rows} == {folder.name}
-    trial = study.Trial(0, finetune.TOY, "model2", -2.0)
-    assert len(study.start_of(config, trial)) == 2
-    assert study.start_of(config, study.Trial(1, finetune.TOY, "model2", -2.0)) == []
-    assert study.start_of(config, study.Trial(0, finetune.TOY, "model3", -2.0)) == []
+    assert len(measured) == 1 + 2
+    one, two, three, other_seed = (
+        finetune.start_of(study.recipe_of(config, study.Trial(seed, finetune.TOY, arm, rate)))
+        for seed, arm, rate in ((0, "1", -3), (0, "2", -2), (0, "3", -3), (1, "1", -3))
+    )
+    assert one == two and len({one, three, other_seed}) == 3
     results = study.summary(config)
     found = results["by_components"][finetune.TOY]
     assert found["runs"]["model1"]["-3"]["runs"] == 1 and found["shift"] is None

@@ -89,7 +89,7 @@ class Recipe:
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """Rows as token ids. Those to measure on are fixed draws, the same for every training."""
 
@@ -265,14 +265,13 @@ def watch(
     measure_at: Collection[int],
     after_step: Callable[[], None] = lambda: None,
     few_rows_too: bool = False,
-    start: Sequence[Record] = (),
 ) -> list[Record]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
     Along the way on fewer rows, see monitor.Measuring; with few_rows_too at both ends on these,
     too, so that any two steps can be compared at as many rows: ranks grow with them. The first
-    record and the last are of all measured rows. `start` spares the measurement before the first
-    step where another training has made it from the same model and seed.
+    record and the last are of all measured rows. A process measures a start once, since on a CPU
+    that takes as long as dozens of steps.
     """
     model, start_head = build(recipe, data.classes)
     along_the_way = monitor.Measuring(model, data.measured_train, data.validation)
@@ -280,7 +279,10 @@ def watch(
 
     def measure(step: int) -> list[Record]:
         if step == 0:
-            return list(start) or both_ends(step)
+            start = start_of(recipe), data, few_rows_too
+            if start not in measured_starts:
+                measured_starts[start] = both_ends(step)
+            return measured_starts[start]
         if step == recipe.steps:
             return both_ends(step)[::-1]
         return [{"step": step, **along_the_way(), "lm_loss": None}] if step in measure_at else []
@@ -289,6 +291,15 @@ def watch(
         return [{"step": step, **r} for r in full_records(model, data, start_head, limits)]
 
     return train(recipe, trainer_of(recipe, model, data.train), measure, after_step)
+
+
+measured_starts: dict[tuple[Recipe, Data, bool], list[Record]] = {}
+
+
+def start_of(recipe: Recipe) -> Recipe:
+    """The recipe without what changes nothing before the first step, as any arm but a prefix."""
+    arm = recipe.arm if common.find_arm(recipe.arm).prefix != "none" else ""
+    return dataclasses.replace(recipe, arm=arm, learning_rate=0.0, steps=0)
 
 
 def full_records(

@@ -8,7 +8,6 @@ start is measured, and results.json. The same command goes on where it was stopp
 """
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -344,7 +343,6 @@ def source(found: dict) -> str:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     set_threads(1)  # sums of more threads differ in their last digits
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if not config.summarize:

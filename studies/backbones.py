@@ -8,7 +8,6 @@ resumes where it was stopped.
 
 import dataclasses
 import itertools
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,8 +175,6 @@ def summary(rows: list[dict[str, str]]) -> dict[str, Any]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)
     config.output_dir.mkdir(parents=True, exist_ok=True)
     run_missing(config)

@@ -457,6 +457,7 @@ def text(results: dict[str, Any]) -> str:
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
     for arm, intervals in results["accuracy_differences"].items():
         parts = [
+    description=__doc__,
             f"{place} {format_interval(value, 2, 100, '+')}"
             for place, value in intervals.items()
             if value
@@ -483,10 +484,7 @@ STUDY = sweep.Study(
     draw=draw,
     check=pilots.check,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

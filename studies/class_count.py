@@ -342,6 +342,7 @@ def text(results: dict[str, Any]) -> str:
         gain = format_interval(row["accuracy_difference"], 2, 100, "+")
         lines.append(f"{row['classes']} {row['merge']} classes: Model 2 less Model 1 {gain} points")
     return "\n".join(lines)
+    description=__doc__,
 
 
 STUDY = sweep.Study(
@@ -356,10 +357,7 @@ STUDY = sweep.Study(
     draw=draw,
     check=pilots.check,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

@@ -647,6 +647,7 @@ def check(config: Config) -> None:
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
         common.check_device_for(config.model, pick_device(config.device), config.compute_dtype)
         load_tokenizer(config.model)
+    description=__doc__,
         fetch(find_model(config.model), None)
         check_weights(find_model(config.model), None)
 
@@ -670,10 +671,7 @@ STUDY = sweep.Study(
     check=check,
     evaluation_cost=20.0,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

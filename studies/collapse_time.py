@@ -542,6 +542,7 @@ def check(config: Config) -> None:
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
+    description=__doc__,
 
 
 STUDY = sweep.Study(
@@ -556,10 +557,7 @@ STUDY = sweep.Study(
     draw=draw,
     check=check,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

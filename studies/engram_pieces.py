@@ -260,6 +260,7 @@ def check(config: Config) -> None:
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={"seeds": (0, 1), "piece_tokens": 16, "steps": 20},
     trials=lambda config: [[Trial(seed, arm) for seed in config.seeds for arm in ARMS]],
@@ -269,10 +270,7 @@ STUDY = sweep.Study(
     summary=summary,
     text=text,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

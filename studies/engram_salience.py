@@ -454,6 +454,7 @@ def check(config: Config) -> None:
     for name in config.arms:
         if common.find_arm(name).prefix != "engram":
             raise UserError(f"--arms {name} has no engram: take 3, or a control of it that has.")
+    description=__doc__,
 
 
 STUDY = sweep.Study(
@@ -468,10 +469,7 @@ STUDY = sweep.Study(
     draw=draw,
     check=check,
 )
-
-
-def main() -> None:
-    STUDY.main(__doc__)
+main = STUDY.main
 
 
 if __name__ == "__main__":

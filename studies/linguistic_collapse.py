@@ -8,7 +8,6 @@ trained again; the same command resumes where it was stopped.
 
 import dataclasses
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -339,8 +338,6 @@ def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float])
 
 def main() -> None:
     config = command_line.parse(Config, __doc__)
-    # Worker processes inherit it: threads of the tokenizer do not outlive a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     check_bounds("workers", config.workers, 1, 1024)
     check_bounds("seeds", config.seeds, 1, 30)
     check_bounds("max_epochs", config.max_epochs, 1, math.inf)

@@ -8,7 +8,6 @@ a study that is stopped has complete backbones, and resumes with the rows that i
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +98,7 @@ class Study:
     line: Callable[[list[Row]], str]
     # summary(config): the content of results.json.
     summary: Callable[[Any], dict[str, Any]]
+    description: str  # for --help
     # text(results): the text to print about them.
     text: Callable[[dict[str, Any]], str]
     # draw(config, results): writes figures into config.folder.
@@ -108,10 +108,9 @@ class Study:
     # Cost of all measurements of a trial, in training steps of Model 1.
     evaluation_cost: float = 100.0
 
-    def main(self, description: str) -> None:
+    def main(self) -> None:
         """Main function of the script: run missing trials, unless --summarize, and report."""
-        config = command_line.parse(self.config_type, description)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads do not outlive a fork
+        config = command_line.parse(self.config_type, self.description)
         set_allocator()
         self.check_config(config)
         if config.miniature:

@@ -121,7 +121,7 @@ def run_trial(config: Config, trial: Trial, backbone: Path, progress: Progress) 
         seed=trial.seed,
         steps=steps,
         train_rows=rows,
-        letters=True,
+        corpus_text=True,
         all_weights=True,
         max_length=32,
     )

@@ -186,7 +186,7 @@ def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
         steps=config.steps,
         train_rows=train_rows,
         max_length=max_length,
-        letters=not config.model,
+        corpus_text=not config.model,
         quantization=config.quantization,
         compute_dtype=config.compute_dtype,
         # At width 128 LoRA is less accurate and takes as long.

@@ -77,7 +77,7 @@ def made(tmp_path_factory):
         seed=0,
         steps=0,
         train_rows=64,
-        letters=True,
+        corpus_text=True,
         all_weights=True,
         max_length=32,
     )

@@ -60,7 +60,7 @@ class Recipe:
     seed: int  # of adapters, heads and the order of rows
     steps: int
     train_rows: int  # a fixed draw
-    letters: bool  # texts as the corpus of the own language models has them
+    corpus_text: bool  # write texts as the corpus of the backbones does, see in_corpus_text
     all_weights: bool = False  # instead of LoRA adapters
     device: str = "cpu"
     max_length: int = 64
@@ -128,16 +128,21 @@ def load_task(dataset: str, data_dir: Path | None) -> Task:
 
 def load_data(recipe: Recipe, data_dir: Path | None) -> Data:
     """The recipe's data set as its model's tokens. Raises UserError where rows cannot be had."""
-    what = recipe.dataset, recipe.train_rows, recipe.letters, recipe.max_length
+    what = recipe.dataset, recipe.train_rows, recipe.corpus_text, recipe.max_length
     return _load_data(*what, recipe.model, data_dir)
 
 
 @functools.lru_cache(maxsize=4)
 def _load_data(
-    dataset: str, train_rows: int, letters: bool, max_length: int, model: str, data_dir: Path | None
+    dataset: str,
+    train_rows: int,
+    corpus_text: bool,
+    max_length: int,
+    model: str,
+    data_dir: Path | None,
 ) -> Data:
     task = limit_task(load_task(dataset, data_dir), train_rows, MEASURED_ROWS)
-    return as_tokens(model, max_length, in_corpus_text(task) if letters else task)
+    return as_tokens(model, max_length, in_corpus_text(task) if corpus_text else task)
 
 
 @functools.lru_cache(maxsize=8)  # sentences among phrases take a while to find

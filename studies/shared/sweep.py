@@ -226,7 +226,11 @@ def model_of(config: Config, seed: int) -> str:
 def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
     """The recipe for training all weights of the trial's backbone; `other`: further fields."""
     fields = {"model": model_of(config, trial.seed), "arm": trial.arm, "seed": trial.seed}
-    fields |= {"letters": True, "all_weights": True, "device": pick_device(config.device).type}
+    fields |= {
+        "corpus_text": True,
+        "all_weights": True,
+        "device": pick_device(config.device).type,
+    }
     return finetune.Recipe(**fields | other)
 
 

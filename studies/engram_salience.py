@@ -28,7 +28,12 @@ from collapse.data.sst2 import load_sst2_by_sentence
 from collapse.data.task import Rows, Task, fixed_draw, in_corpus_text, tuning_split, without_texts
 from collapse.measures.engrams import k_means, match_clusters
 from collapse.measures.probe import transfer_accuracy
-from collapse.measures.statistics import format_interval, mean_interval, paired_difference
+from collapse.measures.statistics import (
+    differences_interval,
+    format_interval,
+    mean_interval,
+    paired_difference,
+)
 from collapse.models.pretrained import load_tokenizer
 from collapse.report.plots import CLASS_COLORS, save_figure
 from collapse.runs.progress import Progress
@@ -301,34 +306,26 @@ def read_table(folder: Path) -> tuple[Ends, Ends]:
     return {run.trial: run.end for run in in_order}, starts
 
 
-def salience(
-    ends: Ends, arm: str, kind: str = "ari", above: float = 0.0
-) -> tuple[dict[int, float], dict[int, float]]:
-    """(Seed -> index with the other label, seed -> index with the trained one).
-
-    Each is the mean over the two trained labels, for seeds where both trainings ended with a
-    validation accuracy above `above`.
-    """
-    other, trained = {}, {}
-    for seed in sorted({trial.seed for trial in ends if trial.arm == arm}):
-        both = {label: ends.get(Trial(seed, label, arm)) for label in LABELS}
-        if all(end and (end["accuracy"] or 0.0) > above for end in both.values()):
-            trained[seed] = np.mean([end[f"{kind}_{label}"] for label, end in both.items()])
-            swapped = zip(both.values(), reversed(LABELS), strict=True)
-            other[seed] = np.mean([end[f"{kind}_{label}"] for end, label in swapped])
-    return other, trained
-
-
 def trained_less_other(end: dict[str, float | None], trained: str, kind: str) -> float:
     """A training's index with its trained label minus that with the other label."""
     (other,) = set(LABELS) - {trained}
     return end[f"{kind}_{trained}"] - end[f"{kind}_{other}"]
 
 
-def differences(pair: tuple[dict[int, float], dict[int, float]]) -> dict[int, float]:
-    """Seed -> index with the trained label minus that with the other, from salience's result."""
-    other, trained = pair
-    return {seed: trained[seed] - other[seed] for seed in trained}
+def salience(ends: Ends, arm: str, kind: str = "ari", above: float = 0.0) -> dict[int, float]:
+    """Seed -> index with the trained label minus that with the other, mean over both trainings.
+
+    For seeds where both trainings ended with a validation accuracy above `above`.
+    """
+    differences = {}
+    for seed in sorted({trial.seed for trial in ends if trial.arm == arm}):
+        both = {label: ends.get(Trial(seed, label, arm)) for label in LABELS}
+        if all(end and (end["accuracy"] or 0.0) > above for end in both.values()):
+            trained = [end[f"{kind}_{label}"] for label, end in both.items()]
+            swapped = zip(both.values(), reversed(LABELS), strict=True)
+            other = [end[f"{kind}_{label}"] for end, label in swapped]
+            differences[seed] = float(np.mean(trained) - np.mean(other))
+    return differences
 
 
 def summary(config: Config) -> dict[str, Any]:
@@ -367,9 +364,9 @@ def summary(config: Config) -> dict[str, Any]:
         random = salience(ends, arm, "ari_untrained", LEARNED)
         seeds = [{t.seed for t in ends if (t.trained, t.arm) == (of, arm)} for of in LABELS]
         row = {"arm": arm, "ran": len(set.intersection(*seeds))}
-        row["learned"] = paired_difference(*learned)
-        row["less_random_compressor"] = paired_difference(*map(differences, (random, learned)))
-        results["arms"].append(row | {"all_backbones": paired_difference(*all_of)})
+        row["learned"] = differences_interval(learned)
+        row["less_random_compressor"] = paired_difference(random, learned)
+        results["arms"].append(row | {"all_backbones": differences_interval(all_of)})
     model3 = [row for row in results["arms"] if row["arm"] == "model3"]
     done = all(Trial(s, label, "model3") in ends for s in range(sweep.PLANNED) for label in LABELS)
     results["P4"] = sweep.endpoint(model3[0]["learned"], MARGIN, done) if model3 else None
@@ -454,10 +451,10 @@ def check(config: Config) -> None:
     for name in config.arms:
         if common.find_arm(name).prefix != "engram":
             raise UserError(f"--arms {name} has no engram: take 3, or a control of it that has.")
-    description=__doc__,
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={"seeds": (0, 1), "arms": ("3", "lm-only-engram"), "steps": 20},
     trials=trials,

@@ -10,7 +10,6 @@ At full size it takes 15.2 GB of disk and as much memory as its largest file. In
 (`--width 64 --depth 2`) it runs in CI.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import tokenizers
 import torch
 import transformers
 import tyro
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -79,28 +79,16 @@ def write_checkpoint(config: Config) -> None:
     )
     model_config.architectures = ["Qwen2ForCausalLM"]
     with torch.device("meta"):
-        causal_lm = transformers.Qwen2ForCausalLM(model_config)
-    shapes = {name: tensor.shape for name, tensor in causal_lm.state_dict().items()}
-    files: list[list[str]] = [[]]
-    room = limit = config.shard_gb * 1e9
-    for name, shape in shapes.items():
-        if files[-1] and 2 * math.prod(shape) > room:
-            files.append([])
-            room = limit
-        files[-1].append(name)
-        room -= 2 * math.prod(shape)
+        weights = transformers.Qwen2ForCausalLM(model_config).to(torch.bfloat16).state_dict()
+    shards = split_torch_state_dict_into_shards(weights, max_shard_size=int(config.shard_gb * 1e9))
     config.folder.mkdir(parents=True)
     model_config.save_pretrained(config.folder)
     save_tokenizer(config)
     torch.manual_seed(0)
-    weight_map = {}
-    for number, names in enumerate(tqdm(files, "files", disable=None), 1):
-        file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        tensors = {name: random_tensor(name, shapes[name]) for name in names}
+    for file, names in tqdm(shards.filename_to_tensors.items(), "files", disable=None):
+        tensors = {name: random_tensor(name, weights[name].shape) for name in names}
         save_file(tensors, config.folder / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    total = 2 * sum(map(math.prod, shapes.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     write_json(config.folder / "model.safetensors.index.json", index)
 
 

@@ -6,8 +6,6 @@ share of the variance that 1/length explains, and the ratio of the first token's
 Results: sink.json, sink.csv and sink.png in studies/results/sink/.
 """
 
-import csv
-import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,9 @@ from collapse.models.pretrained import fill_in_for, find_model, load_causal_lm, 
 from collapse.report.plots import legend_below, save_figure
 from collapse.utils.device import pick_device, set_allocator, set_threads
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, write_file, write_json
+from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import environment
+from studies.shared.tables import put_rows
 
 COLUMNS = ("effective_rank", "effective_rank_without_first", "effective_rank_within")
 COLUMNS += ("effective_rank_within_without_first", "length_share", "length_share_without_first")
@@ -78,16 +77,6 @@ def measure(config: Config) -> dict:
     }
 
 
-def table(results: dict) -> str:
-    """A CSV with a row for each layer; 0: embeddings, the last: after the final norm."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("model", "layer", *COLUMNS), lineterminator="\n")
-    writer.writeheader()
-    for number, layer in enumerate(results["layers"]):
-        writer.writerow({"model": results["model"], "layer": number, **layer})
-    return text.getvalue()
-
-
 PANELS = {
     "effective rank of pooled states": ("effective_rank", "effective_rank_without_first"),
     "share of variance that 1/length explains": ("length_share", "length_share_without_first"),
@@ -126,9 +115,11 @@ def main() -> None:
     folder = config.output_dir or default
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "sink.json", results)
-    write_file(folder / "sink.csv", table(results).encode())
+    # A row for each layer; 0: embeddings, the last: after the final norm.
+    rows = [{"model": results["model"], "layer": n} | r for n, r in enumerate(results["layers"])]
+    put_rows(folder / "sink.csv", rows, "model")
     plot(folder / "sink.png", results)
-    print(table(results), end="")
+    print((folder / "sink.csv").read_text(), end="")
     print(f"results: {folder}")
 
 

@@ -5,13 +5,14 @@ can resolve, and how often an interval over rows of a rank or of CDNV contains i
 Two minutes on one core; writes studies/results/statistics/simulation.json.
 """
 
-import json
 import math
 
 import numpy as np
 from scipy.special import expit, stdtr, stdtrit
 from scipy.stats import chi2
 
+from collapse.measures.neural_collapse import cdnv
+from collapse.measures.rank import ranks_from_gram
 from collapse.measures.statistics import (
     crossed_error,
     crossed_interval,
@@ -20,7 +21,7 @@ from collapse.measures.statistics import (
     pigeonhole_interval,
     seeds_and_rows_interval,
 )
-from collapse.utils.files import ROOT
+from collapse.utils.files import ROOT, read_json, write_json
 
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "simulation.json"
 SEEDS, ROWS = (3, 5, 10, 20), (872, 4000)
@@ -65,7 +66,7 @@ def main() -> None:
         "coverage_over_seeds_and_rows": coverage_over_seeds_and_rows(rng),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(OUTPUT, results)
     print(OUTPUT.read_text(), end="")
 
 
@@ -207,7 +208,7 @@ def half_widths(n_seeds: int = 10) -> dict:
     """
     by_comparison = {}
     for name, folder in STUDIES.items():
-        models = json.loads((ROOT / folder / "results.json").read_text())["models"]
+        models = read_json(ROOT / folder / "results.json")["models"]
         for model in ("model2", "model3"):
             differences = right_or_wrong(models[model]) - right_or_wrong(models["model1"])
             by_comparison[f"{name}, {model} - model1"] = expected_half_widths(differences, n_seeds)
@@ -314,23 +315,13 @@ def measure_halves(x: np.ndarray, labels: np.ndarray, rng: np.random.Generator) 
 
 
 def measure(x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """MEASURES (B, 6) of B sets of features (B, n, D) with labels (B, n), by covariances."""
-    centred = x - x.mean(1, keepdims=True)
-    variances = np.linalg.eigvalsh(centred.swapaxes(1, 2) @ centred)  # (B, D) ascending
-    stable = variances.sum(1) / variances[:, -1]
-    p = np.sqrt(np.maximum(variances, 0))
-    p = p / p.sum(1, keepdims=True)
-    log_effective = -(p * np.log(np.maximum(p, 1e-300))).sum(1)
-    member = (labels[..., None] == np.arange(CLASSES)).astype(float)  # (B, n, C)
-    sizes = member.sum(1)  # (B, C)
-    means = member.swapaxes(1, 2) @ x / sizes[..., None]  # (B, C, D)
-    squares = (member * (x**2).sum(-1, keepdims=True)).sum(1) / sizes
-    spread = squares - (means**2).sum(-1)  # (B, C)
-    first, second = np.triu_indices(CLASSES, 1)
-    squared_distance = ((means[:, first] - means[:, second]) ** 2).sum(-1)  # (B, pairs)
-    cdnv = ((spread[:, first] + spread[:, second]) / (2 * squared_distance)).mean(1)
-    columns = (stable, np.log(stable), np.exp(log_effective), log_effective, cdnv, np.log(cdnv))
-    return np.stack(columns, axis=1)
+    """MEASURES (B, 6) of B sets of features (B, n, D) with labels (B, n)."""
+    measures = np.empty((len(x), len(MEASURES)))
+    for number, (features, of_features) in enumerate(zip(x, labels, strict=True)):
+        ranks = ranks_from_gram(features)
+        values = ranks["stable_rank"], ranks["effective_rank"], cdnv(features, of_features)
+        measures[number, ::2], measures[number, 1::2] = values, np.log(values)
+    return measures
 
 
 if __name__ == "__main__":

@@ -6,11 +6,9 @@ studies/results/statistics/threshold_simulation.json, in per cent of draws.
 """
 
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,19 +23,24 @@ from collapse.measures.thresholds import (
     threshold_shift,
 )
 from collapse.measures.verdicts import verdict
+from collapse.utils.files import ROOT, write_json
+from studies import collapse_time
+from studies.collapse_threshold import MARGIN
+from studies.collapse_time import FITTED_FROM, ROUNDING
+from studies.shared.sweep import LATER_ENDPOINTS
 
-ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
 DRAWS = 1000
-MARGIN = 0.25
-ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of rounding to a grid of quarter decades
-HOLM = 1 - 0.05 / 3  # the widest level in a family of three
-STEPS = tuple(50 * 2**k for k in range(8))
-FITTED = STEPS[2:]
-RATES = {
-    "model1": [(-4.25 + k / 4, 6400) for k in range(9)] + [(-2.0, 400), (-1.75, 400)],
-    "model2": [(-3.5 + k / 2, 6400) for k in range(4)]
-    + [(rate, 400) for rate in (-1.5, -1.25, -1.0, -0.75)],
+HOLM = 1 - 0.05 / LATER_ENDPOINTS  # the widest level in the family
+STEPS = collapse_time.Config().measured
+FITTED = STEPS[FITTED_FROM:]
+RATES = {  # arm -> rates, and the steps that each is trained for
+    arm: [
+        *itertools.product(part.rates, [STEPS[-1]]),
+        *itertools.product(part.short_rates, [STEPS[collapse_time.SHORT]]),
+    ]
+    for arm, part in collapse_time.PARTS.items()
+    if arm in ("model1", "model2")
 }
 AT_200 = {"model1": -2.38, "model2": -1.43}  # published thresholds after 200 steps
 DOUBLING = math.log10(2)
@@ -59,7 +62,7 @@ def main() -> None:
         "P8": p8(rng),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(OUTPUT, results)
     print(OUTPUT.read_text(), end="")
 
 

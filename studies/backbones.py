@@ -125,9 +125,8 @@ def run_trial(config: Config, trial: Trial, backbone: Path, progress: Progress) 
         all_weights=True,
         max_length=32,
     )
-    last = finetune.watch(recipe, finetune.load_data(recipe, config.data_dir), (), progress.step)[
-        -1
-    ]
+    data = finetune.load_data(recipe, config.data_dir)
+    last = finetune.watch(recipe, data, (), progress.step)[-1]
     return {
         "name": trial.name,
         **dataclasses.asdict(trial),
@@ -149,26 +148,22 @@ def random_weights(trial: Trial, backbone: Path) -> Path:
     return folder
 
 
+def mean(by_seed: dict[str, float]) -> float:
+    return float(np.mean(list(by_seed.values())))
+
+
 def summary(rows: list[dict[str, str]]) -> dict[str, Any]:
     """data set -> accuracy of each start at its better rate, and their difference over seeds."""
     result: dict[str, Any] = {}
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        by_seed = {}
-        for start in STARTS:
-            rows_of_start = [
-                row for row in rows if row["dataset"] == dataset and row["start"] == start
-            ]
-            by_rate: dict[str, dict[str, float]] = {}
-            for row in rows_of_start:
-                by_rate.setdefault(row["rate"], {})[row["seed"]] = float(row["accuracy"])
-            by_seed[start] = max(
-                by_rate.values(), key=lambda accuracies: np.mean(list(accuracies.values()))
-            )
-        difference = paired_difference(by_seed["random"], by_seed["pretrained"])
-        accuracy = {
-            start: float(np.mean(list(accuracies.values())))
-            for start, accuracies in by_seed.items()
-        }
+        accuracies: dict[str, dict[str, dict[str, float]]] = {start: {} for start in STARTS}
+        for row in rows:
+            if row["dataset"] == dataset:
+                by_seed = accuracies[row["start"]].setdefault(row["rate"], {})
+                by_seed[row["seed"]] = float(row["accuracy"])
+        best = {start: max(by_rate.values(), key=mean) for start, by_rate in accuracies.items()}
+        difference = paired_difference(best["random"], best["pretrained"])
+        accuracy = {start: mean(by_seed) for start, by_seed in best.items()}
         result[dataset] = {"accuracy": accuracy, "pretrained - random": difference}
     return result
 

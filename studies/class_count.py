@@ -282,11 +282,8 @@ def row_of(by_seed: dict[int, dict[str, Run]], merge: str, classes: int) -> dict
         runs = [pair[model] for pair in by_seed.values()]
         ends = ("best_accuracy", "effective_rank", "effective_rank_within", "stable_rank")
         ends += ("dims_95pct", "cdnv", "loss")
-        row[model] = {
-            name: mean_interval([run.end[name] for run in runs if run.end[name] is not None])
-            for name in ends
-            if any(run.end[name] is not None for run in runs)
-        }
+        known = {name: [r.end[name] for r in runs if r.end[name] is not None] for name in ends}
+        row[model] = {name: mean_interval(values) for name, values in known.items() if values}
     return row
 
 
@@ -342,10 +339,10 @@ def text(results: dict[str, Any]) -> str:
         gain = format_interval(row["accuracy_difference"], 2, 100, "+")
         lines.append(f"{row['classes']} {row['merge']} classes: Model 2 less Model 1 {gain} points")
     return "\n".join(lines)
-    description=__doc__,
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={"seeds": (0, 1, 2), "rates": (-3.0, -2.0)},
     trials=trials,

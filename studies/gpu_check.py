@@ -192,19 +192,12 @@ def products(card: Card) -> Checks:
         for tokens in (8, 64) if card.tiny else (8, 32, 64, 256, 1024, 4096):
             x = torch.randn(tokens, shape[1], device=card.device, dtype=card.dtype)
             expected, outcomes, errors = F.linear(x.float(), plain.float()), [], []
-            for kind, work in (
-                ("packed", partial(layer, x)),
-                ("plain", partial(F.linear, x, plain)),
-            ):
+            ways = {"packed": partial(layer, x), "plain": partial(F.linear, x, plain)}
+            for kind, work in ways.items():
                 errors.append(float((work() - expected).norm() / expected.norm()))
                 outcomes.append(f"{kind} {card.milliseconds(work):.3f} ms, error {errors[-1]:.1e}")
-            right = max(errors) < 0.01
-            yield (
-                f"{name} {shape}, {tokens} tokens",
-                "errors below 0.01",
-                ", ".join(outcomes),
-                right,
-            )
+            what = f"{name} {shape}, {tokens} tokens"
+            yield what, "errors below 0.01", ", ".join(outcomes), max(errors) < 0.01
 
 
 def gradients(card: Card) -> Checks:
@@ -288,12 +281,8 @@ def out_of_memory(card: Card) -> Checks:
         cap_memory(card.memory_gib)
     plan.unpack(0 if plan.unpacked else 2)  # as in a resumed run with other free memory
     difference = float(np.abs(common.evaluate(model, split).logits - evaluation.logits).max())
-    yield (
-        "another number of unpacked layers: logits off",
-        "below 0.05",
-        difference,
-        difference < 0.05,
-    )
+    what = "another number of unpacked layers: logits off"
+    yield what, "below 0.05", difference, difference < 0.05
     model.train()
     sums = trainer.step(np.arange(16), 1e-4)
     yield "and a step with it", "ends", sums.cls_loss, bool(np.isfinite(sums.cls_loss))
@@ -380,6 +369,7 @@ def switches(card: Card) -> Checks:
 
 ALL_STEPS = (libraries, memory, products, gradients, peaks, out_of_memory, profiles, switches)
 STEPS = dict(enumerate(ALL_STEPS, 1))
+FAILED = {"checks": [{"right": False}]}  # stands for a step that has not run
 
 
 def do(number: int, card: Card) -> dict:
@@ -419,9 +409,8 @@ def main() -> None:
             pretend_rtx_4080()
     made_with = {"tiny": config.tiny, "as_rtx": config.as_rtx, **environment(card.device)}
     stored = read_json(file) if file.exists() else made_with
-    if (
-        stored["hardware"]["device"] == made_with["hardware"]["device"]
-    ):  # else another card's is replaced
+    same_card = stored["hardware"]["device"] == made_with["hardware"]["device"]
+    if same_card:  # another card's results are replaced
         if any(stored.get(k, False) != made_with[k] for k in ("tiny", "as_rtx")):
             raise UserError(f"{file} is of another kind of check: choose another --output-dir.")
         results = stored
@@ -443,9 +432,6 @@ def main() -> None:
     print(f"all as expected; {file}")
     for kind, (low, high) in reversed(results.get("ratio", {}).items()):
         print(f"{kind} time / time at the least: {low:.1f} to {high:.1f}")
-
-
-FAILED = {"checks": [{"right": False}]}  # stands for a step that has not run
 
 
 if __name__ == "__main__":

@@ -179,9 +179,8 @@ def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
             result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in speeds)
         if recipe != "ours" and len(own_examples):
             kinds = {"median": np.median, "low": np.min, "high": np.max}
-            result["ratio"][recipe] = {
-                k: float(f(own_examples / examples)) for k, f in kinds.items()
-            }
+            ratios = own_examples / examples
+            result["ratio"][recipe] = {kind: float(of(ratios)) for kind, of in kinds.items()}
     if len(own_examples) and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
     rates = result["examples_per_second"].items()
@@ -275,11 +274,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
     if not tiny:
         pick_device("cuda")
         cap_memory(config.memory_gib)
-    encode, rates, results_by_data = (
-        load_tokenizer(config.tokenizer),
-        costs.device_rates(device),
-        {},
-    )
+    encode, rates = load_tokenizer(config.tokenizer), costs.device_rates(device)
+    results_by_data = {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         small = {"lora_rank": 4, "classifier_size": 16, "engram_size": 8} if tiny else {}

@@ -5,8 +5,8 @@ learning rates, and measures each training after 50, 100, 200 ... 6,400 steps: w
 one training gives the state after every number of steps. So every number of steps has a threshold,
 the rate above which runs have lost three quarters of their components, and the study asks for its
 slope over time, without the LM loss (P6 of PROTOCOL.md) and with it (P7). Writes a CSV file for
-each backbone, a row for every measurement, as trainings end; then results.json and a figure. The
-same command goes on where it was stopped.
+each backbone, with a row for every measurement, then results.json and a figure. The same command
+resumes where it was stopped.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ class Part:
     train_rows: int
     max_length: int
     arm: str  # as --models takes it
-    backbones: int  # the first so many
+    backbones: int  # how many of BACKBONES, from the first on
     rates: tuple[float, ...]  # base-10 logarithms, for all steps
     short_rates: tuple[float, ...] = ()  # for the first 400 alone
     schedule: str = "constant"
@@ -125,15 +125,15 @@ class Trial:
 
 
 def trials(config: Config) -> list[list[Trial]]:
-    found = []
+    all_trials = []
     for seed, name in itertools.product(config.seeds, config.parts):
         part = config.planned[name]
         if seed in BACKBONES[part.backbones :]:
             continue
         rates = [rate for rate in part.rates + part.short_rates if rate in (config.rates or [rate])]
         arm = common.find_arm(part.arm).name
-        found += [Trial(seed, name, arm, rate) for rate in rates]
-    return [found]
+        all_trials += [Trial(seed, name, arm, rate) for rate in rates]
+    return [all_trials]
 
 
 def settings(config: Config, trial: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,13 +185,13 @@ def measured_run(
     def measure(step: int) -> Iterator[finetune.Record]:
         nonlocal before
         if step == 0 or step in measured:
-            (found,) = finetune.full_records(model, data, start_head)
+            (record,) = finetune.full_records(model, data, start_head)
             states = common.evaluate(model, data.validation, losses=False).pooled  # (N, D)
             finite, now = bool(np.isfinite(states).all()), weights_of(model)
             share = length_share(states, data.validation.lengths) if finite else None
             yield {
                 "step": step,
-                **found,
+                **record,
                 "length_share": share,
                 "step_size": float((now - before).norm()) if finite and step else None,
                 "distance": float((now - start).norm()) if finite else None,
@@ -224,16 +224,16 @@ class Run(sweep.Run):
     """A trial that has ended, and whether it collapsed."""
 
     def shares(self, measured: Sequence[int]) -> dict[int, float | None]:
-        """Step -> share of the start's components; None from where a number was not finite."""
+        """Step -> share of the initial components; None once a number was not finite."""
         by_step = {int(record["step"]): record for record in self.path}
-        found: dict[int, float | None] = {}
+        shares: dict[int, float | None] = {}
         for step in measured:
             if step > self.end["steps"]:
                 break
             record = by_step.get(step)
             finite = record is not None and None not in (record["dims_95pct"], record["loss"])
-            found[step] = record["dims_95pct"] / self.path[0]["dims_95pct"] if finite else None
-        return found
+            shares[step] = record["dims_95pct"] / self.path[0]["dims_95pct"] if finite else None
+        return shares
 
     def collapsed(self, measured: Sequence[int], bound: float = KEPT) -> dict[int, bool]:
         """Step -> whether it counts as collapsed then, see collapsed_by."""
@@ -247,8 +247,8 @@ class Run(sweep.Run):
 def read_runs(config: Config) -> dict[str, list[Run]]:
     """Part -> its trials in the tables, of the backbones that the protocol plans for it."""
     runs = sweep.read_runs(config.folder, BACKBONES, Trial, Run)
-    found = {part: [run for run in runs if run.trial.part == part] for part in config.planned}
-    return {part: of_part for part, of_part in found.items() if of_part}
+    by_part = {part: [run for run in runs if run.trial.part == part] for part in config.planned}
+    return {part: of_part for part, of_part in by_part.items() if of_part}
 
 
 def thresholds_of(
@@ -266,11 +266,11 @@ def kept_of(
     config: Config, part: str, runs: Sequence[Run], bound: float = KEPT
 ) -> dict[int, dict[int, dict[float, bool]]]:
     """Backbone -> steps -> rate -> whether the run was kept, where every planned rate ran."""
-    plan, found = config.planned[part], {}
+    plan, kept = config.planned[part], {}
     for run in runs:
         for step, fell in run.collapsed(config.measured, bound).items():
-            by_step = found.setdefault(run.trial.seed, {}).setdefault(step, {})
-            by_step[run.trial.rate] = not fell
+            by_rate = kept.setdefault(run.trial.seed, {}).setdefault(step, {})
+            by_rate[run.trial.rate] = not fell
     short = config.measured[min(SHORT, config.doublings)]
     return {
         seed: {
@@ -278,7 +278,7 @@ def kept_of(
             for step, by_rate in sorted(by_step.items())
             if set(by_rate) >= {*plan.rates, *(plan.short_rates if step <= short else ())}
         }
-        for seed, by_step in sorted(found.items())
+        for seed, by_step in sorted(kept.items())
     }
 
 
@@ -286,13 +286,13 @@ def slopes_of(
     config: Config, by_seed: Mapping[int, Mapping[int, Threshold]], fitted_from: int = FITTED_FROM
 ) -> dict[int, float]:
     """Backbone -> slope of log10 threshold on log10 steps, where all ran and there is one."""
-    wanted, found = config.measured[fitted_from:], {}
+    fitted, slopes = config.measured[fitted_from:], {}
     for seed, by_step in by_seed.items():
-        if set(wanted) <= set(by_step):
-            slope = slope_over_time({step: by_step[step] for step in wanted}, ROUNDING)
+        if set(fitted) <= set(by_step):
+            slope = slope_over_time({step: by_step[step] for step in fitted}, ROUNDING)
             if slope is not None:
-                found[seed] = slope
-    return found
+                slopes[seed] = slope
+    return slopes
 
 
 def ends_of_slopes(
@@ -326,26 +326,26 @@ def p7(
     shared = sorted(slopes.keys() & ends.keys())
     missing = [seed for seed in shared if not math.isfinite(ends[seed][0])]
     least = {seed: ends[seed][0] - slopes[seed] for seed in shared if seed not in missing}
-    found = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
+    interval = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
     done = len(shared) >= config.planned["model2"].backbones
     family = sweep.LATER_ENDPOINTS
     if len(shared) < 2:
         return None
-    said = sweep.endpoint(found, MARGIN, done, family)
-    if said is None:  # fewer than two have a slope
+    endpoint = sweep.endpoint(interval, MARGIN, done, family)
+    if endpoint is None:  # fewer than two have a slope
         text = f"not decided: Model 2 has no slope on {len(missing)} of {len(shared)} backbones"
-        nothing = dict.fromkeys(("mean", "low", "high", "se", "df"))
-        open_ended = {"holm_at_most": nothing, "interval_90": nothing}
+        unknown = dict.fromkeys(("mean", "low", "high", "se", "df"))
+        intervals = {"holm_at_most": unknown, "interval_90": unknown}
         verdict = {"verdict": "not decided", "half_width": None, "margin": MARGIN, "text": text}
-        said = found | nothing | open_ended | verdict | {"p": 1.0, "done": done}
+        endpoint = interval | unknown | intervals | verdict | {"p": 1.0, "done": done}
     finite = {seed: ends[seed][1] - slopes[seed] for seed in shared if ends[seed][1] < math.inf}
     largest = None
     if len(finite) == len(shared):
         largest = sweep.endpoint(differences_interval(finite), MARGIN, done, family)
         if largest["holm_at_most"]["high"] < 0:
-            said |= {"verdict": "refuted", "p": largest["p"]}
-            said["text"] = said["text"].replace("not decided", "refuted", 1)
-    return said | {"missing": missing, "at_most": largest}
+            endpoint |= {"verdict": "refuted", "p": largest["p"]}
+            endpoint["text"] = endpoint["text"].replace("not decided", "refuted", 1)
+    return endpoint | {"missing": missing, "at_most": largest}
 
 
 def summary(config: Config) -> dict[str, Any]:
@@ -355,26 +355,26 @@ def summary(config: Config) -> dict[str, Any]:
     P6 with every number of steps.
     """
     runs = read_runs(config)
-    at = {part: thresholds_of(config, part, here) for part, here in runs.items()}
-    slopes = {part: slopes_of(config, by_seed) for part, by_seed in at.items()}
-    ends = ends_of_slopes(config, at.get("model2", {}))
+    thresholds = {part: thresholds_of(config, part, runs[part]) for part in runs}
+    slopes = {part: slopes_of(config, by_seed) for part, by_seed in thresholds.items()}
+    ends = ends_of_slopes(config, thresholds.get("model2", {}))
     others = {}
     for bound in OTHER_BOUNDS:
         moved = {p: thresholds_of(config, p, runs.get(p, []), bound) for p in ("model1", "model2")}
-        slopes_there = slopes_of(config, moved["model1"])
+        moved_slopes = slopes_of(config, moved["model1"])
         others[f"{bound:g}"] = {
-            "P6": p6(config, slopes_there),
-            "P7": p7(config, slopes_there, ends_of_slopes(config, moved["model2"])),
+            "P6": p6(config, moved_slopes),
+            "P7": p7(config, moved_slopes, ends_of_slopes(config, moved["model2"])),
         }
-    of_1 = slopes.get("model1", {})
+    slopes_of_1 = slopes.get("model1", {})
     return {
         "runs": sum(map(len, runs.values())),
         "measured": config.measured,
         "parts": {part: part_summary(config, part, runs[part], slopes[part]) for part in runs},
-        "P6": p6(config, of_1),
-        "P7": p7(config, of_1, ends),
+        "P6": p6(config, slopes_of_1),
+        "P7": p7(config, slopes_of_1, ends),
         "other_bounds": others,
-        "from_first": p6(config, slopes_of(config, at.get("model1", {}), fitted_from=0)),
+        "from_first": p6(config, slopes_of(config, thresholds.get("model1", {}), fitted_from=0)),
     }
 
 
@@ -392,14 +392,15 @@ def part_summary(
         outcomes = [by_step[step] for by_step in kept.values() if step in by_step]
         if not outcomes:
             continue
-        at = [Threshold.of(by_rate) for by_rate in outcomes]
+        thresholds = [Threshold.of(by_rate) for by_rate in outcomes]
+        values = [threshold.value for threshold in thresholds]
         by_steps[str(step)] = {
-            "threshold": mean_interval(threshold.value for threshold in at),
-            "lowest": min(threshold.value for threshold in at),
-            "highest": max(threshold.value for threshold in at),
-            "at_least": sum(threshold.censored == ">=" for threshold in at),
-            "at_most": sum(threshold.censored == "<=" for threshold in at),
-            "not_monotone": sum(not threshold.monotone for threshold in at),
+            "threshold": mean_interval(values),
+            "lowest": min(values),
+            "highest": max(values),
+            "at_least": sum(threshold.censored == ">=" for threshold in thresholds),
+            "at_most": sum(threshold.censored == "<=" for threshold in thresholds),
+            "not_monotone": sum(not threshold.monotone for threshold in thresholds),
             "recovered": sum(recovered(run, config.measured, step) for run in runs),
             "spearman_karber": mean_interval(map(threshold_of, outcomes)),
         }
@@ -431,25 +432,21 @@ def means_of(config: Config, runs: Sequence[Run]) -> dict[str, dict[str, dict[st
 
     Of measurements that are finite, `n`; `share` counts others as 0, of `runs` in all.
     """
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    by_rate: dict[str, dict[str, dict[str, Any]]] = {}
     for rate in sorted({run.trial.rate for run in runs}):
-        here = [run for run in runs if run.trial.rate == rate]
+        at_rate = [run for run in runs if run.trial.rate == rate]
         for step in config.measured:
-            shares = [run.shares(config.measured).get(step, math.nan) for run in here]
-            shares = [0.0 if share is None else share for share in shares]
-            shares = [share for share in shares if not math.isnan(share)]
+            shares_by_step = [run.shares(config.measured) for run in at_rate]
+            shares = [shares[step] or 0.0 for shares in shares_by_step if step in shares]
             if not shares:
                 continue
-            rows = [row for run in here for row in run.path if row["step"] == step]
+            rows = [row for run in at_rate for row in run.path if row["step"] == step]
             rows = [row for row in rows if row["dims_95pct"] is not None]
-            means = {
-                name: float(np.mean([row[name] for row in rows if row[name] is not None]))
-                for name in MEANS
-                if any(row[name] is not None for row in rows)
-            }
-            told = {"share": float(np.mean(shares)), "runs": len(shares), "n": len(rows)}
-            found.setdefault(f"{rate:g}", {})[str(step)] = told | means
-    return found
+            values = {name: [r[name] for r in rows if r[name] is not None] for name in MEANS}
+            means = {name: float(np.mean(known)) for name, known in values.items() if known}
+            counts = {"share": float(np.mean(shares)), "runs": len(shares), "n": len(rows)}
+            by_rate.setdefault(f"{rate:g}", {})[str(step)] = counts | means
+    return by_rate
 
 
 # --------------------------------------------------------------------------------------------------
@@ -472,28 +469,28 @@ def draw(config: Config, results: Mapping[str, Any]) -> None:
         1, len(parts), figsize=(5 * len(parts) + 1, 4.5), layout="constrained", squeeze=False
     )
     for part, axis in zip(parts, axes[0], strict=True):
-        found = results["parts"][part]
+        of_part = results["parts"][part]
         points = [
-            (int(step), 10 ** float(rate), told["share"])
-            for rate, by_step in found["means"].items()
-            for step, told in by_step.items()
+            (int(step), 10 ** float(rate), means["share"])
+            for rate, by_step in of_part["means"].items()
+            for step, means in by_step.items()
         ]
         steps, rates, shares = zip(*points, strict=True)
         colours = axis.scatter(
             steps, rates, c=shares, cmap="cividis", vmin=0, vmax=1, marker="s", s=90
         )
-        at = [int(step) for step in found["thresholds"]]
-        told = found["thresholds"].values()
+        steps = [int(step) for step in of_part["thresholds"]]
+        thresholds = of_part["thresholds"].values()
         axis.plot(
-            at,
-            [10 ** t["threshold"]["mean"] for t in told],
+            steps,
+            [10 ** threshold["threshold"]["mean"] for threshold in thresholds],
             color="#D55E00",
             linewidth=2,
             label="threshold: a quarter of the components",
         )
-        low, high = ([10 ** t[end] for t in told] for end in ("lowest", "highest"))
-        axis.fill_between(at, low, high, color="#D55E00", alpha=0.25, linewidth=0)
-        axis.set(xscale="log", yscale="log", title=common.find_arm(found["arm"]).title)
+        low, high = ([10 ** t[end] for t in thresholds] for end in ("lowest", "highest"))
+        axis.fill_between(steps, low, high, color="#D55E00", alpha=0.25, linewidth=0)
+        axis.set(xscale="log", yscale="log", title=common.find_arm(of_part["arm"]).title)
         axis.set_xlabel("steps of 16 rows")
     if not config.miniature:
         mark_reference(axes[0][0])
@@ -524,15 +521,15 @@ def mark_reference(axis: plt.Axes) -> None:
 def text(results: Mapping[str, Any]) -> str:
     """Thresholds by steps, a line a part; P6 and P7."""
     lines = []
-    for part, found in results["parts"].items():
+    for part, of_part in results["parts"].items():
         shown = [
             f"{step}: {'>=' * bool(t['at_least'])}{'<=' * bool(t['at_most'])}"
             f"{t['threshold']['mean']:+.2f}"
-            for step, t in found["thresholds"].items()
+            for step, t in of_part["thresholds"].items()
         ]
         lines.append(f"{part:12} threshold at 10^, after steps {', '.join(shown) or 'n/a'}")
-        if found["slope"]:
-            lines[-1] += f"; slope {found['slope']['mean']:+.2f}"
+        if of_part["slope"]:
+            lines[-1] += f"; slope {of_part['slope']['mean']:+.2f}"
     for name in ("P6", "P7"):
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
     return "\n".join(lines)
@@ -542,10 +539,10 @@ def check(config: Config) -> None:
     unknown = [part for part in config.parts if part not in PARTS]
     if unknown:
         raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
-    description=__doc__,
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={"seeds": BACKBONES[:2], "first": 5, "doublings": 4, "parts": tuple(MINIATURE)},
     trials=trials,

@@ -77,18 +77,7 @@ class Config(pilots.Config):
     output_dir: Path = ROOT / "studies" / "results" / "benefit"
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training of the study."""
-
-    seed: int
-    dataset: str
-    arm: str  # its name in results
-    rate: float  # base-10 logarithm
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
+Trial = sweep.RateTrial
 
 
 # --------------------------------------------------------------------------------------------------

@@ -101,18 +101,7 @@ def name_of(model: str) -> str:
 SIZES = {"AG News": (2000, 32), "SST-2 by sentence": (3000, 64), finetune.TOY: (64, 32)}
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One training of the study."""
-
-    seed: int
-    dataset: str
-    arm: str  # its name in results
-    rate: float  # base-10 logarithm
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
+Trial = sweep.RateTrial
 
 
 def trials(config: Config) -> Iterator[list[Trial]]:

@@ -77,6 +77,20 @@ class Trial(Protocol):
     def name(self) -> str: ...  # unique among the trials of its seed
 
 
+@dataclass(frozen=True)
+class RateTrial:
+    """A trial of an arm on a data set at a learning rate."""
+
+    seed: int
+    dataset: str
+    arm: str  # its name in results
+    rate: float  # base-10 logarithm
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset}, {self.arm}, 1e{self.rate:g}"
+
+
 Row = dict[str, Any]
 
 

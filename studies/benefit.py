@@ -9,7 +9,7 @@ figure. The same command resumes where it was stopped.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from matplotlib.ticker import NullFormatter
 import common
 from collapse.measures.statistics import (
     crossed_interval,
-    differences_interval,
     format_interval,
     mean_interval,
     pigeonhole_sets_interval,
@@ -165,6 +164,14 @@ class Runs:
         )
         return {seed: own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())}
 
+    def pairs(self, dataset: str, at_own_rates: bool = False) -> dict[int, tuple[Run, Run]]:
+        """Seed -> runs of Models 1 and 2, both at Model 1's rate or each at its own."""
+        one, two = (self.run_key(dataset, model) for model in MODELS)
+        if not at_own_rates:
+            two = (*two[:2], one[2])
+        ones, twos = (self.runs.get(key, {}) for key in (one, two))
+        return {seed: (ones[seed], twos[seed]) for seed in sorted(ones.keys() & twos.keys())}
+
 
 def read_study(config: Config) -> Runs:
     runs: dict[tuple[str, str, float], dict[int, Run]] = {}
@@ -222,21 +229,24 @@ def rank_at_equal_loss(one: sweep.Run, two: sweep.Run) -> float | None:
     diverged before.
     """
     losses = [[row["loss"] for row in run.path if row["loss"] is not None] for run in (one, two)]
-    level = max(map(min, losses))
+    return log_rank_difference(max(map(min, losses)), one, two)
+
+
+def log_rank_difference(level: float, one: sweep.Run, two: sweep.Run) -> float | None:
     ranks = [log_rank_at(run.path, level) for run in (one, two)]
     return None if None in ranks else ranks[1] - ranks[0]
 
 
-def rank_differences(study: Runs, datasets: Iterable[str]) -> dict[str, dict[int, float]]:
-    """Data set -> seed -> rank_at_equal_loss, both at Model 1's rate."""
+def rank_differences(
+    study: Runs,
+    datasets: Iterable[str],
+    difference: Callable[[Run, Run], float | None] = rank_at_equal_loss,
+) -> dict[str, dict[int, float]]:
+    """Data set -> seed -> difference(Model 1's run, Model 2's) where known, at Model 1's rate."""
     differences: dict[str, dict[int, float]] = {}
     for dataset in datasets:
-        rate = study.rates[dataset, "model1"]
-        ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
-        by_seed = {s: rank_at_equal_loss(ones[s], twos[s]) for s in ones.keys() & twos.keys()}
-        differences[dataset] = {
-            s: value for s, value in sorted(by_seed.items()) if value is not None
-        }
+        by_seed = {seed: difference(*pair) for seed, pair in study.pairs(dataset).items()}
+        differences[dataset] = {s: value for s, value in by_seed.items() if value is not None}
     return differences
 
 
@@ -246,9 +256,8 @@ def summary(config: Config) -> dict[str, Any]:
     datasets = list(config.datasets)
     p1 = sets_difference(study, datasets, "model2")["mean"]
     all_sets = datasets == list(Config().datasets)  # the endpoints' four
-    ranks = rank_differences(study, datasets)
-    by_seed = sweep.mean_over_sets(list(ranks.values()))
-    p5 = differences_interval(by_seed)
+    ranks = sweep.intervals_over_sets(rank_differences(study, datasets))
+    p5 = ranks.pop("mean")
     arms = sweep.arms_of(run for by_seed in study.runs.values() for run in by_seed.values())
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
@@ -265,9 +274,7 @@ def summary(config: Config) -> dict[str, Any]:
             if arm not in ("model1", "model2")
         },
         "P5": sweep.endpoint(p5, MARGIN_P5, all_sets and p5["n"] >= sweep.PLANNED),
-        "rank_at_equal_loss": {
-            dataset: differences_interval(differences) for dataset, differences in ranks.items()
-        },
+        "rank_at_equal_loss": ranks,
         "arms": {
             dataset: {
                 arm: summarize_arm(study, dataset, arm)
@@ -323,24 +330,19 @@ def kept_differences(study: Runs, datasets: Sequence[str]) -> dict[str, dict[str
     Measures of KEPT are compared at one rate, Model 1's, because a higher rate alone loses more;
     `best_scaled_loss` at each model's own rate.
     """
-    intervals: dict[str, dict[str, Any]] = {place: {} for place in (*datasets, "mean")}
+    intervals: dict[str, dict[str, Any]] = {}
     for name in (*KEPT, "best_scaled_loss"):
-        per_set = {data: differences_of(study, data, name) for data in datasets}
-        per_set["mean"] = sweep.mean_over_sets(list(per_set.values()))
-        for place, by_seed in per_set.items():
-            intervals[place][name] = differences_interval(by_seed)
+        by_set = {dataset: differences_of(study, dataset, name) for dataset in datasets}
+        for place, interval in sweep.intervals_over_sets(by_set).items():
+            intervals.setdefault(place, {})[name] = interval
     return intervals
 
 
 def differences_of(study: Runs, dataset: str, name: str) -> dict[int, float]:
     """Seed -> a measure of Model 2 minus that of Model 1, where both are known."""
-    ones, twos = study.run_key(dataset, "model1"), study.run_key(dataset, "model2")
-    if name in KEPT:
-        twos = (*twos[:2], ones[2])
-    sides = [study.runs.get(place, {}) for place in (ones, twos)]
     differences = {}
-    for seed in sorted(sides[0].keys() & sides[1].keys()):
-        one, two = (value_of(side[seed], name) for side in sides)
+    for seed, pair in study.pairs(dataset, at_own_rates=name not in KEPT).items():
+        one, two = (value_of(run, name) for run in pair)
         if None not in (one, two):
             differences[seed] = two - one
     return differences
@@ -446,7 +448,6 @@ def text(results: dict[str, Any]) -> str:
         lines.append(f"{name}: {results[name]['text'] if results[name] else 'no interval yet'}")
     for arm, intervals in results["accuracy_differences"].items():
         parts = [
-    description=__doc__,
             f"{place} {format_interval(value, 2, 100, '+')}"
             for place, value in intervals.items()
             if value
@@ -456,6 +457,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={
         "seeds": (0, 1, 2),

@@ -11,7 +11,7 @@ where it was stopped.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +22,9 @@ import numpy as np
 import common
 from collapse.config import LanguageModelConfig, check_bounds
 from collapse.measures.statistics import (
+    differences_interval,
     format_interval,
     mean_interval,
-    paired_difference,
     sign_flip_p,
 )
 from collapse.measures.thresholds import KEPT, Threshold, threshold_shift
@@ -151,18 +151,16 @@ def settings_of_model(config: Config) -> dict[str, str]:
     """
     if not config.model:
         return {}
-    device = pick_device(config.device)
     given = LanguageModelConfig(
         quantization=config.quantization, compute_dtype=config.compute_dtype
     )
-    filled = fill_in_for(device, given)
-    values = (
-        name_of(config.model),
-        weights_of(config.model),
-        filled.quantization,
-        filled.compute_dtype,
-    )
-    return dict(zip(sweep.MODEL_COLUMNS, values, strict=True))
+    filled = fill_in_for(pick_device(config.device), given)
+    return {
+        "model": name_of(config.model),
+        "weights": weights_of(config.model),
+        "quantization": filled.quantization,
+        "compute_dtype": filled.compute_dtype,
+    }
 
 
 def recipe_of(config: Config, trial: Trial) -> finetune.Recipe:
@@ -237,10 +235,10 @@ class Run(sweep.Run):
         return "collapsed, functional" if learned else "collapsed, dead"
 
     def shares(self) -> dict[int, float | None]:
-        """Step -> components over step 0's on as many rows, the smaller if measured on two numbers.
+        """Step -> share of the initial components; None if a number was not finite.
 
         A measurement is compared with the initial one on as many rows, and left out if there is
-        none. The share is None if a number was not finite.
+        none. Of a step that was measured on two numbers of rows, the smaller share.
         """
         starts = {record["rows"]: record for record in self.path if record["step"] == 0}
         shares: dict[int, float | None] = {}
@@ -286,33 +284,18 @@ def outcomes_of(runs: Sequence[Run], bound: float = KEPT, line: float = 0.5) -> 
     return {r.trial: r.outcome(best[r.trial.seed, r.trial.dataset], bound, line) for r in runs}
 
 
-def good_by_rate(
-    outcomes: dict[Trial, str], good: Collection[str]
-) -> dict[tuple[str, str], dict[int, dict[float, bool]]]:
-    """(data set, arm) -> seed -> base-10 logarithm of the rate -> whether its run is `good`."""
-    good_runs: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+# (data set, arm) -> seed -> base-10 logarithm of the rate -> whether its run was good
+GoodRuns = dict[tuple[str, str], dict[int, dict[float, bool]]]
+# (data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be good
+Thresholds = dict[tuple[str, str], dict[int, float]]
+
+
+def good_by_rate(outcomes: dict[Trial, str], good: Collection[str]) -> GoodRuns:
+    good_runs: GoodRuns = {}
     for trial, outcome in outcomes.items():
         by_seed = good_runs.setdefault((trial.dataset, trial.arm), {})
         by_seed.setdefault(trial.seed, {})[trial.rate] = outcome in good
     return good_runs
-
-
-def thresholds_of(
-    outcomes: dict[Trial, str], good: Collection[str], rates: Mapping[str, Collection[float]]
-) -> dict[tuple[str, str], dict[int, float]]:
-    """(data set, arm) -> seed -> base-10 logarithm of the rate where runs cease to be `good`.
-
-    By the method of Spearman and Karber, see `threshold_of`; outcomes may change more than once.
-    rates: of each data set. Runs at other rates are ignored, and seeds that lack a rate left out.
-    """
-    return {
-        (dataset, arm): {
-            seed: threshold_of({rate: by_rate[rate] for rate in rates[dataset]})
-            for seed, by_rate in by_seed.items()
-            if by_rate.keys() >= set(rates[dataset])
-        }
-        for (dataset, arm), by_seed in good_by_rate(outcomes, good).items()
-    }
 
 
 def threshold_of(good: dict[float, bool]) -> float:
@@ -327,18 +310,45 @@ def threshold_of(good: dict[float, bool]) -> float:
     return float(rates[0] - steps[0] / 2 + steps @ [good[rate] for rate in rates])
 
 
-def shift(thresholds: dict[tuple[str, str], dict], arm: str, datasets: Collection[str]) -> dict:
-    """By how many decades an arm's threshold is above Model 1's, mean over data sets.
+def thresholds_of(
+    good_runs: GoodRuns,
+    rates: Mapping[str, Collection[float]],
+    read: Callable[[dict[float, bool]], float | None] = threshold_of,
+) -> Thresholds:
+    """Thresholds by read(rate -> whether its run was good).
 
-    A 95% t interval over paired seeds; `p_flips`: p of a sign-flip test. All are None without
-    shared seeds.
+    rates: of each data set; runs at others are ignored, and seeds that lack one are left out.
     """
-    base, own = (
+    thresholds: Thresholds = {}
+    for (dataset, arm), by_seed in good_runs.items():
+        values = {
+            seed: read({rate: by_rate[rate] for rate in rates[dataset]})
+            for seed, by_rate in by_seed.items()
+            if by_rate.keys() >= set(rates[dataset])
+        }
+        thresholds[dataset, arm] = {s: value for s, value in values.items() if value is not None}
+    return thresholds
+
+
+def shifts_by_seed(
+    thresholds: Thresholds, arm: str, datasets: Collection[str], base: str = "model1"
+) -> dict[int, float]:
+    """Seed -> by how many decades an arm's threshold is above that of `base`, mean of data sets."""
+    base_thresholds, own = (
         sweep.mean_over_sets([thresholds.get((dataset, name), {}) for dataset in datasets])
-        for name in ("model1", arm)
+        for name in (base, arm)
     )
-    values = [own[seed] - base[seed] for seed in own if seed in base]
-    return paired_difference(base, own) | {"p_flips": sign_flip_p(values) if values else None}
+    return {seed: own[seed] - base_thresholds[seed] for seed in own if seed in base_thresholds}
+
+
+def shift(thresholds: Thresholds, arm: str, datasets: Collection[str]) -> dict[str, Any]:
+    """By how many decades an arm's threshold is above Model 1's: 95% t interval over seeds.
+
+    `p_flips`: p of a sign-flip test. All are None without shared seeds.
+    """
+    by_seed = shifts_by_seed(thresholds, arm, datasets)
+    flips = sign_flip_p(list(by_seed.values())) if by_seed else None
+    return differences_interval(by_seed) | {"p_flips": flips}
 
 
 # Outcomes that count as good. An arm that blocks learning must not look like one that protects,
@@ -364,7 +374,9 @@ def summary(config: Config) -> dict[str, Any]:
     outcomes = outcomes_of(runs)
     datasets = list(dict.fromkeys(trial.dataset for trial in outcomes))
     rates = {d: rates_of(outcomes, d) if config.model else config.rates for d in datasets}
-    thresholds = {good: thresholds_of(outcomes, kinds, rates) for good, kinds in GOOD.items()}
+    thresholds = {
+        good: thresholds_of(good_by_rate(outcomes, kinds), rates) for good, kinds in GOOD.items()
+    }
     counts = Counter((t.dataset, t.arm, f"{t.rate:g}", kind) for t, kind in outcomes.items())
     table = []
     for arm in sweep.arms_of(runs):
@@ -396,8 +408,8 @@ def summary(config: Config) -> dict[str, Any]:
         endpoint = sweep.endpoint(shifts[0], MARGIN, done)
     others = {}
     for bound in OTHER_BOUNDS if shifts else ():
-        moved = thresholds_of(outcomes_of(runs, bound), GOOD["healthy"], rates)
-        others[f"{bound:g}"] = shift(moved, "model2", datasets)
+        healthy = good_by_rate(outcomes_of(runs, bound), GOOD["healthy"])
+        others[f"{bound:g}"] = shift(thresholds_of(healthy, rates), "model2", datasets)
     results = {
         "runs": len(runs),
         "criterion_applies": applies,
@@ -476,14 +488,10 @@ def by_components(runs: list[Run], rates: Sequence[float], bound: float = KEPT) 
     }
     sides = thresholds.get("model1", {}), thresholds.get("model2", {})
     step = max(np.diff(rates), default=0.0)
-    shift = threshold_shift(*sides, float(step))
-    done = shift["n"] >= SEEDS_OF_A_MODEL
-    family = sweep.LATER_ENDPOINTS
-    return {
-        "arms": described,
-        "runs": counts,
-        "shift": sweep.endpoint(shift, MARGIN, done, family),
-    }
+    interval = threshold_shift(*sides, float(step))
+    done = interval["n"] >= SEEDS_OF_A_MODEL
+    endpoint = sweep.endpoint(interval, MARGIN, done, sweep.LATER_ENDPOINTS)
+    return {"arms": described, "runs": counts, "shift": endpoint}
 
 
 ENDS = ("dims_95pct", "effective_rank", "effective_rank_within", "effective_rank_without_first")
@@ -504,12 +512,10 @@ def mean_ends(runs: list[Run], arm: str, dataset: str) -> dict[str, dict[str, fl
     for rate in sorted({run.trial.rate for run in of_arm}):
         paths = [run.path for run in of_arm if run.trial.rate == rate and run.kept is not None]
         if paths:
-            values_by_measure = {name: [path[-1][name] for path in paths] for name in ENDS}
+            means = {name: float(np.mean([path[-1][name] for path in paths])) for name in ENDS}
             losses = [(path[0]["lm_loss"], path[-1]["lm_loss"]) for path in paths]
-            values_by_measure["language_kept"] = [b - a for a, b in losses if b is not None] or [
-                math.nan
-            ]
-            means = {name: float(np.mean(values)) for name, values in values_by_measure.items()}
+            kept = [end - start for start, end in losses if end is not None]
+            means["language_kept"] = float(np.mean(kept)) if kept else math.nan
             result[f"{rate:g}"] = means | {"n": len(paths)}
     return result
 
@@ -636,12 +642,12 @@ def check(config: Config) -> None:
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
         common.check_device_for(config.model, pick_device(config.device), config.compute_dtype)
         load_tokenizer(config.model)
-    description=__doc__,
         fetch(find_model(config.model), None)
         check_weights(find_model(config.model), None)
 
 
 STUDY = sweep.Study(
+    description=__doc__,
     config_type=Config,
     miniature={
         "seeds": (0, 1),

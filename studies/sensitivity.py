@@ -7,14 +7,15 @@ components at equal training loss and rate; rank at fixed training losses; the g
 other learning rates. Writes studies/results/sensitivity/results.json.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from collapse.measures.statistics import differences_interval, format_interval, paired_difference
 from collapse.measures.thresholds import KEPT
-from collapse.report.markdown import markdown
+from collapse.report.markdown import Column, rows_of, table
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, read_json, write_json
 from studies import benefit, class_count
@@ -28,13 +29,11 @@ LOSSES = (0.5, 0.4, 0.3, 0.2)  # nats, of 512 training rows
 FEWEST_PAIRS = 5  # that a rate needs to enter the table of components at equal loss
 
 
-def healthy_by_line(runs: Sequence[threshold.Run], line: float) -> dict[tuple[str, str], Any]:
-    """(data set, arm) -> backbone -> rate -> whether components are kept and accuracy above a line.
-
-    line: position between chance (0) and the backbone's best accuracy (1); P2 uses 0.5.
-    """
-    outcomes = threshold.outcomes_of(runs, line=line)
-    return threshold.good_by_rate(outcomes, threshold.GOOD["healthy"])
+def good_by_rate(
+    runs: Sequence[threshold.Run], kind: str = "healthy", line: float = LINES[0]
+) -> threshold.GoodRuns:
+    """line: how far from chance (0) to the best accuracy (1) a run must come to have learned."""
+    return threshold.good_by_rate(threshold.outcomes_of(runs, line=line), threshold.GOOD[kind])
 
 
 def highest_healthy(good: Mapping[float, bool]) -> float | None:
@@ -46,7 +45,7 @@ def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> d
     """Line -> kind of threshold -> data set or `mean` -> Model 2 minus Model 1, decades."""
     by_line: dict[str, Any] = {}
     for line in LINES:
-        healthy = healthy_by_line(runs, line)
+        healthy = good_by_rate(runs, line=line)
         readings = {"by the number of healthy runs": threshold.threshold_of}
         readings["by the highest healthy rate"] = highest_healthy
         by_line[f"{line:g}"] = {
@@ -57,8 +56,8 @@ def shifts_by_line(runs: Sequence[threshold.Run], rates: Collection[float]) -> d
 
 
 def shifts(
-    outcomes: Mapping[tuple[str, str], Mapping[int, Mapping[float, bool]]],
-    read: Any,
+    good_runs: threshold.GoodRuns,
+    read: Callable[[dict[float, bool]], float | None],
     rates: Collection[float],
     arm: str,
     base: str,
@@ -68,30 +67,21 @@ def shifts(
     read(rate -> outcome): the threshold. `at_the_top`: backbones whose arm is good at every rate,
     which makes the shift a lower bound.
     """
-    by_dataset, per_set = {}, []
-    for dataset in dict.fromkeys(dataset for dataset, _ in outcomes):
-        sides, at_the_top = [], 0
-        for name in (base, arm):
-            values, at_the_top = {}, 0
-            for seed, by_rate in outcomes.get((dataset, name), {}).items():
-                planned = {rate: by_rate[rate] for rate in rates if rate in by_rate}
-                value = read(planned) if len(planned) == len(set(rates)) else None
-                if value is not None:
-                    values[seed] = value
-                    at_the_top += all(planned.values())
-            sides.append(values)
-        shared = sides[0].keys() & sides[1].keys()
-        difference = {seed: sides[1][seed] - sides[0][seed] for seed in sorted(shared)}
-        per_set.append(difference)
-        by_dataset[dataset] = differences_interval(difference) | {"at_the_top": at_the_top}
-    at_the_top = max(part["at_the_top"] for part in by_dataset.values())
-    mean = differences_interval(sweep.mean_over_sets(per_set))
-    return by_dataset | {"mean": mean | {"at_the_top": at_the_top}}
-
-
-def kept_by_rate(runs: Sequence[threshold.Run]) -> dict[tuple[str, str], Any]:
-    """(data set, arm) -> backbone -> rate -> whether components were kept, at any accuracy."""
-    return threshold.good_by_rate(threshold.outcomes_of(runs), threshold.GOOD["not collapsed"])
+    datasets = list(dict.fromkeys(dataset for dataset, _ in good_runs))
+    thresholds = threshold.thresholds_of(good_runs, dict.fromkeys(datasets, rates), read)
+    at_the_top = {
+        dataset: sum(
+            all(good_runs[dataset, arm][seed][rate] for rate in rates)
+            for seed in thresholds.get((dataset, arm), ())
+        )
+        for dataset in datasets
+    }
+    places = {dataset: [dataset] for dataset in datasets} | {"mean": datasets}
+    return {
+        place: differences_interval(threshold.shifts_by_seed(thresholds, arm, sets, base))
+        | {"at_the_top": max(at_the_top[dataset] for dataset in sets)}
+        for place, sets in places.items()
+    }
 
 
 def at_equal_loss(runs: Sequence[threshold.Run]) -> list[dict[str, Any]]:
@@ -129,22 +119,12 @@ def ranks_at_losses(study: benefit.Runs, datasets: Sequence[str]) -> dict[str, A
 
     For backbones whose two models both reach the loss; in `mean`, on every data set.
     """
-    by_loss: dict[str, Any] = {}
-    for level in LOSSES:
-        per_set = {}
-        for dataset in datasets:
-            rate = study.rates[dataset, "model1"]
-            ones, twos = (study.runs.get((dataset, m, rate), {}) for m in ("model1", "model2"))
-            values = {}
-            for seed in sorted(ones.keys() & twos.keys()):
-                ranks = [benefit.log_rank_at(side[seed].path, level) for side in (ones, twos)]
-                if None not in ranks:
-                    values[seed] = ranks[1] - ranks[0]
-            per_set[dataset] = values
-        shown = {dataset: differences_interval(values) for dataset, values in per_set.items()}
-        mean = differences_interval(sweep.mean_over_sets(list(per_set.values())))
-        by_loss[f"{level:g}"] = shown | {"mean": mean}
-    return by_loss
+    return {
+        f"{level:g}": sweep.intervals_over_sets(
+            benefit.rank_differences(study, datasets, partial(benefit.log_rank_difference, level))
+        )
+        for level in LOSSES
+    }
 
 
 def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) -> dict[str, Any]:
@@ -173,7 +153,7 @@ def summary(
 ) -> dict[str, Any]:
     """What results.json holds, given the settings of the three studies."""
     runs, rates = threshold.read_runs(of_threshold.folder), of_threshold.rates
-    healthy, kept = healthy_by_line(runs, LINES[0]), kept_by_rate(runs)
+    healthy, kept = good_by_rate(runs), good_by_rate(runs, "not collapsed")
     study = benefit.read_study(of_benefit)
     return {
         "P2_by_line": shifts_by_line(runs, rates),
@@ -207,58 +187,49 @@ def cell(interval: Mapping[str, Any], digits: int = 2) -> str:
     return text if interval["n"] >= sweep.PLANNED else f"{text} (n = {interval['n']})"
 
 
+def columns_of(places: Iterable[str], digits: int = 2) -> list[Column]:
+    """A column of intervals for each data set, or `mean`."""
+    return [Column(place, lambda row, place=place: cell(row[place], digits)) for place in places]
+
+
 def table_lines(results: Mapping[str, Any]) -> str:
     """P2 by the line above which a run has learned; collapse alone needs no line."""
-    datasets = list(results["collapse_alone"])
-    rows = [["collapse alone", "", *(cell(results["collapse_alone"][data]) for data in datasets)]]
-    for line, readings in results["P2_by_line"].items():
-        for reading, by_data in readings.items():
-            rows.append([f"{float(line):.0%}", reading, *(cell(by_data[d]) for d in datasets)])
-    return markdown(["learned from", "read", *datasets], rows)
+    alone = results["collapse_alone"]
+    rows = [{"line": "collapse alone", "read": "", **alone}]
+    for row in rows_of(results["P2_by_line"], "line", "read"):
+        rows.append(row | {"line": f"{float(row['line']):.0%}"})
+    columns = [Column("learned from", "line"), Column("read", "read"), *columns_of(alone)]
+    return table(columns, rows)
 
 
 def table_shared_scale(results: Mapping[str, Any]) -> str:
-    datasets = list(results["collapse_alone"])
-    rows = [
-        [name, *(cell(by_data[data]) for data in datasets)]
-        for name, by_data in results["shared_scale"].items()
-    ]
-    return markdown(["difference", *datasets], rows)
+    columns = [Column("difference", "difference"), *columns_of(results["collapse_alone"])]
+    return table(columns, rows_of(results["shared_scale"], "difference"))
 
 
-def table_equal_loss(results: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            place["data"],
-            f"{10 ** place['rate']:.1e}",
-            str(place["pairs"]),
-            *(f"{place[name]:.2f}" for name in ("loss_model1", "loss_model2", "model1", "model2")),
-        ]
-        for place in results["components_at_equal_loss"]
-    ]
-    header = ["data", "rate", "pairs", "loss, Model 1", "Model 2", "kept, Model 1", "Model 2"]
-    return markdown(header, rows)
+EQUAL_LOSS_COLUMNS = (
+    Column("data", "data"),
+    Column("rate", lambda row: f"{10 ** row['rate']:.1e}"),
+    Column("pairs", "pairs"),
+    Column("loss, Model 1", "loss_model1"),
+    Column("Model 2", "loss_model2"),
+    Column("kept, Model 1", "model1"),
+    Column("Model 2", "model2"),
+)
 
 
 def table_losses(results: Mapping[str, Any]) -> str:
     by_loss = results["P5_at_losses"]
-    datasets = list(next(iter(by_loss.values())))
-    rows = [
-        [f"{float(loss):.1f}", *(cell(by_data[data], 3) for data in datasets)]
-        for loss, by_data in by_loss.items()
-    ]
-    return markdown(["training loss, nats", *datasets], rows)
+    loss = Column("training loss, nats", lambda row: f"{float(row['loss']):.1f}")
+    places = next(iter(by_loss.values()))
+    return table([loss, *columns_of(places, 3)], rows_of(by_loss, "loss"))
 
 
 def table_gains_by_rate(results: Mapping[str, Any]) -> str:
     by_data = results["gains_by_rate"]
     rates = sorted({rate for by_rate in by_data.values() for rate in by_rate}, key=float)
-    rows = []
-    for data, by_rate in by_data.items():
-        gains = [by_rate.get(rate) for rate in rates]
-        shown = [f"{100 * gain['mean']:+.2f}" if gain and gain["n"] else "n/a" for gain in gains]
-        rows.append([data, *shown])
-    return markdown(["data", *(f"{10 ** float(rate):.1e}" for rate in rates)], rows)
+    gains = (Column(f"{10 ** float(rate):.1e}", (rate, "mean"), 2, 100, "+") for rate in rates)
+    return table([Column("data", "data"), *gains], rows_of(by_data, "data"))
 
 
 def add_tables(page: Page) -> None:
@@ -273,15 +244,16 @@ def add_tables(page: Page) -> None:
     )
     steps = threshold.Config().steps
     caption = f"Model 2's shift after {steps} steps, decades, by the line that says *has learned* "
-    caption += (
-        "(way from chance to a backbone's best); ≥: some backbone's is healthy at every rate."
-    )
+    caption += "(way from chance to a backbone's best); "
+    caption += "≥: some backbone's is healthy at every rate."
     page.table("lines", caption, table_lines(results))
     caption = "How much of the shift an LM loss explains that scales Adam's steps alone, decades."
     page.table("shared scale", caption, table_shared_scale(results))
     caption = "Share of components kept by pairs of one backbone and rate whose training losses "
     caption += "differ by a tenth at most, where Model 1's collapsed."
-    page.table("equal loss", caption, table_equal_loss(results))
+    page.table(
+        "equal loss", caption, table(EQUAL_LOSS_COLUMNS, results["components_at_equal_loss"])
+    )
     caption = "Log rank within classes at fixed training losses, Model 2 - Model 1, at Model 1's "
     caption += "rate; of backbones whose both models reach them."
     page.table("fixed losses", caption, table_losses(results))

@@ -79,7 +79,7 @@ def test_shifts_are_paired_and_a_backbone_without_all_rates_counts_for_nothing()
     outcomes[study.Trial(2, "AG News", "model1", -4.0)] = "healthy"
     outcomes[study.Trial(0, "AG News", "model1", -2.0)] = "healthy"  # no rate of the plan
     rates = {"AG News": (-4.0, -3.5, -3.0, -2.5)}
-    thresholds = study.thresholds_of(outcomes, {"healthy"}, rates)
+    thresholds = study.thresholds_of(study.good_by_rate(outcomes, {"healthy"}), rates)
     found = study.shift(thresholds, "model2", ["AG News"])
     assert found["n"] == 2 and found["mean"] == pytest.approx(0.5)
     expected = scipy.stats.ttest_1samp([1.0, 0.0], 0).confidence_interval()

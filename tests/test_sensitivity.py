@@ -7,7 +7,7 @@ import pytest
 from test_collapse_threshold import run_of
 
 from collapse.utils.files import write_json
-from studies import sensitivity
+from studies import benefit, sensitivity
 from studies.report.page import Page
 
 RATES = (-4.0, -3.5, -3.0, -2.5)
@@ -30,7 +30,7 @@ def test_a_stricter_line_takes_low_rates_from_an_arm_that_learns_slowly():
     assert found["0.9"][number]["AG News"]["mean"] == pytest.approx(0.0)
     assert found["0.9"][highest]["AG News"]["mean"] == pytest.approx(1.0)
     assert found["0.9"][number]["AG News"]["at_the_top"] == 0
-    kept = sensitivity.kept_by_rate(runs)
+    kept = sensitivity.good_by_rate(runs, "not collapsed")
     shifts = sensitivity.shifts(kept, sensitivity.threshold.threshold_of, RATES, "model2", "model1")
     assert shifts["mean"]["mean"] == pytest.approx(1.0) and shifts["mean"]["n"] == 1
     # A backbone that lacks a rate has no threshold.
@@ -57,7 +57,7 @@ def test_ranks_are_read_where_the_loss_is_reached():
         return SimpleNamespace(path=path)
 
     runs = {("A", "model1", -3.0): {0: run(1), 1: run(1)}, ("A", "model2", -3.0): {0: run(2)}}
-    study = SimpleNamespace(runs=runs, rates={("A", "model1"): -3.0})
+    study = benefit.Runs(runs, {("A", "model1"): -3.0, ("A", "model2"): -2.0})
     found = sensitivity.ranks_at_losses(study, ["A"])
     assert found["0.5"]["A"]["mean"] == pytest.approx(math.log(2)) and found["0.5"]["A"]["n"] == 1
     assert list(found) == ["0.5", "0.4", "0.3", "0.2"]
@@ -65,7 +65,7 @@ def test_ranks_are_read_where_the_loss_is_reached():
 
 def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
     runs = runs_of((0.9,) * 4, ends=(40, 40, 5, 5)) + runs_of((0.9,) * 4, arm="model2")
-    kept = sensitivity.kept_by_rate(runs)
+    kept = sensitivity.good_by_rate(runs, "not collapsed")
     both = sensitivity.shifts(kept, sensitivity.threshold.threshold_of, RATES, "model2", "model1")
     none = {"mean": None, "n": 0}
     results = {

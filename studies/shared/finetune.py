@@ -273,8 +273,8 @@ def watch(
 ) -> list[Record]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
-    Along the way on fewer rows, see monitor.Measuring; with few_rows_too at both ends on these,
-    too, so that any two steps can be compared at as many rows: ranks grow with them. The first
+    In between on fewer rows, see monitor.Measuring; with few_rows_too on these at both ends as
+    well, so that any two steps can be compared on as many rows: ranks grow with them. The first
     record and the last are of all measured rows. A process measures a start once, since on a CPU
     that takes as long as dozens of steps.
     """

@@ -17,7 +17,7 @@ import numpy as np
 
 import common
 from collapse.config import check_bounds
-from collapse.measures.statistics import t_interval
+from collapse.measures.statistics import differences_interval, t_interval
 from collapse.measures.verdicts import verdict
 from collapse.runs.engine import run_all
 from collapse.runs.progress import Job, Progress
@@ -98,6 +98,7 @@ Row = dict[str, Any]
 class Study:
     """A study as a set of functions; `config` is an instance of config_type."""
 
+    description: str  # for --help
     config_type: type[Config]
     # Settings that differ with --miniature.
     miniature: Mapping[str, Any]
@@ -112,7 +113,6 @@ class Study:
     line: Callable[[list[Row]], str]
     # summary(config): the content of results.json.
     summary: Callable[[Any], dict[str, Any]]
-    description: str  # for --help
     # text(results): the text to print about them.
     text: Callable[[dict[str, Any]], str]
     # draw(config, results): writes figures into config.folder.
@@ -346,6 +346,12 @@ def mean_over_sets(sides: Sequence[Mapping[int, float]]) -> dict[int, float]:
     """Seed -> mean over data sets, for seeds that have a value on each."""
     seeds = sorted(set.intersection(*map(set, sides)))
     return {seed: float(np.mean([side[seed] for side in sides])) for seed in seeds}
+
+
+def intervals_over_sets(by_set: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, Any]]:
+    """Data set, or `mean` of all -> interval; by_set: data set -> seed -> difference."""
+    intervals = {dataset: differences_interval(by_seed) for dataset, by_seed in by_set.items()}
+    return intervals | {"mean": differences_interval(mean_over_sets(list(by_set.values())))}
 
 
 def endpoint(

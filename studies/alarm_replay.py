@@ -70,8 +70,8 @@ class Config:
 
 def measure_starts(config: Config) -> None:
     """Add to starts.csv what lacks there, the real model before the own ones."""
-    real = collapse_threshold.Config(model=config.model, quantization="none")
-    real.compute_dtype = "float32"
+    weights = {"quantization": "none", "compute_dtype": "float32"}
+    real = collapse_threshold.Config(model=config.model, **weights)
     own = collapse_threshold.Config(corpus=config.corpus, models_dir=config.models_dir)
     for study, seeds in ((real, (0,)), (own, config.seeds)):
         for seed, dataset in itertools.product(seeds, DATASETS):

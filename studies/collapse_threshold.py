@@ -252,20 +252,20 @@ class Run(sweep.Run):
         return shares
 
     def fell_at(self, bound: float = KEPT) -> int | None:
-        """The first step from FIRST_JUDGED on after which components were below the bound."""
-        shares = self.shares().items()
-        fallen = [s for s, share in shares if s >= FIRST_JUDGED or share is None]
-        return next((s for s in fallen if below(self.shares()[s], bound)), None)
+        """The first step from FIRST_JUDGED on after which components were below the bound.
+
+        A step at which a number was not finite counts at any time.
+        """
+        for step, share in self.shares().items():
+            if share is None or (step >= FIRST_JUDGED and share < bound):
+                return step
+        return None
 
     def came_back(self, bound: float = KEPT) -> bool:
         """Whether it fell below the bound and was above it again at the end."""
         shares = self.shares()
-        return self.fell_at(bound) is not None and not below(shares[max(shares)], bound)
-
-
-def below(share: float | None, bound: float) -> bool:
-    """Whether a share is below the bound; so is None, of a run that diverged."""
-    return share is None or share < bound
+        last = shares[max(shares)]
+        return self.fell_at(bound) is not None and last is not None and last >= bound
 
 
 def read_runs(folder: Path) -> list[Run]:

@@ -81,21 +81,21 @@ def estimate_hours(config: Config) -> dict[str, dict]:
         grouped = float(np.mean([lengths[rows].max() for rows in batches]))
         sizes = Sizes.of(transformers.Qwen2Config(**QWEN), settings.lora_rank)
         rows = REFERENCE[folder]["train_rows"], len(task.validation)
-        counts = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **made_with}
-        counts["assumed_ratio"] = costs.ASSUMED_RATIO
+        estimate = {"data": task.summary(), "tokens_per_row": mean, "cards": CARDS, **made_with}
+        estimate["assumed_ratio"] = costs.ASSUMED_RATIO
         for number in (1, 2, 3):
             shape = sizes, settings, mean, grouped
             rates = {r: most_examples_per_second(r, number, *shape) for r in RECIPES}
             how = rows, mean, settings.batch_size, settings.epochs, number > 1, number == 3
             seconds = {k: least_training_seconds(sizes, rates, *how) for k, rates in CARDS.items()}
             hours = {card: s / 3600 for card, s in seconds.items()}
-            counts[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
+            estimate[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
             each = ", ".join(f"{card} {least:.2f}" for card, least in hours.items())
             print(f"{task.name}, model {number}: hours at the least: {each}", flush=True)
-        results[folder] = counts
+        results[folder] = estimate
         target = config.output_dir / folder
         target.mkdir(parents=True, exist_ok=True)
-        write_json(target / "throughput_on_paper.json", counts)
+        write_json(target / "throughput_on_paper.json", estimate)
     return results
 
 

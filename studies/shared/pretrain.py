@@ -98,7 +98,7 @@ def model_row(
 ) -> dict[str, Any]:
     """A model's metrics.json; `ahead_of_bigram` (nats) is positive if it beats the bigram."""
     loss = validation_loss(load(folder), validation)
-    bigram = bigram_loss(blocks, validation)
+    bigram = KneserNeyBigram(blocks, VOCABULARY).loss(validation)
     return {
         "name": name,
         "width": recipe.width,
@@ -116,10 +116,6 @@ def model_row(
         "weights_sha256": record["weights_sha256"],
         "git_commit": git_commit(),
     }
-
-
-def bigram_loss(blocks: np.ndarray, validation: np.ndarray) -> float:
-    return KneserNeyBigram(blocks, VOCABULARY).loss(validation)
 
 
 def load(folder: Path) -> torch.nn.Module:

@@ -2,7 +2,7 @@
 
 How often an interval excludes zero although there is no difference, which differences the data sets
 can resolve, and how often an interval over rows of a rank or of CDNV contains its estimand.
-Two minutes on one core; writes studies/results/statistics/simulation.json.
+Five minutes on one core; writes studies/results/statistics/simulation.json.
 """
 
 import math

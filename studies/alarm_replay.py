@@ -22,10 +22,9 @@ from collapse.report.markdown import Column, table
 from collapse.training import monitor
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, read_json, write_json
+from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit, hardware_name
 from studies import collapse_threshold
-from studies.report.page import Page
 from studies.shared import finetune, pretrain, sweep
 from studies.shared.tables import put_row, read_rows
 
@@ -301,41 +300,22 @@ def rows_of_rates(by_rule: dict, bounds: dict[str, float], measure: str) -> list
     ]
 
 
-def add_alarm(page: Page) -> None:
-    file = OUTPUT / "results.json"
-    if not file.exists():
-        return
-    found = read_json(file)
-    question = "Does the callback's alarm tell a collapse while it can be stopped?"
-    page.section("An alarm on the way", question)
-    page.text("Command: `python studies/alarm_replay.py --data-dir DIR`")
-    page.text(source(found))
-    caption = "Collapses caught before the last step, false alarms on runs that ended with a "
-    caption += "quarter of their components or more; bounds chosen on even seeds, *twice* is "
-    caption += "CollapseCallback's. Intervals take trainings of one backbone for independent."
+def table_components(found: dict) -> str:
+    """Alarms by components, at the bounds that were chosen."""
     rows = rows_of_rates(found["rates"]["components"], found["chosen"]["dims_95pct"], "components")
-    page.table("alarm", caption, table(COLUMNS, rows))
-    caption = "The same at a quarter, the line that says *collapsed* at the end."
+    return table(COLUMNS, rows)
+
+
+def table_at_a_quarter(found: dict) -> str:
     rows = rows_of_rates(found["at_a_quarter"], dict.fromkeys(RULES, KEPT), "components")
-    page.table("alarm at a quarter", caption, table(COLUMNS, rows))
+    return table(COLUMNS, rows)
+
+
+def table_other_ranks(found: dict) -> str:
     rows = []
     for measure, name in list(MEASURES.items())[1:]:
         rows += rows_of_rates(found["rates"][name], found["chosen"][measure], name)
-    caption = "Other ranks, each at its own best bound on even seeds."
-    page.table("alarm by other ranks", caption, table(COLUMNS, rows))
-
-
-def source(found: dict) -> str:
-    starts = [
-        f"{name}: {min(s['components']):g} to {max(s['components']):g} of "
-        f"{len(s['measured_seeds'])} seed{'s' if len(s['measured_seeds']) > 1 else ''}"
-        for name, s in found["starts"].items()
-    ]
-    return (
-        f"*Source: `{(OUTPUT / 'results.json').relative_to(ROOT)}`, from the tables of "
-        f"`{PUBLISHED.relative_to(ROOT)}` and starts measured on the same {found['rows']} rows "
-        f"({'; '.join(starts)} components; a seed without one is taken to start at their mean).*"
-    )
+    return table(COLUMNS, rows)
 
 
 def main() -> None:
@@ -346,10 +326,7 @@ def main() -> None:
         measure_starts(config)
     results = summary(config)
     write_json(config.output_dir / "results.json", results)
-    rows = rows_of_rates(
-        results["rates"]["components"], results["chosen"]["dims_95pct"], "components"
-    )
-    print(table(COLUMNS, rows))
+    print(table_components(results))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from collapse.measures.statistics import differences_interval, format_interval, 
 from collapse.measures.thresholds import KEPT
 from collapse.report.markdown import Column, rows_of, table
 from collapse.utils.errors import run_script
-from collapse.utils.files import ROOT, read_json, write_json
+from collapse.utils.files import ROOT, write_json
 from studies import benefit, class_count
 from studies import collapse_threshold as threshold
-from studies.report.page import Page
 from studies.shared import pilots, sweep
 
 OUTPUT = ROOT / "studies" / "results" / "sensitivity" / "results.json"
@@ -230,36 +229,6 @@ def table_gains_by_rate(results: Mapping[str, Any]) -> str:
     rates = sorted({rate for by_rate in by_data.values() for rate in by_rate}, key=float)
     gains = (Column(f"{10 ** float(rate):.1e}", (rate, "mean"), 2, 100, "+") for rate in rates)
     return table([Column("data", "data"), *gains], rows_of(by_data, "data"))
-
-
-def add_tables(page: Page) -> None:
-    if not OUTPUT.exists():
-        return
-    results = read_json(OUTPUT)
-    title = "What P2, P3 and P5 rest on (exploratory)"
-    page.section(title, "Would another reading of the same runs give another verdict?")
-    page.text(
-        "Command: `python studies/sensitivity.py`. Source: "
-        f"`{OUTPUT.relative_to(ROOT)}`, from the tables of the studies above."
-    )
-    steps = threshold.Config().steps
-    caption = f"Model 2's shift after {steps} steps, decades, by the line that says *has learned* "
-    caption += "(way from chance to a backbone's best); "
-    caption += "≥: some backbone's is healthy at every rate."
-    page.table("lines", caption, table_lines(results))
-    caption = "How much of the shift an LM loss explains that scales Adam's steps alone, decades."
-    page.table("shared scale", caption, table_shared_scale(results))
-    caption = "Share of components kept by pairs of one backbone and rate whose training losses "
-    caption += "differ by a tenth at most, where Model 1's collapsed."
-    page.table(
-        "equal loss", caption, table(EQUAL_LOSS_COLUMNS, results["components_at_equal_loss"])
-    )
-    caption = "Log rank within classes at fixed training losses, Model 2 - Model 1, at Model 1's "
-    caption += "rate; of backbones whose both models reach them."
-    page.table("fixed losses", caption, table_losses(results))
-    caption = "Model 2's gain in points on tuning rows by learning rate, both models at the same: "
-    caption += "three pilots, no validation row."
-    page.table("gains by rate", caption, table_gains_by_rate(results))
 
 
 def main() -> None:

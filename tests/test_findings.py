@@ -17,6 +17,9 @@ from collapse.report.comparisons import (
     summary_table,
     tidy_table,
 )
+from collapse.report.markdown import rows_of
+from collapse.report.markdown import table as table_of
+from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
 from studies.report import claims, experiments, findings, own_models
 
@@ -43,13 +46,13 @@ def test_the_tables_of_the_documents_are_those_of_the_json(name, page):
 
 
 def test_results_md_is_that_of_the_json(page):
-    assert (ROOT / "RESULTS.md").read_text() == page.document(), "run `make findings`"
+    assert (ROOT / "RESULTS.md").read_text() == page.text, "run `make findings`"
 
 
 def test_every_column_of_results_md_has_a_value(page):
     """A path that leads nowhere gives n/a; of Model 3, studies without it have nothing to tell."""
     of_model3 = {"final, engram carried", "engram ARI", "the same, untrained compressor"}
-    tables = re.findall(r"((?:^\|.*\n)+)", page.document(), re.MULTILINE)
+    tables = re.findall(r"((?:^\|.*\n)+)", page.text, re.MULTILINE)
     assert len(tables) == len(page.numbers)
     for table in tables:
         header, _, *rows = (line.split("|")[1:-1] for line in table.splitlines())
@@ -61,7 +64,7 @@ def test_every_published_run_has_its_place_in_the_documents(page):
     folders = {str(path.parent.relative_to(ROOT)) for path in PUBLISHED}
     assert folders == {study.folder for study in experiments.studies_with_results()}
     for folder in folders:
-        assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.document()
+        assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.text
     measured = read_json(ROOT / experiments.RANKS)
     assert list(experiments.read_ranks()) == list(measured)  # none left out, one order
 
@@ -76,7 +79,7 @@ NUMBER = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?!\w)")
 def test_every_number_in_the_findings_is_in_a_table(page):
     text = (ROOT / "FINDINGS.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    known = set(NUMBER.findall("\n".join([*rows, page.document()])))
+    known = set(NUMBER.findall("\n".join([*rows, page.text])))
     told = NUMBER.findall(prose(text))
     assert len(told) > 20 and not set(told) - known
 
@@ -144,12 +147,10 @@ def test_a_table_follows_its_json(monkeypatch):
     results = {"settings": settings, "models": {"model1": {"7": run}}}
     told = experiments.provenance(Path("some"), results)
     assert "seed 7" in told and "`some/results.json`" in told and "abacus" in told
-    table = experiments.table(
-        experiments.accuracy_columns(None), experiments.trainings_by_model(results)
-    )
+    table = experiments.table_accuracy(None, results)
     monkeypatch.setitem(findings.BLOCKS, "some", lambda: (table, ["more"]))
     text = "before\n<!--begin some-->\nold\n<!--end-->\nafter\n"
-    page = findings.Page(numbers={"more": "A7"})
+    page = findings.Page("", {"more": "A7"})
     filled = findings.fill(text, page)
     assert "| 1: Classification Only | 5 | 50.00 | n/a | 75.00 |" in filled
     assert filled.startswith("before\n") and filled.endswith("*Full: A7.*\n\n<!--end-->\nafter\n")
@@ -261,7 +262,7 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         "records": {key: {"1": record(base)} for key, base in bases.items()},
     }
     results = records.summarize({"S": study})
-    told = experiments.provenance_of_ranks("f", results)
+    told = experiments.provenance_of_ranks(results)
     assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
     row = cells_of_row(
         experiments.table_records(results, experiments.RANK_COLUMNS), "Classification Only"
@@ -376,23 +377,22 @@ def test_each_table_of_a_training_puts_each_number_below_its_head():
         "models": {"model1": {"7": run(100)}, "model2": {"7": run(200)}, "model3": {"7": run(300)}},
         "comparisons": found | {"best": {}},
     }
-    own, theirs = (
-        {name: text for name, (_, text) in experiments.tables_of(Path(folder), results).items()}
-        for folder in ("results_b", "results_7b")
-    )
     pair = "model2 - model1, final epoch"
-    row = cells_of_row(own["comparisons"], pair)
+    row = cells_of_row(experiments.table_comparisons(None, results), pair)
     assert list(row.values())[1:] == ["+1.00 [-2.00, +3.00]", "0.5, 0.12"]
-    row = cells_of_row(theirs["comparisons"], pair)
+    reference = reference_for(Path("results_7b"))
+    row = cells_of_row(experiments.table_comparisons(reference, results), pair)
     assert list(row.values())[-1] == "+0.34" and list(row)[-1].startswith("reference")
-    row = cells_of_row(own["training"], "2: Dual Head")
+    models = experiments.trainings_by_model(results)
+    row = cells_of_row(table_of(experiments.TRAINING_COLUMNS, models), "2: Dual Head")
     assert list(map(float, list(row.values())[1:])) == [20, 201, 204, 202, 205, 203, 207, 206]
-    row = cells_of_row(own["seeds"], "3: Dual + Engram")
+    trainings = rows_of(results["models"], "model", "seed")
+    row = cells_of_row(table_of(experiments.SEED_COLUMNS, trainings), "3: Dual + Engram")
     assert list(map(float, list(row.values())[1:])) == [7, 60, 304, 306, 309, 310, 312]
-    case = "control: untrained compressor, trained backbone"
-    row = cells_of_row(own["engrams"], case)
+    engrams = experiments.table_engrams(None, results)
+    row = cells_of_row(engrams, "control: untrained compressor, trained backbone")
     assert list(map(float, list(row.values())[1:])) == [312, 315, 318, 321]
-    assert "no 25.0; yes 75.0" in own["engrams"]
+    assert "no 25.0; yes 75.0" in engrams
     still = {"final": {"model2 - model1": {"interval": interval | {"mean": 0.0}}}}
     there = {
         "settings": {"config": {"model": "m"}, "data": data | {"name": "Other"}},
@@ -415,9 +415,8 @@ def measured(step: int, components: int | None, loss: float | None = 0.5) -> dic
 
 def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
     path = [measured(0, 40), measured(5, 4), measured(10, 20, None), measured(15, None, None)]
-    trainings = [{"model": "model1", "seed": "7", "measured": path}]
-    trainings.append({"model": "model2", "seed": "7", "measured": []})
-    lines = experiments.table_measured(trainings).splitlines()[2:]
+    trainings = {"model1": {"7": {"measured": path}}, "model2": {"7": {"measured": []}}}
+    lines = experiments.table_measured({"models": trainings}).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row[1:4] for row in cells] == [
         ["start", "0", "40, 100%"],
@@ -425,7 +424,7 @@ def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
         ["end", "10", "20, 50%"],  # the last one that is finite
     ]
     assert cells[0][4:] == ["9.0", "8.0", "7.0", "0.500", "75.0"] and cells[2][7:] == ["n/a"] * 2
-    assert experiments.table_measured(trainings[1:]) == ""
+    assert experiments.table_measured({"models": {"model2": {"7": {}}}}) == ""
 
 
 def test_a_path_is_drawn_where_there_is_one(tmp_path):

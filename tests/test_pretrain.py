@@ -311,7 +311,7 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path,
         row |= {"weight_decay": 5e-4, "norm_cv": row["norm_cv"] + 0.5, "cdnv": 2 * row["cdnv"]}
         put_row(table, {name: row[name] for name in read_rows(table)[0]}, "name")
     less = linguistic_collapse.summary(config)
-    text = own_models.table_decay(less, linguistic_collapse.TITLES)
+    text = own_models.table_decay(less)
     assert "| NC2: variation of norms | +0.5000 [+0.5000, +0.5000] | 3 |" in text
     assert f"| NC1: CDNV | {math.log(2):+.4f} [" in text
     assert "| validation loss, nats | +0.0000 [" in text
@@ -321,7 +321,7 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path,
     titles = {axis.get_ylabel(): axis.get_title() for axis in drawn[0].axes[1::2]}
     assert f"Spearman {expected:+.2f} [" in titles["NC1: CDNV"]  # of the seeds; the other is sizes
     assert len(drawn[0].axes) == 2 * len(linguistic_collapse.TITLES)
-    text = own_models.table_linguistic(found, linguistic_collapse.TITLES)
+    text = own_models.table_linguistic(found)
     assert f"| NC1: CDNV | {expected:+.2f} [" in text and "-1.00 [-1.00, -1.00]" in text
 
 

@@ -11,8 +11,8 @@ from collapse.measures.statistics import differences_interval
 from collapse.measures.verdicts import holm
 from collapse.utils.files import write_json
 from studies import collapse_threshold
-from studies.report import own_models, thresholds
-from studies.report.page import Page
+from studies.report import own_models
+from studies.report.page import results_page
 from studies.shared import sweep
 
 LATER = own_models.LATER_ENDPOINTS
@@ -31,8 +31,7 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(own_models, "TIME", tables)
     monkeypatch.setattr(own_models, "QWEN", qwen)
     monkeypatch.setattr(own_models, "REAL_MODELS", (qwen,))
-    monkeypatch.setattr(thresholds, "folder_of", lambda config: str(config.folder))
-    monkeypatch.setattr(own_models, "source_of", lambda *options: "Command.")
+    monkeypatch.setattr(own_models, "source_of", lambda *_, **__: "Command.")
     own_models.collapse_time.STUDY.report(tables)
     return qwen
 
@@ -71,9 +70,7 @@ def test_an_endpoint_without_any_slope_has_its_row(published, monkeypatch):
 
 
 def test_the_page_tells_thresholds_with_their_bounds(published):
-    page = Page()
-    thresholds.add_time(page)
-    text = page.document()
+    text = results_page().text.partition("## Rate, time")[2].partition("\n## ")[0]
     row = next(line for line in text.splitlines() if line.startswith("| model2"))
     assert "| ≥ 1.0e-02 |" in row and "after 6400" in text
     row = next(line for line in text.splitlines() if line.startswith("| model1"))
@@ -87,7 +84,5 @@ def test_nothing_is_added_before_anything_ran(tmp_path, monkeypatch):
         config = dataclasses.replace(getattr(own_models, name), output_dir=tmp_path)
         monkeypatch.setattr(own_models, name, config)
     monkeypatch.setattr(own_models, "REAL_MODELS", ())
-    page = Page()
-    thresholds.add_time(page)
-    assert page.parts == []
+    assert "## Rate, time" not in results_page().text
     assert "Not run yet: P6" in own_models.table_endpoints(LATER, "n")

@@ -1,9 +1,10 @@
-"""Experiments 1 to 4: their results folders, and their tables and figures in RESULTS.md.
+"""Experiments 1 to 4: their results folders, and their tables in RESULTS.md.
 
 Levels are written as mean of the seeds (lowest to highest seed), differences as mean [95% interval
 for other seeds and other rows]. Columns and rows with the reference's numbers say so.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,7 @@ from collapse.report import records
 from collapse.report.comparisons import compare_datasets, comparisons_of, compute_type, p_values
 from collapse.report.markdown import Column, at, cell, plain, rows_of, table
 from collapse.report.records import level, title_of_change
-from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
-from studies.report.page import Page
 
 THREE_MODELS = ("model1", "model2", "model3")
 
@@ -33,6 +32,10 @@ class Study:
     short: str  # name in tables of FINDINGS.md
     command: str
     other: str = ""  # results folder of the same models on the other data set
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
 
 
 SMOLLM = "--model smollm2-135m --data-dir DIR --train-limit 2000"
@@ -85,7 +88,7 @@ STUDIES = (
         other="results_7b/smollm2-135m",
     ),
 )
-RANKS = "results_effective_rank/effective_rank_results.json"
+RANKS = ROOT / "results_effective_rank" / "effective_rank_results.json"
 
 
 def studies_with_results(studies: tuple[Study, ...] = STUDIES) -> list[Study]:
@@ -97,9 +100,16 @@ def results_of(study: Study) -> dict[str, Any]:
     return read_json(ROOT / study.folder / "results.json")
 
 
+def results_beside(study: Study) -> dict[str, Any] | None:
+    """Results of the same models on the other data set, if there are any."""
+    path = ROOT / study.other / "results.json"
+    return read_json(path) if study.other and path.exists() else None
+
+
+@functools.cache
 def read_ranks() -> dict[str, dict]:
     """Results of Experiment 4 on STUDIES, in their order, summarized by the present code."""
-    stored = read_json(ROOT / RANKS)
+    stored = read_json(RANKS)
     places = {study.folder: place for place, study in enumerate(STUDIES)}
     known = [name for name, result in stored.items() if result["folder"] in places]
     known.sort(key=lambda name: places[stored[name]["folder"]])
@@ -145,7 +155,7 @@ def provenance(folder: Path, results: dict) -> str:
     )
 
 
-def provenance_of_ranks(file: str, results: dict) -> str:
+def provenance_of_ranks(results: dict) -> str:
     """Settings, code and machine of the records of Experiment 4, in words."""
     measured_by = [
         r
@@ -155,7 +165,8 @@ def provenance_of_ranks(file: str, results: dict) -> str:
     measured = next(iter(results.values()))["measured"]
     return (
         f"*Weights of the {measured['weights']} epoch, up to {measured['rows']:,} validation rows, "
-        f"{measured['draws']} random halves. Source: `{file}`, measured {origin(measured_by)}.*"
+        f"{measured['draws']} random halves. Source: `{RANKS.relative_to(ROOT)}`, measured "
+        f"{origin(measured_by)}.*"
     )
 
 
@@ -177,7 +188,7 @@ def trainings_by_model(results: dict) -> list[dict[str, Any]]:
     ]
 
 
-def accuracy_columns(reference: dict | None) -> list[Column]:
+def table_accuracy(reference: dict | None, results: dict) -> str:
     columns = [
         Column("validation accuracy, %", "name"),
         Column("trained parameters", "runs.0.parameters.trainable"),
@@ -189,10 +200,10 @@ def accuracy_columns(reference: dict | None) -> list[Column]:
         title = f"reference, {reference['model']}: final"
         columns.append(Column(title, lambda row: reference["final"][row["key"]]))
         columns.append(Column("reference: best", lambda row: reference["best"][row["key"]]))
-    return columns
+    return table(columns, trainings_by_model(results))
 
 
-def comparison_columns(reference: dict | None) -> list[Column]:
+def table_comparisons(reference: dict | None, results: dict) -> str:
     def published(row: dict) -> float | None:
         b, a = (reference[row["epoch"]].get(model) for model in row["pair"].split(" - "))
         return None if None in (a, b) else b - a
@@ -203,7 +214,7 @@ def comparison_columns(reference: dict | None) -> list[Column]:
     columns.append(Column("McNemar's exact p, each seed", p_values))
     if reference:
         columns.append(Column(f"reference, {reference['model']}", published, sign="+"))
-    return columns
+    return table(columns, rows_of(comparisons_of(results), "epoch", "pair"))
 
 
 TRAINING_COLUMNS = (
@@ -246,8 +257,6 @@ ENGRAM_COLUMNS = (
 
 
 def table_engrams(reference: dict | None, results: dict) -> str:
-    if "model3" not in results["models"]:
-        return ""
     runs, rows = results["models"]["model3"], []
     for case, name in ENGRAM_CASES.items():
         clusters, cosines = at(runs, f"*.cluster.{case}"), at(runs, f"*.engram_cos.{case}")
@@ -276,10 +285,13 @@ MEASURED_COLUMNS = (
 )
 
 
-def table_measured(trainings: list[dict]) -> str:
-    """Trainings with measurements on the way: at the start, the fewest components, the end."""
+def table_measured(results: dict) -> str:
+    """Trainings with measurements on the way: at the start, the fewest components, the end.
+
+    Empty if no training has them.
+    """
     rows = []
-    for run in trainings:
+    for run in rows_of(results["models"], "model", "seed"):
         path = [point for point in run.get("measured", ()) if point["dims_95pct"] is not None]
         if path:
             fewest, start = min(path, key=lambda p: p["dims_95pct"]), path[0]["dims_95pct"]
@@ -305,40 +317,6 @@ def table_cross(results: dict, other: dict) -> str:
         Column("difference of the two", "more_here", 2, 100),
     )
     return table(columns, rows_of(compare_datasets(results, other)["comparisons"], "pair"))
-
-
-def tables_of(folder: Path, results: dict) -> dict[str, tuple[str, str]]:
-    """Name of a table -> (caption, table); an empty string where there is no data for it."""
-    reference, models = reference_for(folder), trainings_by_model(results)
-    comparisons = rows_of(comparisons_of(results), "epoch", "pair")
-    trainings = rows_of(results["models"], "model", "seed")
-    return {
-        "accuracy": ("Accuracy.", table(accuracy_columns(reference), models)),
-        "comparisons": (
-            "Differences in accuracy.",
-            table(comparison_columns(reference), comparisons),
-        ),
-        "training": ("Losses, gradients, effective rank.", table(TRAINING_COLUMNS, models)),
-        "seeds": ("Each training.", table(SEED_COLUMNS, trainings)),
-        "engrams": ("Engrams.", table_engrams(reference, results)),
-        "measured": ("Ranks and training accuracy on the way.", table_measured(trainings)),
-    }
-
-
-def add_study(page: Page, study: Study) -> None:
-    results = results_of(study)
-    page.section(study.title, "What became of Models 1, 2 and 3, seed by seed?")
-    page.text(f"Command: `{study.command}`")
-    page.text(provenance(Path(study.folder), results))
-    for name, (caption, text) in tables_of(Path(study.folder), results).items():
-        if text:
-            page.table(f"{study.folder} {name}", caption, text)
-    if study.other and (ROOT / study.other / "results.json").exists():
-        text = table_cross(results, read_json(ROOT / study.other / "results.json"))
-        page.table(f"{study.folder} cross", "Beside the other data set.", text)
-    page.figure(f"{study.folder}/learning_curves.png", f"Learning curves: {study.short}")
-    page.figure(f"{study.folder}/rank_over_steps.png", f"Rank over steps: {study.short}")
-    page.figure(f"{study.folder}/engram_clusters.png", f"Engrams, t-SNE: {study.short}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -459,25 +437,3 @@ def table_depth(ranks: dict) -> str:
                 | {"lowest": between.min(1).tolist()}
             )
     return table(DEPTH_COLUMNS, rows)
-
-
-def add_ranks(page: Page) -> None:
-    ranks = read_ranks()
-    title = "Experiment 4: ranks and neural collapse of the saved models"
-    page.section(title, "What did fine-tuning do to the states of every saved model?")
-    page.text("Command: `python effective_rank_analysis.py --data-dir DIR`")
-    page.text(provenance_of_ranks(RANKS, ranks))
-    matched = next(iter(ranks.values()))["matched_rows"]
-    caption = f"Ranks of the pooled states; matched: {matched} rows in every study."
-    page.table("ranks levels", caption, table_records(ranks, RANK_COLUMNS))
-    page.table("ranks changes", "Changes of rank and of neural collapse.", table_changes(ranks))
-    caption = "Neural collapse: NC1 to NC3 lower, NC4 higher is more collapsed; validation rows."
-    page.table("ranks collapse", caption, table_records(ranks, COLLAPSE_COLUMNS))
-    page.table("ranks depth", "Effective rank by depth.", table_depth(ranks))
-    for name, caption in (
-        ("overview", "Overview"),
-        ("effective_rank", "Singular spectra and effective ranks"),
-        ("rank_by_layer", "Effective rank by depth"),
-        ("neural_collapse", "Neural collapse"),
-    ):
-        page.figure(f"results_effective_rank/{name}.png", caption)

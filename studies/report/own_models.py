@@ -1,10 +1,7 @@
-"""Studies on our own language models: the protocol's endpoints, tables and figures.
-
-A function add_NAME writes a study's section of RESULTS.md, or nothing while the study has no
-results.json.
-"""
+"""Studies on our own language models: the protocol's endpoints, and tables."""
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +21,7 @@ from studies import (
     engram_salience,
     linguistic_collapse,
 )
-from studies.report.experiments import short_commit
-from studies.report.page import Page
+from studies.report import experiments
 from studies.shared import sweep
 
 STUDIES = {
@@ -42,7 +38,7 @@ TIME = collapse_time.Config(corpus="newsgroups")
 # Real models, in order of size; P8 is about the second.
 QWEN = collapse_threshold.Config(model="qwen2.5-coder-0.5b-instruct")
 REAL_MODELS = (collapse_threshold.Config(model="gemma-3-270m"), QWEN)
-LINGUISTIC = "studies/results/linguistic_collapse"
+LINGUISTIC = linguistic_collapse.Config(corpus="newsgroups")
 MODELS = ("model1", "model2")
 
 
@@ -56,13 +52,19 @@ def summarize() -> None:
 
 
 def folder_of(config: sweep.Config) -> str:
-    return str(config.folder.relative_to(ROOT))
+    """The study's folder as documents name it, from the repository's."""
+    return os.path.relpath(config.folder, ROOT)
 
 
 def results_of(config: sweep.Config) -> dict[str, Any] | None:
     """The study's results.json; None if it does not exist."""
     path = config.folder / "results.json"
     return read_json(path) if path.exists() else None
+
+
+def real_models_that_ran() -> list[collapse_threshold.Config]:
+    """Those of REAL_MODELS whose thresholds have been bracketed by components."""
+    return [model for model in REAL_MODELS if "by_components" in (results_of(model) or {})]
 
 
 def source_of(
@@ -73,7 +75,7 @@ def source_of(
     trainings = {(row["seed"], row["training"]) for row in rows}
     options += "".join(f" --{name.replace('_', '-')} {rows[0][name]}" for name in settings)
     piloted = {int(row["seed"]) for row in rows} & set(sweep.PILOTS)
-    commits = ", ".join(sorted({short_commit(row["git_commit"]) for row in rows}))
+    commits = ", ".join(sorted({experiments.short_commit(row["git_commit"]) for row in rows}))
     machines = sorted({row["hardware"] for row in rows} - {""})
     on = f" on {', '.join(machines)}" if machines else ""
     script = type(config).__module__.rpartition(".")[2]
@@ -82,30 +84,6 @@ def source_of(
         f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
         f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
     )
-
-
-def begin(
-    page: Page,
-    title: str,
-    question: str,
-    config: sweep.Config,
-    options: str = "--corpus newsgroups",
-    settings: Sequence[str] = (),
-    once: str = "",
-) -> dict[str, Any] | None:
-    """Begin a study's section, and return its results.
-
-    Adds nothing and returns None if there are no results, or if the endpoint `once` has none.
-    """
-    results = results_of(config)
-    if results is None or (once and not results[once]):
-        return None
-    page.section(title, question)
-    page.text(source_of(config, options, settings))
-    if "rates" in results:
-        rates = (f"{name} {10**rate:.1e}" for name, rate in results["rates"].items())
-        page.text(f"Learning rates, chosen on tuning rows of the pilots: {'; '.join(rates)}.")
-    return results
 
 
 def arm_title(row: dict) -> str:
@@ -264,9 +242,10 @@ def bag_of_words(folder: str) -> dict[str, float]:
     return {row["data"]: row["accuracy"] for row in rows if row["folder"] == folder}
 
 
-def table_bag_of_words(titles: dict[str, str]) -> str:
-    """A bag of words beside Models 1 and 2 on the same rows; titles: folder -> its name."""
-    titles = titles | {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
+def table_bag_of_words() -> str:
+    """A bag of words beside Models 1 and 2 on the same rows."""
+    titles = {study.folder: study.short for study in experiments.STUDIES}
+    titles |= {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
     rows = (
         row | {"models": titles[row["folder"]]} | accuracies(row["folder"], row["data"])
         for row in read_json(BAG_OF_WORDS)["rows"]
@@ -391,31 +370,6 @@ def table_gains() -> str:
     return table(GAIN_COLUMNS, rows)
 
 
-def add_benefit(page: Page) -> None:
-    config = CONFIGS["benefit"]
-    title = "Accuracy and rank on four data sets, each model at its own rate"
-    question = "Does the LM head help accuracy, and does it keep rank at equal training loss?"
-    results = begin(page, title, question, config, once="P1")  # before, it is its pilots alone
-    if results is None:
-        return
-    caption = "Differences in accuracy; controls ran on two sets, their mean is of these."
-    page.table("benefit differences", caption, table_differences(results))
-    page.table("benefit P1", "P1, and its equivalence.", table(P1_COLUMNS, [results]))
-    caption = "Rank within classes at equal training loss, both models at Model 1's rate; P5."
-    page.table("benefit ranks", caption, table_rank_at_equal_loss(results))
-    caption = "Each arm at the best epoch of its tuning rows; what is kept: after the last step."
-    rows = rows_of(results["arms"], "data", "arm")
-    page.table("benefit ends", caption, table(BENEFIT_COLUMNS, rows))
-    caption = "LM loss on the set's own texts, which Model 2 learns, and what is left of another "
-    caption += "set's labels, both at Model 1's rate; t over backbones, for these rows."
-    page.table("benefit kept", caption, table(KEPT_COLUMNS, rows_of(results["kept"], "data")))
-    if results["times"]:
-        page.table("benefit times", "Cost on a CPU, a training a core.", table_times(results))
-    page.figure(f"{folder_of(config)}/benefit.png", "Accuracy less Model 1's")
-    caption = "Rank within classes as the training loss falls, both models at Model 1's rate"
-    page.figure(f"{folder_of(config)}/rank_at_equal_loss.png", caption)
-
-
 def of_both_models(title: str, number: str, digits: int = 1, scale: float = 1) -> list[Column]:
     return [
         Column(f"{title}, Model {model[-1]}", f"{model}.{number}.mean", digits, scale)
@@ -433,24 +387,6 @@ CLASS_COLUMNS = (
     *of_both_models("within classes", "effective_rank_within"),
     Column("backbones", "seeds"),
 )
-
-
-def add_class_count(page: Page) -> None:
-    config = CONFIGS["class_count"]
-    results, options = results_of(config), "--corpus newsgroups"
-    if results and all(row["merge"] != "random" for row in results["table"]):
-        options += " --parts pilot endpoint"
-    question = "Does the LM head help more where there are more classes?"
-    results = begin(page, "CLINC150's classes merged", question, config, options)
-    if results is None:
-        return
-    caption = "Models 1 and 2 by the number of classes; ranks are those of the last step."
-    rows_too = results["P3_rows_too"]
-    if rows_too:
-        caption += f" Slope of the gain, seeds and rows drawn anew: {format_bounds(rows_too, 3)}."
-    page.table("classes", caption, table(CLASS_COLUMNS, results["table"]))
-    caption = "Gain and components against the number of classes"
-    page.figure(f"{folder_of(config)}/class_count.png", caption)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,38 +418,6 @@ PIECES_COLUMNS = (
     Column("accuracy, points", "accuracy", 2, 100),
     Column("backbones", "lm_loss.n"),
 )
-
-
-def add_salience(page: Page) -> None:
-    config = CONFIGS["engram_salience"]
-    title = "Two labels in one input: what an engram organizes by"
-    results = results_of(config)
-    if results is None:
-        return
-    trainings = [row for row in results["trainings"] if row["arm"] != "start"]
-    arms = dict.fromkeys(row["arm"].removeprefix("model") for row in trainings)
-    trained = dict.fromkeys(row["trained"] for row in trainings)
-    options = f"--corpus newsgroups --arms {' '.join(arms)} --trained {' '.join(trained)}"
-    question = "Do engrams group by the label that was trained, or by what lies in the states?"
-    begin(page, title, question, config, options, ["learning_rate", "steps"])
-    least = f"{engram_salience.LEARNED:.0%}"
-    caption = f"Two clusters of engrams; *learned*: backbones with an accuracy above {least}."
-    page.table("salience trainings", caption, table(TRAINING_COLUMNS, results["trainings"]))
-    caption = "P4 (Model 3) and P4b (less an untrained one's): mean of both trained labels."
-    page.table("salience", caption, table(SALIENCE_COLUMNS, results["arms"]))
-    page.figure(f"{folder_of(config)}/engrams.png", "Index of engrams with either label")
-
-
-def add_pieces(page: Page) -> None:
-    config = CONFIGS["engram_pieces"]
-    title = "What an engram carries from one piece of a post to the next (exploratory)"
-    question = "Does an engram help with the text that follows its own?"
-    results = begin(page, title, question, config, settings=engram_pieces.SETTINGS)
-    if results is None:
-        return
-    caption = "Second pieces read with another prefix, less the own engram's reading; other posts "
-    caption += "are drawn by their true newsgroup. t over backbones, for these posts."
-    page.table("pieces", caption, table(PIECES_COLUMNS, rows_of(results, "title")))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,55 +464,26 @@ LANGUAGE_MODEL_COLUMNS = (
 )
 
 
-def table_linguistic(results: dict, titles: dict[str, str]) -> str:
+def table_linguistic(results: dict) -> str:
     """Rank correlations with validation loss: at one size, over sizes, and the paper's."""
     paper = results["paper"] or {}
     rows = (
         {"title": title, "one_size": results["fixed_scale"][name], "sizes": results["grid"][name]}
         | {"paper_one_size": at(paper, ("fixed_scale", name))}
         | {"paper_sizes": at(paper, ("grid", name))}
-        for name, title in titles.items()
+        for name, title in linguistic_collapse.TITLES.items()
     )
     return table(LINGUISTIC_COLUMNS, rows)
 
 
-def table_decay(results: dict, titles: dict[str, str]) -> str:
+def table_decay(results: dict) -> str:
     """Effect of less weight decay on each measure and on validation loss."""
-    titles = {"validation_loss": "validation loss, nats", **titles}
+    titles = {"validation_loss": "validation loss, nats", **linguistic_collapse.TITLES}
     differences = results["less_weight_decay"]
     rows = (differences[name] | {"title": title} for name, title in titles.items())
     return table(DECAY_COLUMNS, rows)
 
 
-def add_linguistic(page: Page) -> None:
-    if not (ROOT / LINGUISTIC / "results.json").exists():
-        return
-    results = read_json(ROOT / LINGUISTIC / "results.json")
-    page.section(
-        "Tokens as classes: Linguistic Collapse on own language models",
-        "Does neural collapse over next tokens go with a lower validation loss?",
-    )
-    models = "; ".join(f"{part} {a} of {b}" for part, (a, b) in results["models"].items())
-    not_run = ", ".join(name.partition("-")[2] for name in results["not_run"])
-    shorter = ", here with `--max-epochs 3`" if "-e10-" in not_run else ""
-    page.text(
-        "Command: `python studies/linguistic_collapse.py --corpus newsgroups --workers 2 "
-        f"--paper-table CSV`{shorter}. Source: `{LINGUISTIC}/models.csv`; models that ran: {models}"
-        + (f". Not run (width, layers, epochs, decay, seed): {not_run}." if not_run else ".")
-    )
-    caption = (
-        "Spearman correlation with validation loss [95%]; *size taken out*: width, layers and "
-        "epochs, by ranks; two seeds of a size count as two models, which narrows intervals. "
-        "*Theirs*: from Wu & Papyan's table, 20 seeds of one size and 210 models, CDNV with "
-        "exponent 4 alone."
-    )
-    titles = linguistic_collapse.TITLES
-    page.table("linguistic", caption, table_linguistic(results, titles))
-    if results["models"]["decay"][0]:
-        caption = "Weight decay 5e-4 less .1: width 128, 2 layers, 3 epochs; of CDNVs log ratios."
-        page.table("linguistic decay", caption, table_decay(results, titles))
-    page.figure(f"{LINGUISTIC}/linguistic_collapse.png", "Each measure against validation loss")
-    parts = linguistic_collapse.rows_of_parts(linguistic_collapse.Config(corpus="newsgroups"))
-    models = table(LANGUAGE_MODEL_COLUMNS, linguistic_collapse.distinct(parts))
-    caption = "Every model; the bigram is Kneser and Ney's, of the same tokens."
-    page.table("models", caption, models)
+def table_language_models() -> str:
+    rows = linguistic_collapse.distinct(linguistic_collapse.rows_of_parts(LINGUISTIC))
+    return table(LANGUAGE_MODEL_COLUMNS, rows)

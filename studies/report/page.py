@@ -1,41 +1,83 @@
-"""RESULTS.md while it is written: sections, texts, numbered tables and figures."""
+"""RESULTS.md: its text is in results.md.jinja, its tables are made by the modules beside it."""
 
+import itertools
+import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from collapse.utils.files import ROOT
+import jinja2
+
+from collapse.measures.statistics import format_bounds
+from collapse.report.markdown import cell, rows_of, table
+from collapse.report.reference import reference_for
+from collapse.utils.files import ROOT, read_json
+from studies import alarm_replay, collapse_threshold, engram_pieces, engram_salience, sensitivity
+from studies.report import claims, experiments, own_models, side_studies, thresholds
+
+SECTION = re.compile(r"^## (.+)\n\n\*(.+)\*$", re.MULTILINE)  # title, question
 
 
-@dataclass
+@dataclass(frozen=True)
 class Page:
-    """The parts of RESULTS.md; tables and figures are numbered in order."""
+    """RESULTS.md, and the number of each table, "A1", by its key."""
 
-    parts: list[str] = field(default_factory=list)
-    numbers: dict[str, str] = field(
-        default_factory=dict
-    )  # key of a table, "FOLDER NAME" -> its number, "A1"
-    figures: int = 0
-    contents: list[str] = field(default_factory=list)  # a line a section
+    text: str
+    numbers: dict[str, str]
 
-    def text(self, text: str) -> None:
-        self.parts.append(text.strip("\n"))
 
-    def section(self, title: str, question: str) -> None:
-        """Begin a section, which answers the question."""
-        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")  # as GitHub makes it
-        self.contents.append(f"* [{title}](#{anchor}): {question}")
-        self.text(f"## {title}\n\n*{question}*")
+def stored(path: Path) -> dict[str, Any] | None:
+    """A JSON file; None if it does not exist."""
+    return read_json(path) if path.exists() else None
 
-    def table(self, key: str, caption: str, table: str) -> None:
-        self.numbers[key] = f"A{len(self.numbers) + 1}"
-        self.text(f"**Table {self.numbers[key]}.** {caption}\n\n{table}")
 
-    def document(self) -> str:
-        """The page; its table of contents stands behind its first part."""
-        first, *others = self.parts
-        return "\n\n".join([first, "\n".join(self.contents), *others]) + "\n"
+def relative(path: Path) -> str:
+    return os.path.relpath(path, ROOT)
 
-    def figure(self, path: str, caption: str) -> None:
-        if (ROOT / path).exists():
-            self.figures += 1
-            self.text(f"![{caption}]({path})\n\n**Figure A{self.figures}.** {caption}.")
+
+def results_page() -> Page:
+    """RESULTS.md, its tables and figures numbered in the order of the template."""
+    numbers: dict[str, str] = {}
+    figures = itertools.count(1)
+
+    def number(key: str) -> str:
+        numbers[key] = f"A{len(numbers) + 1}"
+        return numbers[key]
+
+    def figure(path: Path, caption: str) -> str:
+        if not path.exists():
+            return ""
+        return f"![{caption}]({relative(path)})\n\n**Figure A{next(figures)}.** {caption}."
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "thousands": "{:,}".format,
+        "percent": lambda share: f"{float(share):.0%}",
+        "as_rate": lambda rate: f"{10 ** float(rate):.1e}",
+    }
+    modules = (claims, experiments, own_models, side_studies, thresholds)
+    modules += (alarm_replay, collapse_threshold, engram_pieces, engram_salience, sensitivity)
+    functions = (cell, figure, format_bounds, number, reference_for, relative, rows_of)
+    functions += (experiments.origin, experiments.short_commit, own_models.results_of, stored)
+    names = {module.__name__.rpartition(".")[2]: module for module in modules}
+    names |= {function.__name__: function for function in functions}
+    template = environment.get_template("results.md.jinja")
+    text = template.render(names, table=table, CONFIGS=own_models.CONFIGS, ROOT=ROOT)
+    text = re.sub(r"\n{3,}", "\n\n", text.strip("\n")) + "\n"
+    return Page(text.replace("<!--contents-->", contents(SECTION.findall(text))), numbers)
+
+
+def contents(sections: Iterable[tuple[str, str]]) -> str:
+    """A line for each section, with its link as GitHub makes it."""
+    lines = []
+    for title, question in sections:
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        lines.append(f"* [{title}](#{anchor}): {question}")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Smaller sections of RESULTS.md.
+"""Tables of smaller sections of RESULTS.md.
 
 The first token as an attention sink, resolution of the statistics, speed, and the reference's
 numbers.
@@ -6,14 +6,14 @@ numbers.
 
 from pathlib import Path
 
-from collapse.report.markdown import Column, markdown, rows_of, table
+from collapse.report.markdown import Column, at, rows_of, table
 from collapse.report.reference import REFERENCE
 from collapse.utils.files import ROOT, read_json
-from studies.report.experiments import THREE_MODELS, model_name, origin, short_commit
-from studies.report.page import Page
+from studies.report.experiments import THREE_MODELS, model_name
 
-SINK = "studies/results/sink/sink.json"
-SIMULATION = "studies/results/statistics/simulation.json"
+SINK = ROOT / "studies" / "results" / "sink" / "sink.json"
+SIMULATION = ROOT / "studies" / "results" / "statistics" / "simulation.json"
+THROUGHPUT = ROOT / "results" / "throughput.json"
 
 SINK_COLUMNS = (
     Column("layer", "layer"),
@@ -31,21 +31,6 @@ def table_sink(results: dict) -> str:
     """Ranks and norms of each layer of a pretrained model; layer 0 are the embeddings."""
     rows = (numbers | {"layer": layer} for layer, numbers in enumerate(results["layers"]))
     return table(SINK_COLUMNS, rows)
-
-
-def add_sink(page: Page) -> None:
-    results = read_json(ROOT / SINK)
-    lengths, data = results["lengths"], results["data"]
-    title = "The first token as an attention sink"
-    page.section(title, "Can one token make a healthy model look collapsed?")
-    page.text("Command: `python studies/sink.py --data-dir DIR`")
-    page.text(
-        f"*{results['model']} before fine-tuning, {data['name']}: {data['validation_rows']:,} "
-        f"validation rows of {lengths['mean']:.1f} tokens. Source: `{SINK}`, measured "
-        f"{origin([results])}.*"
-    )
-    page.table("sink", "By layer; layer 0 are the embeddings.", table_sink(results))
-    page.figure(SINK.replace(".json", ".png"), "Rank, length and norms by layer")
 
 
 FALSE_POSITIVE_COLUMNS = (
@@ -75,95 +60,28 @@ def table_false_positives(results: dict) -> str:
     )
 
 
-def add_statistics(page: Page) -> None:
-    simulation = read_json(ROOT / SIMULATION)
-    title = "What the statistics resolve"
-    page.section(title, "How small a difference could be seen, and how often is one seen in error?")
-    page.text(f"Command: `python studies/statistics_simulation.py`. Source: `{SIMULATION}`.")
-    caption = "Half-widths that ten seeds would have, by the variances of our runs."
-    page.table("half widths", caption, table_half_widths(simulation))
-    caption = "How often an interval excludes zero where there is no difference, %."
-    page.table("false positives", caption, table_false_positives(simulation))
+THROUGHPUT_COLUMNS = (
+    Column("model", lambda row: model_name(row["key"])),
+    Column("conventional, examples/s", "examples_per_second.conventional", ",.0f"),
+    Column("ours, examples/s", "examples_per_second.ours", ",.0f"),
+    Column("ratio", "ratio.conventional.median", 1),
+    Column("lowest to highest round", lambda row: rounds(row["ratio"]["conventional"])),
+)
+
+
+def rounds(ratio: dict) -> str:
+    return f"{ratio['low']:.1f} to {ratio['high']:.1f}"
 
 
 def table_throughput(results: dict) -> str:
-    rows = []
-    for key in [key for key in THREE_MODELS if key in results]:
-        speeds = results[key]
-        rates, ratio = speeds["examples_per_second"], speeds["ratio"]["conventional"]
-        cells = [f"{rates['conventional']:,.0f}", f"{rates['ours']:,.0f}", f"{ratio['median']:.1f}"]
-        rows.append([model_name(key), *cells, f"{ratio['low']:.1f} to {ratio['high']:.1f}"])
-    header = ["model", "conventional, examples/s", "ours, examples/s", "ratio"]
-    note = (
-        f"*{results['data']['name']}, {results['tokens_per_row']:.1f} tokens a row; "
-        f"medians of {results['settings']['rounds']} rounds, both recipes in turn; "
-        f"made {origin([results])}.*"
-    )
-    return f"{markdown([*header, 'lowest to highest round'], rows)}\n\n{note}"
+    rows = ({"key": key} | results[key] for key in THREE_MODELS if key in results)
+    return table(THROUGHPUT_COLUMNS, rows)
 
 
-def table_paper(counts_of: dict[str, dict]) -> str:
-    """Estimated hours by card, the reference's hours, and the largest possible speed-up.
-
-    counts_of: results folder -> output of studies/hours.py.
-    """
-    rows, sources, cards = [], [], []
-    for place, counts in counts_of.items():
-        reference, cards = REFERENCE[place], list(counts["cards"])
-        for key in THREE_MODELS:
-            rates = counts[key]["examples_per_second"]
-            cells = [hours_range(counts, key, card) for card in cards]
-            cells += [f"{reference['minutes'][key] / 60:.1f}"]
-            cells += [f"{rates['ours'] / rates[other]:.1f}" for other in rates if other != "ours"]
-            rows.append([f"{reference['data']}, {model_name(key)}", *cells])
-        sources.append(f"{counts['tokens_per_row']:.1f} tokens a row of {counts['data']['name']}")
-    low, high = counts["assumed_ratio"]
-    note = (
-        f"*Estimated, not measured: operations and bytes of three epochs with evaluations over the "
-        f"card's specifications, times {low:g} to {high:g}, as assumed until studies/gpu_check.py "
-        f"has measured it; {'; '.join(sources)}; hours are for the reference's rows. Made by "
-        f"commit {short_commit(counts['git_commit'])}.*"
-    )
-    header = ["data, model", *(f"hours, {card}" for card in cards), "reference: hours"]
-    header += ["times as fast as conventional, at most", "as transformers' Trainer, at most"]
-    return f"{markdown(header, rows)}\n\n{note}"
-
-
-def table_hours(counts_of: dict[str, dict]) -> str:
-    """For README.md: estimated hours of a training, by card, model and data set."""
-    first = next(iter(counts_of.values()))
-    rows = [
-        [
-            card,
-            *(
-                hours_range(counts, key, card)
-                for counts in counts_of.values()
-                for key in THREE_MODELS
-            ),
-        ]
-        for card in first["cards"]
-    ]
-    names = [REFERENCE[place]["data"].partition(",")[0] for place in counts_of]
-    header = [f"{name}, Model {key[-1]}" for name in names for key in THREE_MODELS]
-    return markdown(["card", *header], rows)
-
-
-def table_by_others(folder: Path) -> str:
-    """7B runs by others, from folder/NAME/results.json; a row for each training."""
-    rows = []
-    for file in sorted(folder.glob("*/results.json")):
-        results = read_json(file)
-        for key, runs in results["models"].items():
-            for seed, run in runs.items():
-                peak, name = run["peak_memory_bytes"], f"{file.parent.name}, {key} seed {seed}"
-                cells = [results["settings"]["data"]["name"], f"{run['seconds'] / 3600:.1f}"]
-                cells += [f"{peak / 2**30:.1f}" if peak else "n/a"]
-                cells += [f"{100 * run['final']['accuracy']:.2f}"]
-                rows.append([name, run["hardware"]["device"], *cells])
-    if not rows:
-        return ""
-    header = ["run", "card", "data", "hours", "peak, GiB", "final accuracy, %"]
-    return markdown(header, rows)
+def paper_hours() -> dict[str, dict]:
+    """Results folder -> output of studies/hours.py."""
+    places = ("results_7b", "results_agnews")
+    return {place: read_json(ROOT / place / "throughput_on_paper.json") for place in places}
 
 
 def hours_range(counts: dict, key: str, card: str) -> str:
@@ -171,51 +89,100 @@ def hours_range(counts: dict, key: str, card: str) -> str:
     return " to ".join(f"{least * ratio:.1f}" for ratio in counts["assumed_ratio"])
 
 
-def paper_hours() -> dict[str, dict]:
-    places = ("results_7b", "results_agnews")
-    return {place: read_json(ROOT / place / "throughput_on_paper.json") for place in places}
+def table_paper(counts_of: dict[str, dict]) -> str:
+    """Estimated hours by card, the reference's hours, and the largest possible speed-up.
+
+    counts_of: as paper_hours gives it.
+    """
+
+    def hours(card: str) -> Column:
+        title = f"hours, {card}"
+        return Column(title, lambda row: hours_range(row["counts"], row["key"], card))
+
+    def speed_up(title: str, other: str) -> Column:
+        return Column(title, lambda row: row["rates"]["ours"] / row["rates"][other], 1)
+
+    rows = [
+        {"counts": counts, "key": key, "rates": counts[key]["examples_per_second"]}
+        | {"name": f"{REFERENCE[place]['data']}, {model_name(key)}"}
+        | {"reference": REFERENCE[place]["minutes"][key] / 60}
+        for place, counts in counts_of.items()
+        for key in THREE_MODELS
+    ]
+    columns = [Column("data, model", "name"), *map(hours, rows[0]["counts"]["cards"])]
+    columns += [Column("reference: hours", "reference", 1)]
+    columns += [speed_up("times as fast as conventional, at most", "conventional")]
+    columns += [speed_up("as transformers' Trainer, at most", "ecosystem")]
+    return table(columns, rows)
 
 
-def add_speed(page: Page) -> None:
-    page.section("Speed", "How fast does training run, and how long would 7B take?")
-    page.text("Commands: `python studies/throughput.py`, `python studies/hours.py`")
-    measured = read_json(ROOT / "results/throughput.json")
-    caption = "Experiment 1, measured against padding to the maximum length."
-    page.table("throughput", caption, table_throughput(measured))
-    caption = "The 7B experiments: hours of a training, by card."
-    page.table("paper", caption, table_paper(paper_hours()))
-    if runs := table_by_others(ROOT / "results_7b/by-others"):
-        caption = "7B runs on other people's cards (`results_7b/by-others/`), not checked by us."
-        page.table("by others", caption, runs)
-    else:
-        page.text("Nobody has sent a 7B run on a card of their own yet (`results_7b/by-others/`).")
+def table_hours(counts_of: dict[str, dict]) -> str:
+    """For README.md: estimated hours of a training, by card, model and data set."""
+
+    def hours(place: str, key: str) -> Column:
+        title = f"{REFERENCE[place]['data']}, Model {key[-1]}"
+        return Column(title, lambda card: hours_range(counts_of[place], key, card))
+
+    columns = [hours(place, key) for place in counts_of for key in THREE_MODELS]
+    return table([Column("card", ""), *columns], next(iter(counts_of.values()))["cards"])
+
+
+BY_OTHERS_COLUMNS = (
+    Column("run", lambda row: f"{row['name']}, {row['model']} seed {row['seed']}"),
+    Column("card", "hardware.device"),
+    Column("data", "data"),
+    Column("hours", "seconds", 1, 1 / 3600),
+    Column("peak, GiB", "peak_memory_bytes", ".1f", 2**-30),
+    Column("final accuracy, %", "final.accuracy", 2, 100),
+)
+
+
+def table_by_others(folder: Path) -> str:
+    """7B runs by others, from folder/NAME/results.json; a row for each training."""
+    rows = []
+    for file in sorted(folder.glob("*/results.json")):
+        results = read_json(file)
+        about = {"name": file.parent.name, "data": results["settings"]["data"]["name"]}
+        rows += [run | about for run in rows_of(results["models"], "model", "seed")]
+    return table(BY_OTHERS_COLUMNS, rows) if rows else ""
+
+
+REFERENCE_COLUMNS = (
+    Column("reference: data, backbone", "place"),
+    Column("model", "name"),
+    Column("accuracy, first epoch", "first", "g"),
+    Column("final", "final", "g"),
+    Column("best", "best", "g"),
+    Column("train cls loss", "training.0", "g"),
+    Column("train LM loss", "training.1", "g"),
+    Column("train accuracy", "training.2", "g"),
+)
+REFERENCE_RANK_COLUMNS = (
+    Column("reference: data, backbone", "place"),
+    Column("model", "name"),
+    Column("effective rank", "ranks.0", 1),
+    Column("stable rank", "ranks.1", 1),
+    Column("participation ratio", "ranks.2", 1),
+    Column("components for 95% of variance", "ranks.3"),
+)
 
 
 def table_reference_accuracy() -> str:
-    rows = []
-    for reference in REFERENCE.values():
-        for key in THREE_MODELS:
-            numbers = [reference.get(epoch, {}).get(key) for epoch in ("first", "final", "best")]
-            numbers += reference.get("training", {}).get(key, (None, None, None))
-            cells = ["n/a" if number is None else f"{number:g}" for number in numbers]
-            rows.append([f"{reference['data']}, {reference['model']}", model_name(key), *cells])
-    header = ["reference: data, backbone", "model", "accuracy, first epoch", "final", "best"]
-    return markdown([*header, "train cls loss", "train LM loss", "train accuracy"], rows)
+    kinds = ("first", "final", "best", "training")
+    rows = (
+        {kind: at(reference, (kind, key)) for kind in kinds}
+        | {"place": f"{reference['data']}, {reference['model']}", "name": model_name(key)}
+        for reference in REFERENCE.values()
+        for key in THREE_MODELS
+    )
+    return table(REFERENCE_COLUMNS, rows)
 
 
 def table_reference_ranks() -> str:
-    rows = []
-    for reference in REFERENCE.values():
-        for key, ranks in reference.get("ranks", {}).items():
-            place = f"{reference['data']}, {reference['model']}; {reference['rank_rows']:,} rows"
-            name = "Pretrained" if key == "pretrained" else model_name(key)
-            rows.append([place, name, *map(str, ranks)])
-    header = ["reference: data, backbone", "model", "effective rank", "stable rank"]
-    return markdown([*header, "participation ratio", "components for 95% of variance"], rows)
-
-
-def add_reference(page: Page) -> None:
-    page.section("The reference's numbers", "What did the published study report?")
-    page.text("One seed each; ranks of its two data sets at other N.")
-    page.table("reference accuracy", "Accuracy, %.", table_reference_accuracy())
-    page.table("reference ranks", "Ranks.", table_reference_ranks())
+    rows = (
+        {"place": f"{reference['data']}, {reference['model']}; {reference['rank_rows']:,} rows"}
+        | {"name": "Pretrained" if key == "pretrained" else model_name(key), "ranks": ranks}
+        for reference in REFERENCE.values()
+        for key, ranks in reference.get("ranks", {}).items()
+    )
+    return table(REFERENCE_RANK_COLUMNS, rows)

@@ -1,4 +1,4 @@
-"""Tables and figures of collapse_threshold.py and collapse_time.py in RESULTS.md.
+"""Tables of collapse_threshold.py and collapse_time.py in RESULTS.md.
 
 A rate has `≥` or `≤` before it where only a bound is known for some trainings.
 """
@@ -9,13 +9,11 @@ from typing import Any
 from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
 from collapse.utils.files import ROOT, read_json
 from studies import collapse_threshold
-from studies.report import own_models
-from studies.report.own_models import ARM, DATA, RATE, folder_of, results_of
-from studies.report.page import Page
+from studies.report.own_models import ARM, DATA, RATE
 from studies.shared import sweep
 
-REAL_MODELS = "studies/results/collapse_threshold/real_models.png"
-FINETUNED = "studies/results/pretrain/finetuned.json"
+REAL_MODELS = ROOT / "studies" / "results" / "collapse_threshold" / "real_models.png"
+FINETUNED = ROOT / "studies" / "results" / "pretrain" / "finetuned.json"
 OUTCOMES = ("healthy", "not learning", "collapsed, functional", "collapsed, dead", "diverged")
 SHIFTS = {
     "healthy": "shift of healthy runs",
@@ -133,67 +131,15 @@ def table_ends(results: dict, dataset: str) -> str:
     return table(END_COLUMNS, rows)
 
 
+def table_finetuned() -> str:
+    """Backbones and random weights after the same fine-tuning."""
+    return table(FINETUNED_COLUMNS, rows_of(read_json(FINETUNED), "data"))
+
+
 def steps_of(config: collapse_threshold.Config) -> str:
     """Optimizer steps of a study's trainings, from its rows; empty without rows."""
     steps = {row["steps"] for row in sweep.published_rows(config.folder)}
     return " or ".join(sorted(steps, key=int))
-
-
-def add_threshold(page: Page) -> None:
-    config = own_models.CONFIGS["collapse_threshold"]
-    results, folder = results_of(config), folder_of(config)
-    title = "The learning rate at which a representation collapses"
-    page.section(title, "From which rate on do small models collapse, and what moves that rate?")
-    page.text(
-        "Command: `python studies/collapse_threshold.py --corpus newsgroups --data-dir DIR "
-        f"--workers 2`. Source: `{folder}/seed-*.csv`, a row for every measurement of "
-        f"{results['runs']} trainings."
-    )
-    others = results["other_bounds"].items()
-    shifts = (f"{cell(shift)} ({float(bound):.0%})" for bound, shift in others)
-    caption = (
-        "Where runs stop being healthy; shifts are paired over backbones. With another share of "
-        f"components as bound of a collapse, Dual Head's shift is {'; '.join(shifts)}."
-    )
-    page.table("threshold", caption, table_threshold(results, steps=steps_of(config)))
-    add_shifts_and_ends(page, results)
-    page.figure(f"{folder}/collapse.png", "Components kept and accuracy by learning rate")
-    if (ROOT / FINETUNED).exists():
-        caption = "Backbones against random weights; each start at its better rate of two."
-        rows = rows_of(read_json(ROOT / FINETUNED), "data")
-        page.table("finetuned", caption, table(FINETUNED_COLUMNS, rows))
-
-
-def add_standin_threshold(page: Page) -> None:
-    """Descriptive only: one model, whose seeds are of adapters, heads and order of rows."""
-    config = own_models.STANDIN
-    title = "The same of the stand-in: SmolLM2-135M-Instruct with LoRA"
-    options = f"--model {config.model} --arms 1 2"
-    question = "The same question of a pretrained model of 135 million parameters."
-    results = own_models.begin(page, title, question, config, options, ["steps"])
-    if results is None:
-        return
-    caption = "Thresholds over the rates that ran; shifts: mean of the sets, by seeds with each."
-    text = table_threshold(results, unit="seeds", steps=steps_of(config))
-    page.table("standin threshold", caption, text)
-    add_shifts_and_ends(page, results, "standin ", "the stand-in's runs", "seed", "of the seeds")
-    caption = "Components that the stand-in keeps, and its accuracy"
-    page.figure(f"{folder_of(config)}/collapse.png", caption)
-
-
-def add_shifts_and_ends(
-    page: Page,
-    results: dict,
-    key: str = "",
-    runs: str = "runs",
-    unit: str = "backbone",
-    means: str = "over backbones",
-) -> None:
-    caption = f"Shifts on each data set, decades, paired by {unit}."
-    page.table(f"{key}shifts", caption, table_shifts(results))
-    for data in results["arms"][0]["edge"]:
-        caption = f"How {runs} end, {data}: counts, and means {means}."
-        page.table(f"{key}ends {data}", caption, table_ends(results, data))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,46 +206,3 @@ def table_real_model(results: dict[str, Any]) -> str:
         first = next(row for row in rows if row["arm"] == arm)
         first["thresholds"] = "; ".join(thresholds)  # shown in the row of the arm's first rate
     return table(REAL_MODEL_COLUMNS, ({"thresholds": ""} | row for row in rows))
-
-
-def add_time(page: Page) -> None:
-    """The section on P6 to P8: the study of time, and each real model that ran."""
-    config = own_models.TIME
-    results, family = results_of(config), own_models.LATER_ENDPOINTS
-    endpoints = own_models.endpoints(family)
-    models = [model for model in own_models.REAL_MODELS if results_of(model)]
-    if not (endpoints or results or models):
-        return
-    question = "Does that rate fall as training goes on, and where does it lie in real models?"
-    page.section("Rate, time and real models", question)
-    if endpoints:
-        caption = "P6 to P8, a family of three adjusted by Holm; *n*: backbones, of P8 seeds."
-        page.table("later endpoints", caption, own_models.table_endpoints(family, "n"))
-    if results:
-        page.text(own_models.source_of(config))
-        caption = "Learning rate above which a quarter of the components is not kept, after so "
-        caption += "many steps; means over backbones, a censored one with its bound."
-        page.table("time", caption, table_time(results))
-        caption = "P6 and P7 with another bound of a collapse, and with every number of steps."
-        page.table("time bounds", caption, table_bounds(results))
-        caption = "Components kept over steps and learning rate"
-        page.figure(f"{folder_of(config)}/collapse_time.png", caption)
-    for model in models:
-        add_real_model(page, model)
-    page.figure(REAL_MODELS, "Learning rate at which real models collapse, a point a seed")
-
-
-def add_real_model(page: Page, config: collapse_threshold.Config) -> None:
-    results = results_of(config)
-    if not results or "by_components" not in results:
-        return
-    options = f"--model {config.model} --arms 1 2 --bracket"
-    page.text(own_models.source_of(config, options, ["steps", "compute_dtype"]))
-    for data, thresholds in results["by_components"].items():
-        caption = f"{config.model}, {data}: thresholds by components alone, after the steps "
-        caption += "above; a run fell where it had fewer than a quarter of its start's components "
-        caption += f"at a measurement from step {collapse_threshold.FIRST_JUDGED} on."
-        page.table(f"{config.model} {data}", caption, table_real_model(thresholds))
-        caption = f"How these runs end, {data}: counts, and means of the seeds."
-        page.table(f"{config.model} ends {data}", caption, table_ends(results, data))
-    page.figure(f"{folder_of(config)}/collapse.png", f"Components that {config.model} keeps")

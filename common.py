@@ -42,8 +42,6 @@ from collapse.measures.engrams import analyse_engrams
 from collapse.measures.layers import pool
 from collapse.measures.predictions import measure_rows
 from collapse.measures.rank import rank_metrics
-from collapse.models.costs import Sizes, device_rates, least_training_seconds, ratio_on
-from collapse.models.fetching import describe_card, fetch
 from collapse.models.losses import combined_loss, kl_from_start_sum, lm_loss_sum
 from collapse.models.memory import DOES_NOT_FIT, MemoryPlan, count_parameters
 from collapse.models.pretrained import (
@@ -57,9 +55,9 @@ from collapse.models.pretrained import (
     whole_tokenizer,
     without_mask,
 )
-from collapse.models.weights import read_config
 from collapse.report import comparisons
 from collapse.runs import engine, publishing, sharing
+from collapse.runs.announcement import announce_run, check_device_for
 from collapse.runs.classifier import TextClassifier, base_model_of, settings_beside
 from collapse.runs.folder import RunFolder
 from collapse.runs.progress import Job, Progress
@@ -69,7 +67,7 @@ from collapse.training.evaluation import Evaluation, evaluate
 from collapse.training.loop import History, StepSums, TrainingLoop, Validation
 from collapse.training.monitor import Measuring
 from collapse.training.optimizer import SharedScaleAdamW
-from collapse.utils.device import check_card, pick_device, set_threads
+from collapse.utils.device import pick_device, set_threads
 from collapse.utils.errors import UserError, is_out_of_memory
 from collapse.utils.files import digest_weights, read_json, write_json, write_tensors
 from collapse.utils.provenance import environment, git_commit
@@ -792,66 +790,6 @@ def engram_analysis(
     write_tensors(folder / "engrams.safetensors", tensors, {})
     classes = evaluation.logits.shape[1]
     return analyse_engrams(evaluation.engrams, untrained, labels, classes, seed)
-
-
-def check_device_for(model: str, device: torch.device, dtype: str | None = None) -> None:
-    """Raise UserError where the 7B model would run on a CPU, or on a GPU too old for its type.
-
-    dtype: as in LanguageModelConfig.compute_dtype.
-    """
-    check_card(device, dtype or "bfloat16")
-    if device.type == "cpu" and model == DEFAULT_MODEL:
-        raise UserError(
-            f"{DEFAULT_MODEL} needs a CUDA GPU with 16 GB of memory, and this would run on the CPU:"
-            " to try the script without a GPU, run `make standin` and give "
-            f"--model {STANDIN_MODEL}."
-        )
-
-
-def announce_run(task: Task, device: torch.device, settings: LanguageModelConfig) -> None:
-    """Say what comes before it takes long: model, disk, card, hours; then fetch the model."""
-    print(describe_card(device, settings.quantization, settings.compute_dtype), flush=True)
-    print(expected_hours(task, device, settings), flush=True)
-    fetch(settings.model, settings.revision)
-
-
-def expected_hours(task: Task, device: torch.device, settings: LanguageModelConfig) -> str:
-    """Hours of each training from start to end as a range, and of all of them."""
-    if device.type == "cpu" or not torch.cuda.is_available():
-        return "time: not estimated for a CPU; the first minute of a training shows its own"
-    sample = [task.train.texts[row] for row in fixed_draw(len(task.train), TIMED_ROWS)]
-    ids = load_tokenizer(settings.model, settings.revision)(sample)
-    mean = float(np.mean([min(len(row), settings.max_length) for row in ids]))
-    sizes = Sizes.of(read_config(settings.model, settings.revision), settings.lora_rank)
-    dtype = getattr(torch, settings.compute_dtype)
-    rates = device_rates(device, dtype)
-    torch.cuda.empty_cache()
-    (low, high), measured = ratio_on(torch.cuda.get_device_name(device))
-    hours, arms = {}, chosen_arms(settings)
-    for arm in arms:
-        seconds = least_training_seconds(
-            sizes,
-            rates,
-            (len(task.train), len(task.validation)),
-            mean,
-            settings.batch_size,
-            arm.config_in(settings).epochs,
-            arm.needs_lm_head,
-            arm.prefix == "engram",
-            dtype.itemsize,
-        )
-        hours[arm.label] = seconds / 3600
-    each = ", ".join(f"{label} {low * h:.2g} to {high * h:.2g}" for label, h in hours.items())
-    total = sum(hours.values()) * len(set(settings.seeds))
-    how = "as studies/gpu_check.py measured here" if measured else "assumed"
-    return (
-        f"time: hours a training {each}; {low * total:.2g} to {high * total:.2g} in all, from "
-        "start to end (estimated: a step's operations and bytes at this card's rates, "
-        f"{low:.1f} to {high:.1f} times that, {how})"
-    )
-
-
-TIMED_ROWS = 1000  # whose tokens stand for all
 
 
 def run_language_model_experiment(

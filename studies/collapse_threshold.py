@@ -32,6 +32,7 @@ from collapse.models.fetching import fetch
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
+from collapse.runs.announcement import check_device_for
 from collapse.runs.progress import Progress
 from collapse.utils import command_line
 from collapse.utils.device import pick_device
@@ -640,7 +641,7 @@ def check(config: Config) -> None:
         raise UserError("--rates are base-10 logarithms in order, equally far apart.")
     check_bounds("steps", config.steps, 2 * finetune.WARMUP_STEPS, math.inf)
     if config.model and not config.summarize:  # what it lacks is said once, not by each training
-        common.check_device_for(config.model, pick_device(config.device), config.compute_dtype)
+        check_device_for(config.model, pick_device(config.device), config.compute_dtype)
         load_tokenizer(config.model)
         fetch(find_model(config.model), None)
         check_weights(find_model(config.model), None)

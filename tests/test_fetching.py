@@ -19,13 +19,13 @@ import transformers
 from conftest import start_script
 from test_architectures import hub_model, script_line, tokenizer  # noqa: F401
 
-import common
 import experiment_7b
 from collapse.config import LanguageModelConfig
 from collapse.data.task import Rows, Task
 from collapse.models import costs, fetching
 from collapse.models.costs import Sizes, least_seconds, least_training_seconds
 from collapse.models.weights import loading
+from collapse.runs import announcement
 from collapse.utils import hub
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
@@ -250,22 +250,22 @@ def test_hours_are_a_range_and_measured_where_the_check_has_run(qwen, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Abacus 16")
-    monkeypatch.setattr(common, "device_rates", lambda *_: {"operations": 1e6, "bytes": 1e6})
+    monkeypatch.setattr(announcement, "device_rates", lambda *_: {"operations": 1e6, "bytes": 1e6})
     monkeypatch.setattr(costs, "GPU_CHECK", tmp_path / "gpu_check.json")
     settings = LanguageModelConfig(model=str(qwen), compute_dtype="bfloat16", models=("1", "2"))
     cuda = torch.device("cuda")
-    said = common.expected_hours(task, cuda, settings)
+    said = announcement.expected_hours(task, cuda, settings)
     assert "model 1 " in said and "model 2 " in said and "1.6 to 2.4 times that, assumed" in said
     low, high = (float(x) for x in said.partition("; ")[2].partition(" in all")[0].split(" to "))
     assert high / low == pytest.approx(1.5, rel=0.1)
-    twice = common.expected_hours(task, cuda, dataclasses.replace(settings, seeds=(1, 2)))
+    twice = announcement.expected_hours(task, cuda, dataclasses.replace(settings, seeds=(1, 2)))
     assert float(twice.partition("; ")[2].split()[0]) == pytest.approx(2 * low, rel=0.1)
     check = {
         "hardware": {"device": "Abacus 16"},
         "ratio": {"busy": [3.0, 3.05], "wall": [3.05, 3.1]},
     }
     (tmp_path / "gpu_check.json").write_text(json.dumps(check))
-    said = common.expected_hours(task, cuda, settings)
+    said = announcement.expected_hours(task, cuda, settings)
     assert "3.0 to 3.1 times that, as studies/gpu_check.py measured here" in said
 
 

@@ -304,39 +304,28 @@ class Trainer:
             backbone = ((name, p) for name, p in trained if name.startswith("backbone."))
             self.start_weights = {name: p.detach().clone() for name, p in backbone}
 
-    def record(self, sums: StepSums) -> dict[str, float | None]:
-        """Means, as results.json has them.
+    def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:
+        """One optimizer step.
 
-        `loss` is what was minimized; of shared-scale, which minimizes none, the classification's.
+        Raises FloatingPointError, before any weight changes, when a loss or gradient is not finite.
         """
-        arm, cls_loss = self.arm, sums.cls_loss / sums.rows
-        lm_loss = sums.lm_loss / max(1, sums.targets) if arm.lm != "none" else None
-        anchor, shuffled = sums.anchor_loss / sums.steps, arm.lm == "shuffled"
-        kept = 1 - self.weight if arm.anchors_tokens else 1.0
-        return {
-            "loss": kept * arm.loss(cls_loss, lm_loss, self.config) + anchor,
-            "cls_loss": cls_loss,
-            "lm_loss": None if shuffled else lm_loss,
-            **({"shuffled_lm_loss": lm_loss} if shuffled else {}),
-            **({"anchor_loss": anchor} if arm.anchor != "none" else {}),
-            "accuracy": sums.correct / sums.rows,
-            "grad_norm": sums.grad_norm / sums.steps,
-            "max_grad_norm": sums.max_grad_norm,
-        }
-
-    def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-        """The step's rows in pieces that each get a backward pass.
-
-        The parts of a piece run one after another.
-        """
-        size = self.micro_batch_size
-        return [(rows[i : i + size],) for i in range(0, len(rows), size)]
-
-    def collate(self, rows: np.ndarray) -> Batch:
-        return collate(self.split, rows, self.device)
-
-    def lm_loss_sum(self, hidden: Tensor, batch: Batch, targets: Tensor | None = None) -> Tensor:
-        return lm_loss_sum(hidden, batch, self.model.lm_head, targets)
+        while True:
+            self.optimizer.zero_grad()
+            try:
+                sums = self.accumulate_gradients(rows)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self.use_less_memory()  # outside of `except`, where the failed pass is no longer held
+        sums.grad_norm = sums.max_grad_norm = norm = self.clip()
+        if not math.isfinite(sums.cls_loss + sums.lm_loss + sums.anchor_loss + norm):
+            losses = f"{sums.cls_loss} and, LM, {sums.lm_loss}"
+            raise FloatingPointError(f"sums of losses {losses}, gradient norm {norm}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        return sums
 
     def accumulate_gradients(self, rows: np.ndarray) -> StepSums:
         """Gradients of the mean loss over all rows and targets of the step, however it is cut."""
@@ -367,6 +356,14 @@ class Trainer:
         if self.arm.anchor == "l2":
             sums.anchor_loss = self.add_pull_to_start()
         return sums
+
+    def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """The step's rows in pieces that each get a backward pass.
+
+        The parts of a piece run one after another.
+        """
+        size = self.micro_batch_size
+        return [(rows[i : i + size],) for i in range(0, len(rows), size)]
 
     def losses(
         self, sequence: tuple[np.ndarray, ...], sums: StepSums
@@ -412,6 +409,12 @@ class Trainer:
             )
         return torch.zeros((), device=self.device)
 
+    def collate(self, rows: np.ndarray) -> Batch:
+        return collate(self.split, rows, self.device)
+
+    def lm_loss_sum(self, hidden: Tensor, batch: Batch, targets: Tensor | None = None) -> Tensor:
+        return lm_loss_sum(hidden, batch, self.model.lm_head, targets)
+
     def shuffle_targets(self, rows: np.ndarray) -> None:
         """Give the LM targets of all rows of the step to their positions at random."""
         own = [self.split.token_ids[row][1:] for row in rows]
@@ -450,46 +453,6 @@ class Trainer:
             distance += away.square().sum()
         return 0.5 * self.weight * float(distance)
 
-    def use_less_memory(self) -> None:
-        """After an out-of-memory error: shrink the memory plan, or else halve micro-batches.
-
-        Raises UserError when neither is left.
-        """
-        plan = self.model.memory_plan
-        if plan and plan.shrink():
-            count = plan.layers_to_recompute(plan.tokens)
-            change = f"{plan.unpacked} layers unpacked, {count} recomputed"
-        elif self.micro_batch_size <= self.smallest_micro_batch:
-            raise UserError(DOES_NOT_FIT)
-        else:
-            self.micro_batch_size //= 2
-            change = f"micro-batches of {self.micro_batch_size} rows"
-        tqdm.write(f"out of GPU memory: {change} from here, the same step")
-        torch.cuda.empty_cache()
-
-    def step(self, rows: np.ndarray, learning_rate: float) -> StepSums:
-        """One optimizer step.
-
-        Raises FloatingPointError, before any weight changes, when a loss or gradient is not finite.
-        """
-        while True:
-            self.optimizer.zero_grad()
-            try:
-                sums = self.accumulate_gradients(rows)
-                break
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-            self.use_less_memory()  # outside of `except`, where the failed pass is no longer held
-        sums.grad_norm = sums.max_grad_norm = norm = self.clip()
-        if not math.isfinite(sums.cls_loss + sums.lm_loss + sums.anchor_loss + norm):
-            losses = f"{sums.cls_loss} and, LM, {sums.lm_loss}"
-            raise FloatingPointError(f"sums of losses {losses}, gradient norm {norm}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        return sums
-
     def clip(self) -> float:
         """Scale gradients down to the longest that the settings allow; returns their norm before.
 
@@ -509,6 +472,43 @@ class Trainer:
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         return norm.item()
+
+    def use_less_memory(self) -> None:
+        """After an out-of-memory error: shrink the memory plan, or else halve micro-batches.
+
+        Raises UserError when neither is left.
+        """
+        plan = self.model.memory_plan
+        if plan and plan.shrink():
+            count = plan.layers_to_recompute(plan.tokens)
+            change = f"{plan.unpacked} layers unpacked, {count} recomputed"
+        elif self.micro_batch_size <= self.smallest_micro_batch:
+            raise UserError(DOES_NOT_FIT)
+        else:
+            self.micro_batch_size //= 2
+            change = f"micro-batches of {self.micro_batch_size} rows"
+        tqdm.write(f"out of GPU memory: {change} from here, the same step")
+        torch.cuda.empty_cache()
+
+    def record(self, sums: StepSums) -> dict[str, float | None]:
+        """Means, as results.json has them.
+
+        `loss` is what was minimized; of shared-scale, which minimizes none, the classification's.
+        """
+        arm, cls_loss = self.arm, sums.cls_loss / sums.rows
+        lm_loss = sums.lm_loss / max(1, sums.targets) if arm.lm != "none" else None
+        anchor, shuffled = sums.anchor_loss / sums.steps, arm.lm == "shuffled"
+        kept = 1 - self.weight if arm.anchors_tokens else 1.0
+        return {
+            "loss": kept * arm.loss(cls_loss, lm_loss, self.config) + anchor,
+            "cls_loss": cls_loss,
+            "lm_loss": None if shuffled else lm_loss,
+            **({"shuffled_lm_loss": lm_loss} if shuffled else {}),
+            **({"anchor_loss": anchor} if arm.anchor != "none" else {}),
+            "accuracy": sums.correct / sums.rows,
+            "grad_norm": sums.grad_norm / sums.steps,
+            "max_grad_norm": sums.max_grad_norm,
+        }
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -64,7 +64,12 @@ def test_every_published_run_has_its_place_in_the_documents(page):
     folders = {str(path.parent.relative_to(ROOT)) for path in PUBLISHED}
     assert folders == {study.folder for study in experiments.studies_with_results()}
     for folder in folders:
-        assert f"{folder} accuracy" in page.numbers and f"{folder}/results.json" in page.text
+        assert f"{folder} accuracy" in page.numbers
+        models = read_json(ROOT / folder / "results.json")["models"]
+        runs = [run for seeds in models.values() for run in seeds.values()]
+        seeds = ", ".join(models["model1"])
+        made = f"seeds {seeds}. Source: `{folder}/results.json`, made {experiments.origin(runs)}."
+        assert made in page.text
     measured = read_json(ROOT / experiments.RANKS)
     assert list(experiments.read_ranks()) == list(measured)  # none left out, one order
 
@@ -145,8 +150,8 @@ def test_a_table_follows_its_json(monkeypatch):
     data = {"name": "Data", "train_rows": 4, "validation_rows": 4}
     settings = {"data": data, "config": {"epochs": 1}}
     results = {"settings": settings, "models": {"model1": {"7": run}}}
-    told = experiments.provenance(Path("some"), results)
-    assert "seed 7" in told and "`some/results.json`" in told and "abacus" in told
+    told = experiments.origin(list(results["models"]["model1"].values()))
+    assert told == "by commit c0ffee on abacus, 1 thread"
     table = experiments.table_accuracy(None, results)
     monkeypatch.setitem(findings.BLOCKS, "some", lambda: (table, ["more"]))
     text = "before\n<!--begin some-->\nold\n<!--end-->\nafter\n"
@@ -262,8 +267,8 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
         "records": {key: {"1": record(base)} for key, base in bases.items()},
     }
     results = records.summarize({"S": study})
-    told = experiments.provenance_of_ranks(results)
-    assert "measured by commit c0ffee0123 on abacus, 2 threads" in told
+    told = experiments.origin(experiments.records_of(results))
+    assert told == "by commit c0ffee0123 on abacus, 2 threads"
     row = cells_of_row(
         experiments.table_records(results, experiments.RANK_COLUMNS), "Classification Only"
     )

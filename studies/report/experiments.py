@@ -141,33 +141,13 @@ def origin(runs: list[dict]) -> str:
     return f"by commit {commits} on {devices}"
 
 
-def provenance(folder: Path, results: dict) -> str:
-    """Data, rows, seeds, code and machine of a study's numbers, in words."""
-    data, config = results["settings"]["data"], results["settings"]["config"]
-    runs = rows_of(results["models"], "model", "seed")
-    seeds = sorted({int(run["seed"]) for run in runs})
-    backbone = f"{config['model']}; " if "model" in config else ""
-    return (
-        f"*{backbone}{data['name']}: {data['train_rows']:,} training, "
-        f"{data['validation_rows']:,} validation rows; {config['epochs']} epochs; "
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. "
-        f"Source: `{folder}/results.json`, made {origin(runs)}.*"
-    )
-
-
-def provenance_of_ranks(results: dict) -> str:
-    """Settings, code and machine of the records of Experiment 4, in words."""
-    measured_by = [
-        r
-        for row in records.models_of(results)
-        for r in at(row, ("result", row["key"], "seeds", "*"))
+def records_of(ranks: dict) -> list[dict]:
+    """The records of Experiment 4, of every study, model and seed."""
+    return [
+        record
+        for row in records.models_of(ranks)
+        for record in at(row, ("result", row["key"], "seeds", "*"))
     ]
-    measured = next(iter(results.values()))["measured"]
-    return (
-        f"*Weights of the {measured['weights']} epoch, up to {measured['rows']:,} validation rows, "
-        f"{measured['draws']} random halves. Source: `{RANKS.relative_to(ROOT)}`, measured "
-        f"{origin(measured_by)}.*"
-    )
 
 
 def model_name(key: str) -> str:

@@ -12,6 +12,8 @@ import matplotlib
 matplotlib.use("Agg")  # plots are files; a machine without a display makes them too
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator
 
 from collapse.arms import find_arm
 from collapse.data.task import fixed_draw
@@ -59,6 +61,19 @@ def legend_below(figure: plt.Figure, axes: Sequence[plt.Axes] = ()) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=5, fontsize=9)
 
 
+def plot_band(axis: plt.Axes, x: Sequence[float], rows: np.ndarray, color: str, **look) -> None:
+    """Mean line over seeds, and a band from the lowest to the highest; rows is (S, points)."""
+    axis.plot(x, rows.mean(0), color=color, **look)
+    axis.fill_between(x, rows.min(0), rows.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def label_at_1_2_5(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times each power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
+
+
 CURVES = (
     ("accuracy", "accuracy (%)", 100),
     ("cls_loss", "classification loss (nats)", 1),
@@ -77,7 +92,7 @@ def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> Non
     for axis, (key, label, scale) in zip(axes, CURVES, strict=True):
         for model_key, runs in models.items():
             arm = find_arm(model_key)
-            for split, style in (("val", "-"), ("train", "--")):
+            for split in ("val", "train"):
                 values = [[record.get(key) for record in run[split]] for run in runs.values()]
                 if values[0][0] is None:  # no LM loss in model 1, no effective rank in training
                     continue
@@ -88,12 +103,11 @@ def plot_learning_curves(path: Path, title: str, models: dict[str, dict]) -> Non
                     ]
                 values = scale * np.array(values, dtype=float)  # (S, epochs)
                 epochs = np.arange(values.shape[1]) + (split == "train")
-                look = {"color": arm.color, "linestyle": style}
                 if split == "val":
-                    look |= {"marker": arm.marker, "label": arm.title}
-                    band = {"color": arm.color, "alpha": 0.2, "linewidth": 0}
-                    axis.fill_between(epochs, values.min(0), values.max(0), **band)
-                axis.plot(epochs, values.mean(0), markersize=4, **look)
+                    look = {"marker": arm.marker, "label": arm.title, "markersize": 4}
+                    plot_band(axis, epochs, values, arm.color, **look)
+                else:
+                    axis.plot(epochs, values.mean(0), color=arm.color, linestyle="--")
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

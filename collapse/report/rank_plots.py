@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 
 from collapse.arms import find_arm
 from collapse.report.comparisons import comparisons_of
-from collapse.report.plots import legend_below, save_figure
+from collapse.report.plots import label_at_1_2_5, legend_below, plot_band, save_figure
 from collapse.report.records import keys_of, title_of, values_of
 from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
@@ -41,10 +40,9 @@ class Shown:
     records: list[dict]  # one for each seed
 
     def band(self, axis: plt.Axes, x, rows, **look) -> None:
-        """Mean line over seeds, and a band from the lowest to the highest; rows is (S, points)."""
-        rows = np.array(rows, dtype=float)
-        axis.plot(x, rows.mean(0), color=self.color, marker=self.marker, label=self.title, **look)
-        axis.fill_between(x, rows.min(0), rows.max(0), color=self.color, alpha=0.2, linewidth=0)
+        """Mean and range over seeds; rows is (S, points)."""
+        look |= {"marker": self.marker, "label": self.title}
+        plot_band(axis, x, np.array(rows, dtype=float), self.color, **look)
 
     def dots(self, axis: plt.Axes, position: float, values: Iterable[float]) -> None:
         """A dot for each seed and a bar for their mean."""
@@ -203,9 +201,7 @@ def plot_collapse(path: Path, results: dict[str, dict]) -> None:
 def logarithmic(axis: plt.Axes) -> None:
     """A logarithmic scale with labels at 1, 2 and 5, and room for more than one."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("")
+    label_at_1_2_5(axis.yaxis)
     low, high = axis.get_ylim()
     axis.set_ylim(low / 1.3, high * 1.3)
 
@@ -269,9 +265,7 @@ def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
     axes[1].set_xlim(left=-3)  # a mark at 1% is seen whole
     axes[2].set(title="Spread within classes (CDNV)", xlabel="over Model 1's (factor)")
     axes[2].set_xscale("log")
-    axes[2].xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-    axes[2].xaxis.set_major_formatter("{x:g}")
-    axes[2].xaxis.set_minor_formatter("")
+    label_at_1_2_5(axes[2].xaxis)
     for axis, nothing in zip(axes, (0, 100, 1), strict=True):
         axis.axvline(nothing, color="black", linewidth=0.8, zorder=0)
         axis.grid(alpha=0.3, axis="x")

@@ -334,25 +334,25 @@ class Trainer:
         if self.arm.lm == "shuffled":
             self.shuffle_targets(rows)
         self.lm_gradients = [None] * len(self.separate_lm_parameters)
-        found = []  # read after the last backward pass: a GPU that is asked for a number stops
+        parts = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
             if self.arm.needs_separate_lm_grad:
                 self.add_lm_gradients(lm_loss)
             loss.backward()
-            found += numbers
+            parts += numbers
         if self.arm.compressor != "both":  # the LM's alone, or none: then no step moves it
             for parameter, gradient in zip(
                 self.separate_lm_parameters, self.lm_gradients, strict=True
             ):
                 parameter.grad = gradient
-        columns = zip(*torch.stack(found).tolist(), strict=True)
-        sums.cls_loss, beside, correct = (sum(column) for column in columns)
+        columns = zip(*torch.stack(parts).tolist(), strict=True)
+        sums.cls_loss, other_loss, correct = (sum(column) for column in columns)
         sums.correct = int(correct)
         if self.arm.anchors_tokens:
-            sums.anchor_loss = self.weight * beside / max(1, targets)
+            sums.anchor_loss = self.weight * other_loss / max(1, targets)
         else:
-            sums.lm_loss = beside
+            sums.lm_loss = other_loss
         if self.arm.anchor == "l2":
             sums.anchor_loss = self.add_pull_to_start()
         return sums
@@ -389,10 +389,11 @@ class Trainer:
             engram = output.engram
             correct = (output.logits.argmax(1) == batch.labels).sum()
             numbers.append(torch.stack([cls_loss.detach(), other.detach(), correct]))
-        weighed = self.arm.needs_lm_head
-        loss = combined_loss(cls_total, other_total if weighed else None, self.weight)
         if self.arm.shared_scale:
-            loss = (1 - self.weight) * cls_total
+            loss = (1 - self.weight) * cls_total  # its LM loss scales the steps alone
+        else:
+            weighed = other_total if self.arm.needs_lm_head else None
+            loss = combined_loss(cls_total, weighed, self.weight)
         return loss, self.weight * other_total, numbers
 
     def other_loss_sum(self, output: ModelOutput, batch: Batch, part: np.ndarray) -> Tensor:

@@ -80,7 +80,7 @@ def lay_out(run: Path, target: Path, name: str) -> list[str]:
 
 
 def model_card(results: dict, name: str, folders: list[str]) -> str:
-    """The repository's README.md: the run's numbers, its files, how to load them."""
+    """The repository's README.md, model_card.md with the run's numbers in its braces."""
     from huggingface_hub import ModelCardData
 
     config, data = results["settings"]["config"], results["settings"]["data"]
@@ -100,13 +100,14 @@ def model_card(results: dict, name: str, folders: list[str]) -> str:
         rows.append(
             f"| `{folder}` | {find_arm(key).title} | {accuracy:.2%} | {rank:.1f} ({before:.1f}) |"
         )
-    revision = f', revision="{commit}"' if commit else ""
-    return CARD.format(
+    at = f" at commit {commit}" if commit else " (a folder with a model that is not on the hub)"
+    template = Path(__file__).with_name("model_card.md").read_text()
+    return template.format(
         head=head.to_yaml(),
         title=f"{results['experiment']} on {data['name']}",
         model=model,
-        at=f" at commit {commit}" if commit else " (a folder with a model that is not on the hub)",
-        revision=revision,
+        at=at,
+        revision=f', revision="{commit}"' if commit else "",
         data=data["name"],
         train_rows=data["train_rows"],
         validation_rows=data["validation_rows"],
@@ -117,54 +118,3 @@ def model_card(results: dict, name: str, folders: list[str]) -> str:
         folder=folders[0],
         code=results["git_commit"] or "that made them",
     )
-
-
-CARD = """---
-{head}
----
-
-# {title}
-
-LoRA adapters and classification heads on `{model}`{at}, trained on {train_rows:,} rows of {data}
-with the classes {classes}. Numbers are of {validation_rows:,} validation rows.
-
-| folder | model | accuracy after the last epoch | effective rank of the states (before training) |
-| --- | --- | --: | --: |
-{table}
-
-```
-{summary}
-```
-
-## Files
-
-    results.json               settings, versions, hardware; numbers of every epoch; comparisons
-    settings.json              what load_classifier needs to know of the run
-    MODEL-seedN/               one training: its weights after the last epoch
-        final-adapter/         LoRA adapters, a peft folder
-        final.safetensors      classification head; of model 3 the engram's compressor and projector
-        metrics.json           the training's numbers
-
-## Loading
-
-Class probabilities and generation, in a clone of the code at {code}:
-
-```python
-from huggingface_hub import snapshot_download
-
-from common import load_classifier
-
-classify = load_classifier(snapshot_download("{name}") + "/{folder}")
-print(classify.class_names, classify(["A wonderful film."]), classify.generate("The plot is"))
-```
-
-The language model alone, without that code:
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained("{model}"{revision})
-adapted = PeftModel.from_pretrained(base, "{name}", subfolder="{folder}/final-adapter")
-```
-"""

@@ -44,7 +44,10 @@ def table_qwen() -> str:
 
 # Name of a block -> a function that gives its table, and keys of the full tables in RESULTS.md.
 BLOCKS: dict[str, Callable[[], tuple[str, Sequence[str]]]] = {
-    "endpoints": lambda: (own_models.table_endpoints(short=True), ["endpoints"]),
+    "endpoints": lambda: (
+        own_models.short_table_endpoints(),
+        ["endpoints", "later endpoints"],
+    ),
     "threshold": lambda: (table_threshold(), ["threshold", "shifts"]),
     "gains": lambda: (
         own_models.table_gains(),

@@ -193,27 +193,29 @@ def endpoint_columns(counted: str) -> list[Column]:
     ]
 
 
-def table_endpoints(
-    family: dict[str, tuple[str, float]] = ENDPOINTS,
-    counted: str = "backbones",
-    short: bool = False,
-) -> str:
-    """Table of the endpoints that ran, and a line with the others.
-
-    short: without the 90% interval and p.
-    """
-    ran = endpoints(family)
-    rows = [
-        {"name": name, "what": what, "scale": scale} | ran[name]
-        for name, (what, scale) in family.items()
-        if name in ran
+def endpoint_rows(family: dict[str, tuple[str, float]]) -> list[dict[str, Any]]:
+    """The endpoints of a family that ran, as rows of endpoint_columns."""
+    return [
+        {"name": name, "what": family[name][0], "scale": family[name][1]} | result
+        for name, result in endpoints(family).items()
     ]
-    columns = endpoint_columns(counted)
-    if short:
-        columns = [column for column in columns if column.title not in ("90%", "p, Holm")]
+
+
+def table_endpoints(
+    family: dict[str, tuple[str, float]] = ENDPOINTS, counted: str = "backbones"
+) -> str:
+    """Table of the endpoints that ran, and a line with the others."""
+    rows = endpoint_rows(family)
+    ran = {row["name"] for row in rows}
     others = [f"{name}: {what}" for name, (what, _) in family.items() if name not in ran]
     note = f"\n\nNot run yet: {'; '.join(others)}." if others else ""
-    return table(columns, rows) + note
+    return table(endpoint_columns(counted), rows) + note
+
+
+def short_table_endpoints() -> str:
+    """The endpoints of both families that ran, without the 90% interval and p."""
+    columns = [c for c in endpoint_columns("n") if c.title not in ("90%", "p, Holm")]
+    return table(columns, [*endpoint_rows(ENDPOINTS), *endpoint_rows(LATER_ENDPOINTS)])
 
 
 # --------------------------------------------------------------------------------------------------

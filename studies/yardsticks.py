@@ -9,6 +9,7 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -82,21 +83,24 @@ class EcosystemLoss(nn.Module):
 
 
 class StepTimes(transformers.TrainerCallback):
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float]):
+        self.clock = clock
         self.stamps: list[float] = []
 
     def on_step_begin(self, *_, **__) -> None:
-        self.stamps.append(now())
+        self.stamps.append(self.clock())
 
     on_step_end = on_step_begin
 
 
-def ecosystem_seconds(trainer: common.Trainer, rows: np.ndarray) -> float:
+def ecosystem_seconds(
+    trainer: common.Trainer, rows: np.ndarray, clock: Callable[[], float] = now
+) -> float:
     """Seconds that transformers' Trainer takes for the rows.
 
     Measured from the start of its first step to the end of its last.
     """
-    times, settings = StepTimes(), trainer.config
+    times, settings = StepTimes(clock), trainer.config
     with tempfile.TemporaryDirectory() as folder:  # it makes one, though it saves nothing
         arguments = transformers.TrainingArguments(
             output_dir=folder,

@@ -1,0 +1,168 @@
+"""How fast is LoRA fine-tuning on a CPU, and what do our attention and LoRA layers add to that?
+
+Trains Models 1 and 2 of Experiment 3 on the stand-in, one thread, bfloat16: as the experiments do;
+with PyTorch's fused attention, as transformers would choose it; with peft's own LoRA layers, too;
+and all that in transformers' Trainer with LM logits at every position. The recipes take the same
+batches in turn, a few steps of each, in one process, so that ratios are paired by round. Times are
+processor seconds. Writes results.json.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import common
+import experiment_agnews_7b
+from collapse.config import LanguageModelConfig
+from collapse.data.batches import Split, encode_rows, length_grouped_batches
+from collapse.data.registry import load_ag_news
+from collapse.models.costs import Sizes, device_rates
+from collapse.models.lora import use_fused_lora
+from collapse.models.pretrained import load_tokenizer
+from collapse.utils.errors import UserError, run_script
+from collapse.utils.files import ROOT, write_json
+from collapse.utils.provenance import environment
+from studies.throughput import least_step_seconds
+from studies.yardsticks import ecosystem_seconds, make_trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a step is made; `trainer` is a name of yardsticks.RECIPES."""
+
+    attention: str
+    fused_lora: bool
+    trainer: str
+
+
+RECIPES = {
+    "ours": Recipe("eager", True, "ours"),
+    "fused attention": Recipe("sdpa", True, "ours"),
+    "peft's layers": Recipe("sdpa", False, "ours"),
+    "transformers' Trainer": Recipe("sdpa", False, "ecosystem"),
+}
+
+
+@dataclasses.dataclass
+class Config:
+    """Settings of the measurement; the comment above a field is its --help text."""
+
+    # Folder with the data in its official layout. Default: as for the experiments.
+    data_dir: Path | None = None
+    # Causal language model: a hub name, a folder or smollm2-135m.
+    model: str = "smollm2-135m"
+    # Type that the frozen weights compute in; bfloat16 where the CPU multiplies it in hardware.
+    compute_dtype: str = "bfloat16"
+    # Timed rounds; in each, every recipe runs once. One more warms up.
+    rounds: int = 5
+    # Optimizer steps of one recipe in a round.
+    steps: int = 3
+    # Folder for results.json.
+    output_dir: Path = ROOT / "studies" / "results" / "lora_speed"
+
+
+def use_recipe(model: common.DualHeadModel, recipe: Recipe) -> None:
+    """Change attention and LoRA layers of a model in place; no weight changes."""
+    model.backbone.set_attn_implementation(recipe.attention)
+    for module in model.backbone.modules():
+        vars(module).pop("forward", None)  # ours stand in the way of the class's own
+    if recipe.fused_lora:
+        use_fused_lora(model.backbone)
+
+
+def step_seconds(
+    recipe: Recipe, number: int, model: common.DualHeadModel, split: Split, settings, batches
+) -> float:
+    """Processor seconds of a step, mean over the batches (arrays of row numbers)."""
+    use_recipe(model, recipe)
+    trainer = make_trainer(number, recipe.trainer, model, split, settings)
+    if recipe.trainer == "ecosystem":
+        return ecosystem_seconds(trainer, np.concatenate(batches), time.process_time) / len(batches)
+    started = time.process_time()
+    for rows in batches:
+        trainer.step(rows, settings.learning_rate)
+    return (time.process_time() - started) / len(batches)
+
+
+def measure(
+    number: int, model: common.DualHeadModel, split: Split, settings, config: Config, least
+) -> dict[str, Any]:
+    """Processor seconds a step of each recipe, by round, and the share of the least time in ours.
+
+    least: (sizes, rates) as least_step_seconds takes them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in RECIPES}
+    shares, rng = [], np.random.default_rng(0)
+    batches = length_grouped_batches(split.lengths, settings.batch_size, rng)
+    model.train()
+    for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
+        taken = batches[round_number * config.steps : (round_number + 1) * config.steps]
+        for name, recipe in RECIPES.items():
+            of_step = step_seconds(recipe, number, model, split, settings, taken)
+            if round_number:  # the first round warms up
+                seconds[name].append(of_step)
+        if round_number:
+            of_step = least_step_seconds(*least, model, split, taken) / len(taken)
+            shares.append(of_step / seconds["ours"][-1])
+    return {"seconds": seconds, "limit_share": float(np.median(shares))}
+
+
+def speedups(seconds: Mapping[str, list[float]], name: str) -> dict[str, float]:
+    """A recipe's time over ours, paired by round: median, lowest and highest."""
+    ratios = np.array(seconds[name]) / np.array(seconds["ours"])
+    return {"median": float(np.median(ratios)), "low": ratios.min(), "high": ratios.max()}
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    torch.set_num_threads(1)
+    task = load_ag_news(config.data_dir)
+    if task is None:
+        raise UserError("AG News is neither in the Hugging Face cache nor on the hub: --data-dir.")
+    settings = experiment_agnews_7b.Config(
+        model=config.model, quantization="none", compute_dtype=config.compute_dtype
+    )
+    device = torch.device("cpu")
+    encode = load_tokenizer(config.model)
+    split = encode_rows(task.train, encode, settings.max_length)
+    results = {"data": task.summary(), "tokens_per_row": float(split.lengths.mean())}
+    results |= {"settings": dataclasses.asdict(config), "rows": settings.batch_size}
+    results["settings"] |= {"data_dir": None, "output_dir": None}
+    results |= environment(device)
+    rates = device_rates(device, getattr(torch, config.compute_dtype))
+    for number in (1, 2):
+        torch.manual_seed(0)
+        arm = common.find_arm(str(number))
+        model = build(arm, len(task.class_names), settings, device)
+        sizes = Sizes.of(model.backbone.config, settings.lora_rank)
+        results[arm.name] = measure(number, model, split, settings, config, (sizes, rates))
+        print(f"{arm.title}: {describe(results[arm.name]['seconds'])}", flush=True)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(config.output_dir / "results.json", results)
+
+
+def build(
+    arm, classes: int, settings: LanguageModelConfig, device: torch.device
+) -> common.DualHeadModel:
+    """The experiment's model, which keeps all activations: recomputation is no part of this."""
+    settings = dataclasses.replace(settings, gradient_checkpointing="off")
+    return common.build_language_model(arm, classes, "intermediate", settings, device)
+
+
+def describe(seconds: Mapping[str, list[float]]) -> str:
+    parts = [f"ours {np.median(seconds['ours']):.2f} s a step"]
+    for name in list(seconds)[1:]:
+        ratio = speedups(seconds, name)
+        parts.append(f"{name} {ratio['median']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    run_script(main)

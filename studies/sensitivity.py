@@ -4,15 +4,18 @@ Recomputes in seconds, from the committed tables of collapse_threshold.py and be
 other definitions of "has learned", and by the highest healthy rate instead of the number of healthy
 ones; how much of Model 2's shift is explained by an LM loss that only scales Adam's steps;
 components at equal training loss and rate; rank at fixed training losses; the gain in accuracy at
-other learning rates. Writes studies/results/sensitivity/results.json.
+other learning rates; components and accuracy after each epoch. Writes
+studies/results/sensitivity/results.json.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from collapse.arms import find_arm
 from collapse.measures.statistics import differences_interval, format_interval, paired_difference
 from collapse.measures.thresholds import KEPT
 from collapse.report.markdown import Column, rows_of, table
@@ -147,6 +150,31 @@ def gains_by_rate(of_benefit: benefit.Config, of_classes: class_count.Config) ->
     return gains
 
 
+def by_epoch(study: benefit.Runs, arms: Sequence[str]) -> list[dict[str, Any]]:
+    """What is left after each epoch, at each arm's own rate: means over backbones.
+
+    `kept`: share of the start's components; `below`: backbones with less than KEPT of them;
+    `accuracy`: on validation rows, of the same models. Data sets that an arm did not run are left
+    out.
+    """
+    rows = []
+    for dataset, arm in itertools.product(sorted({key[0] for key in study.runs}), arms):
+        records: dict[float, list[tuple[float, float, float]]] = {}
+        for run in study.runs.get(study.run_key(dataset, arm), {}).values():
+            for record in run.path[1:]:
+                if record["epoch"].is_integer():
+                    kept = record["dims_95pct"] / run.path[0]["dims_95pct"]
+                    end = kept, record["validation_accuracy"], record["step"]
+                    records.setdefault(record["epoch"], []).append(end)
+        for epoch, ends in sorted(records.items()):
+            kept, accuracy, step = (list(values) for values in zip(*ends, strict=True))
+            place = {"data": dataset, "arm": arm, "epoch": epoch, "step": step[0]}
+            means = {"kept": float(np.mean(kept)), "accuracy": float(np.mean(accuracy))}
+            below = sum(share < KEPT for share in kept)
+            rows.append(place | means | {"below": below, "backbones": len(ends)})
+    return rows
+
+
 def summary(
     of_threshold: threshold.Config, of_benefit: benefit.Config, of_classes: class_count.Config
 ) -> dict[str, Any]:
@@ -164,6 +192,7 @@ def summary(
         "components_at_equal_loss": at_equal_loss(runs),
         "P5_at_losses": ranks_at_losses(study, of_benefit.datasets),
         "gains_by_rate": gains_by_rate(of_benefit, of_classes),
+        "by_epoch": by_epoch(study, ("model1", "longer", "model2")),
     }
 
 
@@ -214,6 +243,18 @@ EQUAL_LOSS_COLUMNS = (
     Column("Model 2", "loss_model2"),
     Column("kept, Model 1", "model1"),
     Column("Model 2", "model2"),
+)
+
+
+BY_EPOCH_COLUMNS = (
+    Column("data", "data"),
+    Column("arm", lambda row: find_arm(row["arm"]).title),
+    Column("epoch", "epoch", ".0f"),
+    Column("step", "step", ",.0f"),
+    Column("components kept, %", "kept", 0, 100),
+    Column("below a quarter", "below"),
+    Column("accuracy, %", "accuracy", 1, 100),
+    Column("backbones", "backbones"),
 )
 
 

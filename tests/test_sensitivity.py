@@ -63,6 +63,25 @@ def test_ranks_are_read_where_the_loss_is_reached():
     assert list(found) == ["0.5", "0.4", "0.3", "0.2"]
 
 
+def test_what_is_left_is_read_at_whole_epochs_of_the_same_model():
+    def run(*ends):
+        times = ((0, 0.0), (25, 0.5), (50, 1.0), (100, 2.0))
+        return SimpleNamespace(
+            path=[
+                {"step": step, "epoch": epoch, "dims_95pct": kept, "validation_accuracy": accuracy}
+                for (step, epoch), (kept, accuracy) in zip(times, ends, strict=True)
+            ]
+        )
+
+    start = (40, 0.2), (1, 0.1)  # the second, at half an epoch, is not shown
+    runs = {0: run(*start, (20, 0.8), (8, 0.7)), 1: run(*start, (30, 0.6), (12, 0.5))}
+    study = benefit.Runs({("A", "longer", -3.0): runs}, {("A", "model1"): -3.0})
+    first, second = sensitivity.by_epoch(study, ("longer",))
+    assert (first["epoch"], first["step"], first["backbones"], first["below"]) == (1, 50, 2, 0)
+    assert (first["kept"], first["accuracy"]) == pytest.approx((0.625, 0.7))
+    assert (second["kept"], second["accuracy"], second["below"]) == pytest.approx((0.25, 0.6, 1))
+
+
 def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
     runs = runs_of((0.9,) * 4, ends=(40, 40, 5, 5)) + runs_of((0.9,) * 4, arm="model2")
     kept = sensitivity.good_by_rate(runs, "not collapsed")
@@ -75,6 +94,7 @@ def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
         "components_at_equal_loss": [],
         "P5_at_losses": {"0.5": {"A": both["AG News"], "mean": none}},
         "gains_by_rate": {"A": {"-3": {"mean": 0.004, "n": 3}}},
+        "by_epoch": [],
     }
     monkeypatch.setattr(sensitivity, "OUTPUT", tmp_path / "results.json")
     assert "lines" not in results_page().numbers

@@ -32,6 +32,8 @@ from collapse.utils.provenance import environment
 from studies.throughput import least_step_seconds
 from studies.yardsticks import ecosystem_seconds, make_trainer
 
+OUTPUT = ROOT / "studies" / "results" / "lora_speed" / "results.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -65,7 +67,7 @@ class Config:
     # Optimizer steps of one recipe in a round.
     steps: int = 3
     # Folder for results.json.
-    output_dir: Path = ROOT / "studies" / "results" / "lora_speed"
+    output_dir: Path = OUTPUT.parent
 
 
 def use_recipe(model: common.DualHeadModel, recipe: Recipe) -> None:
@@ -145,7 +147,7 @@ def main() -> None:
         results[arm.name] = measure(number, model, split, settings, config, (sizes, rates))
         print(f"{arm.title}: {describe(results[arm.name]['seconds'])}", flush=True)
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(config.output_dir / "results.json", results)
+        write_json(config.output_dir / OUTPUT.name, results)
 
 
 def build(

@@ -17,7 +17,7 @@ from collapse.models import costs
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
 from collapse.utils import device
-from studies import hours, random_checkpoint, throughput
+from studies import hours, lora_speed, random_checkpoint, throughput
 from studies.report import side_studies
 from studies.yardsticks import Conventional, EcosystemLoss
 
@@ -76,6 +76,30 @@ def test_all_recipes_compute_the_same_gradients_on_a_language_model(miniature, m
     for name, expected in found["conventional"].items():
         for recipe in ("ours", "ecosystem"):
             torch.testing.assert_close(found[recipe][name], expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("model_number", [2])
+def test_recipes_of_lora_speed_train_one_model_with_other_layers(miniature, model_number):
+    model, settings = miniature
+    split, rows, gradients = random_split(rows=16, longest=20, vocabulary=900), np.arange(16), {}
+    for name, recipe in lora_speed.RECIPES.items():
+        lora_speed.use_recipe(model, recipe)
+        assert model.backbone.config._attn_implementation == recipe.attention
+        fused = [module for module in model.backbone.modules() if "forward" in vars(module)]
+        assert bool(fused) == recipe.fused_lora
+        model.zero_grad()
+        lora_speed.make_trainer(2, recipe.trainer, model, split, settings).accumulate_gradients(
+            rows
+        )
+        gradients[name] = {key: p.grad.clone() for key, p in model.trainable().items()}
+    for name in lora_speed.RECIPES:
+        torch.testing.assert_close(gradients[name], gradients["ours"], atol=1e-5, rtol=1e-3)
+
+
+def test_speedups_are_paired_by_round():
+    seconds = {"ours": [1.0, 2.0, 4.0], "peft's layers": [2.0, 2.0, 12.0]}
+    ratio = lora_speed.speedups(seconds, "peft's layers")
+    assert ratio == {"median": 2.0, "low": 1.0, "high": 3.0}
 
 
 def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):

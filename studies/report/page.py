@@ -14,7 +14,14 @@ from collapse.measures.statistics import format_bounds
 from collapse.report.markdown import cell, rows_of, table
 from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
-from studies import alarm_replay, collapse_threshold, engram_pieces, engram_salience, sensitivity
+from studies import (
+    alarm_replay,
+    collapse_threshold,
+    engram_pieces,
+    engram_salience,
+    lora_speed,
+    sensitivity,
+)
 from studies.report import claims, experiments, own_models, side_studies, thresholds
 
 SECTION = re.compile(r"^## (.+)\n\n\*(.+)\*$", re.MULTILINE)  # title, question
@@ -63,7 +70,8 @@ def results_page() -> Page:
         "as_rate": lambda rate: f"{10 ** float(rate):.1e}",
     }
     modules = (claims, experiments, own_models, side_studies, thresholds)
-    modules += (alarm_replay, collapse_threshold, engram_pieces, engram_salience, sensitivity)
+    modules += (alarm_replay, collapse_threshold, engram_pieces, engram_salience, lora_speed)
+    modules += (sensitivity,)
     functions = (cell, figure, format_bounds, number, reference_for, relative, rows_of)
     functions += (experiments.origin, experiments.short_commit, own_models.results_of, stored)
     names = {module.__name__.rpartition(".")[2]: module for module in modules}

@@ -6,9 +6,12 @@ numbers.
 
 from pathlib import Path
 
+import numpy as np
+
 from collapse.report.markdown import Column, at, rows_of, table
 from collapse.report.reference import REFERENCE
 from collapse.utils.files import ROOT, read_json
+from studies import lora_speed
 from studies.report.experiments import THREE_MODELS, model_name
 
 SINK = ROOT / "studies" / "results" / "sink" / "sink.json"
@@ -71,6 +74,31 @@ THROUGHPUT_COLUMNS = (
 
 def rounds(ratio: dict) -> str:
     return f"{ratio['low']:.1f} to {ratio['high']:.1f}"
+
+
+LORA_SPEED_COLUMNS = (
+    Column("model", lambda row: model_name(row["key"])),
+    Column("ours, s a step", lambda row: f"{np.median(row['seconds']['ours']):.2f}"),
+    *(
+        Column(f"{name}: times ours [lowest, highest round]", lambda row, name=name: row[name])
+        for name in list(lora_speed.RECIPES)[1:]
+    ),
+    Column("least time over ours, %", "limit_share", 0, 100),
+)
+
+
+def table_lora_speed(results: dict) -> str:
+    rows = []
+    for key in THREE_MODELS:
+        if key in results:
+            seconds = results[key]["seconds"]
+            ratios = {name: lora_speed.speedups(seconds, name) for name in seconds}
+            shown = {
+                name: f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+                for name, r in ratios.items()
+            }
+            rows.append({"key": key} | shown | results[key])
+    return table(LORA_SPEED_COLUMNS, rows)
 
 
 def table_throughput(results: dict) -> str:

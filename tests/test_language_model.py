@@ -7,6 +7,8 @@ import json
 import math
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bitsandbytes
@@ -28,7 +30,7 @@ from collapse.data.batches import encode_rows
 from collapse.data.registry import load_ag_news
 from collapse.data.task import limit_task
 from collapse.measures.statistics import independent_difference
-from collapse.models import memory
+from collapse.models import memory, pretrained
 from collapse.models.memory import _activation_bytes, count_parameters
 from collapse.models.pretrained import (
     LORA_TARGETS,
@@ -713,6 +715,28 @@ def test_weights_of_a_gguf_file_are_unpacked_once_and_no_other_file_takes_their_
     file.write_bytes(b"another one")
     with pytest.raises(UserError, match="another file"):
         unpack_gguf(file, folder)
+
+
+def test_of_two_that_unpack_a_gguf_file_at_once_one_does_and_the_other_takes_its_folder(
+    qwen, tmp_path, monkeypatch
+):
+    def read_slowly(*args, **options):
+        reads.append(args)
+        time.sleep(0.5)
+        return transformers.AutoModelForCausalLM.from_pretrained(qwen)
+
+    reads, file, folder = [], tmp_path / "small.gguf", tmp_path / "small"
+    file.write_bytes(b"GGUF")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(qwen)
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: tokenizer
+    )
+    monkeypatch.setattr(pretrained, "read_causal_lm", read_slowly)
+    monkeypatch.setattr(pretrained, "gguf_type", lambda file: "4-bit GGUF weights (Q4)")
+    with ThreadPoolExecutor(2) as two:
+        assert list(two.map(unpack_gguf, [file] * 2, [folder] * 2)) == [folder] * 2
+    assert len(reads) == 1 and not list(tmp_path.glob(".*.partial"))
+    assert weights_of(str(folder)) == "4-bit GGUF weights (Q4)"
 
 
 def test_a_gguf_file_says_how_many_bits_its_weights_have():

@@ -29,7 +29,14 @@ from collapse.models.weights import (
     read_config,
 )
 from collapse.utils.errors import UserError, check_name
-from collapse.utils.files import ROOT, digest_files, digest_weights, read_json, write_json
+from collapse.utils.files import (
+    ROOT,
+    digest_files,
+    digest_weights,
+    locked,
+    read_json,
+    write_json,
+)
 
 # On a CPU it warns of a missing kernel that nothing here calls.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -72,19 +79,26 @@ SOURCE_FILE = "unpacked-from.json"  # in a folder of converted weights: the file
 def unpack_gguf(file: Path, folder: Path) -> Path:
     """A folder with a GGUF file's model as transformers stores models, in float32; made once.
 
-    Raises UserError for a file that does not exist, or a folder that was made from another file.
+    Of commands that ask at the same time one makes it, and the others wait. Raises UserError for a
+    file that does not exist, or a folder that was made from another file.
     """
-    if folder.exists():
-        source = folder / SOURCE_FILE
-        record = read_json(source) if source.exists() else {}
-        now = (
-            {"bytes": file.stat().st_size, "sha256": digest_of_file(file)} if file.exists() else {}
-        )
-        if not record or any(record.get(key, value) != value for key, value in now.items()):
-            raise UserError(f"{folder} was unpacked from another file than {file}: move it away.")
-        return folder
-    if not file.exists():
-        raise UserError(f"there is no file {file}: give --model a GGUF file, a folder or a name.")
+    if not folder.exists():
+        if not file.exists():
+            raise UserError(
+                f"there is no file {file}: give --model a GGUF file, a folder or a name."
+            )
+        with locked(folder.parent):
+            if not folder.exists():
+                convert_gguf(file, folder)
+    source = folder / SOURCE_FILE
+    record = read_json(source) if source.exists() else {}
+    now = {"bytes": file.stat().st_size, "sha256": digest_of_file(file)} if file.exists() else {}
+    if not record or any(record.get(key, value) != value for key, value in now.items()):
+        raise UserError(f"{folder} was unpacked from another file than {file}: move it away.")
+    return folder
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, GgufConfig
 
     print(f"converting {file.name} into {folder}, once", flush=True)
@@ -100,7 +114,6 @@ def unpack_gguf(file: Path, folder: Path) -> Path:
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": digest_of_file(file)}
     write_json(partial / SOURCE_FILE, record | {"weights": gguf_type(file)})
     partial.rename(folder)  # atomic: the folder is complete or absent
-    return folder
 
 
 @functools.cache  # a process asks many times

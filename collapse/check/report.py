@@ -14,7 +14,7 @@ from collapse.utils.files import write_file
 EXIT_CODES = {"kept": 0, "collapsed": 1, "not finite": 1, "no verdict": 3}  # 2: bad input
 READS = {"mean": "mean of text tokens", "last": "last token", "first": "first token"}
 TABLE = (  # title, key, digits
-    ("components, 95 %", "dims_95pct", 0),
+    ("components, 95%", "dims_95pct", 0),
     ("effective rank", "effective_rank", 0),
     ("  without first token", "effective_rank_without_first", 0),
     ("  within classes", "effective_rank_within", 0),
@@ -23,7 +23,11 @@ TABLE = (  # title, key, digits
 ADVICE = "Accuracy may not show it. Lower the rate, or keep an LM or KL loss."
 OTHER_READ = "The line was found with means over tokens; for the %s it is not tested."
 DOMINATED = 1.5  # stable rank below which a few texts make up a layer's variance
-STYLE = "body{font:16px sans-serif;max-width:44em;margin:2em auto;padding:0 1em}svg{width:100%}"
+STYLE = (  # a dark page where dark is preferred; paths wrap, and a telephone shows the whole table
+    ":root{color-scheme:light dark}body{font:16px sans-serif;max-width:44em;margin:2em auto;"
+    "padding:0 1em}svg{width:100%}"
+    "pre{font-size:min(.9em,2.8vw);white-space:pre-wrap;overflow-wrap:anywhere}"
+)
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,12 @@ class Report:
         for side in ("base", "now"):
             layers[side] = [layer["effective_rank"] or 0 for layer in self.record["layers"][side]]
             squares = [s**2 for s in self.record["singular_values"][side]]
-            shares[side] = [part / (sum(squares) or 1) for part in itertools.accumulate(squares)]
+            sums = itertools.accumulate(squares, initial=0.0)
+            shares[side] = [part / (sum(squares) or 1) for part in sums]
         title = html.escape(self.verdict().partition("\n")[0])
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+            '<meta name="viewport" content="width=device-width">'
             f"<style>{STYLE}</style><h1>{title}</h1><pre>{html.escape(self.text())}</pre>"
             + chart("Effective rank by layer (0: embeddings)", layers)
             + chart("Share of the variance in the first components of the last layer", shares)

@@ -290,6 +290,23 @@ def test_what_is_no_input_ends_in_one_sentence_and_2(
     assert "lacks weights" in run(tmp_path / "half", "--base", llama, "--texts", texts_file)
 
 
+def test_the_folder_of_a_training_names_the_adapters_in_it(
+    adapter, texts_file, tmp_path, monkeypatch, capsys
+):
+    for name in ("best-adapter", "final-adapter"):
+        shutil.copytree(adapter[0], tmp_path / "model1-seed42" / name)
+    line = (tmp_path / "model1-seed42", "--texts", texts_file)
+    code, said = run_command(line, tmp_path / "out", monkeypatch, capsys)
+    assert code == 2 and "model1-seed42/final-adapter" in said and "best-adapter" in said
+
+
+def test_the_libraries_below_add_nothing_to_what_it_says(adapter, texts_file, tmp_path):
+    line = [sys.executable, "-c", "from collapse.check.command import main; main()", adapter[0]]
+    line += ["--texts", texts_file, "--out", tmp_path]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("model ")
+
+
 def test_texts_are_read_from_lines_tables_and_json(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "a.csv").write_text('text,n\none,1\n"two",2\n')

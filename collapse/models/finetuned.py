@@ -1,6 +1,7 @@
 """Models as people fine-tune them: a whole checkpoint or an adapter, and the base it came from."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,13 @@ def load_fine_tuned(name: str, base: str | None, dtype: str) -> tuple[nn.Module,
 
     base: where the base is, if it is not where adapter or model card say.
     """
+    place = find_model(name)
     with loading(name):
-        file = find_adapter_config_file(find_model(name))
+        file = find_adapter_config_file(place)
     if file is None:
+        if inside := sorted(Path(place).glob("*/adapter_config.json")):
+            adapters = " or ".join(str(Path(name) / one.parent.name) for one in inside)
+            raise UserError(f"{name} is no adapter, but holds some: give {adapters}.")
         return load_whole(name, dtype), base or _base_of_card(name)
     try:
         import peft
@@ -64,7 +69,8 @@ def load_fine_tuned(name: str, base: str | None, dtype: str) -> tuple[nn.Module,
     base = base or settings["base_model_name_or_path"]
     task = "SequenceClassification" if settings.get("task_type") == "SEQ_CLS" else "CausalLM"
     whole = load_whole(base, dtype, f"AutoModelFor{task}")
-    with loading(name):
+    with loading(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls methods that are being renamed
         return peft.PeftModel.from_pretrained(whole, name, ignore_mismatched_sizes=True), base
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib.util
 import itertools
-import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -37,9 +36,6 @@ from collapse.utils.files import (
     read_json,
     write_json,
 )
-
-# On a CPU it warns of a missing kernel that nothing here calls.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

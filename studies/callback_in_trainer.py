@@ -1,9 +1,10 @@
 """Does CollapseCallback warn in a Trainer of transformers at a rate that collapses, and only there?
 
-Fine-tunes an own small language model (studies/shared/pretrain.py) as transformers does it, with a
-fresh classifier on the last token, on 500 sentences of SST-2 at two learning rates; the callback
-measures the sentences of the development set. Writes results.json: losses, components kept, alarms
-and warnings of both runs. Minutes on a CPU.
+Fine-tunes an own small language model (studies/shared/pretrain.py), or --model, as transformers
+does it, with a fresh classifier on the last token (of a BERT: the first), on 500 sentences of SST-2
+at two learning rates; the callback measures the sentences of the development set. Writes losses,
+components kept, alarms and warnings of both runs into results.json, for --model into a file of its
+name. Minutes on a CPU.
 """
 
 import tempfile
@@ -18,14 +19,15 @@ import tyro
 
 from collapse.check import CollapseCallback
 from collapse.data.task import Task, in_corpus_text, limit_task
+from collapse.models.pretrained import find_model
 from collapse.utils.device import set_threads
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, digest_weights, write_json
 from collapse.utils.provenance import environment, git_commit
 from studies.shared import finetune, pretrain
 
-RATES = (1e-2, 5e-4)
-STEPS, EVERY, WARMUP_STEPS, TRAIN_ROWS, MAX_LENGTH = 120, 10, 10, 500, 32
+OUTPUT = ROOT / "studies" / "results" / "callback_in_trainer"
+EVERY, WARMUP_STEPS, TRAIN_ROWS, MAX_LENGTH = 10, 10, 500, 32
 
 
 @dataclass
@@ -34,15 +36,23 @@ class Config:
 
     # Folder with SST-2 in its official layout. Default: the Hugging Face hub.
     data_dir: Path | None = None
+    # Another model to fine-tune: smollm2-135m, or the folder or name of any.
+    model: str | None = None
+    # Learning rates, one training at each.
+    rates: tuple[float, ...] = (1e-2, 5e-4)
+    # Steps of a training, of 16 sentences.
+    steps: int = 120
+    # Compute in bfloat16 (autocast): faster on CPUs that multiply it in hardware.
+    bfloat16: bool = False
     # Text of the own language model.
     corpus: pretrain.CorpusName = "newsgroups"
     # Folder for own language models.
     models_dir: Path = pretrain.LANGUAGE_MODELS
-    # File for the results.
-    output: Path = ROOT / "studies" / "results" / "callback_in_trainer" / "results.json"
+    # File for the results. Default: in studies/results/callback_in_trainer.
+    output: Path | None = None
 
 
-def train(model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
+def train(config: Config, model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
     """One training; what the callback logged, and its warnings."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
@@ -57,15 +67,16 @@ def train(model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
     ]
     arguments = transformers.TrainingArguments(
         str(folder),
-        max_steps=STEPS,
+        max_steps=config.steps,
         per_device_train_batch_size=16,
         learning_rate=rate,
         warmup_steps=WARMUP_STEPS,
         lr_scheduler_type="constant_with_warmup",
-        logging_steps=STEPS // 3,
+        logging_steps=config.steps // 3,
         save_strategy="no",
         report_to=[],
         use_cpu=True,
+        bf16=config.bfloat16,
         disable_tqdm=True,
     )
     trainer = transformers.Trainer(
@@ -90,14 +101,21 @@ def train(model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
     set_threads(1)
-    (model,) = pretrain.backbones([0], config.corpus, config.models_dir)
     task = limit_task(finetune.load_task("SST-2 by sentence", config.data_dir), TRAIN_ROWS, 872)
-    task = in_corpus_text(task)
+    settings, output = {}, config.output or OUTPUT / "results.json"
+    if config.model:
+        model = Path(find_model(config.model))
+        settings = {"model": model.name, "steps": config.steps, "bfloat16": config.bfloat16}
+        output = config.output or OUTPUT / f"{model.name}.json"
+    else:
+        (model,) = pretrain.backbones([0], config.corpus, config.models_dir)
+        task = in_corpus_text(task)
     with tempfile.TemporaryDirectory() as folder:
-        runs = [train(model, task, rate, Path(folder)) for rate in RATES]
+        runs = [train(config, model, task, rate, Path(folder)) for rate in config.rates]
     made_with = environment(torch.device("cpu"), git_commit())
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(config.output, {"runs": runs, "weights_sha256": digest_weights(model), **made_with})
+    output.parent.mkdir(parents=True, exist_ok=True)
+    results = {**settings, "runs": runs, "weights_sha256": digest_weights(model), **made_with}
+    write_json(output, results)
     for run in runs:
         kept = ", ".join(f"{step}: {share:.2f}" for step, share in run["components_kept"].items())
         print(f"rate {run['rate']:g}: components kept after step {kept}")

@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,13 +22,11 @@ import experiment_agnews_7b
 from collapse.config import LanguageModelConfig
 from collapse.data.batches import Split, encode_rows, length_grouped_batches
 from collapse.data.registry import load_ag_news
-from collapse.models.costs import Sizes, device_rates
 from collapse.models.lora import use_fused_lora
 from collapse.models.pretrained import load_tokenizer
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import environment
-from studies.throughput import least_step_seconds
 from studies.yardsticks import ecosystem_seconds, make_trainer
 
 OUTPUT = ROOT / "studies" / "results" / "lora_speed" / "results.json"
@@ -94,14 +91,11 @@ def step_seconds(
 
 
 def measure(
-    number: int, model: common.DualHeadModel, split: Split, settings, config: Config, least
-) -> dict[str, Any]:
-    """Processor seconds a step of each recipe, by round, and the share of the least time in ours.
-
-    least: (sizes, rates) as least_step_seconds takes them.
-    """
+    number: int, model: common.DualHeadModel, split: Split, settings, config: Config
+) -> dict[str, list[float]]:
+    """Recipe -> processor seconds of a step, by round."""
     seconds: dict[str, list[float]] = {name: [] for name in RECIPES}
-    shares, rng = [], np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     batches = length_grouped_batches(split.lengths, settings.batch_size, rng)
     model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
@@ -110,10 +104,7 @@ def measure(
             of_step = step_seconds(recipe, number, model, split, settings, taken)
             if round_number:  # the first round warms up
                 seconds[name].append(of_step)
-        if round_number:
-            of_step = least_step_seconds(*least, model, split, taken) / len(taken)
-            shares.append(of_step / seconds["ours"][-1])
-    return {"seconds": seconds, "limit_share": float(np.median(shares))}
+    return seconds
 
 
 def speedups(seconds: Mapping[str, list[float]], name: str) -> dict[str, float]:
@@ -138,13 +129,11 @@ def main() -> None:
     results |= {"settings": dataclasses.asdict(config), "rows": settings.batch_size}
     results["settings"] |= {"data_dir": None, "output_dir": None}
     results |= environment(device)
-    rates = device_rates(device, getattr(torch, config.compute_dtype))
     for number in (1, 2):
         torch.manual_seed(0)
         arm = common.find_arm(str(number))
         model = build(arm, len(task.class_names), settings, device)
-        sizes = Sizes.of(model.backbone.config, settings.lora_rank)
-        results[arm.name] = measure(number, model, split, settings, config, (sizes, rates))
+        results[arm.name] = {"seconds": measure(number, model, split, settings, config)}
         print(f"{arm.title}: {describe(results[arm.name]['seconds'])}", flush=True)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / OUTPUT.name, results)

@@ -83,7 +83,6 @@ LORA_SPEED_COLUMNS = (
         Column(f"{name}: times ours [lowest, highest round]", lambda row, name=name: row[name])
         for name in list(lora_speed.RECIPES)[1:]
     ),
-    Column("least time over ours, %", "limit_share", 0, 100),
 )
 
 

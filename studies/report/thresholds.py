@@ -6,6 +6,7 @@ A rate has `≥` or `≤` before it where only a bound is known for some trainin
 from collections.abc import Sequence
 from typing import Any
 
+from collapse.arms import find_arm
 from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
 from collapse.utils.files import ROOT, read_json
 from studies import collapse_threshold
@@ -191,18 +192,17 @@ REAL_MODEL_COLUMNS = (
     Column(
         "first below after step", lambda row: ", ".join(map(str, row["fell_after_step"])) or "-"
     ),
-    Column("threshold of each seed", "thresholds"),
 )
 
 
 def table_real_model(results: dict[str, Any]) -> str:
-    """Thresholds of each arm and seed as rates, and outcomes at each rate."""
-    rows, bounds = rows_of(results["runs"], "arm", "rate"), {">=": "≥ ", "<=": "≤ "}
+    """Outcomes of each arm at each rate, and below them the threshold of each seed as a rate."""
+    bounds, lines = {">=": "≥ ", "<=": "≤ "}, []
     for arm, by_seed in results["arms"].items():
         thresholds = (
             f"{bounds.get(known['censored'], '')}{10 ** known['value']:.1e}"
             for known in by_seed.values()
         )
-        first = next(row for row in rows if row["arm"] == arm)
-        first["thresholds"] = "; ".join(thresholds)  # shown in the row of the arm's first rate
-    return table(REAL_MODEL_COLUMNS, ({"thresholds": ""} | row for row in rows))
+        lines.append(f"{find_arm(arm).title} {', '.join(thresholds)}")
+    rows = rows_of(results["runs"], "arm", "rate")
+    return f"{table(REAL_MODEL_COLUMNS, rows)}\n\nThreshold of each seed: {'; '.join(lines)}."

@@ -76,7 +76,7 @@ def test_the_page_tells_thresholds_with_their_bounds(published):
     row = next(line for line in text.splitlines() if line.startswith("| model1"))
     cells = [cell.strip() for cell in row.split("|")]
     assert float(cells[10]) == pytest.approx(10 ** (-2.4 - 0.8 * math.log10(32)), rel=0.35)
-    assert "≥ 1.6e-03; ≥ 1.6e-03" in text and "came back" in text
+    assert "≥ 1.6e-03, ≥ 1.6e-03" in text and "came back" in text
 
 
 def test_nothing_is_added_before_anything_ran(tmp_path, monkeypatch):

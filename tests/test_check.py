@@ -15,7 +15,7 @@ from conftest import SIZES, arm_of, save_tiny
 
 import common
 import effective_rank_analysis as analysis
-from collapse.check import check, command
+from collapse.check import check, command, report
 from collapse.config import LanguageModelConfig
 from collapse.measures import against_base
 from collapse.measures.layers import LayerStates, collapse_of, undisturbed
@@ -288,6 +288,17 @@ def test_what_is_no_input_ends_in_one_sentence_and_2(
     shutil.copytree(llama, tmp_path / "half")
     model.save_pretrained(tmp_path / "half", state_dict=lacking)
     assert "lacks weights" in run(tmp_path / "half", "--base", llama, "--texts", texts_file)
+
+
+def test_layers_are_named_that_a_few_texts_dominate_now_and_not_in_the_base():
+    """Some healthy models have many of them: the attention sink."""
+    sides = {"base": (9.0, 1.1, 1.1, 9.0), "now": (1.1, 1.1, 9.0, 9.0)}
+    layers = {side: [{"stable_rank": rank} for rank in ranks] for side, ranks in sides.items()}
+    record = {"verdict": "kept", "why": "all is left.", "read": "mean", "layers": layers}
+    said = report.Report(record).verdict()
+    assert "dominate layer 0 (stable rank < 1.5), not in the base." in said
+    layers["now"] = layers["base"]
+    assert report.Report(record).verdict() == "KEPT: all is left."
 
 
 def test_the_folder_of_a_training_names_the_adapters_in_it(

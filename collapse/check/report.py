@@ -48,10 +48,9 @@ class Report:
             lines.append(ADVICE)
         if read != "mean":
             lines.append(OTHER_READ % READS[read])
-        ranks = [layer["stable_rank"] for layer in self.record["layers"]["now"]]
-        low = [str(layer) for layer, rank in enumerate(ranks) if rank and rank < DOMINATED]
-        if low:
-            lines.append(f"A few texts dominate layer {', '.join(low)} (stable rank < 1.5).")
+        now, base = (_dominated(self.record["layers"][side]) for side in ("now", "base"))
+        if new := ", ".join(map(str, sorted(now - base))):
+            lines.append(f"A few texts dominate layer {new} (stable rank < 1.5), not in the base.")
         return "\n".join(lines)
 
     def text(self) -> str:
@@ -92,3 +91,8 @@ class Report:
             write_file(folder / "report.json", json.dumps(self.record, indent=1).encode())
         except OSError as error:
             raise UserError(f"cannot write to {folder} ({error.strerror}): change --out.") from None
+
+
+def _dominated(layers: list[dict[str, float | None]]) -> set[int]:
+    ranks = [layer["stable_rank"] for layer in layers]
+    return {layer for layer, rank in enumerate(ranks) if rank and rank < DOMINATED}

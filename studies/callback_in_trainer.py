@@ -42,6 +42,8 @@ class Config:
     rates: tuple[float, ...] = (1e-2, 5e-4)
     # Steps of a training, of 16 sentences.
     steps: int = 120
+    # What the callback reads: auto (what the classifier reads), mean, last or first.
+    read: str = "auto"
     # Compute in bfloat16 (autocast): faster on CPUs that multiply it in hardware.
     bfloat16: bool = False
     # Text of the own language model.
@@ -83,7 +85,8 @@ def train(config: Config, model: Path, task: Task, rate: float, folder: Path) ->
         classifier, arguments, train_dataset=rows, processing_class=tokenizer
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    CollapseCallback(task.validation.texts, every=EVERY, max_length=MAX_LENGTH).attach(trainer)
+    limits = {"every": EVERY, "max_length": MAX_LENGTH, "read": config.read}
+    CollapseCallback(task.validation.texts, **limits).attach(trainer)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.train()
@@ -105,7 +108,8 @@ def main() -> None:
     settings, output = {}, config.output or OUTPUT / "results.json"
     if config.model:
         model = Path(find_model(config.model))
-        settings = {"model": model.name, "steps": config.steps, "bfloat16": config.bfloat16}
+        names = ("steps", "read", "bfloat16")
+        settings = {"model": model.name, **{name: getattr(config, name) for name in names}}
         output = config.output or OUTPUT / f"{model.name}.json"
     else:
         (model,) = pretrain.backbones([0], config.corpus, config.models_dir)

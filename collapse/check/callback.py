@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from collapse.check.report import ADVICE
+from collapse.check.report import ADVICE, OTHER_READ, READS
 from collapse.measures import against_base
 from collapse.models.finetuned import core_of, has_lm_head, what_its_head_reads
 from collapse.utils.files import read_json, write_json
@@ -109,6 +109,8 @@ class CollapseCallback(TrainerCallback):
         told = [row["collapse/alarm"] for row in state.log_history if "collapse/alarm" in row]
         if told[-2:] == [1, 1]:
             if state.is_world_process_zero and told[-3:] != [1, 1, 1]:  # said once
+                if self.reads != "mean":
+                    why += " " + OTHER_READ % READS[self.reads]
                 warnings.warn(f"step {state.global_step}: {verdict}: {why} {ADVICE}", stacklevel=2)
             control.should_training_stop |= self.stop
 

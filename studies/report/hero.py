@@ -54,7 +54,7 @@ def draw(
         axis.annotate(name, (0.19, height), xycoords=("axes fraction", "data"), **place, **GRAY)
     kept.set(ylabel="components kept (%)", title=title, xscale="log")
     accuracy.set(ylabel="validation accuracy (%)", xlabel="learning rate")
-    rates = sorted({run.trial.rate for run in runs} | set(marked))
+    rates = sorted({round(rate, 5) for rate in (*marked, *(run.trial.rate for run in runs))})
     accuracy.set_xticks([10**rate for rate in rates], [f"{10**rate:.1e}" for rate in rates])
     accuracy.minorticks_off()
     save_figure(figure, path)
@@ -88,10 +88,10 @@ def draw_arm(axis: plt.Axes, runs: Sequence[Run], measure: str) -> None:
 
 
 def name_arms(axis: plt.Axes, runs: Sequence[Run]) -> None:
-    """Each arm's name at its line: Model 1's at the lowest rate, Model 2's where they part most."""
+    """Each arm's name at its line: Model 1's where highest, Model 2's where they part most."""
     first, second = (means_by_rate(runs, name, "kept") for name in ARMS)
     both = sorted(set(first) & set(second), key=lambda rate: second[rate] - first[rate])
-    for name, rate, side in ((ARMS[0], min(first), 0), (ARMS[1], both[-1], 12)):
+    for name, rate, side in ((ARMS[0], max(first, key=first.get), 0), (ARMS[1], both[-1], 12)):
         arm = common.find_arm(name)
         values = [percent(r, "kept") for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]
         axis.annotate(

@@ -1,10 +1,10 @@
 """Does CollapseCallback warn in a Trainer of transformers at a rate that collapses, and only there?
 
 Fine-tunes an own small language model (studies/shared/pretrain.py), or --model, as transformers
-does it, with a fresh classifier on the last token (of a BERT: the first), on 500 sentences of SST-2
-at two learning rates; the callback measures the sentences of the development set. Writes losses,
-components kept, alarms and warnings of both runs into results.json, for --model into a file of its
-name. Minutes on a CPU.
+does it, on 500 sentences of SST-2 at two learning rates: with a fresh classifier on the last token
+(of a BERT: the first), or with --sft as a language model, by trl. The callback measures the
+sentences of the development set. Writes losses, components kept, alarms and warnings of both runs
+into results.json, for --model into a file of its name. Minutes on a CPU.
 """
 
 import tempfile
@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
+import trl
 import tyro
 
 from collapse.check import CollapseCallback
@@ -44,6 +46,8 @@ class Config:
     steps: int = 120
     # What the callback reads: auto (what the classifier reads), mean, last or first.
     read: str = "auto"
+    # Train on the sentences' tokens, with trl's SFTTrainer, in place of a classifier.
+    sft: bool = False
     # Compute in bfloat16 (autocast): faster on CPUs that multiply it in hardware.
     bfloat16: bool = False
     # Text of the own language model.
@@ -54,11 +58,33 @@ class Config:
     output: Path | None = None
 
 
-def train(config: Config, model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
-    """One training; what the callback logged, and its warnings."""
+def make_trainer(
+    config: Config, model: Path, task: Task, rate: float, folder: Path
+) -> transformers.Trainer:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     torch.manual_seed(0)
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": 16,
+        "learning_rate": rate,
+        "warmup_steps": WARMUP_STEPS,
+        "lr_scheduler_type": "constant_with_warmup",
+        "logging_steps": config.steps // 3,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": config.bfloat16,
+        "disable_tqdm": True,
+    }
+    if config.sft:
+        return trl.SFTTrainer(
+            transformers.AutoModelForCausalLM.from_pretrained(model),
+            trl.SFTConfig(max_length=MAX_LENGTH, **arguments),
+            train_dataset=datasets.Dataset.from_dict({"text": task.train.texts}),
+            processing_class=tokenizer,
+        )
     classifier = transformers.AutoModelForSequenceClassification.from_pretrained(
         model, num_labels=len(task.class_names)
     )
@@ -67,23 +93,17 @@ def train(config: Config, model: Path, task: Task, rate: float, folder: Path) ->
         {"input_ids": tokenizer(text)["input_ids"][:MAX_LENGTH], "labels": label}
         for text, label in zip(task.train.texts, task.train.labels, strict=True)
     ]
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        max_steps=config.steps,
-        per_device_train_batch_size=16,
-        learning_rate=rate,
-        warmup_steps=WARMUP_STEPS,
-        lr_scheduler_type="constant_with_warmup",
-        logging_steps=config.steps // 3,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=config.bfloat16,
-        disable_tqdm=True,
+    return transformers.Trainer(
+        classifier,
+        transformers.TrainingArguments(**arguments),
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
-    trainer = transformers.Trainer(
-        classifier, arguments, train_dataset=rows, processing_class=tokenizer
-    )
+
+
+def train(config: Config, model: Path, task: Task, rate: float, folder: Path) -> dict[str, Any]:
+    """One training; what the callback logged, and its warnings."""
+    trainer = make_trainer(config, model, task, rate, folder)
     trainer.remove_callback(transformers.PrinterCallback)
     limits = {"every": EVERY, "max_length": MAX_LENGTH, "read": config.read}
     CollapseCallback(task.validation.texts, **limits).attach(trainer)
@@ -108,9 +128,10 @@ def main() -> None:
     settings, output = {}, config.output or OUTPUT / "results.json"
     if config.model:
         model = Path(find_model(config.model))
-        names = ("steps", "read", "bfloat16")
+        names = ("steps", "read", "sft", "bfloat16")
         settings = {"model": model.name, **{name: getattr(config, name) for name in names}}
-        output = config.output or OUTPUT / f"{model.name}.json"
+        name = f"{model.name}-sft" if config.sft else model.name
+        output = config.output or OUTPUT / f"{name}.json"
     else:
         (model,) = pretrain.backbones([0], config.corpus, config.models_dir)
         task = in_corpus_text(task)

@@ -32,6 +32,7 @@ from collapse.models.fetching import fetch
 from collapse.models.pretrained import fill_in_for, find_model, load_tokenizer, weights_of
 from collapse.models.weights import check_weights
 from collapse.report.plots import save_figure
+from collapse.report.reference import LEARNING_RATE
 from collapse.runs.announcement import check_device_for
 from collapse.runs.progress import Progress
 from collapse.utils import command_line
@@ -47,7 +48,7 @@ SEEDS_OF_A_MODEL = 5  # planned for P8
 MEASUREMENTS = 4  # during a training
 # Base-10 logarithms of learning rates
 RATES = tuple(-3.25 + k / 4 for k in range(8))
-RATES_OF_A_MODEL = tuple(round(math.log10(2e-4 * 2**k), 5) for k in range(6))
+RATES_OF_A_MODEL = tuple(round(math.log10(LEARNING_RATE * 2**k), 5) for k in range(6))
 
 
 @dataclass

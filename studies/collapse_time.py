@@ -32,7 +32,7 @@ from collapse.measures.thresholds import (
     slope_over_time,
 )
 from collapse.report.plots import save_figure
-from collapse.report.reference import REFERENCE
+from collapse.report.reference import LEARNING_RATE, REFERENCE
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT
@@ -509,7 +509,7 @@ def mark_reference(axis: plt.Axes) -> None:
         steps = 3 * theirs["train_rows"] / BATCH
         axis.plot(
             steps,
-            2e-4,
+            LEARNING_RATE,
             marker=marker,
             markersize=10,
             color="black",

@@ -19,14 +19,15 @@ from tqdm import tqdm
 
 import common
 import experiment_agnews_7b
-from collapse.config import LanguageModelConfig
-from collapse.data.batches import Split, encode_rows, length_grouped_batches
+from collapse.data.batches import Split, length_grouped_batches
 from collapse.data.registry import load_ag_news
 from collapse.models.lora import use_fused_lora
 from collapse.models.pretrained import load_tokenizer
-from collapse.utils.errors import UserError, run_script
+from collapse.utils.device import set_threads
+from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import environment
+from studies.throughput import encode_for, over_rounds
 from studies.yardsticks import ecosystem_seconds, make_trainer
 
 OUTPUT = ROOT / "studies" / "results" / "lora_speed" / "results.json"
@@ -47,6 +48,7 @@ RECIPES = {
     "peft's layers": Recipe("sdpa", False, "ours"),
     "transformers' Trainer": Recipe("sdpa", False, "ecosystem"),
 }
+OTHERS = tuple(name for name in RECIPES if name != "ours")
 
 
 @dataclasses.dataclass
@@ -110,21 +112,25 @@ def measure(
 def speedups(seconds: Mapping[str, list[float]], name: str) -> dict[str, float]:
     """A recipe's time over ours, paired by round: median, lowest and highest."""
     ratios = np.array(seconds[name]) / np.array(seconds["ours"])
-    return {"median": float(np.median(ratios)), "low": ratios.min(), "high": ratios.max()}
+    return over_rounds(ratios)
+
+
+def speedup_text(seconds: Mapping[str, list[float]], name: str) -> str:
+    ratio = speedups(seconds, name)
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
-    torch.set_num_threads(1)
-    task = load_ag_news(config.data_dir)
-    if task is None:
-        raise UserError("AG News is neither in the Hugging Face cache nor on the hub: --data-dir.")
+    set_threads(1)
     settings = experiment_agnews_7b.Config(
-        model=config.model, quantization="none", compute_dtype=config.compute_dtype
+        model=config.model,
+        quantization="none",
+        compute_dtype=config.compute_dtype,
+        gradient_checkpointing="off",  # recomputation is no part of the comparison
     )
-    device = torch.device("cpu")
-    encode = load_tokenizer(config.model)
-    split = encode_rows(task.train, encode, settings.max_length)
+    device, task = torch.device("cpu"), load_ag_news(config.data_dir)
+    split = encode_for(config, task, load_tokenizer(config.model), settings)
     results = {"data": task.summary(), "tokens_per_row": float(split.lengths.mean())}
     results |= {"settings": dataclasses.asdict(config), "rows": settings.batch_size}
     results["settings"] |= {"data_dir": None, "output_dir": None}
@@ -132,26 +138,18 @@ def main() -> None:
     for number in (1, 2):
         torch.manual_seed(0)
         arm = common.find_arm(str(number))
-        model = build(arm, len(task.class_names), settings, device)
+        model = common.build_language_model(
+            arm, len(task.class_names), "intermediate", settings, device
+        )
         results[arm.name] = {"seconds": measure(number, model, split, settings, config)}
         print(f"{arm.title}: {describe(results[arm.name]['seconds'])}", flush=True)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / OUTPUT.name, results)
 
 
-def build(
-    arm, classes: int, settings: LanguageModelConfig, device: torch.device
-) -> common.DualHeadModel:
-    """The experiment's model, which keeps all activations: recomputation is no part of this."""
-    settings = dataclasses.replace(settings, gradient_checkpointing="off")
-    return common.build_language_model(arm, classes, "intermediate", settings, device)
-
-
 def describe(seconds: Mapping[str, list[float]]) -> str:
     parts = [f"ours {np.median(seconds['ours']):.2f} s a step"]
-    for name in list(seconds)[1:]:
-        ratio = speedups(seconds, name)
-        parts.append(f"{name} {ratio['median']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]")
+    parts += [f"{name} takes {speedup_text(seconds, name)} times as long" for name in OTHERS]
     return ", ".join(parts)
 
 

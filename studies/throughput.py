@@ -178,13 +178,16 @@ def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
         if "peak_bytes" in speeds[0]:
             result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in speeds)
         if recipe != "ours" and len(own_examples):
-            kinds = {"median": np.median, "low": np.min, "high": np.max}
-            ratios = own_examples / examples
-            result["ratio"][recipe] = {kind: float(of(ratios)) for kind, of in kinds.items()}
+            result["ratio"][recipe] = over_rounds(own_examples / examples)
     if len(own_examples) and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
     rates = result["examples_per_second"].items()
     return result | {"epoch_seconds": {recipe: len(split.labels) / rate for recipe, rate in rates}}
+
+
+def over_rounds(values: np.ndarray) -> dict[str, float]:
+    kinds = {"median": np.median, "low": np.min, "high": np.max}
+    return {kind: float(of(values)) for kind, of in kinds.items()}
 
 
 def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> float:

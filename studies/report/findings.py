@@ -5,7 +5,6 @@ text between <!--begin NAME--> and <!--end-->; it is replaced by the output of B
 whose numbers are in the JSON files are drawn again.
 """
 
-import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -82,10 +81,10 @@ def draw_heroes() -> None:
     """
     own, benefit = (own_models.CONFIGS[name] for name in ("collapse_threshold", "benefit"))
     chosen = own_models.results_of(benefit)["rates"][f"{AG}, model1"]
-    published = {math.log10(2e-4): "the reference's rate"}
-    lost = round(math.log10(1.6e-3), 5)  # as the tables store it
+    published, _, _, lost, *_ = collapse_threshold.RATES_OF_A_MODEL
+    of_reference = {published: "the reference's rate"}
     for config, title, shaded, marked in (
-        (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct, LoRA", lost, published),
+        (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct, LoRA", lost, of_reference),
         (own, "Small language models", -2.25, {chosen: "rate one would choose"}),
     ):
         runs = [r for r in collapse_threshold.read_runs(config.folder) if r.trial.dataset == AG]

@@ -14,6 +14,7 @@ import common
 from collapse.measures.thresholds import KEPT
 from collapse.report.plots import save_figure
 from studies.collapse_threshold import Run, value_of
+from studies.report.experiments import model_name
 
 ARMS = ("model1", "model2")
 SIDE = {"model1": -0.012, "model2": 0.012}  # decades: points stand beside each other
@@ -54,7 +55,7 @@ def draw(
         axis.annotate(name, (0.19, height), xycoords=("axes fraction", "data"), **place, **GRAY)
     kept.set(ylabel="components kept (%)", title=title, xscale="log")
     accuracy.set(ylabel="validation accuracy (%)", xlabel="learning rate")
-    rates = sorted({round(rate, 5) for rate in (*marked, *(run.trial.rate for run in runs))})
+    rates = sorted({run.trial.rate for run in runs} | set(marked))
     accuracy.set_xticks([10**rate for rate in rates], [f"{10**rate:.1e}" for rate in rates])
     accuracy.minorticks_off()
     save_figure(figure, path)
@@ -95,7 +96,7 @@ def name_arms(axis: plt.Axes, runs: Sequence[Run]) -> None:
         arm = common.find_arm(name)
         values = [percent(r, "kept") for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]
         axis.annotate(
-            f"Model {name.removeprefix('model')}: {arm.title}",
+            f"Model {model_name(name)}",
             (10**rate, max(values)),
             xytext=(side, 5),
             textcoords="offset points",

@@ -9,10 +9,11 @@ import numpy as np
 import common
 from collapse.measures.thresholds import Threshold
 from collapse.report.plots import save_figure
+from collapse.report.reference import LEARNING_RATE
 from studies.collapse_threshold import Run, thresholds_by_components
+from studies.report.experiments import model_name
 from studies.report.hero import ARMS
 
-PUBLISHED_RATE = 2e-4  # at which the reference's 7B Model 1 collapsed, after 22,500 steps
 MARKERS = {"": "o", ">=": "^", "<=": "v"}  # a censored threshold points where the true one lies
 
 
@@ -27,9 +28,9 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
         thresholds = thresholds_by_components(list(of_column), rates=())
         for side, name in zip((-0.15, 0.15), ARMS, strict=True):
             draw_thresholds(axis, column + side, name, list(thresholds.get(name, {}).values()))
-    axis.axhline(PUBLISHED_RATE, color="gray", linewidth=0.8, linestyle="--")
+    axis.axhline(LEARNING_RATE, color="gray", linewidth=0.8, linestyle="--")
     note = "the reference's rate: its 7B Model 1 collapsed here, after 22,500 steps"
-    axis.annotate(note, (0.01, PUBLISHED_RATE), xycoords=("axes fraction", "data"), **NOTE)
+    axis.annotate(note, (0.01, LEARNING_RATE), xycoords=("axes fraction", "data"), **NOTE)
     axis.set_xticks(range(len(runs)), list(runs))
     axis.set(
         yscale="log", ylabel="learning rate of collapse, 150 steps", xlim=(-0.5, len(runs) - 0.5)
@@ -37,8 +38,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     axis.set_ylim(1e-4, 2e-2)
     for name in ARMS:
         arm = common.find_arm(name)
-        label = f"Model {name.removeprefix('model')}: {arm.title}"
-        axis.plot([], [], "o", color=arm.color, label=label)
+        axis.plot([], [], "o", color=arm.color, label=f"Model {model_name(name)}")
     axis.legend(loc="upper right", fontsize=9)
     save_figure(figure, path)
 

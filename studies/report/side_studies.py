@@ -80,29 +80,25 @@ LORA_SPEED_COLUMNS = (
     Column("model", lambda row: model_name(row["key"])),
     Column("ours, s a step", lambda row: f"{np.median(row['seconds']['ours']):.2f}"),
     *(
-        Column(f"{name}: times ours [lowest, highest round]", lambda row, name=name: row[name])
-        for name in list(lora_speed.RECIPES)[1:]
+        Column(
+            f"{name}: times ours [lowest, highest round]",
+            lambda row, name=name: lora_speed.speedup_text(row["seconds"], name),
+        )
+        for name in lora_speed.OTHERS
     ),
 )
 
 
 def table_lora_speed(results: dict) -> str:
-    rows = []
-    for key in THREE_MODELS:
-        if key in results:
-            seconds = results[key]["seconds"]
-            ratios = {name: lora_speed.speedups(seconds, name) for name in seconds}
-            shown = {
-                name: f"{r['median']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
-                for name, r in ratios.items()
-            }
-            rows.append({"key": key} | shown | results[key])
-    return table(LORA_SPEED_COLUMNS, rows)
+    return table(LORA_SPEED_COLUMNS, rows_by_model(results))
 
 
 def table_throughput(results: dict) -> str:
-    rows = ({"key": key} | results[key] for key in THREE_MODELS if key in results)
-    return table(THROUGHPUT_COLUMNS, rows)
+    return table(THROUGHPUT_COLUMNS, rows_by_model(results))
+
+
+def rows_by_model(results: dict) -> list[dict]:
+    return [{"key": key} | results[key] for key in THREE_MODELS if key in results]
 
 
 def paper_hours() -> dict[str, dict]:

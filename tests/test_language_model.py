@@ -476,27 +476,30 @@ def test_memory_plan_recomputes_only_as_many_layers_as_it_must(qwen):
     assert plan.layers_to_recompute(1000) == 0
 
 
-def test_activation_memory_is_counted_without_a_trace(qwen):
-    """What one layer keeps for a token is at least its projections' fp32 inputs, and the count
-    leaves nothing behind.
+@pytest.mark.parametrize("attention, length", [("sdpa", 12), ("eager", 12), ("eager", 200)])
+def test_activation_memory_is_counted_without_a_trace(qwen, attention, length):
+    """The count is what a real step keeps for a token, and it leaves nothing behind.
+
+    Eager attention keeps its weights, so that a token of a longer row takes more.
     """
     model = build(3, qwen)
+    model.backbone.set_attn_implementation(attention)
     state = torch.get_rng_state()
-    counted = _activation_bytes(model)
+    counted = _activation_bytes(model, length)
     assert torch.equal(state, torch.get_rng_state()) and not model.training
     assert all(p.grad is None for p in model.parameters())
-    kept = {}  # of a real step of 16 rows of 12 tokens, for comparison
+    kept = {}  # of a real step of 16 rows, for comparison
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def count(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    embeddings = torch.randn(16, 12, SIZES["hidden_size"])
+    embeddings = torch.randn(16, length, SIZES["hidden_size"])
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         output = model.train().backbone(inputs_embeds=embeddings)
     assert output.last_hidden_state.requires_grad
-    real = sum(size for address, size in kept.items() if address not in own) / (16 * 12)
+    real = sum(size for address, size in kept.items() if address not in own) / (16 * length)
     assert counted == pytest.approx(real, rel=0.1)
     assert counted > SIZES["num_hidden_layers"] * 4 * (
         6 * SIZES["hidden_size"] + SIZES["intermediate_size"]

@@ -53,9 +53,9 @@ def test_the_count_of_activations_holds_on_to_no_weight(qwen, quantization):
         storages = [p.untyped_storage() for p in model.parameters()]
         return [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
 
-    _activation_bytes(model)  # bitsandbytes and peft may hold more after their first pass
+    _activation_bytes(model, 16)  # bitsandbytes and peft may hold more after their first pass
     before = holders()
-    _activation_bytes(model)
+    _activation_bytes(model, 16)
     assert holders() == before
 
 
@@ -172,7 +172,7 @@ def failing(trainer, monkeypatch, times: int, error=OUT_OF_MEMORY) -> list[tuple
 
 def trainer_with_room(qwen, layers: int, mode="auto"):
     """A trainer whose plan has room for a step with all unpacked, and so many layers more."""
-    model = build(2, qwen, quantization="nf4", gradient_checkpointing=mode)
+    model = build(2, qwen, quantization="nf4", gradient_checkpointing=mode, max_length=10)
     split = random_split(8, longest=10, vocabulary=60)
     trainer = common.make_trainer(model, split, tiny_settings(qwen), arm_of(2))
     plan = model.memory_plan
@@ -204,9 +204,9 @@ def test_out_of_memory_gives_up_only_what_it_must(tmp_path, monkeypatch):
         trainer.step(np.arange(8), 1e-3)
     assert tries[0] == (8, 0, 8)
     packed = [unpacked for unpacked, _, rows in tries if rows == 8]
-    assert packed == sorted(packed, reverse=True) and len(set(packed)) > 3 and packed[-1] == 0
+    assert packed == sorted(packed, reverse=True) and len(set(packed)) > 2 and packed[-1] == 0
     recomputed = [count for _, count, rows in tries if rows == 8]
-    assert recomputed == sorted(recomputed) and recomputed[-1] == 7 and len(set(recomputed)) > 2
+    assert recomputed[-1] == max(recomputed) == 7 and len(set(recomputed)) > 2
     assert [rows for *_, rows in tries] == sorted((rows for *_, rows in tries), reverse=True)
     for found, before, after in needs:
         assert after < before if found else after == before

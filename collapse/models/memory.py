@@ -32,8 +32,8 @@ class MemoryPlan:
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
 
-    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"]):
-        """model is a DualHeadModel."""
+    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"], longest: int = 256):
+        """model: a DualHeadModel; longest: tokens of a row, for which `token_bytes` is planned."""
         self.mode, self.layers = mode, list(decoder_layers(model.backbone))
         if all(hasattr(layer, "gradient_checkpointing") for layer in self.layers):
             let_layers_recompute(model.backbone)
@@ -48,7 +48,7 @@ class MemoryPlan:
         self.prefix_tokens = int(model.projector is not None)
         self.tokens = self.typical = self.longest = 0
         torch.cuda.empty_cache()  # cached memory of an earlier model counts as free
-        self.token_bytes = _activation_bytes(model)
+        self.token_bytes = _activation_bytes(model, longest)
         self.boundary_bytes = (
             model.classifier.inner.in_features * next(model.backbone.parameters()).element_size()
         )
@@ -268,13 +268,16 @@ def _free_bytes(device: torch.device) -> int:
     return int(min(free, allowed) + unused)
 
 
-def _activation_bytes(model: nn.Module, tokens: int = 64) -> float:
-    """Bytes per token that autograd keeps for the backbone's backward pass.
+def _activation_bytes(model: nn.Module, length: int) -> float:
+    """Bytes per token, in rows of this length, that autograd keeps of the backbone.
 
-    Counted as the difference of two small forward passes, which leaves out what does not grow with
-    tokens, such as the adapters' weights cast to the states' type.
+    Attention that keeps its weights, as on a CPU, keeps more per token in longer rows: bytes of a
+    row are c + a n + b n^2, from three small forward passes. c, such as the adapters' weights cast
+    to the states' type, is left out.
     """
-    return (_kept_bytes(model, tokens) - _kept_bytes(model, tokens // 2)) / (tokens - tokens // 2)
+    tokens = [16, 32, 64]
+    b, a, _ = np.polyfit(tokens, [_kept_bytes(model, n) for n in tokens], deg=2)
+    return float(a + b * length)
 
 
 def _kept_bytes(model: nn.Module, tokens: int) -> int:

@@ -12,6 +12,9 @@ from collapse.utils.errors import UserError
 DATA, MODELS, OPTIMIZATION = "data", "model", "optimization"
 LANGUAGE_MODEL, EXECUTION = "language model", "execution"
 
+# Name in --log-to -> the module that writes to that tracker.
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
 
 def study_setting(default: Any, group: str) -> Any:
     """A field of a configuration that defines the study: another value makes another study."""
@@ -86,7 +89,7 @@ class RunConfig:
     # is the same with and without.
     measure_every: int = run_setting(0, EXECUTION)
     # Experiment tracker that also receives the numbers of metrics.jsonl, one run per training.
-    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = run_setting("none", EXECUTION)
+    log_to: Literal["none", *TRACKERS] = run_setting("none", EXECUTION)
     # Delete all earlier results in the output folder, of every model and seed, and train anew.
     fresh: bool = run_setting(False, EXECUTION)
     # Examples per optimizer step.

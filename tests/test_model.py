@@ -30,8 +30,8 @@ def trainer_for(number, split, **changes):
     return common.make_trainer(tiny_model(number, **changes), split, config, arm_of(number))
 
 
-def test_a_later_token_changes_no_earlier_logit(model_number):
-    model = tiny_model(model_number)
+def test_a_later_token_changes_no_earlier_logit(model_number, pooling):
+    model = tiny_model(model_number, pooling=pooling)
     ids = torch.randint(2, 40, (1, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)
     before = model(ids, mask).hidden
@@ -40,6 +40,9 @@ def test_a_later_token_changes_no_earlier_logit(model_number):
         changed[0, position] = (ids[0, position] + 1) % 38 + 2
         after = model(changed, mask).hidden
         assert torch.equal(after[:, :position], before[:, :position])
+        cut = mask.clone()  # what is pooled of the tokens before it alone
+        cut[0, position:] = False
+        assert torch.equal(model(changed, cut).pooled, model(ids, cut).pooled)
         assert not torch.allclose(after[:, position], before[:, position])
 
 

@@ -33,9 +33,7 @@ class LayerStates:
     The second axis is (all text tokens, all but the first); a row of one token has it in both.
     """
 
-    pooled: (
-        np.ndarray
-    )  # (depth, 2, N, D) pooled over those, fp32; [-1, 0] is what the classifier reads
+    pooled: np.ndarray  # (depth, 2, N, D) fp32, over those tokens; [-1, 0] the classifier's
     norms: np.ndarray  # (depth, 2, N) norm of the first token's state, mean norm of the others'
 
     @classmethod
@@ -65,8 +63,8 @@ def first_token(hidden: Tensor, text_mask: Tensor) -> Tensor:
     return hidden[:, 0].float()
 
 
-# hidden states (B, L, D) without a prefix, mask (B, L) that is True on the tokens to pool -> (B, D)
-# in fp32.
+# From hidden states (B, L, D), a prefix's left out, and a mask (B, L) that is True on the tokens to
+# pool: a state for each text (B, D), in fp32.
 Pooling = Callable[[Tensor, Tensor], Tensor]
 # Name in --pooling -> what the classifier reads of each text.
 POOLINGS: dict[str, Pooling] = {"mean": mean_over_tokens, "last": last_token}

@@ -165,7 +165,7 @@ def finished_trainings(path: Path) -> list[tuple[str, int]]:
     return sorted((model, int(seed)) for model, _, seed in (n.rpartition("-seed") for n in names))
 
 
-# What results that lack a setting were made with; of another one they do not tell.
+# Values of settings that results written before those settings existed were made with.
 BEFORE = {"config": {"pooling": "mean"}, "data": {}}
 
 

@@ -39,7 +39,7 @@ from collapse.data.batches import (
 from collapse.data.registry import load_task, preparation
 from collapse.data.task import Task, fixed_draw
 from collapse.measures.engrams import analyse_engrams
-from collapse.measures.layers import pool
+from collapse.measures.layers import find_pooling
 from collapse.measures.predictions import measure_rows
 from collapse.measures.rank import rank_metrics
 from collapse.models.losses import combined_loss, kl_from_start_sum, lm_loss_sum
@@ -121,7 +121,7 @@ class ModelOutput:
     """What DualHeadModel makes of a batch."""
 
     hidden: Tensor  # (B, L, D) last hidden states of the tokens, the prefix's left out
-    pooled: Tensor  # (B, D) fp32, mean over text tokens
+    pooled: Tensor  # (B, D) fp32, what the classifier reads
     intermediate: Tensor  # (B, classifier's inner size)
     logits: Tensor  # (B, C)
     engram: Tensor | None  # (B, E), model 3 only
@@ -146,6 +146,7 @@ class DualHeadModel(nn.Module):
         constant_prefix: no compressor, so that every prefix is that of the zero engram: one learned
             embedding, which starts as model 3's.
         adapters: the peft.PeftModel around the backbone's causal LM, where adapters alone train.
+        pooling: a name of POOLINGS in collapse/measures/layers.py.
 
     `memory_plan`, when it is set, decides which of the backbone's layers recompute.
     """
@@ -162,8 +163,10 @@ class DualHeadModel(nn.Module):
         engram_source: Literal["pooled", "intermediate"] = "pooled",
         constant_prefix: bool = False,
         adapters: Any = None,
+        pooling: str = "mean",
     ):
         super().__init__()
+        self.pool = find_pooling(pooling)
         self.backbone, self.classifier, self.lm_head = backbone, classifier, lm_head
         self.engram_source = engram_source
         self.__dict__["adapters"] = adapters  # no submodule: it holds the backbone once more
@@ -190,7 +193,7 @@ class DualHeadModel(nn.Module):
             embeddings = torch.cat([prefix, embeddings], dim=1)  # (B, 1 + L, D)
         hidden = self.run_backbone(embeddings)
         hidden = hidden[:, -input_ids.shape[1] :]  # (B, L, D): the prefix does not predict
-        pooled = pool(hidden, text_mask)
+        pooled = self.pool(hidden, text_mask)
         logits, intermediate = self.classifier(pooled)
         new_engram = None
         if self.compressor is not None:
@@ -241,6 +244,7 @@ def put_heads_on(
         engram_source=engram_source,
         constant_prefix=arm.prefix == "constant",
         adapters=adapters,
+        pooling=config.pooling,
     ).to(causal_lm.device)
 
 
@@ -617,6 +621,7 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """
     arms, device, task = chosen_arms(config), training_device(config), experiment.task
     set_threads(config.threads)
+    find_pooling(config.pooling)
     load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
         "config": fingerprint(config) | experiment.details,
@@ -807,6 +812,8 @@ def run_language_model_experiment(
     device = training_device(config)
     config = fill_in_for(device, config)
     check_config(config)
+    chosen_arms(config)  # now: a wrong name costs no download
+    find_pooling(config.pooling)
     check_device_for(config.model, device, config.compute_dtype)
     task = load_task(config)
     if task is None:

@@ -162,6 +162,7 @@ def build_model(arm: common.Arm, num_classes: int, config: Config) -> common.Dua
         else None,
         engram_size=None if arm.prefix == "none" else config.engram_size,
         constant_prefix=arm.prefix == "constant",
+        pooling=config.pooling,
     )
 
 

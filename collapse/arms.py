@@ -36,7 +36,7 @@ class Arm:
     @property
     def sort_key(self) -> tuple[int, float, float]:
         """Orders tables: as in ARMS, then by weight and by factor of epochs."""
-        names = [arm.name for arm in ARMS.values()]
+        names = [arm.name for arm in ARMS]
         return names.index(self.name.partition("@")[0]), self.weight or 0.0, self.epochs
 
     @property
@@ -70,31 +70,24 @@ class Arm:
         return combined_loss(cls_loss, lm_loss if directs else None, self.weight_in(config))
 
 
-# Name in --models -> arm.
-ARMS = {
-    "1": Arm("model1", "Classification Only", "#0072B2", "o", cost=1.0),
-    "2": Arm("model2", "Dual Head", "#D55E00", "s", cost=2.8, lm="true"),
-    "3": Arm("model3", "Dual + Engram", "#009E73", "^", cost=3.3, lm="true", prefix="engram"),
+ARMS = (
+    Arm("model1", "Classification Only", "#0072B2", "o", cost=1.0),
+    Arm("model2", "Dual Head", "#D55E00", "s", cost=2.8, lm="true"),
+    Arm("model3", "Dual + Engram", "#009E73", "^", cost=3.3, lm="true", prefix="engram"),
     # LM targets shuffled within the step's rows: their unigrams are right, their order is not.
-    "shuffled-lm": Arm("shuffled-lm", "Shuffled LM", "#CC79A7", "D", cost=2.8, lm="shuffled"),
+    Arm("shuffled-lm", "Shuffled LM", "#CC79A7", "D", cost=2.8, lm="shuffled"),
     # No LM loss: a KL penalty keeps the next-token distribution close to the initial model's.
-    "kl": Arm("kl", "KL to the start", "#56B4E9", "v", cost=4.2, anchor="kl"),
+    Arm("kl", "KL to the start", "#56B4E9", "v", cost=4.2, anchor="kl"),
     # No LM head: half the squared distance of the backbone's trained weights from their start,
     # times the weight, is added to the classification loss (L2-SP, Li et al. 2018).
-    "l2-start": Arm(
-        "l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01
-    ),
+    Arm("l2-start", "L2 to the start", "#E69F00", "P", cost=1.0, anchor="l2", weight=0.01),
     # Steps follow the classification gradient alone, divided by Adam's scale of model 2, so they
     # are smaller. A trainable LM head learns as in model 2, so that the scale stays model 2's.
-    "shared-scale": Arm(
-        "shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True
-    ),
+    Arm("shared-scale", "Shared scale", "#000000", "X", cost=3.3, lm="true", shared_scale=True),
     # Model 3 without an engram: the projector's input is zero, so its bias is the prefix.
-    "constant-prefix": Arm(
-        "constant-prefix", "Constant prefix", "#332288", "<", 2.9, lm="true", prefix="constant"
-    ),
+    Arm("constant-prefix", "Constant prefix", "#332288", "<", 2.9, lm="true", prefix="constant"),
     # Model 3 whose compressor keeps its random weights; gradients pass through it.
-    "frozen-compressor": Arm(
+    Arm(
         "frozen-compressor",
         "Frozen compressor",
         color="#882255",
@@ -105,7 +98,7 @@ ARMS = {
         compressor="none",
     ),
     # Model 3 whose compressor learns from the LM loss alone; the rest learns from both losses.
-    "lm-only-engram": Arm(
+    Arm(
         "lm-only-engram",
         "LM-only engram",
         color="#999933",
@@ -116,8 +109,10 @@ ARMS = {
         compressor="lm",
     ),
     # Model 1 for about the time that model 2 takes.
-    "longer": Arm("longer", "Longer", "#117733", "*", cost=1.0, epochs=2.5),
-}
+    Arm("longer", "Longer", "#117733", "*", cost=1.0, epochs=2.5),
+)
+# Name in --models -> arm.
+BY_NAME = {arm.name.removeprefix("model"): arm for arm in ARMS}
 
 
 def find_arm(name: str) -> Arm:
@@ -127,9 +122,9 @@ def find_arm(name: str) -> Arm:
     name or a number out of range.
     """
     key, _, number = name.removeprefix("model").partition("@")
-    if key not in ARMS:
-        raise UserError(f"--models {name} is none of {', '.join(ARMS)}.")
-    arm = ARMS[key]
+    if key not in BY_NAME:
+        raise UserError(f"--models {name} is none of {', '.join(BY_NAME)}.")
+    arm = BY_NAME[key]
     if not number:
         return arm
     longer = arm.epochs != 1

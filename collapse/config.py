@@ -12,6 +12,9 @@ from collapse.utils.errors import UserError
 DATA, MODELS, OPTIMIZATION = "data", "model", "optimization"
 LANGUAGE_MODEL, EXECUTION = "language model", "execution"
 
+# Name in --log-to -> the module that writes to that tracker.
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
 
 def study_setting(default: Any, group: str) -> Any:
     """A field of a configuration that defines the study: another value makes another study."""
@@ -86,7 +89,7 @@ class RunConfig:
     # is the same with and without.
     measure_every: int = run_setting(0, EXECUTION)
     # Experiment tracker that also receives the numbers of metrics.jsonl, one run per training.
-    log_to: Literal["none", "tensorboard", "trackio", "wandb"] = run_setting("none", EXECUTION)
+    log_to: Literal["none", *TRACKERS] = run_setting("none", EXECUTION)
     # Delete all earlier results in the output folder, of every model and seed, and train anew.
     fresh: bool = run_setting(False, EXECUTION)
     # Examples per optimizer step.
@@ -103,6 +106,9 @@ class RunConfig:
     warmup_fraction: float = study_setting(0.05, OPTIMIZATION)
     # Gradients are scaled down to this total norm; 0 leaves them alone.
     clip_norm: float = study_setting(1.0, OPTIMIZATION)
+    # What the classifier reads of a text's hidden states: their mean, or the last token's (last). A
+    # name of POOLINGS in collapse/measures/layers.py.
+    pooling: str = study_setting("mean", MODELS)
     # Weight of the LM loss (of the KL divergence in kl); the classification loss gets the rest.
     lm_weight: float = study_setting(0.5, MODELS)
 

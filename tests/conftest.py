@@ -18,6 +18,7 @@ import experiment
 from collapse.data.batches import Split
 from collapse.data.sst2 import load_sst2_by_sentence
 from collapse.data.task import Task
+from collapse.measures.layers import POOLINGS
 from collapse.report import plots
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT
@@ -80,6 +81,11 @@ def freeze_imports() -> None:
 
 @pytest.fixture(params=[1, 2, 3])
 def model_number(request) -> int:
+    return request.param
+
+
+@pytest.fixture(params=POOLINGS)
+def pooling(request) -> str:
     return request.param
 
 

@@ -145,8 +145,20 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
         )  # the prefix was there
 
 
+def test_a_training_is_measured_with_the_pooling_of_its_settings(run, data_dir, tmp_path):
+    options = f"--data-dir {data_dir} --device cpu {TINY} --seeds 1 --models 2 --pooling last"
+    start_script(experiment, f"{options} --output-dir {tmp_path / 'last'}")
+    (study,) = run(f"--folders {tmp_path / 'last'}").values()
+    training = read_json(tmp_path / "last/state/model2-seed1/metrics.json")
+    found, expected = study["model2"], training["val"][-1]
+    for number in ("accuracy", "effective_rank"):
+        assert found[number] == pytest.approx(expected[number], rel=1e-4)
+    ranks = found["effective_rank_without_first"], expected["effective_rank"]
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-4)  # the last token's state in both
+
+
 @pytest.mark.parametrize("model_number", [1, 3])
-def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
+def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number, pooling):
     """Against Hugging Face's output_hidden_states, row by row: its last entry is behind the final
     norm, as our last is.
     """
@@ -161,7 +173,11 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
     causal_lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
     engram_size = 6 if model_number == 3 else None
     model = common.DualHeadModel(
-        causal_lm.model, 16, common.ClassificationHead(16, 10, 2), engram_size=engram_size
+        causal_lm.model,
+        16,
+        common.ClassificationHead(16, 10, 2),
+        engram_size=engram_size,
+        pooling=pooling,
     ).eval()
     split = random_split(9)
     states = common.evaluate(model, split, with_layers=True).layers
@@ -181,8 +197,9 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
         def depths(array):
             return np.delete(array, -2, axis=0)  # what the final norm gets is not among them
 
-        np.testing.assert_allclose(depths(found[:, row]), whole.mean(1), atol=1e-5)
-        np.testing.assert_allclose(depths(rest[:, row]), others.mean(1), atol=1e-5)
+        pool = {"mean": lambda some: some.mean(1), "last": lambda some: some[:, -1]}[pooling]
+        np.testing.assert_allclose(depths(found[:, row]), pool(whole), atol=1e-5)
+        np.testing.assert_allclose(depths(rest[:, row]), pool(others), atol=1e-5)
         np.testing.assert_allclose(depths(states.norms[:, :, row]).T, torch.stack(expected), 1e-4)
         last_layer = causal_lm.model.layers[-1]
         raw = []
@@ -192,7 +209,7 @@ def test_layers_are_pooled_as_the_whole_hidden_states_would_be(model_number):
         causal_lm.model(inputs_embeds=embeddings)
         handle.remove()
         np.testing.assert_allclose(
-            found[-2, row], raw[0][0, -len(ids) :].mean(0).detach().numpy(), atol=1e-5
+            found[-2, row], pool(raw[0][:, -len(ids) :])[0].detach().numpy(), atol=1e-5
         )
 
 

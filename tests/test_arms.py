@@ -22,7 +22,7 @@ from conftest import (
 
 import common
 import experiment
-from collapse.arms import ARMS
+from collapse.arms import BY_NAME
 from collapse.config import LanguageModelConfig
 from collapse.data.batches import Split, length_grouped_batches
 from collapse.training import loop
@@ -90,7 +90,7 @@ def test_an_unknown_arm_or_weight_is_refused_in_one_sentence():
 def test_an_arm_is_found_by_the_name_that_its_results_have(name):
     arm = arm_of(name)
     assert common.find_arm(arm.name) == arm and "-seed" not in arm.name
-    assert arm.sort_key[0] == list(ARMS).index(name.partition("@")[0])
+    assert arm.sort_key[0] == list(BY_NAME).index(name.partition("@")[0])
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -61,6 +61,14 @@ def test_probabilities_are_those_of_the_training(folder, model_number, kind, dat
     assert classify([]).shape == (0, 2)
 
 
+def test_a_classifier_pools_as_its_training_did(train, tmp_path, data_dir):
+    train(tmp_path, "--models 1 --epochs 1 --pooling last")
+    training, rows = tmp_path / "state/model1-seed42", load_sst2(data_dir).validation
+    right = load_classifier(training, device="cpu")(rows.texts)[range(24), rows.labels]
+    end = read_json(training / "metrics.json")["val"][-1]
+    assert -np.log(right).mean() == pytest.approx(end["cls_loss"], rel=1e-4)
+
+
 def test_it_generates_what_peft_does(folder, qwen):
     training = folder / "results_7b/smollm2-135m/state/model2-seed42"
     classify = load_classifier(training, device="cpu")

@@ -59,6 +59,19 @@ def test_ten_steps_of_warm_up_whatever_the_number_of_steps(steps):
     assert rates[8] < 1e-3 and rates[9:] == [1e-3] * 3
 
 
+def test_a_recipe_takes_any_setting_of_a_training():
+    fields = dataclasses.asdict(finetune.Recipe("m", "AG News", "1", 1e-3, 0, 50, 64, True, True))
+    del fields["settings"]
+    plain, other = (
+        finetune.Recipe.of(**fields, **own) for own in ({}, {"weight_decay": 0.5, "clip_norm": 2})
+    )
+    assert plain.config().schedule == "constant" and other.config().weight_decay == 0.5
+    assert other.config() == dataclasses.replace(plain.config(), weight_decay=0.5, clip_norm=2)
+    assert hash(other) != hash(plain)  # data and starts are kept by recipe
+    with pytest.raises(TypeError, match="heat"):
+        finetune.Recipe.of(**fields, heat=1).config()
+
+
 def path_of(trial, fell_at, back_at=None, diverged_at=None):
     """Rows of a training whose components fall from 64 to 8 after so many steps."""
     steps = settings(trial)["steps"]

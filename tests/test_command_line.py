@@ -8,7 +8,9 @@ import pytest
 
 import experiment
 import experiment_7b
+from collapse.arms import BY_NAME
 from collapse.config import LanguageModelConfig, RunConfig, fingerprint, run_setting
+from collapse.measures.layers import POOLINGS
 from collapse.utils import command_line
 from collapse.utils.command_line import grouped
 from studies import collapse_threshold
@@ -32,6 +34,11 @@ def test_help_has_every_flag_once_under_its_own_name(config_type, monkeypatch, c
     assert sorted(flags) == sorted(expected) and "What the script does." in text
     monkeypatch.setattr("sys.argv", ["script.py", "--seeds", "7"])
     assert command_line.parse(config_type, "").seeds == (7,)
+
+
+def test_help_names_every_arm_and_pooling(monkeypatch, capsys):
+    words = re.findall(r"[\w-]+", help_of(experiment.Config, monkeypatch, capsys))
+    assert {*BY_NAME, *POOLINGS} <= set(words)
 
 
 def test_groups_and_comments_of_a_subclass(monkeypatch, capsys):

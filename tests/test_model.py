@@ -30,8 +30,8 @@ def trainer_for(number, split, **changes):
     return common.make_trainer(tiny_model(number, **changes), split, config, arm_of(number))
 
 
-def test_a_later_token_changes_no_earlier_logit(model_number):
-    model = tiny_model(model_number)
+def test_a_later_token_changes_no_earlier_logit(model_number, pooling):
+    model = tiny_model(model_number, pooling=pooling)
     ids = torch.randint(2, 40, (1, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)
     before = model(ids, mask).hidden
@@ -40,11 +40,14 @@ def test_a_later_token_changes_no_earlier_logit(model_number):
         changed[0, position] = (ids[0, position] + 1) % 38 + 2
         after = model(changed, mask).hidden
         assert torch.equal(after[:, :position], before[:, :position])
+        cut = mask.clone()  # what is pooled of the tokens before it alone
+        cut[0, position:] = False
+        assert torch.equal(model(changed, cut).pooled, model(ids, cut).pooled)
         assert not torch.allclose(after[:, position], before[:, position])
 
 
-def test_a_row_does_not_depend_on_its_batch(model_number):
-    model, split = tiny_model(model_number), random_split()
+def test_a_row_does_not_depend_on_its_batch(model_number, pooling):
+    model, split = tiny_model(model_number, pooling=pooling), random_split()
     together, batch = run(model, split, range(30))
     for row in range(30):
         alone, _ = run(model, split, [row])
@@ -57,8 +60,8 @@ def test_a_row_does_not_depend_on_its_batch(model_number):
     assert batch.input_ids.shape[1] == max(split.lengths)
 
 
-def test_pooling_is_the_mean_over_text_tokens_alone(model_number):
-    model, split = tiny_model(model_number), random_split()
+def test_pooling_reads_text_tokens_alone(model_number, pooling):
+    model, split = tiny_model(model_number, pooling=pooling), random_split()
     embeddings = model.backbone.get_input_embeddings()
     for row in range(5):
         tokens = embeddings(split.token_ids[row])[None]
@@ -68,7 +71,13 @@ def test_pooling_is_the_mean_over_text_tokens_alone(model_number):
             0, 1 if model_number == 3 else 0 :
         ]
         output, _ = run(model, split, [*range(row), row])
-        torch.testing.assert_close(output.pooled[row], hidden.mean(0), atol=1e-5, rtol=1e-5)
+        expected = {"mean": hidden.mean(0), "last": hidden[-1]}[pooling]
+        torch.testing.assert_close(output.pooled[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_unknown_pooling_names_those_there_are():
+    with pytest.raises(UserError, match="--pooling middle is none of mean, last"):
+        tiny_model(1, pooling="middle")
 
 
 def test_lm_loss_is_over_text_tokens_but_the_first_and_the_same_for_models_2_and_3():

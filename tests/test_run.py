@@ -260,6 +260,15 @@ def test_another_configuration_is_refused_and_nothing_is_overwritten(run, capsys
     assert run("--models 1 --lm-weight 0.25 --fresh")["settings"]["config"]["lm_weight"] == 0.25
 
 
+def test_a_folder_keeps_its_pooling(run, capsys):
+    results = run("--models 3 --epochs 1 --pooling last")
+    assert results["settings"]["config"]["pooling"] == "last"
+    assert run("--models 3 --epochs 1 --pooling last") == results  # nothing trains
+    error = fails(run, capsys, "--models 1 --epochs 1")
+    assert "another configuration (pooling is last there and mean here)" in error
+    assert "--pooling no is none of mean, last" in fails(run, capsys, "--models 1 --pooling no")
+
+
 def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_fresh(
     run, monkeypatch
 ):

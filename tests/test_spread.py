@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from collapse.measures.layers import pool
+from collapse.measures.layers import POOLINGS, mean_over_tokens, summarize_states
 from collapse.measures.neural_collapse import (
     class_means,
     effective_rank_within,
@@ -32,10 +32,7 @@ def rotation(size, seed=5):
 
 
 def pool_without_first(hidden, text_mask):
-    """As `pool` gives it with the first text token masked; a row of one token keeps it."""
-    mask = text_mask.clone()
-    mask[:, 0] = text_mask.sum(1) == 1
-    return pool(hidden, mask)
+    return summarize_states(hidden, text_mask, mean_over_tokens)[0][1]
 
 
 def test_within_classes_equals_the_loop():
@@ -178,6 +175,18 @@ def test_pooling_without_the_first_token_keeps_a_lone_one_and_leaves_a_prefix_ou
     expected = [hidden[0, 2:].mean(0), hidden[1, 1], hidden[2, 2:4].mean(0)]
     torch.testing.assert_close(found, torch.stack(expected))
     assert text_mask[:, 0].all()  # the caller's mask is as it was
+
+
+def test_no_pooling_reads_a_state_that_the_mask_leaves_out(pooling):
+    hidden = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
+    mask[0, 0] = False
+    found = POOLINGS[pooling](hidden, mask)
+    padded = torch.where(mask[..., None], hidden, 1000)
+    assert torch.equal(POOLINGS[pooling](padded, mask), found) and found.dtype == torch.float32
+    for row, own in enumerate(mask):  # of all tokens that it keeps, and at any length
+        alone = POOLINGS[pooling](hidden[[row]][:, own], own[own][None])[0]
+        torch.testing.assert_close(found[row], alone)
 
 
 def test_agreement_with_means_of_the_same_rows_is_that_of_neural_collapse():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import start_script
+from conftest import fails, start_script
 
 import effective_rank_analysis
 import experiment
@@ -99,6 +99,16 @@ def test_a_finished_run_is_published_as_it_was(name, stored, capsys):
     train(name)
     assert "epoch 1/2" not in capsys.readouterr().out  # nothing trained
     assert_same(read_json(stored / name / "results.json"), before, rel=1e-9)
+
+
+def test_a_run_from_before_there_was_a_choice_of_pooling_has_the_mean(stored, capsys):
+    for name in ("small", "qwen2"):
+        script, options = RUNS[name]
+        start = f"{options} --output-dir {name} --pooling last"
+        error = fails(start_script, capsys, script, start)
+        assert "another configuration (pooling is mean there and last here)" in error
+        (stored / name / "state/settings.json").unlink()  # as in a fresh clone
+        assert "pooling is mean there" in fails(start_script, capsys, script, start)
 
 
 def test_experiment_4_measures_the_stored_numbers(stored, monkeypatch):

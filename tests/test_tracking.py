@@ -7,11 +7,12 @@ import types
 import pytest
 from conftest import fails, without_times
 
-from collapse.runs.tracking import MODULES, numbers_of
+from collapse.config import TRACKERS
+from collapse.runs.tracking import numbers_of
 from collapse.training import loop
 
 
-@pytest.fixture(params=MODULES)
+@pytest.fixture(params=TRACKERS)
 def tracker(request, monkeypatch):
     """A tracker's kind, and its runs as the module's calls show them."""
     runs: dict[str, dict] = {}
@@ -44,7 +45,7 @@ def tracker(request, monkeypatch):
 
     module = types.ModuleType(request.param)
     module.init, module.SummaryWriter = init, lambda folder: Run(str(folder))
-    monkeypatch.setitem(sys.modules, MODULES[request.param], module)
+    monkeypatch.setitem(sys.modules, TRACKERS[request.param], module)
     monkeypatch.setattr(loop, "LOG_STEPS", 2)
     return request.param, runs, Run
 
@@ -92,10 +93,10 @@ def test_a_training_that_goes_on_goes_on_in_its_run(tracker, run, tmp_path):
     }
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", TRACKERS)
 def test_a_tracker_that_is_not_installed_is_named_before_anything_trains(
     kind, run, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setitem(sys.modules, MODULES[kind], None)
+    monkeypatch.setitem(sys.modules, TRACKERS[kind], None)
     assert f"pip install {kind}" in fails(run, capsys, f"--log-to {kind}")
     assert not (tmp_path / "out").exists()

@@ -202,7 +202,7 @@ def other_encoding(content: bytes) -> str | None:
 
 
 def named_rows(pairs: Iterable[tuple[str, str]], classes: Sequence[str], where: str) -> Rows:
-    """Rows of (text, class name) pairs, runs of white space as one space.
+    """Rows of (text, class name) pairs, runs of white space as one space: see registry.ONE_SPACE.
 
     where: what the pairs are, for messages. Raises UserError naming the row, counted from 1, that
     has no text or an unknown class.

@@ -12,7 +12,13 @@ from torch import nn
 
 from collapse.data.batches import Split, collate, count_targets, encode_rows, token_budget_batches
 from collapse.data.task import Rows, fixed_draw
-from collapse.measures.layers import LayerStates, collapse_of, summarize_states, undisturbed
+from collapse.measures.layers import (
+    READINGS,
+    LayerStates,
+    collapse_of,
+    summarize_states,
+    undisturbed,
+)
 from collapse.measures.neural_collapse import sink_ratio
 from collapse.measures.thresholds import KEPT
 from collapse.models.losses import lm_loss_of_logits
@@ -82,7 +88,7 @@ def pooled_states(
             mask = batch.text_mask.long()
             output = model(batch.input_ids, attention_mask=mask, output_hidden_states=True)
             hidden = output.hidden_states[0 if every_layer else -1 :]
-            found = [summarize_states(one, batch.text_mask, read) for one in hidden]
+            found = [summarize_states(one, batch.text_mask, READINGS[read]) for one in hidden]
             size = hidden[-1].shape[-1]
             states = states or LayerStates.empty(len(found), len(split.labels), size)
             states.put(rows, found)

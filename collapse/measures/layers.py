@@ -6,9 +6,8 @@ tokens. So everything is pooled twice, with the first token and without it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from collapse.measures.neural_collapse import (
 )
 from collapse.measures.rank import rank_metrics, ranks_from_gram
 from collapse.models.architectures import decoder_layers
+from collapse.utils.errors import UserError
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LayerStates:
     The second axis is (all text tokens, all but the first); a row of one token has it in both.
     """
 
-    pooled: np.ndarray  # (depth, 2, N, D) means over those tokens, fp32; [-1, 0] the classifier's
+    pooled: np.ndarray  # (depth, 2, N, D) fp32, over those tokens; [-1, 0] the classifier's
     norms: np.ndarray  # (depth, 2, N) norm of the first token's state, mean norm of the others'
 
     @classmethod
@@ -48,13 +48,35 @@ class LayerStates:
             self.norms[depth][:, rows] = norms.cpu().numpy()
 
 
-def pool(hidden: Tensor, text_mask: Tensor) -> Tensor:
-    """Mean over text tokens, in fp32: (B, D).
-
-    hidden is (B, L, D), or with a prefix (B, 1 + L, D); text_mask (B, L) is True on text.
-    """
+def mean_over_tokens(hidden: Tensor, text_mask: Tensor) -> Tensor:
     mask = text_mask.unsqueeze(-1)
-    return (hidden[:, -text_mask.shape[1] :].float() * mask).sum(1) / mask.sum(1)
+    return (hidden.float() * mask).sum(1) / mask.sum(1)
+
+
+def last_token(hidden: Tensor, text_mask: Tensor) -> Tensor:
+    positions = torch.arange(text_mask.shape[1], device=text_mask.device)
+    last = (positions * text_mask).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+
+
+def first_token(hidden: Tensor, text_mask: Tensor) -> Tensor:
+    return hidden[:, 0].float()
+
+
+# From hidden states (B, L, D), a prefix's left out, and a mask (B, L) that is True on the tokens to
+# pool: a state for each text (B, D), in fp32.
+Pooling = Callable[[Tensor, Tensor], Tensor]
+# Name in --pooling -> what the classifier reads of each text.
+POOLINGS: dict[str, Pooling] = {"mean": mean_over_tokens, "last": last_token}
+# And what a classifier on an encoder reads; in a causal model the first token has seen no other.
+READINGS = POOLINGS | {"first": first_token}
+
+
+def find_pooling(name: str) -> Pooling:
+    """The function that --pooling or a run's settings name. Raises UserError for another name."""
+    if name not in POOLINGS:
+        raise UserError(f"--pooling {name} is none of {', '.join(POOLINGS)}.")
+    return POOLINGS[name]
 
 
 def without_first(text_mask: Tensor) -> Tensor:
@@ -64,23 +86,16 @@ def without_first(text_mask: Tensor) -> Tensor:
     return rest
 
 
-def summarize_states(
-    hidden: Tensor, text_mask: Tensor, read: Literal["mean", "last", "first"] = "mean"
-) -> tuple[Tensor, Tensor]:
+def summarize_states(hidden: Tensor, text_mask: Tensor, pool: Pooling) -> tuple[Tensor, Tensor]:
     """(2, B, D) and (2, B), as LayerStates holds them, of one depth's states.
 
-    hidden is (B, L, D), or with a prefix (B, 1 + L, D). read: a mean over text tokens, or the state
-    of the last or first of them, which is then in both places.
+    hidden is (B, L, D), or with a prefix (B, 1 + L, D). A pooling that takes one token's state has
+    it in both places.
     """
     rest, text = without_first(text_mask), hidden[:, -text_mask.shape[1] :]
     norms = torch.linalg.vector_norm(text, dim=-1, dtype=torch.float32)  # (B, L)
     others = (norms * rest).sum(1) / rest.sum(1)  # (B,)
-    if read == "mean":
-        pooled = torch.stack([pool(text, text_mask), pool(text, rest)])
-    else:
-        position = text_mask.sum(1) - 1 if read == "last" else torch.zeros_like(text_mask[:, 0])
-        one = text[torch.arange(len(text), device=text.device), position.long()].float()  # (B, D)
-        pooled = torch.stack([one, one])
+    pooled = torch.stack([pool(text, text_mask), pool(text, rest)])
     return pooled, torch.stack([norms[:, 0], others])
 
 
@@ -118,7 +133,7 @@ def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
 
     def catch(module, arguments, keywords) -> None:
         states = arguments[0] if arguments else keywords["hidden_states"]
-        found.append(summarize_states(states, text_mask))
+        found.append(summarize_states(states, text_mask, model.pool))
 
     def keep(module, arguments, output) -> None:
         nonlocal last
@@ -127,7 +142,7 @@ def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
     def end(module, arguments, output) -> None:
         nonlocal last
         if output.last_hidden_state.data_ptr() != last.data_ptr():  # a final norm came after
-            found.append(summarize_states(last, text_mask))
+            found.append(summarize_states(last, text_mask, model.pool))
         last = None
 
     layers = decoder_layers(model.backbone)
@@ -144,7 +159,7 @@ def summaries_of_layers(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
 def records_by_depth(
     states: LayerStates, labels: np.ndarray, lengths: np.ndarray
 ) -> list[dict[str, float]]:
-    """Numbers of each depth: of all text tokens' means, and `_without_first` of the others'.
+    """Numbers of each depth: of all text tokens pooled, and `_without_first` of the others.
 
     rank_metrics, `cdnv`, effective_rank_within, within_spread and between_spread, length_share, see
     collapse.measures.neural_collapse, and `sink_ratio`, first token's norm over the others'.

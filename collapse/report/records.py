@@ -1,6 +1,7 @@
 """Experiment 4: from records of single models to a study's means, changes and table."""
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -213,21 +214,53 @@ def title_of_change(pair: str, result: dict) -> str:
     return pair.replace("pretrained", before)
 
 
-def level(title: str, number: str, digits: int = 1) -> Column:
+def level(title: str, number: str, digits: int) -> Column:
     """A column with a number of each seed, for rows of `models_of`."""
     return Column(title, lambda row: values_of(row["result"], row["key"], number), digits)
 
 
+@dataclass(frozen=True)
+class Metric:
+    """A number of saved models, as tables show it."""
+
+    number: str  # in records, see scalars
+    title: str  # in RESULTS.md; the log has the number's name
+    digits: int = 1
+    in_log: bool = False
+
+
+# In the order of the tables' columns. A new number of a record is shown by a row here.
+RANKS = (
+    Metric("effective_rank", "effective rank", in_log=True),
+    Metric("effective_rank_within", "within classes"),
+    Metric("effective_rank_without_first", "without the first token"),
+    Metric("effective_rank_within_without_first", "within, without first"),
+    Metric("effective_rank_share", "over N - 1", 3, in_log=True),
+    Metric("effective_rank_matched", "at matched rows"),
+    Metric("stable_rank", "stable rank", in_log=True),
+    Metric("participation_ratio", "participation ratio", in_log=True),
+    Metric("participation_ratio_eigen", "the same, eigenvalues"),
+    Metric("dims_95pct", "components for 95% of variance", 0, in_log=True),
+    Metric("intermediate.effective_rank", "effective rank, intermediate"),
+    Metric("length_share", "share of 1/length", 3),
+)
+NEURAL_COLLAPSE = (
+    Metric("cdnv", "NC1 CDNV, pooled", 2, in_log=True),
+    Metric("train.cdnv", "the same, training rows", 2),
+    Metric("intermediate.cdnv", "NC1 CDNV, intermediate", 2, in_log=True),
+    Metric("train.intermediate.cdnv", "the same, training rows", 2),
+    Metric("intermediate.etf_error", "NC2 etf_error", 3),
+    Metric("intermediate.self_duality_error", "NC3 self_duality_error", 3),
+    Metric("intermediate.ncc_agreement", "NC4 ncc_agreement", 3, in_log=True),
+    Metric("within_spread", "spread within classes", 2),
+    Metric("between_spread", "spread between classes", 2),
+    Metric("language_kept", "LM loss less the start's", 3),
+    Metric("transfer", "accuracy on another data set less the start's", 3),
+    Metric("accuracy", "accuracy", 3),
+)
 LOG_COLUMNS = (
     Column("", "title"),
-    level("effective_rank", "effective_rank"),
-    level("effective_rank_share", "effective_rank_share", 3),
-    level("stable_rank", "stable_rank"),
-    level("participation_ratio", "participation_ratio"),
-    level("dims_95pct", "dims_95pct", 0),
-    level("cdnv", "cdnv", 2),
-    level("intermediate.cdnv", "intermediate.cdnv", 2),
-    level("intermediate.ncc_agreement", "intermediate.ncc_agreement", 3),
+    *(level(m.number, m.number, m.digits) for m in RANKS + NEURAL_COLLAPSE if m.in_log),
 )
 RANK_CHANGE_COLUMNS = (
     Column("changes of the effective rank", "title"),
@@ -251,7 +284,7 @@ def table(results: dict[str, dict]) -> str:
         matched, columns = result["matched_rows"], LOG_COLUMNS
         if matched:
             title = f"effective rank at {matched} rows"
-            columns = (*columns, level(title, "effective_rank_matched"))
+            columns = (*columns, level(title, "effective_rank_matched", 1))
         pairs = [
             changes | {"title": title_of_change(pair, result)}
             for pair, changes in result["changes"].items()

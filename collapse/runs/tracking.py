@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from collapse.config import TRACKERS
 from collapse.utils.errors import UserError
 from collapse.utils.files import write_file
-
-MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
 
 
 def load_tracker(kind: str) -> Any:
@@ -21,7 +20,7 @@ def load_tracker(kind: str) -> Any:
     if kind == "none":
         return None
     try:
-        return importlib.import_module(MODULES[kind])
+        return importlib.import_module(TRACKERS[kind])
     except ImportError:
         install = f".venv/bin/python -m pip install {kind}"
         raise UserError(f"--log-to {kind}: its package is not installed; `{install}`.") from None

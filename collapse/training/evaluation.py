@@ -13,7 +13,6 @@ from collapse.config import RunConfig
 from collapse.data.batches import EVALUATION_TOKENS, Split, collate, count_targets
 from collapse.measures.layers import (
     LayerStates,
-    pool,
     summaries_of_layers,
     summarize_states,
     without_first,
@@ -28,8 +27,8 @@ class Evaluation:
 
     logits: np.ndarray  # (N, C)
     labels: np.ndarray  # (N,)
-    pooled: np.ndarray  # (N, D) means over text tokens
-    pooled_without_first: np.ndarray  # (N, D) means over all but a text's first token
+    pooled: np.ndarray  # (N, D) what the classifier reads
+    pooled_without_first: np.ndarray  # (N, D) the same over all but a text's first token
     intermediate: np.ndarray  # (N, classifier's inner size)
     engrams: np.ndarray | None = None  # (N, E)
     layers: LayerStates | None = None  # with_layers; its last depth is `pooled`
@@ -82,7 +81,7 @@ def evaluate(
         with summaries_of_layers(model) if with_layers else contextlib.nullcontext() as by_depth:
             out = model(batch.input_ids, batch.text_mask, prefix)
         if with_layers:
-            by_depth.append(summarize_states(out.hidden, batch.text_mask))
+            by_depth.append(summarize_states(out.hidden, batch.text_mask, model.pool))
             if not layers:
                 size = len(by_depth), len(split.labels), out.pooled.shape[1]
                 layers.append(LayerStates.empty(*size))
@@ -91,7 +90,7 @@ def evaluate(
             "logits": out.logits,
             "labels": batch.labels,
             "pooled": out.pooled,
-            "pooled_without_first": pool(out.hidden, without_first(batch.text_mask)),
+            "pooled_without_first": model.pool(out.hidden, without_first(batch.text_mask)),
             "intermediate": out.intermediate,
             "engrams": out.engram,
         }

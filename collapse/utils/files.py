@@ -165,17 +165,22 @@ def finished_trainings(path: Path) -> list[tuple[str, int]]:
     return sorted((model, int(seed)) for model, _, seed in (n.rpartition("-seed") for n in names))
 
 
+# Values of settings that results written before those settings existed were made with.
+BEFORE = {"config": {"pooling": "mean"}, "data": {}}
+
+
 def settings_difference(file: Any, settings: dict) -> str | None:
     """How a results.json or settings.json differs from these settings; None: in nothing.
 
-    A setting that only one side has is no difference: before it was added there was one behaviour.
-    Neither is the place that rows were read from, because their digest identifies them.
+    A setting that only one side has is no difference, unless BEFORE knows what it was. Neither is
+    the place that rows were read from, because their digest identifies them.
     """
     stored = file.get("settings", file) if isinstance(file, dict) else {}
-    for part in ("config", "data"):
+    for part, before in BEFORE.items():
         if not isinstance(stored.get(part), dict):
             return f"its file names no {part}"
-        for key, value in settings[part].items():
-            if key in stored[part] and stored[part][key] != value and key != "origin":
-                return f"{key} is {stored[part][key]} there and {value} here"
+        there = before | stored[part]
+        for key, value in (before | settings[part]).items():
+            if there.get(key, value) != value and key != "origin":
+                return f"{key} is {there[key]} there and {value} here"
     return None

@@ -315,46 +315,15 @@ HEAD_COLUMNS = (
     Column("model", "title"),
     Column("seeds", lambda row: len(row["result"][row["key"]]["seeds"])),
 )
-RANKS_WITHOUT = {
-    "effective_rank_within": "within classes",
-    "effective_rank_without_first": "without the first token",
-    "effective_rank_within_without_first": "within, without first",
-}
-RANK_COLUMNS = (
-    *HEAD_COLUMNS,
-    level("effective rank", "effective_rank"),
-    *(level(title, number) for number, title in RANKS_WITHOUT.items()),
-    level("over N - 1", "effective_rank_share", 3),
-    level("at matched rows", "effective_rank_matched"),
-    level("stable rank", "stable_rank"),
-    level("participation ratio", "participation_ratio"),
-    level("the same, eigenvalues", "participation_ratio_eigen"),
-    level("components for 95% of variance", "dims_95pct", 0),
-    level("effective rank, intermediate", "intermediate.effective_rank"),
-    level("share of 1/length", "length_share", 3),
-)
-COLLAPSE_COLUMNS = (
-    *HEAD_COLUMNS,
-    level("NC1 CDNV, pooled", "cdnv", 2),
-    level("the same, training rows", "train.cdnv", 2),
-    level("NC1 CDNV, intermediate", "intermediate.cdnv", 2),
-    level("the same, training rows", "train.intermediate.cdnv", 2),
-    level("NC2 etf_error", "intermediate.etf_error", 3),
-    level("NC3 self_duality_error", "intermediate.self_duality_error", 3),
-    level("NC4 ncc_agreement", "intermediate.ncc_agreement", 3),
-    level("spread within classes", "within_spread", 2),
-    level("spread between classes", "between_spread", 2),
-    level("LM loss less the start's", "language_kept", 3),
-    level("accuracy on another data set less the start's", "transfer", 3),
-    level("accuracy", "accuracy", 3),
+RANK_COLUMNS, COLLAPSE_COLUMNS = (
+    (*HEAD_COLUMNS, *(level(m.title, m.number, m.digits) for m in metrics))
+    for metrics in (records.RANKS, records.NEURAL_COLLAPSE)
 )
 CHANGE_COLUMNS = (
     Column("data, backbone", "name"),
     Column("change, mean [95%]", "title"),
     Column("seeds", "change.effective_rank.n"),
-    change("effective rank", "effective_rank"),
-    *(change(title, number) for number, title in RANKS_WITHOUT.items()),
-    change("stable rank", "stable_rank"),
+    *(change(m.title, m.number) for m in records.RANKS if m.number in records.HALVED),
     change("NC1 CDNV, pooled, as a factor", "cdnv_log_ratio", 2),
 )
 DEPTH_COLUMNS = (
@@ -404,15 +373,18 @@ def table_depth(ranks: dict) -> str:
     for model in records.models_of(ranks):
         if "model" not in model["result"]["settings"]["config"]:
             continue
-        for number, measure in {"effective_rank": "effective rank", **RANKS_WITHOUT}.items():
-            by_seed = at(model["result"], (model["key"], "seeds", "*", "layers", "*", number))
+        for metric in records.RANKS:
+            if not metric.number.startswith("effective_rank"):
+                continue
+            path = model["key"], "seeds", "*", "layers", "*", metric.number
+            by_seed = at(model["result"], path)
             if any(None in layers for layers in by_seed):
                 continue
             between = np.array(by_seed)[:, 1:-1]
             layers = sorted(set((1 + between.argmin(1)).tolist()))
             rows.append(
                 model
-                | {"measure": measure, "layers": " or ".join(map(str, layers))}
+                | {"measure": metric.title, "layers": " or ".join(map(str, layers))}
                 | {"first": at(by_seed, "*.0"), "last": at(by_seed, "*.-1")}
                 | {"lowest": between.min(1).tolist()}
             )

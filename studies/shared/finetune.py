@@ -65,22 +65,26 @@ class Recipe:
     device: str = "cpu"
     max_length: int = 64
     batch_size: int = 16
-    schedule: str = "constant"  # after the warm-up
-    # Of frozen weights under LoRA adapters; None: by the device, as the experiments choose.
-    quantization: str | None = None
-    compute_dtype: str | None = None
+    # Any other settings of LanguageModelConfig, as (name, value).
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, **fields: Any) -> "Recipe":
+        """A recipe from its fields and any settings of LanguageModelConfig, all by name."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        settings = sorted((name, fields.pop(name)) for name in fields.keys() - own)
+        return cls(**fields, settings=tuple(settings))
 
     def config(self) -> LanguageModelConfig:
-        kind = {"quantization": self.quantization, "compute_dtype": self.compute_dtype}
+        settings = {"schedule": "constant", "warmup_fraction": WARMUP_STEPS / self.steps}
+        settings |= dict(self.settings)
         if self.all_weights:
-            kind = {"quantization": "none", "compute_dtype": "float32"}
+            settings |= {"quantization": "none", "compute_dtype": "float32"}
         return LanguageModelConfig(
             model=self.model,
             learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup_fraction=WARMUP_STEPS / self.steps,
             batch_size=self.batch_size,
-            **kind,
+            **settings,
         )
 
 

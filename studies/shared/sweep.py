@@ -238,14 +238,17 @@ def model_of(config: Config, seed: int) -> str:
 
 
 def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
-    """The recipe for training all weights of the trial's backbone; `other`: further fields."""
+    """The recipe for training all weights of the trial's backbone.
+
+    other: further fields, and any settings of LanguageModelConfig, as weight_decay=0.1.
+    """
     fields = {"model": model_of(config, trial.seed), "arm": trial.arm, "seed": trial.seed}
     fields |= {
         "corpus_text": True,
         "all_weights": True,
         "device": pick_device(config.device).type,
     }
-    return finetune.Recipe(**fields | other)
+    return finetune.Recipe.of(**fields | other)
 
 
 # --------------------------------------------------------------------------------------------------

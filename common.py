@@ -264,7 +264,7 @@ def build_language_model(
         check_lm_loss(causal_lm, config.model)
     adapters = add_lora(causal_lm, config)
     model = wrap_causal_lm(adapters, arm, num_classes, engram_source, config)
-    model.memory_plan = MemoryPlan(model, config.gradient_checkpointing, config.max_length)
+    model.memory_plan = MemoryPlan(model, config.gradient_checkpointing)
     return model
 
 

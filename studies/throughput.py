@@ -298,7 +298,7 @@ def measure_language_model(config: Config) -> dict[str, dict]:
             adapters = add_lora(causal_lm, settings)
             model = common.wrap_causal_lm(adapters, arm, classes, source, settings)
             del causal_lm, adapters
-            model.memory_plan = MemoryPlan(model, "auto", settings.max_length)
+            model.memory_plan = MemoryPlan(model, "auto")
             results[arm.name] = measure(number, model, split, settings, config, least)
             print(f"{arm.title:20}{describe(results[arm.name])}", flush=True)
             save(config, folder, results)

@@ -485,7 +485,7 @@ def test_activation_memory_is_counted_without_a_trace(qwen, attention, length):
     model = build(3, qwen)
     model.backbone.set_attn_implementation(attention)
     state = torch.get_rng_state()
-    counted = _activation_bytes(model, length)
+    by_token, by_pair = _activation_bytes(model)
     assert torch.equal(state, torch.get_rng_state()) and not model.training
     assert all(p.grad is None for p in model.parameters())
     kept = {}  # of a real step of 16 rows, for comparison
@@ -500,8 +500,9 @@ def test_activation_memory_is_counted_without_a_trace(qwen, attention, length):
         output = model.train().backbone(inputs_embeds=embeddings)
     assert output.last_hidden_state.requires_grad
     real = sum(size for address, size in kept.items() if address not in own) / (16 * length)
-    assert counted == pytest.approx(real, rel=0.1)
-    assert counted > SIZES["num_hidden_layers"] * 4 * (
+    assert by_token + by_pair * length == pytest.approx(real, rel=0.1)
+    assert (by_pair > 20) == (attention == "eager")
+    assert by_token > SIZES["num_hidden_layers"] * 4 * (
         6 * SIZES["hidden_size"] + SIZES["intermediate_size"]
     )
 

@@ -53,9 +53,9 @@ def test_the_count_of_activations_holds_on_to_no_weight(qwen, quantization):
         storages = [p.untyped_storage() for p in model.parameters()]
         return [torch._C._storage_Use_Count(storage._cdata) for storage in storages]
 
-    _activation_bytes(model, 16)  # bitsandbytes and peft may hold more after their first pass
+    _activation_bytes(model)  # bitsandbytes and peft may hold more after their first pass
     before = holders()
-    _activation_bytes(model, 16)
+    _activation_bytes(model)
     assert holders() == before
 
 
@@ -172,7 +172,7 @@ def failing(trainer, monkeypatch, times: int, error=OUT_OF_MEMORY) -> list[tuple
 
 def trainer_with_room(qwen, layers: int, mode="auto"):
     """A trainer whose plan has room for a step with all unpacked, and so many layers more."""
-    model = build(2, qwen, quantization="nf4", gradient_checkpointing=mode, max_length=10)
+    model = build(2, qwen, quantization="nf4", gradient_checkpointing=mode)
     split = random_split(8, longest=10, vocabulary=60)
     trainer = common.make_trainer(model, split, tiny_settings(qwen), arm_of(2))
     plan = model.memory_plan

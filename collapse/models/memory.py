@@ -23,17 +23,18 @@ class MemoryPlan:
     In how many layers it recomputes activations (gradient checkpointing), and how many layers keep
     their NF4 weights unpacked.
 
-    Attributes: `layers`: those of the backbone; `unpacked`: how many are; `token_bytes`: kept per
-    token for the backward pass, in all layers; `boundary_bytes`: per token in a layer that
-    recomputes; `weight_bytes`; `unpacking_bytes`: how much more one layer takes unpacked;
-    `optimizer_bytes`: gradients and AdamW's moments; `free_bytes`: available for all of this;
-    `prefix_tokens`: before each row; `tokens`: of the pass that was planned last.
+    Attributes: `layers`: those of the backbone; `unpacked`: how many are; `token_bytes` and
+    `pair_bytes`: kept for the backward pass in all layers, per token and per pair of tokens of a
+    row; `longest_row`: its tokens; `boundary_bytes`: per token in a layer that recomputes;
+    `weight_bytes`; `unpacking_bytes`: how much more one layer takes unpacked; `optimizer_bytes`:
+    gradients and AdamW's moments; `free_bytes`: available for all of this; `prefix_tokens`: before
+    each row; `tokens`: of the pass that was planned last.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation
 
-    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"], longest: int = 256):
-        """model: a DualHeadModel; longest: tokens of a row, for which `token_bytes` is planned."""
+    def __init__(self, model: nn.Module, mode: Literal["auto", "on", "off"]):
+        """model is a DualHeadModel."""
         self.mode, self.layers = mode, list(decoder_layers(model.backbone))
         if all(hasattr(layer, "gradient_checkpointing") for layer in self.layers):
             let_layers_recompute(model.backbone)
@@ -46,9 +47,9 @@ class MemoryPlan:
             self.mode = "off"
         self.recompute(0)
         self.prefix_tokens = int(model.projector is not None)
-        self.tokens = self.typical = self.longest = 0
+        self.tokens = self.typical = self.longest = self.longest_row = 0
         torch.cuda.empty_cache()  # cached memory of an earlier model counts as free
-        self.token_bytes = _activation_bytes(model, longest)
+        self.token_bytes, self.pair_bytes = _activation_bytes(model)
         self.boundary_bytes = (
             model.classifier.inner.in_features * next(model.backbone.parameters()).element_size()
         )
@@ -74,7 +75,7 @@ class MemoryPlan:
 
     def expected_bytes(self, tokens: int, recomputed: int) -> float:
         """Peak bytes of a step of `tokens`, with activations recomputed in that many layers."""
-        layer = self.token_bytes / len(self.layers)
+        layer = (self.token_bytes + self.pair_bytes * self.longest_row) / len(self.layers)
         kept = (len(self.layers) - recomputed) * layer + recomputed * self.boundary_bytes
         # The layer at work holds gradients of its activations, and, if none are kept, also the
         # activations. What earlier layers recompute takes the place of what the last one kept.
@@ -127,7 +128,9 @@ class MemoryPlan:
     def unpack_what_fits(self, split: Split, batch_size: int) -> int:
         """Unpack layers for steps of the split's mean and greatest length; returns how many."""
         lengths = split.lengths + self.prefix_tokens
-        self.typical, self.longest = (int(n * batch_size) for n in (lengths.mean(), lengths.max()))
+        self.longest_row = int(lengths.max())
+        self.typical = int(lengths.mean() * batch_size)
+        self.longest = self.longest_row * batch_size
         self.unpack(self.layers_to_unpack(self.typical, self.longest))
         return self.unpacked
 
@@ -268,16 +271,16 @@ def _free_bytes(device: torch.device) -> int:
     return int(min(free, allowed) + unused)
 
 
-def _activation_bytes(model: nn.Module, length: int) -> float:
-    """Bytes per token, in rows of this length, that autograd keeps of the backbone.
+def _activation_bytes(model: nn.Module) -> tuple[float, float]:
+    """(bytes per token, per pair of a row's tokens) that autograd keeps of the backbone.
 
-    Attention that keeps its weights, as on a CPU, keeps more per token in longer rows: bytes of a
-    row are c + a n + b n^2, from three small forward passes. c, such as the adapters' weights cast
-    to the states' type, is left out.
+    Attention that keeps its weights, as on a CPU, keeps a number for each pair: bytes of a row of n
+    tokens are c + a n + b n^2, from three small forward passes. c, such as the adapters' weights
+    cast to the states' type, is left out.
     """
     tokens = [16, 32, 64]
     b, a, _ = np.polyfit(tokens, [_kept_bytes(model, n) for n in tokens], deg=2)
-    return float(a + b * length)
+    return float(a), max(0.0, float(b))  # below zero by chance, where dropout's masks are drawn
 
 
 def _kept_bytes(model: nn.Module, tokens: int) -> int:

@@ -128,7 +128,7 @@ def data_name(settings: dict) -> str:
 
 
 def study_name(settings: dict) -> str:
-    """A study in words: data set, training rows, backbone, compute type of a language model."""
+    """A study in words: data, rows, backbone, compute type, pooling other than mean."""
     data, config = settings["data"], settings["config"]
     backbone = Path(config["model"]).name if "model" in config else "small transformer"
     parts = (
@@ -136,6 +136,7 @@ def study_name(settings: dict) -> str:
         f"{data['train_rows']:,} training rows",
         backbone,
         config.get("compute_dtype"),
+        f"{pooling} pooling" if (pooling := config.get("pooling", "mean")) != "mean" else None,
     )
     return ", ".join(part for part in parts if part)
 

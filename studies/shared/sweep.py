@@ -240,7 +240,8 @@ def model_of(config: Config, seed: int) -> str:
 def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
     """The recipe for training all weights of the trial's backbone.
 
-    other: further fields, and any settings of LanguageModelConfig, as weight_decay=0.1.
+    other: further fields, and any settings of LanguageModelConfig, as weight_decay=0.1. Of those
+    that a command line gives, name them in Study.settings, too: it guards against mixed rows.
     """
     fields = {"model": model_of(config, trial.seed), "arm": trial.arm, "seed": trial.seed}
     fields |= {
@@ -270,11 +271,19 @@ def check_settings(
     for row in read_rows(table):
         for name, value in rounded(settings_of(row)).items():
             made_with = row.get(name, "")
-            if made_with != value if isinstance(value, str) else float(made_with) != value:
+            if made_with != value and (isinstance(value, str) or number(made_with) != value):
                 raise UserError(
                     f"{table} was made with {name} {made_with}, not {value}: give another "
                     "--output-dir."
                 )
+
+
+def number(cell: str) -> float | str | None:
+    """A cell of a table: a number, text, or None where it is empty."""
+    try:
+        return float(cell) if cell else None
+    except ValueError:
+        return cell
 
 
 def check_weights(table: Path, model: str) -> None:
@@ -323,7 +332,7 @@ def read_runs(
             first = of_trial[0]
             trial = trial_type(**{name: kind(first[name]) for name, kind in fields.items()})
             path = [
-                {key: float(v) if v else None for key, v in row.items() if key not in words}
+                {key: number(cell) for key, cell in row.items() if key not in words}
                 for row in of_trial
             ]
             runs.append(run_type(trial, path))

@@ -223,6 +223,15 @@ def test_comparisons_of_an_older_run_are_made_anew(published):
     assert comparisons_of({"comparisons": found}) is found
 
 
+def test_accuracies_of_another_run_stand_beside_no_rank(published):
+    result = next(iter(experiments.read_ranks().values()))
+    other = result["settings"]["config"] | {"pooling": "last"}
+    assert rank_plots.accuracy_gains(result)
+    assert not rank_plots.accuracy_gains(
+        result | {"settings": result["settings"] | {"config": other}}
+    )
+
+
 def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     keys = [
         "effective_rank",

@@ -14,7 +14,7 @@ from collapse.report.comparisons import comparisons_of
 from collapse.report.plots import label_at_1_2_5, legend_below, plot_band, save_figure
 from collapse.report.records import keys_of, title_of, values_of
 from collapse.report.reference import reference_for
-from collapse.utils.files import ROOT, read_json
+from collapse.utils.files import ROOT, read_json, settings_difference
 
 BEFORE_TRAINING = "#666666"
 LEAST_DEPTHS = 5  # points that a line over depth needs
@@ -243,9 +243,12 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
 
 
 def accuracy_gains(result: dict) -> dict[str, dict]:
-    """Pair -> interval of the difference in final accuracy; empty without a results.json."""
+    """Pair -> interval of the difference in final accuracy; empty without a results.json.
+
+    Empty also where that is of another run, whose settings differ.
+    """
     file = ROOT / result["folder"] / "results.json"
-    if not file.exists():
+    if not file.exists() or settings_difference(read_json(file), result["settings"]):
         return {}
     return {
         k: comparison["interval"]

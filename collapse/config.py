@@ -106,8 +106,8 @@ class RunConfig:
     warmup_fraction: float = study_setting(0.05, OPTIMIZATION)
     # Gradients are scaled down to this total norm; 0 leaves them alone.
     clip_norm: float = study_setting(1.0, OPTIMIZATION)
-    # What the classifier reads of a text's hidden states: their mean, or the last token's (last);
-    # give collapse-check the same as --read. A name of POOLINGS in collapse/measures/layers.py.
+    # What the classifier reads of a text's hidden states: their mean, or the last token's (last). A
+    # name of POOLINGS in collapse/measures/layers.py.
     pooling: str = study_setting("mean", MODELS)
     # Weight of the LM loss (of the KL divergence in kl); the classification loss gets the rest.
     lm_weight: float = study_setting(0.5, MODELS)

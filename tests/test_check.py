@@ -311,6 +311,15 @@ def test_the_folder_of_a_training_names_the_adapters_in_it(
     assert code == 2 and "model1-seed42/final-adapter" in said and "best-adapter" in said
 
 
+def test_states_are_pooled_as_the_training_pooled_them(adapter, tmp_path):
+    for pooling, read in (({"pooling": "last"}, "last"), ({}, "mean")):
+        run = tmp_path / read
+        shutil.copytree(adapter[0], run / "model1-seed42" / "final-adapter")
+        (run / "settings.json").write_text(json.dumps({"config": pooling}))
+        found = check(str(run / "model1-seed42" / "final-adapter"), None, TEXTS)
+        assert found.record["read"] == read
+
+
 def test_the_libraries_below_add_nothing_to_what_it_says(adapter, texts_file, tmp_path):
     line = [sys.executable, "-c", "from collapse.check.command import main; main()", adapter[0]]
     line += ["--texts", texts_file, "--out", tmp_path]

@@ -57,7 +57,8 @@ def check(
     max_length = min(max_length, getattr(core_of(model).config, "max_position_embeddings", 10**9))
     tokenizer = tokenizer or whole_tokenizer(base_name if adapted else name, None)
     texts = against_base.draw_texts(texts, labels, tokenizer, rows, max_length)
-    read = finetuned.what_its_head_reads(model) if read == "auto" else read
+    if read == "auto":
+        read = finetuned.pooling_of_training(name) or finetuned.what_its_head_reads(model)
     now = _side(model, texts, read, name)
     if off:
         with finetuned.adapter_off(model):

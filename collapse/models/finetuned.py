@@ -48,6 +48,13 @@ def what_its_head_reads(model: nn.Module) -> str:
     return "first" if core.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "last"
 
 
+def pooling_of_training(name: str) -> str | None:
+    """What the classifier of one of our experiments reads, given its adapter's folder."""
+    settings = Path(name).resolve().parent.parent / "settings.json"
+    ours = Path(name).name in ("best-adapter", "final-adapter") and settings.exists()
+    return read_json(settings)["config"].get("pooling") if ours else None
+
+
 def load_fine_tuned(name: str, base: str | None, dtype: str) -> tuple[nn.Module, str | None]:
     """The model, with its adapter where `name` is one; what its base is called, if that is known.
 

@@ -87,6 +87,14 @@ STUDIES = (
         "--seeds 42 43 44 --output-dir results_agnews/smollm2-135m",
         other="results_7b/smollm2-135m",
     ),
+    Study(
+        "results_agnews/smollm2-135m-all-rows",
+        "Experiment 3, stand-in: SmolLM2-135M-Instruct, all 9,983 rows of AG News at hand",
+        "AG News, stand-in, all rows",
+        "python experiment_agnews_7b.py --model smollm2-135m --data-dir DIR --eval-limit 2000 "
+        "--compute-dtype bfloat16 --models 1 2 --measure-every 125 "
+        "--output-dir results_agnews/smollm2-135m-all-rows",
+    ),
 )
 RANKS = ROOT / "results_effective_rank" / "effective_rank_results.json"
 

@@ -67,8 +67,8 @@ def test_every_published_run_has_its_place_in_the_documents(page):
         assert f"{folder} accuracy" in page.numbers
         models = read_json(ROOT / folder / "results.json")["models"]
         runs = [run for seeds in models.values() for run in seeds.values()]
-        seeds = ", ".join(models["model1"])
-        made = f"seeds {seeds}. Source: `{folder}/results.json`, made {experiments.origin(runs)}."
+        seeds = f"seed{'s' * (len(models['model1']) > 1)} {', '.join(models['model1'])}"
+        made = f"{seeds}. Source: `{folder}/results.json`, made {experiments.origin(runs)}."
         assert made in page.text
     measured = read_json(ROOT / experiments.RANKS)
     assert list(experiments.read_ranks()) == list(measured)  # none left out, one order

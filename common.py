@@ -621,7 +621,6 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     """
     arms, device, task = chosen_arms(config), training_device(config), experiment.task
     set_threads(config.threads)
-    find_pooling(config.pooling)
     load_tracker(config.log_to)  # now: one that is not installed costs no training
     settings = {
         "config": fingerprint(config) | experiment.details,

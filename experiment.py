@@ -20,6 +20,7 @@ from collapse.config import DATA, OPTIMIZATION, RunConfig, check_bounds, study_s
 from collapse.config import check_config as check_run_config
 from collapse.data import registry
 from collapse.data.task import Task, limit_task
+from collapse.measures.layers import find_pooling
 from collapse.utils import command_line
 from collapse.utils.device import set_allocator
 from collapse.utils.errors import UserError, run_script
@@ -179,6 +180,7 @@ def check_config(config: Config) -> None:
         check_bounds(name, getattr(config, name), low, math.inf)
     check_bounds("engram_size", config.engram_size, 2, math.inf)  # two, for a plane to plot them in
     check_bounds("dropout", config.dropout, 0, 0.99)
+    find_pooling(config.pooling)
     if config.hidden_size % (2 * config.heads):
         raise UserError(
             f"--hidden-size is {config.hidden_size}: "

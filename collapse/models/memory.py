@@ -276,11 +276,12 @@ def _activation_bytes(model: nn.Module) -> tuple[float, float]:
 
     Attention that keeps its weights, as on a CPU, keeps a number for each pair: bytes of a row of n
     tokens are c + a n + b n^2, from three small forward passes. c, such as the adapters' weights
-    cast to the states' type, is left out.
+    cast to the states' type, is left out. Where nothing is kept for pairs, b is zero.
     """
-    tokens = [16, 32, 64]
-    b, a, _ = np.polyfit(tokens, [_kept_bytes(model, n) for n in tokens], deg=2)
-    return float(a), max(0.0, float(b))  # below zero by chance, where dropout's masks are drawn
+    few, some, more = (_kept_bytes(model, tokens) for tokens in (16, 32, 64))
+    slopes = (some - few) / 16, (more - some) / 32
+    by_pair = max(0.0, (slopes[1] - slopes[0]) / 48)  # drawn dropout masks may bend it below zero
+    return slopes[1] - by_pair * (32 + 64), by_pair
 
 
 def _kept_bytes(model: nn.Module, tokens: int) -> int:

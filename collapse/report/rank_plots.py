@@ -248,12 +248,11 @@ def accuracy_gains(result: dict) -> dict[str, dict]:
     Empty also where that is of another run, whose settings differ.
     """
     file = ROOT / result["folder"] / "results.json"
-    if not file.exists() or settings_difference(read_json(file), result["settings"]):
+    published = read_json(file) if file.exists() else None
+    if published is None or settings_difference(published, result["settings"]):
         return {}
-    return {
-        k: comparison["interval"]
-        for k, comparison in comparisons_of(read_json(file))["final"].items()
-    }
+    pairs = comparisons_of(published)["final"]
+    return {pair: comparison["interval"] for pair, comparison in pairs.items()}
 
 
 def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:

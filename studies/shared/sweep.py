@@ -257,7 +257,6 @@ def recipe_of(config: Config, trial: Trial, **other: Any) -> finetune.Recipe:
 # --------------------------------------------------------------------------------------------------
 
 PROVENANCE_COLUMNS = ("git_commit", "weights_sha256", "hardware")
-MODEL_COLUMNS = ("model", "weights", "quantization", "compute_dtype")  # with --model
 
 
 def table_of(folder: Path, seed: int) -> Path:
@@ -311,7 +310,7 @@ class Run:
     """A trial that has ended."""
 
     trial: Any
-    path: list[dict[str, float | None]]  # measurements in order, the first before any step
+    path: list[Row]  # measurements in order, the first before any step; numbers, or settings' words
 
     @property
     def end(self) -> dict[str, float | None]:
@@ -323,7 +322,7 @@ def read_runs(
 ) -> list[Any]:
     """Every trial in the tables of these seeds, with measurements as numbers."""
     fields = {field.name: field.type for field in dataclasses.fields(trial_type)}
-    words = {"training", *PROVENANCE_COLUMNS, *MODEL_COLUMNS, *fields}
+    words = {"training", *PROVENANCE_COLUMNS, *fields}
     runs = []
     for seed in seeds:
         rows = read_rows(table_of(folder, seed))

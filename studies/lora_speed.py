@@ -4,13 +4,14 @@ Trains Models 1 and 2 of Experiment 3 on the stand-in, one thread, bfloat16: as 
 with PyTorch's fused attention, as transformers would choose it; with peft's own LoRA layers, too;
 and all that in transformers' Trainer with LM logits at every position. The recipes take the same
 batches in turn, a few steps of each, in one process, so that ratios are paired by round. Times are
-processor seconds. Writes results.json.
+processor seconds; beside ours stands the share that matrix products take. Writes results.json.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import environment
 from studies.throughput import encode_for, over_rounds
-from studies.yardsticks import ecosystem_seconds, make_trainer
+from studies.yardsticks import ecosystem_seconds, make_trainer, matrix_share
 
 OUTPUT = ROOT / "studies" / "results" / "lora_speed" / "results.json"
 
@@ -94,8 +95,8 @@ def step_seconds(
 
 def measure(
     number: int, model: common.DualHeadModel, split: Split, settings, config: Config
-) -> dict[str, list[float]]:
-    """Recipe -> processor seconds of a step, by round."""
+) -> dict[str, Any]:
+    """`seconds`: recipe -> processor seconds of a step, by round; `matrix_share`: of ours."""
     seconds: dict[str, list[float]] = {name: [] for name in RECIPES}
     rng = np.random.default_rng(0)
     batches = length_grouped_batches(split.lengths, settings.batch_size, rng)
@@ -106,7 +107,9 @@ def measure(
             of_step = step_seconds(recipe, number, model, split, settings, taken)
             if round_number:  # the first round warms up
                 seconds[name].append(of_step)
-    return seconds
+    use_recipe(model, RECIPES["ours"])
+    trainer = make_trainer(number, "ours", model, split, settings)
+    return {"seconds": seconds, "matrix_share": matrix_share(trainer, batches[: config.steps])}
 
 
 def speedups(seconds: Mapping[str, list[float]], name: str) -> dict[str, float]:
@@ -141,14 +144,14 @@ def main() -> None:
         model = common.build_language_model(
             arm, len(task.class_names), "intermediate", settings, device
         )
-        results[arm.name] = {"seconds": measure(number, model, split, settings, config)}
-        print(f"{arm.title}: {describe(results[arm.name]['seconds'])}", flush=True)
+        results[arm.name] = measure(number, model, split, settings, config)
+        print(f"{arm.title}: {describe(**results[arm.name])}", flush=True)
         config.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.output_dir / OUTPUT.name, results)
 
 
-def describe(seconds: Mapping[str, list[float]]) -> str:
-    parts = [f"ours {np.median(seconds['ours']):.2f} s a step"]
+def describe(seconds: Mapping[str, list[float]], matrix_share: float) -> str:
+    parts = [f"ours {np.median(seconds['ours']):.2f} s a step, {matrix_share:.0%} in products"]
     parts += [f"{name} takes {speedup_text(seconds, name)} times as long" for name in OTHERS]
     return ", ".join(parts)
 

@@ -1,4 +1,4 @@
-"""How fast does training run, compared with two other recipes on the same model and rows?
+"""How fast does training run, compared with other recipes on the same rows?
 
 `--backbone small` times Experiment 1; `--backbone 7b` times the architecture of Qwen2.5-7B with
 random NF4 weights and true token lengths, on a GPU; `--backbone tiny` is that in miniature, for a
@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,14 @@ from collapse.utils.errors import UserError, is_out_of_memory, run_script
 from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import environment
 from studies.random_checkpoint import QWEN, TINY, random_language_model
-from studies.yardsticks import RECIPES, ecosystem_seconds, make_trainer
+from studies.yardsticks import (
+    RECIPES,
+    ecosystem_seconds,
+    load_published_script,
+    make_trainer,
+    matrix_share,
+    published_seconds,
+)
 
 
 @dataclasses.dataclass
@@ -62,6 +70,9 @@ class Config:
     steps: int = 20
     # GPU memory that the process may use, in GiB; default: what a driver leaves of 16.
     memory_gib: float = 15.0
+    # The reference's experiment.py, to be timed beside --backbone small. It is no part of this
+    # repository: download it from github.com/MikeyBeez/sentiment to any place.
+    reference_script: Path | None = None
 
 
 def measure(
@@ -71,11 +82,14 @@ def measure(
     settings,
     config: Config,
     least: tuple[Sizes, dict[str, float]] | None,
+    reference: ModuleType | None = None,
 ) -> dict:
     """Examples and tokens per second of each recipe (medians over rounds), ratios, peak memory.
 
-    least: (sizes, rates), to compute `limit_share`, the lower bound of the time over our time. A
-    recipe that runs out of memory is named in `out_of_memory` and has no numbers.
+    least: (sizes, rates), to compute `limit_share`, the lower bound of the time over our time.
+    reference: load_published_script's, to be timed, too. On a CPU `matrix_share` is the share of
+    our time that matrix products take. A recipe that runs out of memory is named in `out_of_memory`
+    and has no numbers.
     """
     size, on_gpu, lengths = settings.batch_size, next(model.parameters()).is_cuda, split.lengths
     needed, rng = (config.rounds + 1) * config.steps, np.random.default_rng(0)
@@ -86,7 +100,9 @@ def measure(
     if plan is not None:
         batches["ecosystem"] = length_grouped_batches(lengths, size, rng)[:needed]
         state["unpacked"] = plan.unpack_what_fits(split, size)
-    recipes = [recipe for recipe in RECIPES if recipe in batches]
+    if reference is not None:
+        batches["reference"] = batches["conventional"]
+    recipes = [recipe for recipe in ("reference", *RECIPES) if recipe in batches]
     rounds: dict[str, list[dict]] = {recipe: [] for recipe in recipes}
     model.train()
     for round_number in tqdm(range(config.rounds + 1), f"model {number}", disable=None):
@@ -99,7 +115,10 @@ def measure(
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            seconds = recipe_seconds(number, recipe, model, split, settings, rows, state)
+            if recipe == "reference":
+                seconds = published_seconds(reference, number, np.concatenate(rows))
+            else:
+                seconds = recipe_seconds(number, recipe, model, split, settings, rows, state)
             model.zero_grad()
             if seconds is None:
                 out_of_memory.append(recipe)
@@ -118,6 +137,9 @@ def measure(
     result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory}, split)
     result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
     result["micro_batch_size"] = state["micro_batch_size"]
+    if not on_gpu and "ours" not in out_of_memory:
+        trainer = make_trainer(number, "ours", model, split, settings)
+        result["matrix_share"] = matrix_share(trainer, batches["ours"][: config.steps])
     return result | {"evaluation_examples_per_second": evaluation_rate(model, split, needed * size)}
 
 
@@ -211,6 +233,8 @@ def describe(result: dict) -> str:
         line += f"; out of memory: {', '.join(result['out_of_memory'])}"
     if peaks := result["peak_memory_bytes"]:
         line += "; peak GiB: " + ", ".join(f"{r} {b / 2**30:.1f}" for r, b in peaks.items())
+    if "matrix_share" in result:
+        line += f"; matrix products: {result['matrix_share']:.0%} of our time"
     if "limit_share" in result:
         line += f"; time / least time: {1 / result['limit_share']:.1f}"
     return line
@@ -232,11 +256,14 @@ def measure_small(config: Config) -> dict:
     vocabulary = experiment.WordVocabulary(task.train.texts, settings.vocabulary_size)
     split = encode_for(config, task, vocabulary.encode, settings)
     results = describe_data(config, task, split, settings) | environment(torch.device("cpu"))
+    script = config.reference_script
+    reference = load_published_script(script, task) if script else None
     for number in config.models:
         torch.manual_seed(0)
         arm = common.find_arm(str(number))
         model = experiment.build_model(arm, 2, settings)
-        result = results[arm.name] = measure(number, model, split, settings, config, None)
+        result = measure(number, model, split, settings, config, None, reference)
+        results[arm.name] = result
         print(f"{arm.title:20}{describe(result)}", flush=True)
     save(config, "" if config.output_dir else f"results/{task.folder}", results)
     return results

@@ -1,4 +1,6 @@
-"""Two other training recipes for the same model and rows, which throughput.py compares with ours.
+"""Other training recipes for the same rows, which throughput.py compares with ours.
+
+- reference (Experiment 1): the reference's own experiment.py, which is no part of this repository.
 
 - conventional: every row padded to the maximum length, LM logits at every position; on a language
   model also micro-batches of 8 x accumulation 2 and gradient checkpointing.
@@ -8,8 +10,13 @@
 """
 
 import dataclasses
+import importlib.util
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -21,8 +28,10 @@ from torch import Tensor, nn
 import common
 from collapse.config import LanguageModelConfig
 from collapse.data.batches import Batch, Split, count_targets
+from collapse.data.task import Task
 from collapse.models.costs import now
 from collapse.training.loop import StepSums
+from collapse.utils.errors import UserError
 
 RECIPES = ("conventional", "ecosystem", "ours")
 
@@ -128,3 +137,55 @@ def ecosystem_seconds(
         trainer_of_transformers.remove_callback(transformers.PrinterCallback)
         trainer_of_transformers.train()
     return times.stamps[-1] - times.stamps[0]
+
+
+PUBLISHED_MODELS = ("Model1_SentimentOnly", "Model2_Dual", "Model3_Engram")
+
+
+def load_published_script(path: Path, task: Task) -> ModuleType:
+    """The reference's experiment.py, ready to train on these rows; nothing of it runs yet.
+
+    It reads the hub and makes its folder as soon as it is imported: here it is given the rows, and
+    makes none. Raises UserError for a file that does not have its parts.
+    """
+    rows = {
+        name: [
+            {"sentence": text, "label": int(label)}
+            for text, label in zip(split.texts, split.labels, strict=True)
+        ]
+        for name, split in (("train", task.train), ("validation", task.validation))
+    }
+    spec = importlib.util.spec_from_file_location("published_script", path)
+    script = importlib.util.module_from_spec(spec)
+    with (
+        mock.patch.object(datasets, "load_dataset", lambda *_: rows),
+        mock.patch.object(os, "makedirs"),
+    ):
+        spec.loader.exec_module(script)
+    needed = (*PUBLISHED_MODELS, "train_epoch", "train_ds", "BATCH_SIZE", "LR")
+    if missing := [name for name in needed if not hasattr(script, name)]:
+        raise UserError(f"{path} is not the reference's experiment.py: no {', '.join(missing)}.")
+    return script
+
+
+def published_seconds(script: ModuleType, number: int, rows: np.ndarray) -> float:
+    """Seconds that the reference's own loop takes for these training rows, with its own model."""
+    model = getattr(script, PUBLISHED_MODELS[number - 1])().to(script.DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=script.LR)
+    part = torch.utils.data.Subset(script.train_ds, rows.tolist())
+    batches = torch.utils.data.DataLoader(part, batch_size=script.BATCH_SIZE)
+    started = now()
+    script.train_epoch(model, batches, optimizer, number)
+    return now() - started
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+
+def matrix_share(trainer: common.Trainer, batches: Sequence[np.ndarray]) -> float:
+    """Share of the CPU time of these steps that matrix products take, as PyTorch profiles it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for rows in batches:
+            trainer.step(rows, trainer.config.learning_rate)
+    microseconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(microseconds.get(name, 0) for name in PRODUCTS) / sum(microseconds.values())

@@ -1,5 +1,6 @@
 """The throughput study: the yardstick measures the same model and counts what it costs."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -13,13 +14,20 @@ from conftest import arm_of, random_split, start_script, tiny_config, tiny_model
 import common
 from collapse.config import LanguageModelConfig
 from collapse.data.batches import Split
+from collapse.data.sst2 import load_sst2
 from collapse.models import costs
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
 from collapse.utils import device
+from collapse.utils.errors import UserError
 from studies import hours, lora_speed, random_checkpoint, throughput
 from studies.report import side_studies
-from studies.yardsticks import Conventional, EcosystemLoss
+from studies.yardsticks import (
+    Conventional,
+    EcosystemLoss,
+    load_published_script,
+    published_seconds,
+)
 
 
 def test_both_recipes_compute_the_same_losses_and_gradients(model_number):
@@ -140,8 +148,58 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         "data": data,
         "settings": {"rounds": 2},
     }
-    row = side_studies.table_throughput(results | {"model1": small}).splitlines()[2]
-    assert row.split("|")[4].strip() == f"{small['ratio']['conventional']['median']:.1f}"
+    header, _, row = side_studies.table_throughput(results | {"model1": small}).splitlines()
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    padded, share = small["ratio"]["conventional"], small["matrix_share"]
+    assert cells["times the padded"].startswith(f"{padded['median']:.1f} [{padded['low']:.1f}, ")
+    assert 0 < share < 1 and "reference" not in header
+    assert cells["matrix products, % of our time |"] == f"{100 * share:.0f} |"
+
+
+PUBLISHED = """
+import os
+import torch
+from datasets import load_dataset
+
+os.makedirs("/nobody/may/write/here")
+DEVICE, BATCH_SIZE, LR = torch.device("cpu"), 4, 1e-3
+train_ds = [(row["sentence"], row["label"]) for row in load_dataset("glue", "sst2")["train"]]
+seen = []
+
+class Model1_SentimentOnly(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+Model2_Dual = Model3_Engram = Model1_SentimentOnly
+
+def train_epoch(model, batches, optimizer, number):
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    seen.extend((number, list(texts), labels.tolist()) for texts, labels in batches)
+
+if __name__ == "__main__":
+    raise SystemExit("the whole run started")
+"""
+
+
+def test_the_reference_script_is_timed_on_the_same_rows(data_dir, tmp_path):
+    (tmp_path / "theirs.py").write_text(PUBLISHED)
+    task = load_sst2(data_dir)
+    script = load_published_script(tmp_path / "theirs.py", task)
+    rows = np.array([5, 3, 8, 1, 2, 0, 9, 4])
+    assert published_seconds(script, 2, rows) > 0
+    texts, labels = ([x[row] for row in rows] for x in (task.train.texts, task.train.labels))
+    assert script.seen == [(2, texts[:4], labels[:4]), (2, texts[4:], labels[4:])]
+    config, split = throughput.Config(rounds=1, steps=1), random_split(rows=8)
+    settings = dataclasses.replace(tiny_config(), batch_size=4)
+    found = throughput.measure(1, tiny_model(1), split, settings, config, None, script)
+    assert set(found["ratio"]) == {"reference", "conventional"}
+    assert script.seen[-1][0] == 1 and len(script.seen) == 4
+
+
+def test_another_script_is_refused(data_dir, tmp_path):
+    (tmp_path / "mine.py").write_text("train_ds = []")
+    with pytest.raises(UserError, match="not the reference's experiment"):
+        load_published_script(tmp_path / "mine.py", load_sst2(data_dir))
 
 
 def sizes_of_tiny() -> costs.Sizes:

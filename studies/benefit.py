@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullFormatter
 
 import common
 from collapse.measures.statistics import (
@@ -407,7 +406,9 @@ def draw(config: Config, results: dict[str, Any]) -> None:
         draw_ranks(axis, study, dataset)
     panels[0].set_ylabel("rank within classes,\nshare of the start's")
     panels[0].legend(fontsize=9)
-    figure.supxlabel("training loss (nats), falling from left to right", fontsize=10)
+    figure.supxlabel(
+        "training loss (nats), which falls as training goes on, from left to right", fontsize=10
+    )
     save_figure(figure, config.folder / "rank_at_equal_loss.png")
 
 
@@ -438,8 +439,13 @@ def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
             axis.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
         axis.plot([], [], color=arm.color, label=arm.title)
     axis.set(xscale="log", title=dataset)
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    ticks = [loss for loss in LOSSES if loss < max(axis.get_xlim())]
+    axis.set_xticks(ticks, [f"{loss:g}" for loss in ticks])
+    axis.minorticks_off()
     axis.invert_xaxis()
+
+
+LOSSES = (0.05, 0.1, 0.3, 1, 3)  # nats, as ticks
 
 
 def text(results: dict[str, Any]) -> str:

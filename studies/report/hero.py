@@ -44,7 +44,7 @@ def draw(
         for rate in marked:
             axis.axvline(10**rate, color="gray", linewidth=0.8, linestyle="--")
     kept, accuracy = panels
-    name_arms(kept, runs)
+    name_arms(kept, runs, shaded)
     for rate, name in marked.items():
         place = {"xytext": (4, 3), "textcoords": "offset points"}
         kept.annotate(name, (10**rate, 0), xycoords=("data", "axes fraction"), **place, **GRAY)
@@ -88,20 +88,21 @@ def draw_arm(axis: plt.Axes, runs: Sequence[Run], measure: str) -> None:
     axis.plot(x, list(means.values()), color=arm.color, linewidth=1.5)
 
 
-def name_arms(axis: plt.Axes, runs: Sequence[Run]) -> None:
+def name_arms(axis: plt.Axes, runs: Sequence[Run], shaded: float) -> None:
     """Each arm's name at its line: Model 1's where highest, Model 2's where they part most."""
     first, second = (means_by_rate(runs, name, "kept") for name in ARMS)
-    both = sorted(set(first) & set(second), key=lambda rate: second[rate] - first[rate])
-    for name, rate, side in ((ARMS[0], max(first, key=first.get), 0), (ARMS[1], both[-1], 12)):
+    highest = max(first, key=first.get)
+    apart = max(set(first) & set(second), key=lambda rate: second[rate] - first[rate])
+    before = "left" if highest == min(first) else "right"  # of the first point there is no room
+    after = apart + (BAND if apart == shaded else 0)  # not over the band
+    for name, rate, x, side in (
+        (ARMS[0], highest, highest, before),
+        (ARMS[1], apart, after, "left"),
+    ):
         arm = common.find_arm(name)
         values = [percent(r, "kept") for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]
-        axis.annotate(
-            f"Model {model_name(name)}",
-            (10**rate, max(values)),
-            xytext=(side, 5),
-            textcoords="offset points",
-            color=arm.color,
-        )
+        place = {"xytext": (4, 5), "textcoords": "offset points", "ha": side, "fontsize": 9}
+        axis.annotate(f"Model {model_name(name)}", (10**x, max(values)), color=arm.color, **place)
 
 
 def mean_text(runs: Sequence[Run], arm: str, rate: float, measure: str) -> str:

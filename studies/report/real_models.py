@@ -15,6 +15,7 @@ from studies.report.experiments import model_name
 from studies.report.hero import ARMS
 
 MARKERS = {"": "o", ">=": "^", "<=": "v"}  # a censored threshold points where the true one lies
+CENSORED = {">=": "kept at every rate tried", "<=": "collapsed at every rate tried"}
 
 
 def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
@@ -24,8 +25,10 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     quarter of the components was kept and the next one; the bar joins these two rates.
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    censored: set[str] = set()
     for column, of_column in enumerate(runs.values()):
         thresholds = thresholds_by_components(list(of_column), rates=())
+        censored |= {t.censored for arm in thresholds.values() for t in arm.values()}
         for side, name in zip((-0.15, 0.15), ARMS, strict=True):
             draw_thresholds(axis, column + side, name, list(thresholds.get(name, {}).values()))
     axis.axhline(LEARNING_RATE, color="gray", linewidth=0.8, linestyle="--")
@@ -35,10 +38,12 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     axis.set(
         yscale="log", ylabel="learning rate of collapse, 150 steps", xlim=(-0.5, len(runs) - 0.5)
     )
-    axis.set_ylim(1e-4, 2e-2)
+    axis.set_ylim(1e-4, 4e-2)
     for name in ARMS:
         arm = common.find_arm(name)
         axis.plot([], [], "o", color=arm.color, label=f"Model {model_name(name)}")
+    for end in sorted(censored & set(CENSORED)):
+        axis.plot([], [], MARKERS[end], color="gray", label=CENSORED[end])
     axis.legend(loc="upper right", fontsize=9)
     save_figure(figure, path)
 

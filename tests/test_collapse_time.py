@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from conftest import fails, rehearse, start_script
+from conftest import cells_of_row, fails, rehearse, start_script
 
 from collapse.training.steps import learning_rate_at
 from collapse.utils.errors import UserError
 from studies import collapse_time as study
+from studies.report import thresholds
 from studies.shared import finetune, sweep
 from studies.shared.tables import put_rows, read_rows
 
@@ -177,6 +178,19 @@ def test_a_drift_that_the_lm_loss_stops_is_supported(tables):
     assert (tables.folder / "collapse_time.png").exists()
     assert "P6: supported" in study.text(results)
     json.dumps(results, allow_nan=False)
+
+
+def test_the_table_of_what_is_kept(tables):
+    table = thresholds.table_kept(study.summary(tables))
+    kept = cells_of_row(table, "model2", "1.0e-03")
+    assert {kept[f"after {step}, %"] for step in STEPS} == {"100"}
+    short = cells_of_row(table, "model2", "1.8e-01")  # trained for 400 steps, and fell in the first
+    assert (short["after 50, %"], short["after 400, %"], short["after 800, %"]) == (
+        "12",
+        "12",
+        "n/a",
+    )
+    assert short["accuracy at the end, %"] == short["accuracy, best of these, %"] != "n/a"
 
 
 def test_p7_needs_both_ends_and_is_refuted_by_the_largest_slope_alone():

@@ -174,6 +174,23 @@ def table_time(results: dict[str, Any]) -> str:
     return table(columns, rows_of(results["parts"], "part"))
 
 
+def table_kept(results: dict[str, Any]) -> str:
+    """Components kept at each rate after each number of steps, means of backbones, and accuracy."""
+    steps = [str(step) for step in results["measured"]]
+    columns = [Column("part", "part"), Column("rate", "rate", ".1e")]
+    columns += [Column(f"after {step}, %", (step, "share"), 0, 100) for step in steps]
+    columns.append(Column("accuracy, best of these, %", "best", 1, 100))
+    columns.append(Column("accuracy at the end, %", "last", 1, 100))
+    rows = []
+    for part, found in results["parts"].items():
+        for rate, by_step in found["means"].items():
+            accuracies = [means.get("validation_accuracy") for means in by_step.values()]
+            best = max((value for value in accuracies if value is not None), default=None)
+            ends = {"best": best, "last": accuracies[-1]}
+            rows.append({"part": part, "rate": 10 ** float(rate), **by_step, **ends})
+    return table(columns, rows)
+
+
 def table_bounds(results: dict[str, Any]) -> str:
     """P6 and P7 with other bounds of a collapse, and from the first measurement on."""
     rules = {

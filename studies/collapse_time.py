@@ -459,14 +459,16 @@ BATCH = 16  # rows a step, here and in the reference
 def draw(config: Config, results: Mapping[str, Any]) -> None:
     """Share of components kept over steps and learning rate: a panel for Model 1 and one for 2.
 
-    Points are means over backbones; the line is the mean threshold, the band lowest to highest. The
-    reference's two runs of Model 1 stand where they ended.
+    Points are means over backbones; the line is the mean threshold, the band lowest to highest.
+    Model 2's panel repeats Model 1's line. The reference's two runs of Model 1 stand where they
+    ended.
     """
     parts = [part for part in ("model1", "model2") if part in results["parts"]]
     if not parts:
         return
+    size = (4.5 * len(parts) + 1, 5)
     figure, axes = plt.subplots(
-        1, len(parts), figsize=(5 * len(parts) + 1, 4.5), layout="constrained", squeeze=False
+        1, len(parts), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey=True
     )
     for part, axis in zip(parts, axes[0], strict=True):
         of_part = results["parts"][part]
@@ -476,29 +478,38 @@ def draw(config: Config, results: Mapping[str, Any]) -> None:
             for step, means in by_step.items()
         ]
         steps, rates, shares = zip(*points, strict=True)
-        colours = axis.scatter(
-            steps, rates, c=shares, cmap="cividis", vmin=0, vmax=1, marker="s", s=90
-        )
-        steps = [int(step) for step in of_part["thresholds"]]
-        thresholds = of_part["thresholds"].values()
-        axis.plot(
-            steps,
-            [10 ** threshold["threshold"]["mean"] for threshold in thresholds],
-            color="#D55E00",
-            linewidth=2,
-            label="threshold: a quarter of the components",
-        )
-        low, high = ([10 ** t[end] for t in thresholds] for end in ("lowest", "highest"))
-        axis.fill_between(steps, low, high, color="#D55E00", alpha=0.25, linewidth=0)
-        axis.set(xscale="log", yscale="log", title=common.find_arm(of_part["arm"]).title)
-        axis.set_xlabel("steps of 16 rows")
+        tiles = {"cmap": "cividis", "vmin": 0, "vmax": 1, "marker": "s", "s": 150}
+        colours = axis.scatter(steps, rates, c=shares, **tiles)
+        draw_threshold(axis, of_part["thresholds"])
+        axis.set(xscale="log", yscale="log", xlabel=f"steps of {BATCH} rows")
+        axis.set_title(f"Model {part[-1]}: {common.find_arm(of_part['arm']).title}")
+    if len(parts) == 2:
+        steps, rates = line_of(results["parts"]["model1"]["thresholds"])
+        dotted = {"color": THRESHOLD, "linewidth": 2, "linestyle": ":"}
+        axes[0][1].plot(steps, rates, **dotted)
+        axes[0][0].plot([], [], label="the same line of Model 1", **dotted)
     if not config.miniature:
         mark_reference(axes[0][0])
     axes[0][0].set_ylabel("learning rate, held constant")
-    figure.colorbar(colours, ax=axes, label="components kept (share of the start's)")
+    figure.colorbar(colours, ax=axes, label="share of the components that is kept")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
     save_figure(figure, config.folder / "collapse_time.png")
+
+
+THRESHOLD = "#D55E00"
+
+
+def line_of(thresholds: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+    """Steps, and the mean threshold after each as a learning rate."""
+    return list(map(int, thresholds)), [10 ** t["threshold"]["mean"] for t in thresholds.values()]
+
+
+def draw_threshold(axis: plt.Axes, thresholds: Mapping[str, Any]) -> None:
+    steps, rates = line_of(thresholds)
+    axis.plot(steps, rates, color=THRESHOLD, linewidth=2, label="a quarter is kept")
+    low, high = ([10 ** t[end] for t in thresholds.values()] for end in ("lowest", "highest"))
+    axis.fill_between(steps, low, high, color=THRESHOLD, alpha=0.25, linewidth=0)
 
 
 def mark_reference(axis: plt.Axes) -> None:

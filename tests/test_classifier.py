@@ -307,6 +307,7 @@ def test_the_model_card_has_the_numbers_of_the_run_and_its_code_runs(
     run = folder / "results_7b/smollm2-135m"
     train(run, "--push-to-hub someone/thing")
     card = (hub / "someone/thing/README.md").read_text()
+    assert "pooled by mean." in card
     for key, runs in read_json(run / "results.json")["models"].items():
         line = next(line for line in card.splitlines() if line.startswith(f"| `{key}-seed42`"))
         final = runs["42"]["val"][-1]

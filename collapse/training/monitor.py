@@ -86,4 +86,4 @@ def measures_on(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).float().mean().item()
+    return (logits.argmax(1) == labels).double().mean().item()

@@ -65,7 +65,7 @@ def evenly(lowest: float, highest: float, step: float = 0.25) -> tuple[float, ..
 
 
 NEWS = ("AG News", 9_983, 32)  # the rows at hand; of the whole set a fixed draw of as many
-WITH_LM = (evenly(-3.5, -2, 0.5), (-1.5, *evenly(-1.25, -0.75)))
+WITH_LM = (evenly(-3.5, -1.5, 0.5), evenly(-1.25, -0.75))
 # In the order of the protocol: P6, P7, then what is exploratory.
 PARTS = {
     "model1": Part(*NEWS, "1", 8, evenly(-4.25, -2.25), (-2.0, -1.75)),

@@ -37,7 +37,7 @@ def test_the_plan_is_that_of_the_protocol():
         )
         for steps in (6400, 400)
     }
-    assert rates == {6400: [-3.5, -3.0, -2.5, -2.0], 400: [-1.5, -1.25, -1.0, -0.75]}
+    assert rates == {6400: [-3.5, -3.0, -2.5, -2.0, -1.5], 400: [-1.25, -1.0, -0.75]}
     assert len({(t.seed, t.name) for t in trials}) == len(trials)
     assert trials_of(299, rates=(-3.0,), parts=("model1",)) == [
         study.Trial(299, "model1", "model1", -3.0)  # a pilot's backbone takes every part

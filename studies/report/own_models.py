@@ -35,9 +35,10 @@ STUDIES = {
 CONFIGS = {name: study.Config(corpus="newsgroups") for name, study in STUDIES.items()}
 STANDIN = collapse_threshold.Config(model="smollm2-135m")  # described, not tested
 TIME = collapse_time.Config(corpus="newsgroups")
-# Real models, in order of size; P8 is about the second.
+# Real models, in order of size: one held out for a prediction, and P8's.
+GEMMA = collapse_threshold.Config(model="gemma-3-270m")
 QWEN = collapse_threshold.Config(model="qwen2.5-coder-0.5b-instruct")
-REAL_MODELS = (collapse_threshold.Config(model="gemma-3-270m"), QWEN)
+REAL_MODELS = (GEMMA, QWEN)
 LINGUISTIC = linguistic_collapse.Config(corpus="newsgroups")
 MODELS = ("model1", "model2")
 

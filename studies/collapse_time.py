@@ -459,9 +459,9 @@ BATCH = 16  # rows a step, here and in the reference
 def draw(config: Config, results: Mapping[str, Any]) -> None:
     """Share of components kept over steps and learning rate: a panel for Model 1 and one for 2.
 
-    Points are means over backbones; the line is the mean threshold, the band lowest to highest.
-    Model 2's panel repeats Model 1's line. The reference's two runs of Model 1 stand where they
-    ended.
+    Points are means over backbones; the line is the mean threshold, the band lowest to highest,
+    and a triangle says that some backbone was kept at every rate.
+    Model 2's panel repeats Model 1's line. The reference's runs stand where they ended.
     """
     parts = [part for part in ("model1", "model2") if part in results["parts"]]
     if not parts:
@@ -488,16 +488,21 @@ def draw(config: Config, results: Mapping[str, Any]) -> None:
         dotted = {"color": THRESHOLD, "linewidth": 2, "linestyle": ":"}
         axes[0][1].plot(steps, rates, **dotted)
         axes[0][0].plot([], [], label="the same line of Model 1", **dotted)
+        axes[0][0].plot([], [], "^", color=THRESHOLD, label="at least")
     if not config.miniature:
-        mark_reference(axes[0][0])
+        for part, axis in zip(parts, axes[0], strict=True):
+            mark_reference(axis, part)
+        for marker, outcome in (("X", "collapsed"), ("o", "not collapsed")):
+            name = f"reference, 7B: {outcome}"
+            axes[0][0].plot([], [], marker, markersize=9, color="black", label=name)
     axes[0][0].set_ylabel("learning rate, held constant")
     figure.colorbar(colours, ax=axes, label="share of the components that is kept")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
     save_figure(figure, config.folder / "collapse_time.png")
 
 
-THRESHOLD = "#D55E00"
+THRESHOLD = "#CC3311"
 
 
 def line_of(thresholds: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -507,26 +512,27 @@ def line_of(thresholds: Mapping[str, Any]) -> tuple[list[int], list[float]]:
 
 def draw_threshold(axis: plt.Axes, thresholds: Mapping[str, Any]) -> None:
     steps, rates = line_of(thresholds)
-    axis.plot(steps, rates, color=THRESHOLD, linewidth=2, label="a quarter is kept")
+    axis.plot(steps, rates, color=THRESHOLD, linewidth=2, label="a quarter is left")
     low, high = ([10 ** t[end] for t in thresholds.values()] for end in ("lowest", "highest"))
     axis.fill_between(steps, low, high, color=THRESHOLD, alpha=0.25, linewidth=0)
+    at_least = [
+        rate if t["at_least"] else None for rate, t in zip(rates, thresholds.values(), strict=True)
+    ]
+    axis.plot(steps, np.array(at_least, float), "^", color=THRESHOLD)
 
 
-def mark_reference(axis: plt.Axes) -> None:
-    """The reference's Model 1 of 7B: its cosine schedule's peak, and steps from its rows."""
-    outcomes = {"results_agnews": ("X", "collapsed"), "results_7b": ("o", "not collapsed")}
-    for folder, (marker, outcome) in outcomes.items():
-        theirs = REFERENCE[folder]
-        steps = 3 * theirs["train_rows"] / BATCH
-        axis.plot(
-            steps,
-            LEARNING_RATE,
-            marker=marker,
-            markersize=10,
-            color="black",
-            linestyle="",
-            label=f"reference, 7B, {theirs['data']}: {outcome}",
-        )
+# The reference's runs of 7B: Model 1 collapsed on AG News alone, Model 2 on neither data set.
+COLLAPSED = {"model1": ("results_agnews",), "model2": ()}
+
+
+def mark_reference(axis: plt.Axes, part: str) -> None:
+    """The reference's runs at their cosine schedule's peak; their steps from its rows."""
+    for folder, name in (("results_agnews", "AG News"), ("results_7b", "SST-2")):
+        steps = 3 * REFERENCE[folder]["train_rows"] / BATCH
+        marker = "X" if folder in COLLAPSED[part] else "o"
+        axis.plot(steps, LEARNING_RATE, marker, markersize=9, color="black")
+        place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+        axis.annotate(name, (steps, LEARNING_RATE), fontsize=8, rotation=90, **place)
 
 
 def text(results: Mapping[str, Any]) -> str:

@@ -439,7 +439,8 @@ def draw_ranks(axis: plt.Axes, study: Runs, dataset: str) -> None:
             axis.plot(x, y, color=arm.color, linewidth=0.6, alpha=0.6)
         axis.plot([], [], color=arm.color, label=arm.title)
     axis.set(xscale="log", title=dataset)
-    ticks = [loss for loss in LOSSES if loss < max(axis.get_xlim())]
+    low, high = axis.get_xlim()
+    ticks = [loss for loss in LOSSES if low <= loss <= high]
     axis.set_xticks(ticks, [f"{loss:g}" for loss in ticks])
     axis.minorticks_off()
     axis.invert_xaxis()

@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.lines import Line2D
 
 import common
 from collapse.measures.neural_collapse import length_share
@@ -454,14 +455,24 @@ def means_of(config: Config, runs: Sequence[Run]) -> dict[str, dict[str, dict[st
 # --------------------------------------------------------------------------------------------------
 
 BATCH = 16  # rows a step, here and in the reference
+LINE = {"color": "#CC3311", "linewidth": 2}
+BOUND = {"color": "#CC3311", "linestyle": "", "marker": "^"}
+POINT = {"color": "black", "linestyle": "", "markersize": 9}
+STYLES = {
+    "a quarter is left": LINE,
+    "the same line of Model 1": LINE | {"linestyle": ":"},
+    "at least": BOUND,
+    "reference, 7B: collapsed": POINT | {"marker": "X"},
+    "reference, 7B: not collapsed": POINT | {"marker": "o"},
+}
 
 
 def draw(config: Config, results: Mapping[str, Any]) -> None:
     """Share of components kept over steps and learning rate: a panel for Model 1 and one for 2.
 
     Points are means over backbones; the line is the mean threshold, the band lowest to highest,
-    and a triangle says that some backbone was kept at every rate.
-    Model 2's panel repeats Model 1's line. The reference's runs stand where they ended.
+    and a triangle says that some backbone was kept at every rate. Model 2's panel repeats Model 1's
+    line. The reference's runs stand where they ended.
     """
     parts = [part for part in ("model1", "model2") if part in results["parts"]]
     if not parts:
@@ -481,28 +492,18 @@ def draw(config: Config, results: Mapping[str, Any]) -> None:
         tiles = {"cmap": "cividis", "vmin": 0, "vmax": 1, "marker": "s", "s": 150}
         colours = axis.scatter(steps, rates, c=shares, **tiles)
         draw_threshold(axis, of_part["thresholds"])
+        if part == "model2" and "model1" in parts:
+            line = line_of(results["parts"]["model1"]["thresholds"])
+            axis.plot(*line, **STYLES["the same line of Model 1"])
+        if not config.miniature:
+            mark_reference(axis, part)
         axis.set(xscale="log", yscale="log", xlabel=f"steps of {BATCH} rows")
         axis.set_title(f"Model {part[-1]}: {common.find_arm(of_part['arm']).title}")
-    if len(parts) == 2:
-        steps, rates = line_of(results["parts"]["model1"]["thresholds"])
-        dotted = {"color": THRESHOLD, "linewidth": 2, "linestyle": ":"}
-        axes[0][1].plot(steps, rates, **dotted)
-        axes[0][0].plot([], [], label="the same line of Model 1", **dotted)
-        axes[0][0].plot([], [], "^", color=THRESHOLD, label="at least")
-    if not config.miniature:
-        for part, axis in zip(parts, axes[0], strict=True):
-            mark_reference(axis, part)
-        for marker, outcome in (("X", "collapsed"), ("o", "not collapsed")):
-            name = f"reference, 7B: {outcome}"
-            axes[0][0].plot([], [], marker, markersize=9, color="black", label=name)
     axes[0][0].set_ylabel("learning rate, held constant")
     figure.colorbar(colours, ax=axes, label="share of the components that is kept")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9)
+    handles = [Line2D([], [], label=name, **style) for name, style in STYLES.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
     save_figure(figure, config.folder / "collapse_time.png")
-
-
-THRESHOLD = "#CC3311"
 
 
 def line_of(thresholds: Mapping[str, Any]) -> tuple[list[int], list[float]]:
@@ -512,25 +513,25 @@ def line_of(thresholds: Mapping[str, Any]) -> tuple[list[int], list[float]]:
 
 def draw_threshold(axis: plt.Axes, thresholds: Mapping[str, Any]) -> None:
     steps, rates = line_of(thresholds)
-    axis.plot(steps, rates, color=THRESHOLD, linewidth=2, label="a quarter is left")
+    axis.plot(steps, rates, **LINE)
     low, high = ([10 ** t[end] for t in thresholds.values()] for end in ("lowest", "highest"))
-    axis.fill_between(steps, low, high, color=THRESHOLD, alpha=0.25, linewidth=0)
-    at_least = [
-        rate if t["at_least"] else None for rate, t in zip(rates, thresholds.values(), strict=True)
-    ]
-    axis.plot(steps, np.array(at_least, float), "^", color=THRESHOLD)
+    axis.fill_between(steps, low, high, color=LINE["color"], alpha=0.25, linewidth=0)
+    for step, rate, threshold in zip(steps, rates, thresholds.values(), strict=True):
+        if threshold["at_least"]:
+            axis.plot(step, rate, **BOUND)
 
 
 # The reference's runs of 7B: Model 1 collapsed on AG News alone, Model 2 on neither data set.
-COLLAPSED = {"model1": ("results_agnews",), "model2": ()}
+COLLAPSED = {"model1": ("AG News",), "model2": ()}
 
 
 def mark_reference(axis: plt.Axes, part: str) -> None:
     """The reference's runs at their cosine schedule's peak; their steps from its rows."""
-    for folder, name in (("results_agnews", "AG News"), ("results_7b", "SST-2")):
-        steps = 3 * REFERENCE[folder]["train_rows"] / BATCH
-        marker = "X" if folder in COLLAPSED[part] else "o"
-        axis.plot(steps, LEARNING_RATE, marker, markersize=9, color="black")
+    for folder in ("results_agnews", "results_7b"):
+        theirs = REFERENCE[folder]
+        steps, name = 3 * theirs["train_rows"] / BATCH, theirs["data"]
+        outcome = "collapsed" if name in COLLAPSED[part] else "not collapsed"
+        axis.plot(steps, LEARNING_RATE, **STYLES[f"reference, 7B: {outcome}"])
         place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
         axis.annotate(name, (steps, LEARNING_RATE), fontsize=8, rotation=90, **place)
 

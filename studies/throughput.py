@@ -3,7 +3,8 @@
 `--backbone small` times Experiment 1; `--backbone 7b` times the architecture of Qwen2.5-7B with
 random NF4 weights and true token lengths, on a GPU; `--backbone tiny` is that in miniature, for a
 CPU. The recipes of studies/yardsticks.py and ours run alternately, a few steps of each, in one
-process: conventional on random batches, the others on batches of rows of similar length.
+process: conventional and the reference's own script (--reference-script, Experiment 1 alone) on
+random batches, the others on batches of rows of similar length.
 
 Writes throughput.json.
 """
@@ -337,6 +338,8 @@ def measure_language_model(config: Config) -> dict[str, dict]:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__)
+    if config.reference_script and config.backbone != "small":
+        raise UserError("--reference-script is a yardstick for --backbone small alone.")
     set_allocator()
     (measure_small if config.backbone == "small" else measure_language_model)(config)
 

@@ -143,11 +143,13 @@ PUBLISHED_MODELS = ("Model1_SentimentOnly", "Model2_Dual", "Model3_Engram")
 
 
 def load_published_script(path: Path, task: Task) -> ModuleType:
-    """The reference's experiment.py, ready to train on these rows; nothing of it runs yet.
+    """The reference's experiment.py, ready to train on these rows, on the CPU.
 
     It reads the hub and makes its folder as soon as it is imported: here it is given the rows, and
     makes none. Raises UserError for a file that does not have its parts.
     """
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"--reference-script {path} is no Python file: give the experiment.py.")
     rows = {
         name: [
             {"sentence": text, "label": int(label)}
@@ -162,6 +164,7 @@ def load_published_script(path: Path, task: Task) -> ModuleType:
         mock.patch.object(os, "makedirs"),
     ):
         spec.loader.exec_module(script)
+    script.DEVICE = torch.device("cpu")  # where ours trains
     needed = (*PUBLISHED_MODELS, "train_epoch", "train_ds", "BATCH_SIZE", "LR")
     if missing := [name for name in needed if not hasattr(script, name)]:
         raise UserError(f"{path} is not the reference's experiment.py: no {', '.join(missing)}.")
@@ -179,13 +182,18 @@ def published_seconds(script: ModuleType, number: int, rows: np.ndarray) -> floa
     return now() - started
 
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}  # in place or not
 
 
 def matrix_share(trainer: common.Trainer, batches: Sequence[np.ndarray]) -> float:
-    """Share of the CPU time of these steps that matrix products take, as PyTorch profiles it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    """Share of these steps' time that matrix products outside of fused attention take, profiled."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with (
+        torch.profiler.profile(activities=activities) as profile,
+        torch.profiler.record_function("steps"),
+    ):
         for rows in batches:
             trainer.step(rows, trainer.config.learning_rate)
-    microseconds = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    return sum(microseconds.get(name, 0) for name in PRODUCTS) / sum(microseconds.values())
+    events = {event.key: event for event in profile.key_averages()}
+    products = [event for name, event in events.items() if name.rstrip("_") in PRODUCTS]
+    return sum(e.self_cpu_time_total for e in products) / events["steps"].cpu_time_total

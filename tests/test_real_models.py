@@ -22,3 +22,5 @@ def test_a_threshold_lies_between_two_rates_or_points_beyond_them(monkeypatch, t
     bars = [line.get_ydata() for line in axis.lines if line.get_linewidth() == 0.8]
     assert any(np.allclose(bar, [1e-3, 1e-2]) for bar in bars)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["one model"]
+    legend = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert legend[2:] == ["kept at every rate tried"]  # only kl collapsed at every rate

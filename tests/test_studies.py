@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import arm_of, random_split, start_script, tiny_config, tiny_model
+from conftest import arm_of, cells_of_row, random_split, start_script, tiny_config, tiny_model
 
 import common
 from collapse.config import LanguageModelConfig
@@ -23,9 +23,11 @@ from collapse.utils.errors import UserError
 from studies import hours, lora_speed, random_checkpoint, throughput
 from studies.report import side_studies
 from studies.yardsticks import (
+    PRODUCTS,
     Conventional,
     EcosystemLoss,
     load_published_script,
+    matrix_share,
     published_seconds,
 )
 
@@ -148,12 +150,25 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         "data": data,
         "settings": {"rounds": 2},
     }
-    header, _, row = side_studies.table_throughput(results | {"model1": small}).splitlines()
-    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    table = side_studies.table_throughput(results | {"model1": small})
+    cells = cells_of_row(table, "1: Classification Only")
     padded, share = small["ratio"]["conventional"], small["matrix_share"]
-    assert cells["times the padded"].startswith(f"{padded['median']:.1f} [{padded['low']:.1f}, ")
-    assert 0 < share < 1 and "reference" not in header
-    assert cells["matrix products, % of our time |"] == f"{100 * share:.0f} |"
+    low, high = (f"{padded[end]:.1f}" for end in ("low", "high"))
+    assert cells["times the padded"] == f"{padded['median']:.1f} [{low}, {high}]"
+    assert cells["matrix products, % of our time"] == f"{100 * share:.0f}"
+    assert "reference" not in table  # which was not given
+
+
+def test_the_share_of_matrix_products_counts_them_all(miniature, model_number):
+    model, settings = miniature
+    trainer = common.make_trainer(
+        model, random_split(rows=16, longest=20, vocabulary=900), settings, arm_of(model_number)
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.step(np.arange(16), 1e-3)
+    seen = {event.key.rstrip("_") for event in profile.key_averages()}
+    assert {name for name in seen if name.endswith("mm")} <= PRODUCTS
+    assert "aten::addmm" in seen and 0 < matrix_share(trainer, [np.arange(16)]) < 1
 
 
 PUBLISHED = """
@@ -161,8 +176,8 @@ import os
 import torch
 from datasets import load_dataset
 
-os.makedirs("/nobody/may/write/here")
-DEVICE, BATCH_SIZE, LR = torch.device("cpu"), 4, 1e-3
+os.makedirs(os.path.join(os.path.dirname(__file__), "folder"))
+DEVICE, BATCH_SIZE, LR = torch.device("meta"), 4, 1e-3
 train_ds = [(row["sentence"], row["label"]) for row in load_dataset("glue", "sst2")["train"]]
 seen = []
 
@@ -170,9 +185,15 @@ class Model1_SentimentOnly(torch.nn.Linear):
     def __init__(self):
         super().__init__(2, 2)
 
-Model2_Dual = Model3_Engram = Model1_SentimentOnly
+class Model2_Dual(Model1_SentimentOnly):
+    pass
+
+class Model3_Engram(Model1_SentimentOnly):
+    pass
 
 def train_epoch(model, batches, optimizer, number):
+    assert type(model).__name__.startswith(f"Model{number}_")
+    assert model.weight.device.type == "cpu"
     assert len(optimizer.param_groups[0]["params"]) == 2
     seen.extend((number, list(texts), labels.tolist()) for texts, labels in batches)
 
@@ -181,25 +202,35 @@ if __name__ == "__main__":
 """
 
 
-def test_the_reference_script_is_timed_on_the_same_rows(data_dir, tmp_path):
+def test_the_reference_script_is_timed_on_the_same_rows(data_dir, tmp_path, model_number):
     (tmp_path / "theirs.py").write_text(PUBLISHED)
     task = load_sst2(data_dir)
     script = load_published_script(tmp_path / "theirs.py", task)
     rows = np.array([5, 3, 8, 1, 2, 0, 9, 4])
-    assert published_seconds(script, 2, rows) > 0
+    assert published_seconds(script, model_number, rows) > 0
     texts, labels = ([x[row] for row in rows] for x in (task.train.texts, task.train.labels))
-    assert script.seen == [(2, texts[:4], labels[:4]), (2, texts[4:], labels[4:])]
+    expected = [(model_number, texts[:4], labels[:4]), (model_number, texts[4:], labels[4:])]
+    assert script.seen == expected
     config, split = throughput.Config(rounds=1, steps=1), random_split(rows=8)
-    settings = dataclasses.replace(tiny_config(), batch_size=4)
-    found = throughput.measure(1, tiny_model(1), split, settings, config, None, script)
+    settings, model = dataclasses.replace(tiny_config(), batch_size=4), tiny_model(model_number)
+    found = throughput.measure(model_number, model, split, settings, config, None, script)
     assert set(found["ratio"]) == {"reference", "conventional"}
-    assert script.seen[-1][0] == 1 and len(script.seen) == 4
+    assert len(script.seen) == 4 and not (tmp_path / "folder").exists()
+    table = side_studies.table_throughput({f"model{model_number}": found})
+    (row,) = table.splitlines()[2:]
+    ratio = found["ratio"]["reference"]
+    cells = cells_of_row(table, row.split("|")[1].strip())
+    assert cells["times the script's [lowest, highest round]"].startswith(
+        f"{ratio['median']:.1f} ["
+    )
 
 
 def test_another_script_is_refused(data_dir, tmp_path):
     (tmp_path / "mine.py").write_text("train_ds = []")
     with pytest.raises(UserError, match="not the reference's experiment"):
         load_published_script(tmp_path / "mine.py", load_sst2(data_dir))
+    with pytest.raises(UserError, match="is no Python file"):
+        load_published_script(tmp_path / "none.py", load_sst2(data_dir))
 
 
 def sizes_of_tiny() -> costs.Sizes:

@@ -72,7 +72,7 @@ def test_an_endpoint_without_any_slope_has_its_row(published, monkeypatch):
 def test_the_page_tells_thresholds_with_their_bounds(published):
     text = results_page().text.partition("## Rate, time")[2].partition("\n## ")[0]
     row = next(line for line in text.splitlines() if line.startswith("| model2"))
-    assert "| ≥ 1.0e-02 |" in row and "after 6400" in text
+    assert "| ≥ 3.2e-02 |" in row and "after 6400" in text
     row = next(line for line in text.splitlines() if line.startswith("| model1"))
     cells = [cell.strip() for cell in row.split("|")]
     assert float(cells[10]) == pytest.approx(10 ** (-2.4 - 0.8 * math.log10(32)), rel=0.35)

@@ -112,7 +112,7 @@ def model_card(results: dict, name: str, folders: list[str]) -> str:
         train_rows=data["train_rows"],
         validation_rows=data["validation_rows"],
         classes=", ".join(data["class_names"]),
-        pooling=config["pooling"],
+        pooling=config.get("pooling", "mean"),
         table="\n".join(rows),
         summary=summary_table(results).strip("\n"),
         name=name,

@@ -93,11 +93,11 @@ def name_arms(axis: plt.Axes, runs: Sequence[Run], shaded: float) -> None:
     first, second = (means_by_rate(runs, name, "kept") for name in ARMS)
     highest = max(first, key=first.get)
     apart = max(set(first) & set(second), key=lambda rate: second[rate] - first[rate])
-    before = "left" if highest == min(first) else "right"  # of the first point there is no room
-    after = apart + (BAND if apart == shaded else 0)  # not over the band
+    align = "left" if highest == min(first) else "right"  # no room before the first point
+    beside = apart + (BAND if apart == shaded else 0)  # not over the band
     for name, rate, x, side in (
-        (ARMS[0], highest, highest, before),
-        (ARMS[1], apart, after, "left"),
+        (ARMS[0], highest, highest, align),
+        (ARMS[1], apart, beside, "left"),
     ):
         arm = common.find_arm(name)
         values = [percent(r, "kept") for r in runs if (r.trial.arm, r.trial.rate) == (name, rate)]

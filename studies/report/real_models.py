@@ -28,7 +28,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     censored: set[str] = set()
     for column, of_column in enumerate(runs.values()):
         thresholds = thresholds_by_components(list(of_column), rates=())
-        censored |= {t.censored for arm in thresholds.values() for t in arm.values()}
+        censored |= {t.censored for name in ARMS for t in thresholds.get(name, {}).values()}
         for side, name in zip((-0.15, 0.15), ARMS, strict=True):
             draw_thresholds(axis, column + side, name, list(thresholds.get(name, {}).values()))
     axis.axhline(LEARNING_RATE, color="gray", linewidth=0.8, linestyle="--")
@@ -42,7 +42,7 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     for name in ARMS:
         arm = common.find_arm(name)
         axis.plot([], [], "o", color=arm.color, label=f"Model {model_name(name)}")
-    for end in sorted(censored & set(CENSORED)):
+    for end in sorted(censored & CENSORED.keys()):
         axis.plot([], [], MARKERS[end], color="gray", label=CENSORED[end])
     axis.legend(loc="upper right", fontsize=9)
     save_figure(figure, path)

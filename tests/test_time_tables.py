@@ -38,7 +38,9 @@ def published(tables, tmp_path, monkeypatch):  # noqa: F811
 
 def test_three_endpoints_are_adjusted_together(published):
     found = own_models.endpoints(LATER)
-    adjusted = holm({name: result["p"] for name, result in found.items()})
+    p_values = {name: result["p"] for name, result in found.items()}
+    adjusted = holm(p_values | {"P8": 1.0})  # for the others, until all of its seeds have run
+    adjusted["P8"] = holm(p_values)["P8"]
     assert {name: result["p_holm"] for name, result in found.items()} == pytest.approx(adjusted)
     assert found["P6"]["verdict"] == "supported" and found["P8"]["lower_bound"]
     assert not found["P8"]["done"]

@@ -131,17 +131,17 @@ def result_of(endpoint: str) -> dict[str, Any] | None:
 def endpoints(family: dict[str, tuple[str, float]] = ENDPOINTS) -> dict[str, dict[str, Any]]:
     """The endpoints of a family that have run, with `interval` at Holm's level and verdict.
 
-    For Holm's method an endpoint that has not run, or whose bound excludes nothing, has p = 1.
+    For Holm's method an endpoint that has not run, or whose bound excludes nothing, has p = 1; one
+    that has run in part has it for the others.
     """
     results = {name: result for name in family if (result := result_of(name))}
-    p_values = {name: p_of(results[name]) if name in results else 1.0 for name in family}
-    levels, adjusted = holm_levels(p_values), holm(p_values)
+    in_full = {name: p_of(result) for name, result in results.items() if result["done"]}
     for name, result in results.items():
+        p_values = dict.fromkeys(family, 1.0) | in_full | {name: p_of(result)}
+        level, adjusted = holm_levels(p_values)[name], holm(p_values)[name]
         mean, se, df = (result[key] for key in ("mean", "se", "df"))
-        interval = t_interval(
-            mean, se or 0.0, df if result.get("bounded", True) else 0, levels[name]
-        )
-        result |= {"interval": interval, "p_holm": adjusted[name]}
+        interval = t_interval(mean, se or 0.0, df if result.get("bounded", True) else 0, level)
+        result |= {"interval": interval, "p_holm": adjusted}
         if mean is not None and not refuted_from_above(result):
             rules = result["margin"], result["done"], result.get("lower_bound", False)
             result |= verdict(mean, interval, result["interval_90"], *rules)

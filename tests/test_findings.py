@@ -93,7 +93,7 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
     """What the sentences say without a number that a table has."""
     ranks = experiments.read_ranks()
     text = " ".join((ROOT / "FINDINGS.md").read_text().split())
-    said = "in these six studies Model 1 keeps more than four fifths of its effective rank and "
+    said = "in six such studies Model 1 keeps more than four fifths of its effective rank and "
     said += "seven tenths of its components, and a difference in accuracy is found in none at the "
     said += "final epoch"
     assert said in text and len(experiments.studies_with_results()) == 6

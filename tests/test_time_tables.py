@@ -11,7 +11,7 @@ from collapse.measures.statistics import differences_interval
 from collapse.measures.verdicts import holm
 from collapse.utils.files import write_json
 from studies import collapse_threshold
-from studies.report import own_models
+from studies.report import own_models, thresholds
 from studies.report.page import results_page
 from studies.shared import sweep
 
@@ -79,6 +79,11 @@ def test_the_page_tells_thresholds_with_their_bounds(published):
     cells = [cell.strip() for cell in row.split("|")]
     assert float(cells[10]) == pytest.approx(10 ** (-2.4 - 0.8 * math.log10(32)), rel=0.35)
     assert "≥ 1.6e-03, ≥ 1.6e-03" in text and "came back" in text
+
+
+def test_a_model_that_ran_at_one_rate_has_no_threshold_yet():
+    components = collapse_threshold.by_components(planted({("model1", 0): -3.4})[:1], GRID)
+    assert thresholds.table_real_model(components).endswith("\n\nNo threshold is known yet.")
 
 
 def test_nothing_is_added_before_anything_ran(tmp_path, monkeypatch):

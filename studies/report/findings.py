@@ -100,7 +100,6 @@ def draw_real_models() -> None:
     columns = {}
     for config, name in (
         (own_models.STANDIN, "SmolLM2-135M-Instruct"),
-        (own_models.GEMMA, "Gemma 3 270M"),
         (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct"),
     ):
         for run in collapse_threshold.read_runs(config.folder):

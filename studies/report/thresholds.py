@@ -213,13 +213,18 @@ REAL_MODEL_COLUMNS = (
 
 
 def table_real_model(results: dict[str, Any]) -> str:
-    """Outcomes of each arm at each rate, and below them the threshold of each seed as a rate."""
+    """Outcomes of each arm at each rate, and below them the threshold of each seed as a rate.
+
+    No seed has one before it ran at the two rates that it lies between.
+    """
     bounds, lines = {">=": "≥ ", "<=": "≤ "}, []
     for arm, by_seed in results["arms"].items():
-        thresholds = (
+        thresholds = [
             f"{bounds.get(known['censored'], '')}{10 ** known['value']:.1e}"
             for known in by_seed.values()
-        )
-        lines.append(f"{find_arm(arm).title} {', '.join(thresholds)}")
+        ]
+        if thresholds:
+            lines.append(f"{find_arm(arm).title} {', '.join(thresholds)}")
     rows = rows_of(results["runs"], "arm", "rate")
-    return f"{table(REAL_MODEL_COLUMNS, rows)}\n\nThreshold of each seed: {'; '.join(lines)}."
+    told = f"Threshold of each seed: {'; '.join(lines)}." if lines else "No threshold is known yet."
+    return f"{table(REAL_MODEL_COLUMNS, rows)}\n\n{told}"

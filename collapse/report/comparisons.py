@@ -20,7 +20,7 @@ from collapse.measures.statistics import (
 )
 from collapse.report.markdown import Column, rows_of, text_table
 from collapse.utils.errors import UserError
-from collapse.utils.files import read_json, settings_difference
+from collapse.utils.files import BEFORE, read_json, settings_difference
 
 # Name -> (a, b, evaluation of a, evaluation of b): b is compared with a.
 COMPARISONS = {
@@ -129,14 +129,14 @@ def data_name(settings: dict) -> str:
 
 def study_name(settings: dict) -> str:
     """A study in words: data, rows, backbone, compute type, pooling other than mean."""
-    data, config = settings["data"], settings["config"]
+    data, config = settings["data"], BEFORE["config"] | settings["config"]
     backbone = Path(config["model"]).name if "model" in config else "small transformer"
     parts = (
         data_name(settings),
         f"{data['train_rows']:,} training rows",
         backbone,
         config.get("compute_dtype"),
-        f"{pooling} pooling" if (pooling := config.get("pooling", "mean")) != "mean" else None,
+        f"{config['pooling']} pooling" if config["pooling"] != "mean" else None,
     )
     return ", ".join(part for part in parts if part)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from collapse.arms import find_arm
 from collapse.report.comparisons import summary_table
 from collapse.utils.errors import UserError
-from collapse.utils.files import read_json, write_file, write_json
+from collapse.utils.files import BEFORE, read_json, write_file, write_json
 
 
 def open_repository(name: str) -> str:
@@ -83,7 +83,8 @@ def model_card(results: dict, name: str, folders: list[str]) -> str:
     """The repository's README.md, model_card.md with the run's numbers in its braces."""
     from huggingface_hub import ModelCardData
 
-    config, data = results["settings"]["config"], results["settings"]["data"]
+    config = BEFORE["config"] | results["settings"]["config"]
+    data = results["settings"]["data"]
     model, commit = config["model"], config.get("model_commit")
     head = ModelCardData(
         base_model=model if commit else None,  # without a commit it is not on the hub
@@ -112,7 +113,7 @@ def model_card(results: dict, name: str, folders: list[str]) -> str:
         train_rows=data["train_rows"],
         validation_rows=data["validation_rows"],
         classes=", ".join(data["class_names"]),
-        pooling=config.get("pooling", "mean"),
+        pooling=config["pooling"],
         table="\n".join(rows),
         summary=summary_table(results).strip("\n"),
         name=name,

@@ -197,11 +197,13 @@ def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, 
 
 
 def test_what_was_measured_on_the_way_survives_a_kill_and_results_say_where_it_went_on(
-    run, monkeypatch, tmp_path
+    run, monkeypatch, tmp_path, capsys
 ):
     line = "--seeds 1 --models 2 --measure-every 2"
     whole = run(line, tmp_path / "whole")["models"]["model2"]["1"]
     assert whole["resumed"] == [] and [m["step"] for m in whole["measured"]] == [0, 2, 4, 6, 8, 10]
+    start, *_, end = (m["dims_95pct"] for m in whole["measured"])
+    assert f"  step 10: {end} components (at first {start}), valid" in capsys.readouterr().out
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
     kill_once(monkeypatch, 4)
     with pytest.raises(Killed):

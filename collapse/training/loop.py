@@ -228,6 +228,7 @@ class TrainingLoop:
         measured = {**self.measure(), **of_step}
         history.measured.append({"step": place["step"], **measured})
         self.write(place | {"measured": measured})
+        self.progress.say(measured_line(self.label, history.measured))
 
     def end_epoch(self) -> Validation:
         """Validate, append the epoch's records, keep the weights if they are the best so far."""
@@ -251,6 +252,14 @@ class TrainingLoop:
         validation = self.validate()
         self.progress.evaluation()
         return validation
+
+
+def measured_line(label: str, measured: list[dict]) -> str:
+    """What --measure-every found last, beside the components at the start, for the log."""
+    now, start = (m["dims_95pct"] for m in (measured[-1], measured[0]))  # None: not finite
+    left = "states that are not finite" if now is None else f"{now} components (at first {start})"
+    accuracy = measured[-1]["validation_accuracy"]
+    return f"{label}  step {measured[-1]['step']}: {left}, validation accuracy {accuracy:.2%}"
 
 
 def epoch_line(label: str, history: History, epochs: int) -> str:

@@ -737,7 +737,7 @@ class Run:
         here = environment(self.device, self.commit)
         write_json(job.folder / "metrics.json", {**metrics, **here})
         loop.checkpoint.unlink(missing_ok=True)
-        self.publish()
+        self.publish(with_plots=history.seconds > PLOTTED_SECONDS)
 
     def metrics(self, model: DualHeadModel, history: History) -> dict[str, Any]:
         """What results.json holds of one training. A new measure of its end goes here."""
@@ -760,16 +760,17 @@ class Run:
             "seconds": history.seconds,
         }
 
-    def publish(self) -> dict:
+    def publish(self, with_plots: bool = True) -> dict:
         """Write results.json, results.csv and the plots from all trainings that are finished."""
         experiment = self.experiment
         here = environment(self.device, self.commit)
         head = {"experiment": experiment.name, "settings": self.settings, **here}
         title, classes = experiment.title(), experiment.task.class_names
-        return publishing.publish(self.folder, head, title, classes, experiment.other)
+        return publishing.publish(self.folder, head, title, classes, experiment.other, with_plots)
 
 
 WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
+PLOTTED_SECONDS = 60.0  # a shorter training leaves the plots to the end of the command
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a guess
 
 

@@ -17,16 +17,15 @@ def publish(
     title: str,
     class_names: Sequence[str],
     other: Path | None,
+    with_plots: bool,
 ) -> dict[str, Any]:
     """Write all published files of the folder; returns the content of results.json.
 
     It has the trainings that finished here, and published ones that were trained elsewhere.
     head: entries beside the trainings: experiment, settings, versions, hardware. other: results
-    folder on the other data set. Commands that share the folder take turns. Raises UserError when
-    the folder has become another study's.
+    folder on the other data set. with_plots: draw them, too, which takes seconds. Commands that
+    share the folder take turns. Raises UserError when the folder has become another study's.
     """
-    from collapse.report import plots  # here, because workers need no matplotlib, which is slow
-
     with locked(folder.path):
         folder.check()
         trained_here, trained_elsewhere = folder.finished(), folder.trained_elsewhere()
@@ -45,12 +44,8 @@ def publish(
             results["cross_dataset"] = comparisons.compare_datasets(results, other_results)
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", comparisons.tidy_table(results).encode())
-        curves = folder.path / "learning_curves.png"
-        plots.plot_learning_curves(curves, title, models)
-        plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
-        if "model3" in models and "model3" not in trained_here:
-            return results  # without its engrams: their published figure stays
-        plot_engrams(folder, title, class_names, trained_here.get("model3", {}))
+        if with_plots:
+            draw(folder, title, class_names, models, trained_here)
     return results
 
 
@@ -58,17 +53,22 @@ def by_seed(runs: dict[str, dict]) -> dict[str, dict]:
     return {seed: runs[seed] for seed in sorted(runs, key=int)}
 
 
-def plot_engrams(
-    folder: RunFolder, title: str, class_names: Sequence[str], runs: dict[str, dict]
+def draw(
+    folder: RunFolder,
+    title: str,
+    class_names: Sequence[str],
+    models: dict[str, dict],
+    trained_here: dict[str, dict],
 ) -> None:
-    """Plot t-SNE of the first seed's engrams; without model 3, delete an older plot."""
-    from collapse.report import plots
+    from collapse.report import plots  # here, because workers need no matplotlib, which is slow
 
+    plots.plot_learning_curves(folder.path / "learning_curves.png", title, models)
+    plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
     path = folder.path / "engram_clusters.png"
-    if not runs:
+    if "model3" not in models:
         path.unlink(missing_ok=True)
-        return
-    seed = next(iter(runs))
-    stored, _ = read_tensors(folder.training("model3", int(seed)) / "engrams.safetensors")
-    arrays = [stored[name].numpy() for name in ("engrams", "untrained", "labels")]
-    plots.plot_engram_clusters(path, f"{title}; seed {seed}", *arrays, class_names, int(seed))
+    elif runs := trained_here.get("model3"):  # else without its engrams: their figure stays
+        seed = next(iter(runs))  # the first
+        stored, _ = read_tensors(folder.training("model3", int(seed)) / "engrams.safetensors")
+        arrays = [stored[name].numpy() for name in ("engrams", "untrained", "labels")]
+        plots.plot_engram_clusters(path, f"{title}; seed {seed}", *arrays, class_names, int(seed))

@@ -683,10 +683,9 @@ def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
         folder = standin_folder()
     except UserError as missing:
         pytest.skip(str(missing))
-    config = LanguageModelConfig(
-        model=str(folder), quantization="none", learning_rate=1e-3, max_length=16
-    )
-    task = limit_task(load_ag_news(shared_data), 8 * 16, 64)
+    settings = {"learning_rate": 1e-3, "batch_size": 8, "max_length": 16}
+    config = LanguageModelConfig(model=str(folder), quantization="none", **settings)
+    task = limit_task(load_ag_news(shared_data), 8 * config.batch_size, 64)
     encode = load_tokenizer(config.model)
     train, validation = (
         encode_rows(rows, encode, config.max_length) for rows in (task.train, task.validation)

@@ -4,6 +4,7 @@ Shapes in comments: B rows of a batch, L tokens of its longest row, D hidden siz
 E engram size, T target tokens, V vocabulary, N rows of a split, S seeds.
 """
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -638,8 +639,14 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     left = sum(not job.finished for job in jobs)
     workers, cluster = engine.plan_workers(config, device, left)
     run.share = engine.share_of_device(workers, cluster)
-    engine.run_all(jobs, run, workers, cluster)
-    results = run.publish()  # a command that shares the folder may have ended before it could
+    try:
+        engine.run_all(jobs, run, workers, cluster)
+    except UserError:  # some failed; figures show the others
+        with contextlib.suppress(UserError, OSError):  # what failed is told, not this
+            if folder.finished():
+                run.publish(at_end=True)
+        raise
+    results = run.publish(at_end=True)  # also what a command that shares the folder could not
     print(comparisons.summary_table(results), flush=True)
     if elsewhere := folder.trained_elsewhere():
         names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
@@ -737,7 +744,7 @@ class Run:
         here = environment(self.device, self.commit)
         write_json(job.folder / "metrics.json", {**metrics, **here})
         loop.checkpoint.unlink(missing_ok=True)
-        self.publish(with_plots=history.seconds > PLOTTED_SECONDS)
+        self.publish(at_end=False)
 
     def metrics(self, model: DualHeadModel, history: History) -> dict[str, Any]:
         """What results.json holds of one training. A new measure of its end goes here."""
@@ -760,17 +767,16 @@ class Run:
             "seconds": history.seconds,
         }
 
-    def publish(self, with_plots: bool = True) -> dict:
-        """Write results.json, results.csv and the plots from all trainings that are finished."""
+    def publish(self, at_end: bool) -> dict:
+        """Write results.json and what else publishing.publish does, from all finished trainings."""
         experiment = self.experiment
         here = environment(self.device, self.commit)
         head = {"experiment": experiment.name, "settings": self.settings, **here}
         title, classes = experiment.title(), experiment.task.class_names
-        return publishing.publish(self.folder, head, title, classes, experiment.other, with_plots)
+        return publishing.publish(self.folder, head, title, classes, experiment.other, at_end)
 
 
 WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
-PLOTTED_SECONDS = 60.0  # a shorter training leaves the plots to the end of the command
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a guess
 
 

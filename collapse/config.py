@@ -85,8 +85,8 @@ class RunConfig:
     # Partition of the cluster. Default: the cluster's own.
     cluster_partition: str | None = run_setting(None, EXECUTION)
     # Measure collapse (on up to 1,000 validation rows) and training loss (on 256 training rows)
-    # every so many optimizer steps, before the first and after the last; 0: never. Training itself
-    # is the same with and without.
+    # every so many optimizer steps, before the first and after the last, and print components and
+    # accuracy; 0: never. Training itself is the same with and without.
     measure_every: int = run_setting(0, EXECUTION)
     # Experiment tracker that also receives the numbers of metrics.jsonl, one run per training.
     log_to: Literal["none", *TRACKERS] = run_setting("none", EXECUTION)

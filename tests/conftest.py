@@ -173,9 +173,7 @@ PLOTS = ("plot_learning_curves", "plot_measured", "plot_engram_clusters")
 
 
 def start_script(script, line: str, with_plots: bool = False) -> None:
-    """Run a script with this command line as a shell would, in this process; a training's plots
-    take seconds each.
-    """
+    """Run a script with this command line as a shell would, in this process; plots take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         for plot in () if with_plots else PLOTS:
             patch.setattr(plots, plot, lambda *_: None)

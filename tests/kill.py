@@ -33,13 +33,15 @@ STUDY = "--models 1 3 kl shared-scale --seeds 1 2"
 SCRIPT = """
 import experiment
 from collapse.report import plots
-from collapse.runs import engine
+from collapse.runs import engine, publishing
 from collapse.training import loop
 from collapse.utils.errors import run_script
 
 def change():
     loop.CHECKPOINT_SECONDS = {seconds}
-    if not {with_plots}:  # they take longer than such trainings
+    if {with_plots}:
+        publishing.FIGURE_SECONDS = -1.0  # after every training
+    else:  # they take longer than such trainings
         plots.plot_learning_curves = plots.plot_engram_clusters = lambda *_: None
 
 def run_all(jobs, run_job, workers, cluster):

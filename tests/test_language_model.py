@@ -678,7 +678,7 @@ def test_settings_of_the_adapters_are_checked(run, capsys, qwen):
 
 
 def test_the_real_standin_loads_and_beats_chance_after_a_short_run(shared_data):
-    """8 steps of model 2 on AG News, cut to 16 tokens; chance is 25%."""
+    """8 steps of 8 rows of AG News, cut to 16 tokens, by model 2; chance is 25%."""
     try:
         folder = standin_folder()
     except UserError as missing:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -203,7 +204,7 @@ def test_what_was_measured_on_the_way_survives_a_kill_and_results_say_where_it_w
     whole = run(line, tmp_path / "whole")["models"]["model2"]["1"]
     assert whole["resumed"] == [] and [m["step"] for m in whole["measured"]] == [0, 2, 4, 6, 8, 10]
     start, *_, end = (m["dims_95pct"] for m in whole["measured"])
-    assert f"  step 10: {end} components (at first {start}), valid" in capsys.readouterr().out
+    assert f"  step 10: {end} components ({start} at step 0), accuracy " in capsys.readouterr().out
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
     kill_once(monkeypatch, 4)
     with pytest.raises(Killed):
@@ -453,6 +454,44 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
     monkeypatch.setattr(os, "replace", full_disk)
     assert "the disk is full" in fails(run, capsys, "--seeds 1 --models 3")
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
+
+
+@pytest.mark.parametrize(("seconds", "drawn"), [(60.0, 1), (-1.0, 3)])
+def test_figures_are_drawn_at_the_end_and_before_it_where_they_are_old(
+    run, monkeypatch, seconds, drawn
+):
+    calls = []
+    monkeypatch.setattr(publishing, "draw_figures", lambda *args: calls.append(list(args[3])))
+    monkeypatch.setattr(publishing, "FIGURE_SECONDS", seconds)
+    run("--models 1 2")
+    assert len(calls) == drawn and calls[-1] == ["model1", "model2"]
+
+
+def test_figures_show_what_finished_beside_a_training_that_failed(run, capsys, monkeypatch):
+    calls, whole = [], common.Trainer.step
+
+    def broken(self, *args):
+        if self.arm.name == "model2":
+            raise UserError("broken")
+        return whole(self, *args)
+
+    monkeypatch.setattr(publishing, "draw_figures", lambda *args: calls.append(list(args[3])))
+    monkeypatch.setattr(common.Trainer, "step", broken)
+    assert "broken" in fails(run, capsys, "--models 1 2")
+    assert calls == [["model1"]]
+
+
+def test_what_is_measured_on_the_way_is_told_beside_the_first_measurement():
+    def of(step, components):
+        return {"step": step, "dims_95pct": components, "validation_accuracy": 0.5, "rows": 1000}
+
+    start, later, lost = of(0, 40), of(250, 9), of(500, None)
+    tell = partial(loop.measured_line, "model 1")
+    half = "accuracy 50.00% on 1,000 validation rows"
+    assert tell([start]) == f"model 1  step 0: 40 components, {half}"
+    assert tell([start, later]) == f"model 1  step 250: 9 components (40 at step 0), {half}"
+    assert tell([later, of(300, 8)]).startswith("model 1  step 300: 8 components (9 at step 250)")
+    assert tell([start, lost]) == "model 1  step 500: states are not finite"
 
 
 def test_a_diverging_run_names_step_model_rate_and_checkpoint(run, capsys, tmp_path, monkeypatch):

@@ -46,6 +46,11 @@ class RunFolder:
     def rows_file(self) -> Path:
         return self.path / "rows.safetensors"
 
+    @property
+    def figures(self) -> dict[str, Path]:
+        names = ("learning_curves", "rank_over_steps", "engram_clusters")
+        return {name: self.path / f"{name}.png" for name in names}
+
     def check(self) -> None:
         """Raise UserError when another command has since begun another study here by --fresh."""
         stored = read_json(self.settings_file) if self.settings_file.exists() else self.settings
@@ -83,8 +88,8 @@ class RunFolder:
         if self.published:
             write_json(published_file, self.published)
         if fresh:  # otherwise published trainings stay published until they are trained again
-            self.results_file.unlink(missing_ok=True)
-            self.rows_file.unlink(missing_ok=True)
+            for file in (self.results_file, self.rows_file, *self.figures.values()):
+                file.unlink(missing_ok=True)
         write_json(settings_file, settings)
 
     def training(self, model: str, seed: int) -> Path:

@@ -1,5 +1,6 @@
-"""Publishes the finished trainings of a run: results.json, a tidy CSV, plots."""
+"""Publishes the finished trainings of a run: results.json, a tidy CSV, figures."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from collapse.report import comparisons
 from collapse.runs.folder import RunFolder
 from collapse.utils.files import locked, read_tensors, through_json, write_file, write_json
 
+FIGURE_SECONDS = 60.0  # drawing takes seconds: while a command runs, figures may be so old
+
 
 def publish(
     folder: RunFolder,
@@ -17,14 +20,15 @@ def publish(
     title: str,
     class_names: Sequence[str],
     other: Path | None,
-    with_plots: bool,
+    at_end: bool,
 ) -> dict[str, Any]:
-    """Write all published files of the folder; returns the content of results.json.
+    """Write the published files of the folder; returns the content of results.json.
 
     It has the trainings that finished here, and published ones that were trained elsewhere.
     head: entries beside the trainings: experiment, settings, versions, hardware. other: results
-    folder on the other data set. with_plots: draw them, too, which takes seconds. Commands that
-    share the folder take turns. Raises UserError when the folder has become another study's.
+    folder on the other data set. at_end: of a command; before that, figures are drawn only where
+    those in the folder are old. Commands that share the folder take turns. Raises UserError when
+    the folder has become another study's.
     """
     with locked(folder.path):
         folder.check()
@@ -44,8 +48,8 @@ def publish(
             results["cross_dataset"] = comparisons.compare_datasets(results, other_results)
         write_json(folder.results_file, results)
         write_file(folder.path / "results.csv", comparisons.tidy_table(results).encode())
-        if with_plots:
-            draw(folder, title, class_names, models, trained_here)
+        if at_end or figures_are_old(folder):
+            draw_figures(folder, title, class_names, models, trained_here)
     return results
 
 
@@ -53,22 +57,30 @@ def by_seed(runs: dict[str, dict]) -> dict[str, dict]:
     return {seed: runs[seed] for seed in sorted(runs, key=int)}
 
 
-def draw(
+def figures_are_old(folder: RunFolder) -> bool:
+    """Whether the last were drawn, and the last command began, more than a minute ago."""
+    files = folder.settings_file, folder.figures["learning_curves"]
+    newest = max(file.stat().st_mtime for file in files if file.exists())
+    return time.time() - newest > FIGURE_SECONDS
+
+
+def draw_figures(
     folder: RunFolder,
     title: str,
     class_names: Sequence[str],
     models: dict[str, dict],
     trained_here: dict[str, dict],
 ) -> None:
-    from collapse.report import plots  # here, because workers need no matplotlib, which is slow
+    """Engrams are those of the first seed; without model 3 an older figure of them goes."""
+    from collapse.report import plots  # here: a worker that draws nothing needs no matplotlib
 
-    plots.plot_learning_curves(folder.path / "learning_curves.png", title, models)
-    plots.plot_measured(folder.path / "rank_over_steps.png", title, models)
-    path = folder.path / "engram_clusters.png"
+    plots.plot_learning_curves(folder.figures["learning_curves"], title, models)
+    plots.plot_measured(folder.figures["rank_over_steps"], title, models)
+    path = folder.figures["engram_clusters"]
     if "model3" not in models:
         path.unlink(missing_ok=True)
     elif runs := trained_here.get("model3"):  # else without its engrams: their figure stays
-        seed = next(iter(runs))  # the first
+        seed = next(iter(runs))
         stored, _ = read_tensors(folder.training("model3", int(seed)) / "engrams.safetensors")
         arrays = [stored[name].numpy() for name in ("engrams", "untrained", "labels")]
         plots.plot_engram_clusters(path, f"{title}; seed {seed}", *arrays, class_names, int(seed))

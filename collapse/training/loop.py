@@ -255,11 +255,14 @@ class TrainingLoop:
 
 
 def measured_line(label: str, measured: list[dict]) -> str:
-    """What --measure-every found last, beside the components at the start, for the log."""
-    now, start = (m["dims_95pct"] for m in (measured[-1], measured[0]))  # None: not finite
-    left = "states that are not finite" if now is None else f"{now} components (at first {start})"
-    accuracy = measured[-1]["validation_accuracy"]
-    return f"{label}  step {measured[-1]['step']}: {left}, validation accuracy {accuracy:.2%}"
+    """What --measure-every found last, beside the components it found first, for the log."""
+    first, last = measured[0], measured[-1]
+    line = f"{label}  step {last['step']}: "
+    if last["dims_95pct"] is None:
+        return line + "states are not finite"
+    before = f" ({first['dims_95pct']} at step {first['step']})" if last is not first else ""
+    accuracy = f"accuracy {last['validation_accuracy']:.2%} on {last['rows']:,} validation rows"
+    return f"{line}{last['dims_95pct']} components{before}, {accuracy}"
 
 
 def epoch_line(label: str, history: History, epochs: int) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from test_collapse_threshold import measured_run
 
+from collapse.measures.thresholds import Threshold
 from studies.report import real_models
 
 
@@ -13,7 +14,7 @@ def test_a_threshold_lies_between_two_rates_or_points_beyond_them(monkeypatch, t
     runs = [measured_run([1.0, 1.0, k, k], arm, rate, "0") for (arm, rate), k in kept.items()]
     drawn = []
     monkeypatch.setattr(real_models, "save_figure", lambda figure, path: drawn.append(figure))
-    real_models.draw(tmp_path / "x.png", {"one model": runs})
+    real_models.draw(tmp_path / "x.png", {"one model": runs}, {"one model": -2.25})
     axis = drawn[0].axes[0]
     points = {
         line.get_marker(): line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 1
@@ -23,4 +24,21 @@ def test_a_threshold_lies_between_two_rates_or_points_beyond_them(monkeypatch, t
     assert any(np.allclose(bar, [1e-3, 1e-2]) for bar in bars)
     assert [label.get_text() for label in axis.get_xticklabels()] == ["one model"]
     legend = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert legend[2:] == ["kept at every rate tried"]  # only kl collapsed at every rate
+    assert legend[2:] == ["predicted", "kept at every rate tried"]  # only kl collapsed at all
+    (foretold,) = (line for line in axis.lines if line.get_label() == "predicted")
+    assert foretold.get_ydata() == pytest.approx([10**-2.25] * 2)
+
+
+def test_a_prediction_lies_on_the_line_in_the_logarithm_of_the_width_and_is_judged():
+    def at(*values):
+        return [Threshold(value - 0.15, value + 0.15) for value in values]
+
+    predicted = real_models.predict(1000, {100: at(-1.0, -2.0), 10_000: at(-3.5)})
+    assert predicted == pytest.approx(-2.5)
+    assert "not all known" in real_models.compare(-2.5, at(-2.5))
+    assert "not all known" in real_models.compare(-2.5, [*at(-2.5), Threshold(-2.5, np.inf)])
+    told = real_models.compare(-2.5, at(-2.9, -2.7))
+    assert "3.2e-03 or more" in told and "1.6e-03" in told and "-0.30 decades" in told
+    assert "prediction holds" in told
+    assert "prediction fails" in real_models.compare(-2.5, at(-2.9, -2.9))
+    assert "prediction is open" in real_models.compare(-2.5, at(-2.1, -2.1))

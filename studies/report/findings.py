@@ -100,11 +100,13 @@ def draw_real_models() -> None:
     columns = {}
     for config, name in (
         (own_models.STANDIN, "SmolLM2-135M-Instruct"),
+        (own_models.GEMMA, "Gemma 3 270M"),
         (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct"),
     ):
         for run in collapse_threshold.read_runs(config.folder):
             columns.setdefault(f"{name}\n{run.trial.dataset}", []).append(run)
-    real_models.draw(thresholds.REAL_MODELS, columns)
+    predicted = {"Gemma 3 270M\nAG News": own_models.predicted_for_gemma()}
+    real_models.draw(thresholds.REAL_MODELS, columns, predicted)
 
 
 def summarize_and_draw() -> None:

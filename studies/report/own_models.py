@@ -9,6 +9,7 @@ import numpy as np
 
 from collapse.arms import find_arm
 from collapse.measures.statistics import format_bounds, t_interval
+from collapse.measures.thresholds import Threshold
 from collapse.measures.verdicts import holm, holm_levels, verdict
 from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
 from collapse.utils.files import ROOT, read_json
@@ -21,7 +22,7 @@ from studies import (
     engram_salience,
     linguistic_collapse,
 )
-from studies.report import experiments
+from studies.report import experiments, real_models
 from studies.shared import sweep
 
 STUDIES = {
@@ -66,6 +67,25 @@ def results_of(config: sweep.Config) -> dict[str, Any] | None:
 def real_models_that_ran() -> list[collapse_threshold.Config]:
     """Those of REAL_MODELS whose thresholds have been bracketed by components."""
     return [model for model in REAL_MODELS if "by_components" in (results_of(model) or {})]
+
+
+def thresholds_on_ag_news(config: collapse_threshold.Config) -> list[Threshold]:
+    """Model 1's, by components alone, of each seed that has one; log10."""
+    runs = [r for r in collapse_threshold.read_runs(config.folder) if r.trial.dataset == "AG News"]
+    grid = config.rates if config in REAL_MODELS else ()  # the stand-in ran at other rates
+    found = collapse_threshold.thresholds_by_components(runs, grid)
+    return list(found.get("model1", {}).values())
+
+
+def predicted_for_gemma() -> float:
+    """PROTOCOL.md, Held out: log10, from the models below and above it in width."""
+    known = {576: thresholds_on_ag_news(STANDIN), 896: thresholds_on_ag_news(QWEN)}
+    return real_models.predict(640, known)
+
+
+def prediction() -> str:
+    """In a sentence, beside what Gemma's seeds did."""
+    return real_models.compare(predicted_for_gemma(), thresholds_on_ag_news(GEMMA))
 
 
 def source_of(

@@ -1,4 +1,6 @@
-"""The figure of real models in order of size: the learning rate at which each one collapses."""
+"""Real models in order of size: the figure of the learning rate at which each one collapses, and
+the threshold that was predicted for one of them.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +20,33 @@ MARKERS = {"": "o", ">=": "^", "<=": "v"}  # a censored threshold points where t
 CENSORED = {">=": "kept at every rate tried", "<=": "collapsed at every rate tried"}
 
 
-def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
+# PROTOCOL.md, Held out: the mean over so many seeds may lie so far from the prediction, decades.
+SEEDS, ALLOWED = 2, 0.35
+
+
+def predict(width: int, known: Mapping[int, Sequence[Threshold]]) -> float:
+    """A log10 threshold on the line through the means of two models in log10 of their widths."""
+    widths, means = np.log10(list(known)), [np.mean([t.value for t in k]) for k in known.values()]
+    slope = (means[1] - means[0]) / (widths[1] - widths[0])
+    return float(means[0] + slope * (np.log10(width) - widths[0]))
+
+
+def compare(predicted: float, found: Sequence[Threshold]) -> str:
+    """What became of the prediction; both are log10."""
+    told = f"Predicted before its runs: {10**predicted:.1e} or more."
+    if len(found) < SEEDS or any(threshold.censored for threshold in found):
+        return f"{told} The thresholds of its {SEEDS} seeds are not all known yet."
+    mean = np.mean([threshold.value for threshold in found])
+    away = mean - predicted  # what is predicted is a lower bound: far above it, nothing is
+    end = "holds" if abs(away) <= ALLOWED else "fails" if away < 0 else "is open"
+    told += f" Found: {10**mean:.1e}, the mean of {len(found)} seeds, {away:+.2f} decades from it;"
+    return f"{told} the prediction {end} (allowed: {ALLOWED})."
+
+
+def draw(path: Path, runs: Mapping[str, Sequence[Run]], predicted: Mapping[str, float]) -> None:
     """A column for each model and data set, a point a seed; runs: by the column's name, in order.
+
+    predicted: Model 1's log10 threshold as foretold, for columns that have one.
 
     A threshold is half-way, in logarithms, between the highest learning rate up to which at least a
     quarter of the components was kept and the next one; the bar joins these two rates.
@@ -42,6 +69,9 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]]) -> None:
     for name in ARMS:
         arm = common.find_arm(name)
         axis.plot([], [], "o", color=arm.color, label=f"Model {model_name(name)}")
+    for column, rate in predicted.items():
+        at = list(runs).index(column)
+        axis.plot([at - 0.35, at + 0.05], [10**rate] * 2, ":", color="black", label="predicted")
     for end in sorted(censored & CENSORED.keys()):
         axis.plot([], [], MARKERS[end], color="gray", label=CENSORED[end])
     axis.legend(loc="upper right", fontsize=9)

@@ -99,9 +99,9 @@ def draw_real_models() -> None:
     """The rates at which real models collapse, in order of size; a column a data set."""
     columns = {}
     for config, name in (
-        (own_models.STANDIN, "SmolLM2-135M-Instruct"),
+        (own_models.STANDIN, "SmolLM2-135M"),
         (own_models.GEMMA, "Gemma 3 270M"),
-        (own_models.QWEN, "Qwen2.5-Coder-0.5B-Instruct"),
+        (own_models.QWEN, "Qwen2.5-Coder-0.5B"),
     ):
         for run in collapse_threshold.read_runs(config.folder):
             columns.setdefault(f"{name}\n{run.trial.dataset}", []).append(run)

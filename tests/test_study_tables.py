@@ -236,7 +236,7 @@ def put_run(folder, trial: collapse_threshold.Trial, kept: float | None) -> None
     """A training that ends with a share of its 40 components; None: it diverged."""
     head = {"training": trial.name} | dataclasses.asdict(trial) | {"steps": 150}
     numbers = dict.fromkeys(collapse_threshold.ENDS, 0.9) | {"loss": 0.5, "lm_loss": 4.0}
-    known = {"chance": 0.3, "classes": 2}
+    known = {"chance": 0.3, "classes": 2, "rows": 1000}
     start = numbers | {"dims_95pct": 40, "accuracy": 0.3}
     end = numbers | {"dims_95pct": kept and 40 * kept} if kept else dict.fromkeys(numbers)
     tail = {"git_commit": "c0ffee0123456789", "weights_sha256": "", "hardware": "abacus"}

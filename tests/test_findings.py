@@ -118,6 +118,7 @@ def test_the_endpoints_told_in_sentences_are_those_of_the_csv(published):
 
 def test_the_documents_are_read_in_ten_minutes():
     text, readme = ((ROOT / name).read_text() for name in ("FINDINGS.md", "README.md"))
+    assert text.count("\n") <= 250 and readme.count("\n") <= 160
     outside = [line for line in readme.splitlines() if not line.startswith("|")]
     assert len(outside) <= 137
     assert max(len(line) for line in outside if not line.startswith("    ")) <= 140

@@ -122,10 +122,10 @@ def test_the_documents_are_read_in_ten_minutes():
     outside = [line for line in readme.splitlines() if not line.startswith("|")]
     assert len(outside) <= 137
     assert max(len(line) for line in outside if not line.startswith("    ")) <= 140
-    assert len(prose(text).split()) <= 2200
+    assert len(prose(text).split()) <= 1950
     aside = ("|", "#", "!", "<!--", "*Full", "**Figure", "**Table")
     running = [part for part in text.split("\n\n") if not part.startswith(aside)]
-    assert len(" ".join(running).split()) <= 1750
+    assert len(" ".join(running).split()) <= 1600
     found = {kind: re.findall(rf"\*\*{kind} (\d+)\.\*\*", text) for kind in ("Table", "Figure")}
     for kind, most in (("Table", 5), ("Figure", 4)):  # numbered as they come
         assert found[kind] == [str(1 + place) for place in range(len(found[kind]))]

@@ -42,3 +42,23 @@ def test_a_prediction_lies_on_the_line_in_the_logarithm_of_the_width_and_is_judg
     assert "prediction holds" in told
     assert "prediction fails" in real_models.compare(-2.5, at(-2.9, -2.9))
     assert "prediction is open" in real_models.compare(-2.5, at(-2.1, -2.1))
+
+
+def test_a_long_run_is_judged_by_the_threshold_that_time_leaves():
+    known = [Threshold(-2.5, -2.0), Threshold(-3.0, -2.5)]  # in the mean 10^-2.5 after 150 steps
+
+    def judge(slope, *counts):
+        path = [{"step": 500 * k, "dims_95pct": count} for k, count in enumerate(counts)]
+        return real_models.judge_long_run(known, slope, 1e-3, 1500, path)
+
+    fallen, kept = (100, 60, 30, 20, 90), (100, 20, 30, 25, 10)  # what comes after does not count
+    told = judge(-1.0, *fallen)  # ten times the steps: a threshold of 10^-3.5
+    assert "threshold is 3.2e-04, so a rate of 1e-03 has collapsed" in told
+    assert "of 100 components 20 are left" in told and told.endswith("collapsed, as predicted.")
+    assert judge(-1.0, *kept).endswith("has not collapsed, so the prediction fails.")
+    told = judge(-0.2, *kept)
+    assert "has not collapsed. Found" in told and told.endswith("not collapsed, as predicted.")
+    assert judge(-0.2, *fallen).endswith("has collapsed, so the prediction fails.")
+    assert judge(-1.0, 100, 20, 20, 90).endswith("has collapsed, as predicted.")  # two in a row
+    assert judge(-1.0, 100, 90, None, 90).endswith("has collapsed, as predicted.")
+    assert judge(-1.0, 100, 60, 20).endswith("not come that far.")

@@ -95,7 +95,17 @@ STUDIES = (
         "--compute-dtype bfloat16 --models 1 2 --measure-every 125 "
         "--output-dir results_agnews/smollm2-135m-all-rows",
     ),
+    Study(
+        "results_agnews/smollm2-135m-constant-rate",
+        "Experiment 3, stand-in: Model 1 at a constant 1e-3 for 3,000 steps",
+        "AG News, stand-in, constant 1e-3",
+        "python experiment_agnews_7b.py --model smollm2-135m --data-dir DIR --models 1 --epochs 5 "
+        "--max-length 32 --learning-rate 1e-3 --schedule constant --warmup-fraction 0.0032 "
+        "--eval-limit 1000 --measure-every 250 --threads 2 --compute-dtype float32 "
+        "--output-dir results_agnews/smollm2-135m-constant-rate",
+    ),
 )
+LONG_RUN = STUDIES[-1]  # of which the protocol foretold the end
 RANKS = ROOT / "results_effective_rank" / "effective_rank_results.json"
 
 

@@ -88,6 +88,16 @@ def prediction() -> str:
     return real_models.compare(predicted_for_gemma(), thresholds_on_ag_news(GEMMA))
 
 
+def long_run() -> str:
+    """SmolLM2's Model 1 at a constant rate, as foretold and found, in a sentence."""
+    results = experiments.results_of(experiments.LONG_RUN)
+    (run,) = results["models"]["model1"].values()
+    slope = results_of(TIME)["parts"]["model1"]["slope"]["mean"]
+    rate = results["settings"]["config"]["learning_rate"]
+    known = thresholds_on_ag_news(STANDIN)
+    return real_models.judge_long_run(known, slope, rate, 3_000, run["measured"])
+
+
 def source_of(
     config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
 ) -> str:

@@ -1,7 +1,8 @@
 """Real models in order of size: the figure of the learning rate at which each one collapses, and
-the threshold that was predicted for one of them.
+what was predicted for two of them: a threshold, and the end of a long training.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import common
-from collapse.measures.thresholds import Threshold
+from collapse.measures.thresholds import KEPT, Threshold, collapsed_by
 from collapse.report.plots import save_figure
 from collapse.report.reference import LEARNING_RATE
 from studies.collapse_threshold import Run, thresholds_by_components
@@ -18,8 +19,7 @@ from studies.report.hero import ARMS
 
 MARKERS = {"": "o", ">=": "^", "<=": "v"}  # a censored threshold points where the true one lies
 CENSORED = {">=": "kept at every rate tried", "<=": "collapsed at every rate tried"}
-
-
+STEPS = 150  # of the trainings that thresholds are from
 # PROTOCOL.md, Held out: the mean over so many seeds may lie so far from the prediction, decades.
 SEEDS, ALLOWED = 2, 0.35
 
@@ -41,6 +41,30 @@ def compare(predicted: float, found: Sequence[Threshold]) -> str:
     end = "holds" if abs(away) <= ALLOWED else "fails" if away < 0 else "is open"
     told += f" Found: {10**mean:.1e}, the mean of {len(found)} seeds, {away:+.2f} decades from it;"
     return f"{told} the prediction {end} (allowed: {ALLOWED})."
+
+
+def judge_long_run(
+    known: Sequence[Threshold], slope: float, rate: float, steps: int, path: Sequence[Mapping]
+) -> str:
+    """Whether one run at a constant rate is collapsed after so many steps, as it was foretold.
+
+    known: log10 thresholds after STEPS. slope: of log10 threshold on log10 steps. path: its
+    measurements, each with `step` and `dims_95pct`, the initial one first. It is foretold to
+    collapse where the rate lies above the threshold after so many steps.
+    """
+    threshold = np.mean([t.value for t in known]) + slope * math.log10(steps / STEPS)
+    foretold = bool(threshold < math.log10(rate))
+    told = f"Predicted before the run: after {steps:,} steps the threshold is {10**threshold:.1e}, "
+    told += f"so a rate of {rate:.0e} has {'' if foretold else 'not '}collapsed."
+    counts = [point["dims_95pct"] for point in path if point["step"] <= steps]
+    if path[-1]["step"] < steps:
+        return f"{told} The run has not come that far."
+    start, *later = counts
+    found = collapsed_by([count and count / start for count in later], KEPT)
+    fewest = min(count or 0 for count in later)
+    told += f" Found: of {start} components {counts[-1]} are left, {fewest} at the fewest; it "
+    told += f"has {'' if found else 'not '}collapsed, "
+    return told + ("as predicted." if found == foretold else "so the prediction fails.")
 
 
 def draw(path: Path, runs: Mapping[str, Sequence[Run]], predicted: Mapping[str, float]) -> None:

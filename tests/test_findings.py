@@ -96,8 +96,10 @@ def test_the_answer_in_the_findings_is_that_of_the_json(published):
     said = "in six such studies Model 1 keeps more than four fifths of its effective rank and "
     said += "seven tenths of its components, and a difference in accuracy is found in none at the "
     said += "final epoch"
-    assert said in text and len(experiments.studies_with_results()) == 6
-    for study in experiments.studies_with_results():
+    all_studies = experiments.studies_with_results()
+    compared = [s for s in all_studies if "model2" in experiments.results_of(s)["models"]]
+    assert said in text and len(compared) == 6
+    for study in compared:
         for found in comparisons_of(experiments.results_of(study))["final"].values():
             assert found["interval"]["low"] < 0 < found["interval"]["high"]
     for result in ranks.values():
@@ -210,7 +212,7 @@ def test_a_mild_collapse_is_stable_rank_and_participation_without_effective_rank
         "AG News": study("results_agnews", 10.0, 3.0, 4.0),
     }
     met, shown = claims.mild_collapse(ranks)
-    assert met == "met by SST-2, 7B"
+    assert met == "seen in the mean of SST-2, 7B"
     assert shown["SST-2, 7B"] == "9.0→10.0; 9.0→3.0; 9.0→4.0"
     assert shown["SST-2, small"] == "9.0→8.0; 9.0→8.0; 9.0→8.0"
 

@@ -86,8 +86,9 @@ def endpoints_of_h3(ran: dict[str, dict]) -> str:
     for row in results["arms"]:
         if row["arm"] == "model3" and row["less_random_compressor"]["n"]:
             added = cell(row["less_random_compressor"], 3)
-            trained = [t for t in results["trainings"] if t["arm"] == "model3" and "less_random" in t]
-            parts = ", ".join(f"{t['trained']} {t['less_random']['mean']:+.3f}" for t in trained)
+            of_model3 = [t for t in results["trainings"] if t["arm"] == "model3"]
+            by_label = [(t["trained"], t["less_random"]) for t in of_model3 if "less_random" in t]
+            parts = ", ".join(f"{label} {interval['mean']:+.3f}" for label, interval in by_label)
             text += f"; {added} over an untrained compressor (P4b; {parts})"
     return text
 
@@ -149,8 +150,8 @@ def claims_of_rank(ran: dict[str, dict]) -> list[dict[str, str]]:
             rank_changes(ranks, "model2 - model1"),
         ),
         claim(
-            "Mild collapse: on SST-2 Model 1's stable rank and participation ratio fall, its effective "
-            "rank does not",
+            "Mild collapse: on SST-2 Model 1's stable rank and participation ratio fall, its "
+            "effective rank does not",
             "; ".join(f"{name} {before}→{after}" for name, before, after in changes),
             met,
             shown,

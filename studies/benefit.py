@@ -422,7 +422,7 @@ def draw_differences(axis: plt.Axes, shown: Mapping[str, tuple[dict | None, str]
     axis.set_yticks(range(len(known)), list(known))
     axis.axvline(0, color="gray", linewidth=0.8)
     axis.axvspan(-100 * MARGIN_P1, 100 * MARGIN_P1, color="gray", alpha=0.15, linewidth=0)
-    axis.set(xlabel="accuracy less Model 1's (points)")
+    axis.set(xlabel="accuracy minus Model 1's (points)")
     axis.invert_yaxis()
 
 
@@ -459,7 +459,7 @@ def text(results: dict[str, Any]) -> str:
             for place, value in intervals.items()
             if value
         ]
-        lines.append(f"{arm} less Model 1, points: {', '.join(parts) or 'no two seeds yet'}")
+        lines.append(f"{arm} minus Model 1, points: {', '.join(parts) or 'no two seeds yet'}")
     return "\n".join(lines)
 
 

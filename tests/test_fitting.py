@@ -323,7 +323,7 @@ def test_p1_is_the_mean_over_sets_of_each_model_at_its_own_rate(study):
 def test_tables_tell_what_the_summary_holds(study):
     config, truth = study
     found = benefit.summary(config)
-    row = cells_of_row(own_models.table_differences(found), "Dual Head less Model 1")
+    row = cells_of_row(own_models.table_differences(found), "Dual Head minus Model 1")
     assert row["mean of its sets"].startswith(f"{100 * found['P1']['mean']:+.2f} [")
     assert row["backbones with all its sets"] == "4"
     row = cells_of_row(

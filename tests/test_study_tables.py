@@ -75,12 +75,12 @@ def benefit() -> dict:
 
 def test_differences_in_accuracy_stand_below_their_set_and_base(benefit):
     table = own_models.table_differences(benefit)
-    row = cells_of_row(table, "Dual Head less Model 1")
+    row = cells_of_row(table, "Dual Head minus Model 1")
     assert row["AG News"] == "+1.23 [+0.23, +2.23]" and row["Banking77"] == "n/a"
     assert row["mean of its sets"] == row["backbones with all its sets"] == "n/a"
-    row = cells_of_row(table, "Longer less Model 1")
+    row = cells_of_row(table, "Longer minus Model 1")
     assert row["AG News"].startswith("-2.10") and row["backbones with all its sets"] == "3"
-    assert cells_of_row(table, "Longer less Model 2")["AG News"].startswith("-3.30")
+    assert cells_of_row(table, "Longer minus Model 2")["AG News"].startswith("-3.30")
 
 
 def shown(table: str, *row: str) -> list[str]:
@@ -196,7 +196,7 @@ def test_engrams_of_each_trained_label_beside_both_labels(salience):
     row = cells_of_row(table, "sentiment", "Dual + Engram")
     assert (row["accuracy, %"], row["ARI, topic"]) == ("75.0", "+0.100 [+0.090, +0.110]")
     assert row["untrained compressor's, sentiment"].startswith("+0.050")
-    assert row["trained less other, less an untrained compressor's"].startswith("+0.250")
+    assert row["trained - other, minus an untrained compressor's"].startswith("+0.250")
     assert (row["probe, topic, %"], row["LM loss, nats"], row["learned"]) == ("60.0", "5.125", "3")
     row = cells_of_row(table, "before training")
     assert (row["accuracy, %"], row["learned"], row["backbones"]) == ("n/a", "n/a", "4")

@@ -262,7 +262,7 @@ def ends(interval: dict, scaled: Callable[[float], float]) -> dict[str, float]:
 
 
 def finish_overview(figure: plt.Figure, axes: np.ndarray) -> None:
-    axes[0].set(title="Final validation accuracy", xlabel="less Model 1's (points)")
+    axes[0].set(title="Final validation accuracy", xlabel="minus Model 1's (points)")
     axes[1].set(title="Effective rank after training", xlabel="% of the rank before training")
     axes[1].set_xlim(left=-3)  # a mark at 1% is seen whole
     axes[2].set(title="Spread within classes (CDNV)", xlabel="over Model 1's (factor)")

@@ -333,8 +333,8 @@ BENEFIT_COLUMNS = (
     Column("loss, nats", "best_loss.mean", 3),
     Column("scaled by temperature", "best_scaled_loss.mean", 3),
     Column("best epoch", "best_epoch.mean", 1),
-    Column("LM loss less before, nats", "language_kept.mean", 2, 1, "+"),
-    Column("probe of another set less before, points", "transfer_kept.mean", 1, 100, "+"),
+    Column("LM loss minus before, nats", "language_kept.mean", 2, 1, "+"),
+    Column("probe of another set minus before, points", "transfer_kept.mean", 1, 100, "+"),
     BACKBONES,
     *plain("diverged"),
 )
@@ -363,7 +363,7 @@ def table_differences(results: dict) -> str:
     columns.append(Column("mean of its sets", "mean", 2, 100))
     columns.append(Column("backbones with all its sets", lambda row: count_of(row["mean"])))
     rows = [
-        differences | {"title": f"{find_arm(arm).title} less Model {number}"}
+        differences | {"title": f"{find_arm(arm).title} minus Model {number}"}
         for number, kind in ((1, "accuracy_differences"), (2, "less_model2"))
         for arm, differences in results[kind].items()
     ]
@@ -433,7 +433,7 @@ TRAINING_COLUMNS = (
     Column("accuracy, %", "accuracy.mean", 1, 100),
     *(Column(f"ARI, {label}", f"ari_{label}", 3) for label in LABELS),
     *(Column(f"untrained compressor's, {label}", f"ari_untrained_{label}", 3) for label in LABELS),
-    Column("trained less other, less an untrained compressor's", "less_random", 3),
+    Column("trained - other, minus an untrained compressor's", "less_random", 3),
     *(Column(f"probe, {label}, %", f"probe_{label}.mean", 1, 100) for label in LABELS),
     Column("LM loss, nats", "lm_loss.mean", 3),
     *plain("learned", "backbones", "diverged"),
@@ -441,7 +441,7 @@ TRAINING_COLUMNS = (
 SALIENCE_COLUMNS = (
     ARM,
     Column("ARI, trained label - other label", "learned", 3),
-    Column("less an untrained compressor's", "less_random_compressor", 3),
+    Column("minus an untrained compressor's", "less_random_compressor", 3),
     Column("of all backbones", "all_backbones", 3),
     Column("learned both labels", lambda row: f"{row['learned']['n']} of {row['ran']}"),
 )

@@ -111,7 +111,7 @@ END_COLUMNS = (
     Column("top-10 variance", "ends.top10_variance", 4),
     Column("training accuracy, %", "ends.accuracy", 1, 100),
     Column("validation accuracy, %", "ends.validation_accuracy", 1, 100),
-    Column("LM loss less before, nats", "ends.language_kept", 2),
+    Column("LM loss minus before, nats", "ends.language_kept", 2),
 )
 FINETUNED_COLUMNS = (
     DATA,

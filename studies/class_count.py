@@ -337,7 +337,8 @@ def text(results: dict[str, Any]) -> str:
     lines = [f"P3: {results['P3']['text'] if results['P3'] else 'no interval yet'}"]
     for row in results["table"]:
         gain = format_interval(row["accuracy_difference"], 2, 100, "+")
-        lines.append(f"{row['classes']} {row['merge']} classes: Model 2 minus Model 1 {gain} points")
+        labels = f"{row['classes']} {row['merge']} classes"
+        lines.append(f"{labels}: Model 2 minus Model 1 {gain} points")
     return "\n".join(lines)
 
 

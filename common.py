@@ -436,9 +436,11 @@ class Trainer:
             return hidden, self.start_model.lm_head
         was_training = self.model.training
         self.model.eval()
-        with self.model.adapters.disable_adapter():
-            hidden = self.model(batch.input_ids, batch.text_mask).hidden
-        self.model.train(was_training)
+        try:
+            with self.model.adapters.disable_adapter():
+                hidden = self.model(batch.input_ids, batch.text_mask).hidden
+        finally:  # the step is taken again where memory ran out
+            self.model.train(was_training)
         return hidden, self.model.lm_head
 
     def add_lm_gradients(self, lm_loss: Tensor) -> None:
@@ -909,6 +911,7 @@ def load_classifier(
     config, _, build = language_model_of(stored, adapter, classes, where, model)
     model = build(arm)
     load_weights(folder, weights, model)
+    model.eval()
     model.lm_head = None  # nobody asks for an LM loss here
     tokenizer = whole_tokenizer(config.model, config.revision)
     prepare = preparation(settings["data"])

@@ -225,15 +225,25 @@ class Run(sweep.Run):
     """A trial that has ended, and whether it collapsed."""
 
     def shares(self, measured: Sequence[int]) -> dict[int, float | None]:
-        """Step -> share of the initial components; None once a number was not finite."""
+        """Step -> share of the initial components; None once a number was not finite.
+
+        Raises UserError for a step after which it was not measured.
+        """
         by_step = {int(record["step"]): record for record in self.path}
+        not_finite = [s for s, r in by_step.items() if None in (r["dims_95pct"], r["loss"])]
         shares: dict[int, float | None] = {}
         for step in measured:
             if step > self.end["steps"]:
                 break
-            record = by_step.get(step)
-            finite = record is not None and None not in (record["dims_95pct"], record["loss"])
-            shares[step] = record["dims_95pct"] / self.path[0]["dims_95pct"] if finite else None
+            if step >= min(not_finite, default=math.inf):
+                shares[step] = None
+            elif step in by_step:
+                shares[step] = by_step[step]["dims_95pct"] / self.path[0]["dims_95pct"]
+            else:
+                raise UserError(
+                    f"{self.trial.name} of seed {self.trial.seed} was not measured after {step} "
+                    "steps: give --first and --doublings as its table has them."
+                )
         return shares
 
     def collapsed(self, measured: Sequence[int], bound: float = KEPT) -> dict[int, bool]:

@@ -270,6 +270,15 @@ def test_kl_of_adapters_is_to_the_model_without_them(qwen):
     assert wanted > 0.01
     assert all(p.grad.abs().max() > 0 for n, p in model.trainable().items() if ".lora_" in n)
 
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    model.train()
+    model.forward = out_of_memory  # the step is then taken again, in training mode
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.start_of(trainer.collate(ROWS))
+    assert model.training
+
 
 # --- l2-start -------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import SIZES, arm_of, save_tiny
+from safetensors.torch import load_file, save_file
 
 import common
 import effective_rank_analysis as analysis
@@ -114,6 +115,45 @@ def test_the_adapter_off_is_the_fresh_base_and_everything_stays_as_it_was(adapte
     assert off["base"].endswith("(adapter off)") and fresh.record["base"] == str(llama)
     assert off["last_layer"] == fresh.record["last_layer"]
     assert whole["last_layer"] == off["last_layer"] and whole["base"] == str(llama)
+
+
+def test_an_adapter_that_finds_no_place_in_its_base_is_refused(
+    adapter, llama, texts_file, tmp_path, monkeypatch, capsys
+):
+    """Left out, it would leave the base as it is, and that has kept everything."""
+
+    def run(place, *more):
+        return run_command([place, "--texts", texts_file, *more], tmp_path, monkeypatch, capsys)
+
+    other = transformers.LlamaConfig(**SIZES | {"hidden_size": 48, "num_attention_heads": 4})
+    save_tiny(transformers.LlamaForCausalLM(other), tmp_path / "other")
+    code, said = run(adapter[0], "--base", tmp_path / "other")
+    assert code == 2 and "does not fit" in said and "lora_" in said
+
+    compiled = tmp_path / "compiled"
+    shutil.copytree(adapter[0], compiled)
+    file = compiled / "adapter_model.safetensors"
+    tensors = {
+        k.replace("model.model.", "model._orig_mod.model."): v for k, v in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    code, said = run(compiled)
+    assert code == 2 and "_orig_mod" in said and "save the adapter of the model inside" in said
+    assert run(adapter[0])[0] in (0, 1)
+
+
+def test_values_taken_out_of_the_base_make_it_be_loaded_anew(llama, tmp_path):
+    """PiSSA moves the strongest directions of the base's weights into the adapter."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    lora = peft.LoraConfig(
+        r=4, init_lora_weights="pissa", target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(plain, lora)
+    model.peft_config["default"].base_model_name_or_path = str(llama)
+    model.save_pretrained(tmp_path / "pissa")
+    found = check(str(tmp_path / "pissa"), None, TEXTS).record
+    same = check(str(llama), str(llama), TEXTS).record["last_layer"]["base"]
+    assert found["base"] == str(llama) and found["last_layer"]["base"] == same
 
 
 def test_trained_biases_make_the_base_be_loaded_anew(qwen, tmp_path):

@@ -22,6 +22,7 @@ from conftest import fails, start_script
 import experiment_7b
 from collapse.data.registry import preparation
 from collapse.data.sst2 import load_sst2
+from collapse.runs import sharing
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, read_json
 from common import load_classifier
@@ -76,6 +77,9 @@ def test_it_generates_what_peft_does(folder, qwen):
     plain = peft.PeftModel.from_pretrained(plain, training / "final-adapter").eval()
     ids = torch.tensor(classify.tokenizer(["good word1"])["input_ids"])
     expected = plain.generate(input_ids=ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    for module in classify.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.9  # which is off
     found = classify.generate("good word1", max_new_tokens=6)
     assert found == classify.tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -299,6 +303,14 @@ def test_what_is_pushed_to_the_hub_works_where_it_was_downloaded(
         assert here.generate("good word1") == there.generate("good word1")
     shared = [path for path in (hub / "someone/thing").rglob("*") if path.is_file()]
     assert not [path for path in shared if str(qwen.parent).encode() in path.read_bytes()]
+
+
+def test_published_trainings_that_were_made_elsewhere_are_not_pushed(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "results_7b/smollm2-135m", run)
+    shutil.rmtree(run / "state/model3-seed42")  # as in a fresh clone
+    pushed = sharing.lay_out(run, tmp_path / "hub", "someone/thing")
+    assert pushed == ["model1-seed42", "model2-seed42"]
 
 
 def test_the_model_card_has_the_numbers_of_the_run_and_its_code_runs(

@@ -141,6 +141,12 @@ def test_one_that_comes_back_from_one_measurement_is_kept_and_counted():
     assert [step for step, fell in run.collapsed(STEPS).items() if fell] == STEPS[3:]
 
 
+def test_a_step_that_was_not_measured_is_no_collapse():
+    run = study.Run(trials_of(200)[0], path_of(trials_of(200)[0], math.inf))
+    with pytest.raises(UserError, match="not measured after 25 steps"):
+        run.collapsed([25, *STEPS])
+
+
 def write(folder, runs):
     tail = dict.fromkeys(sweep.PROVENANCE_COLUMNS, "x")
     for run in runs:

@@ -445,6 +445,8 @@ def test_a_path_is_told_by_its_start_its_fewest_components_and_its_end():
     ]
     assert cells[0][4:] == ["9.0", "8.0", "7.0", "0.500", "75.0"] and cells[2][7:] == ["n/a"] * 2
     assert experiments.table_measured({"models": {"model2": {"7": {}}}}) == ""
+    later = {"models": {"model1": {"7": {"measured": path[1:]}}}}  # first measured after a resume
+    assert experiments.table_measured(later) == ""
 
 
 def test_a_path_is_drawn_where_there_is_one(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from test_collapse_threshold import measured_run
 
 from collapse.measures.thresholds import Threshold
+from studies.collapse_threshold import thresholds_by_components
 from studies.report import real_models
 
 
@@ -14,7 +15,8 @@ def test_a_threshold_lies_between_two_rates_or_points_beyond_them(monkeypatch, t
     runs = [measured_run([1.0, 1.0, k, k], arm, rate, "0") for (arm, rate), k in kept.items()]
     drawn = []
     monkeypatch.setattr(real_models, "save_figure", lambda figure, path: drawn.append(figure))
-    real_models.draw(tmp_path / "x.png", {"one model": runs}, {"one model": -2.25})
+    thresholds = thresholds_by_components(runs, ())
+    real_models.draw(tmp_path / "x.png", {"one model": thresholds}, {"one model": -2.25})
     axis = drawn[0].axes[0]
     points = {
         line.get_marker(): line.get_ydata() for line in axis.lines if len(line.get_xdata()) == 1

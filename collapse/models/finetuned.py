@@ -17,12 +17,14 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from collapse.models.architectures import check_is_text_decoder
 from collapse.models.pretrained import find_model
-from collapse.models.weights import loading
+from collapse.models.weights import listed, loading
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_json
 
 LOGIN = "a gated or private model needs `hf auth login`"
+# First values of an adapter (peft's init_lora_weights) that leave the base's weights as they are.
+BESIDE_THE_BASE = (True, False, "gaussian", "eva")
 NEW_HEADS = ("score.", "classifier.", "pre_classifier.")  # an adapter for classes brings its own
 
 
@@ -77,8 +79,18 @@ def load_fine_tuned(name: str, base: str | None, dtype: str) -> tuple[nn.Module,
     task = "SequenceClassification" if settings.get("task_type") == "SEQ_CLS" else "CausalLM"
     whole = load_whole(base, dtype, f"AutoModelFor{task}")
     with loading(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls methods that are being renamed
-        return peft.PeftModel.from_pretrained(whole, name, ignore_mismatched_sizes=True), base
+        warnings.simplefilter("ignore")  # of renamed methods, and of what does not fit, told below
+        model = peft.PeftModel.from_pretrained(whole, name, ignore_mismatched_sizes=True)
+        # The same weights again: from_pretrained tells nobody which of them found no place.
+        found = model.load_adapter(name, "default", ignore_mismatched_sizes=True)
+    for keys in (found.unexpected_keys, found.missing_keys):
+        if lacking := [key for key in keys if not any(f".{head}" in key for head in NEW_HEADS)]:
+            raise UserError(
+                f"the adapter {name} does not fit {base}: {listed(lacking)} would be left out. "
+                "Name the base that it was trained on by --base; where a wrapper put a word into "
+                "these names (_orig_mod: torch.compile), save the adapter of the model inside it."
+            )
+    return model, base
 
 
 def load_whole(name: str, dtype: str, kind: str | None = None) -> nn.Module:
@@ -134,11 +146,16 @@ def _base_of_card(name: str) -> str | None:
 
 
 def can_be_off(model: nn.Module) -> bool:
-    """Whether a model with its adapter off is the base: no trained bias, no prompt, not merged."""
+    """Whether a model with its adapter off is the base.
+
+    It is not with a trained bias, a prompt, a merged adapter, or one that took its first values out
+    of the base's weights (PiSSA, OLoRA, LoftQ ...).
+    """
     configs = model.peft_config.values() if is_adapted(model) else ()
     merged = any(getattr(module, "merged", False) for module in model.modules())
     plain = all(getattr(c, "bias", "none") == "none" and not c.is_prompt_learning for c in configs)
-    return bool(configs) and plain and not merged
+    beside = all(getattr(c, "init_lora_weights", True) in BESIDE_THE_BASE for c in configs)
+    return bool(configs) and plain and beside and not merged
 
 
 @contextlib.contextmanager

@@ -153,16 +153,11 @@ def resolve_model(
     read. Raises UserError for a model that is missing, incomplete or no causal LM of text, and for
     a folder with a revision.
     """
-    from transformers.utils import cached_file
-
     location = find_model(config.model)
-    is_folder, commit = Path(location).exists(), None
+    is_folder = Path(location).exists()
     if is_folder and config.revision:
         raise UserError(f"--revision is for models of the hub, and {config.model} is a folder.")
-    if not is_folder:
-        with loading(location):
-            file = cached_file(location, "config.json", revision=config.revision)
-            commit = Path(file).parent.name  # .../snapshots/COMMIT/config.json
+    commit = None if is_folder else hub_commit(location, config.revision)
     model_config = read_config(location, commit)
     check_is_text_decoder(model_config, config.model)
     if own_quantization(model_config):
@@ -176,6 +171,15 @@ def resolve_model(
     if is_folder:
         return settings, Path(location).name, {"model_sha256": digest_weights(location)}
     return settings, config.model, {"model_commit": commit}
+
+
+def hub_commit(name: str, revision: str | None = None) -> str:
+    """The commit of a model of the hub. Raises UserError where it is not to be had."""
+    from transformers.utils import cached_file
+
+    with loading(name):
+        file = cached_file(name, "config.json", revision=revision)
+    return Path(file).parent.name  # .../snapshots/COMMIT/config.json
 
 
 def load_tokenizer(

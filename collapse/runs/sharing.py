@@ -7,7 +7,7 @@ from pathlib import Path
 from collapse.arms import find_arm
 from collapse.report.comparisons import summary_table
 from collapse.utils.errors import UserError
-from collapse.utils.files import BEFORE, read_json, write_file, write_json
+from collapse.utils.files import BEFORE, finished_trainings, read_json, write_file, write_json
 
 
 def open_repository(name: str) -> str:
@@ -64,7 +64,9 @@ def lay_out(run: Path, target: Path, name: str) -> list[str]:
     """
     results = read_json(run / "results.json")
     model = results["settings"]["config"]["model"]
+    here = {f"{arm}-seed{seed}" for arm, seed in finished_trainings(run)}  # others are published
     folders = [f"{arm}-seed{seed}" for arm, runs in results["models"].items() for seed in runs]
+    folders = [folder for folder in folders if folder in here]
     for training in (run / "state" / folder for folder in folders):
         shared = target / training.name
         shutil.copytree(training / "final-adapter", shared / "final-adapter")

@@ -286,12 +286,12 @@ MEASURED_COLUMNS = (
 def table_measured(results: dict) -> str:
     """Trainings with measurements on the way: at the start, the fewest components, the end.
 
-    Empty if no training has them.
+    Empty if no training has them from the start on: one that was gone on with may have begun later.
     """
     rows = []
     for run in rows_of(results["models"], "model", "seed"):
         path = [point for point in run.get("measured", ()) if point["dims_95pct"] is not None]
-        if path:
+        if path and path[0]["step"] == 0:
             fewest, start = min(path, key=lambda p: p["dims_95pct"]), path[0]["dims_95pct"]
             for place, point in (("start", path[0]), ("fewest", fewest), ("end", path[-1])):
                 count = point["dims_95pct"]

@@ -103,8 +103,8 @@ def draw_real_models() -> None:
         (own_models.GEMMA, "Gemma 3 270M"),
         (own_models.QWEN, "Qwen2.5-Coder-0.5B"),
     ):
-        for run in collapse_threshold.read_runs(config.folder):
-            columns.setdefault(f"{name}\n{run.trial.dataset}", []).append(run)
+        for dataset, by_arm in own_models.thresholds_of(config).items():
+            columns[f"{name}\n{dataset}"] = by_arm
     predicted = {"Gemma 3 270M\nAG News": own_models.predicted_for_gemma()}
     real_models.draw(thresholds.REAL_MODELS, columns, predicted)
 

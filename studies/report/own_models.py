@@ -69,12 +69,21 @@ def real_models_that_ran() -> list[collapse_threshold.Config]:
     return [model for model in REAL_MODELS if "by_components" in (results_of(model) or {})]
 
 
-def thresholds_on_ag_news(config: collapse_threshold.Config) -> list[Threshold]:
-    """Model 1's, by components alone, of each seed that has one; log10."""
-    runs = [r for r in collapse_threshold.read_runs(config.folder) if r.trial.dataset == "AG News"]
+def thresholds_of(config: collapse_threshold.Config) -> dict[str, dict[str, dict[int, Threshold]]]:
+    """Data set -> arm -> seed -> log10 threshold by components alone, of a real model."""
+    runs = collapse_threshold.read_runs(config.folder)
     grid = config.rates if config in REAL_MODELS else ()  # the stand-in ran at other rates
-    found = collapse_threshold.thresholds_by_components(runs, grid)
-    return list(found.get("model1", {}).values())
+    return {
+        dataset: collapse_threshold.thresholds_by_components(
+            [run for run in runs if run.trial.dataset == dataset], grid
+        )
+        for dataset in dict.fromkeys(run.trial.dataset for run in runs)
+    }
+
+
+def thresholds_on_ag_news(config: collapse_threshold.Config) -> list[Threshold]:
+    """Model 1's, of each seed that has one."""
+    return list(thresholds_of(config).get("AG News", {}).get("model1", {}).values())
 
 
 def predicted_for_gemma() -> float:

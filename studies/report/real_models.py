@@ -13,7 +13,6 @@ import common
 from collapse.measures.thresholds import KEPT, Threshold, collapsed_by
 from collapse.report.plots import save_figure
 from collapse.report.reference import LEARNING_RATE
-from studies.collapse_threshold import Run, thresholds_by_components
 from studies.report.experiments import model_name
 from studies.report.hero import ARMS
 
@@ -67,8 +66,14 @@ def judge_long_run(
     return told + ("as predicted." if found == foretold else "so the prediction fails.")
 
 
-def draw(path: Path, runs: Mapping[str, Sequence[Run]], predicted: Mapping[str, float]) -> None:
-    """A column for each model and data set, a point a seed; runs: by the column's name, in order.
+def draw(
+    path: Path,
+    thresholds: Mapping[str, Mapping[str, Mapping[int, Threshold]]],
+    predicted: Mapping[str, float],
+) -> None:
+    """A column for each model and data set, a point a seed.
+
+    thresholds: column's name, in order -> arm -> seed -> log10 threshold.
 
     predicted: Model 1's log10 threshold as foretold, for columns that have one.
 
@@ -77,24 +82,25 @@ def draw(path: Path, runs: Mapping[str, Sequence[Run]], predicted: Mapping[str, 
     """
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     censored: set[str] = set()
-    for column, of_column in enumerate(runs.values()):
-        thresholds = thresholds_by_components(list(of_column), rates=())
-        censored |= {t.censored for name in ARMS for t in thresholds.get(name, {}).values()}
+    for column, by_arm in enumerate(thresholds.values()):
+        censored |= {t.censored for name in ARMS for t in by_arm.get(name, {}).values()}
         for side, name in zip((-0.15, 0.15), ARMS, strict=True):
-            draw_thresholds(axis, column + side, name, list(thresholds.get(name, {}).values()))
+            draw_thresholds(axis, column + side, name, list(by_arm.get(name, {}).values()))
     axis.axhline(LEARNING_RATE, color="gray", linewidth=0.8, linestyle="--")
     note = "the reference's rate: its 7B Model 1 collapsed here, after 22,500 steps"
     axis.annotate(note, (0.01, LEARNING_RATE), xycoords=("axes fraction", "data"), **NOTE)
-    axis.set_xticks(range(len(runs)), list(runs))
+    axis.set_xticks(range(len(thresholds)), list(thresholds))
     axis.set(
-        yscale="log", ylabel="learning rate of collapse, 150 steps", xlim=(-0.5, len(runs) - 0.5)
+        yscale="log",
+        ylabel="learning rate of collapse, 150 steps",
+        xlim=(-0.5, len(thresholds) - 0.5),
     )
     axis.set_ylim(1e-4, 4e-2)
     for name in ARMS:
         arm = common.find_arm(name)
         axis.plot([], [], "o", color=arm.color, label=f"Model {model_name(name)}")
     for column, rate in predicted.items():
-        at = list(runs).index(column)
+        at = list(thresholds).index(column)
         axis.plot([at - 0.35, at + 0.05], [10**rate] * 2, ":", color="black", label="predicted")
     for end in sorted(censored & CENSORED.keys()):
         axis.plot([], [], MARKERS[end], color="gray", label=CENSORED[end])

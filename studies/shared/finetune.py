@@ -33,7 +33,7 @@ from collapse.data.registry import LOADERS
 from collapse.data.task import Rows, Task, in_corpus_text, limit_task, tuning_split, without_texts
 from collapse.measures.predictions import fit_temperature, log_probabilities, pack
 from collapse.measures.probe import transfer_accuracy
-from collapse.models.pretrained import find_model, load_causal_lm, load_tokenizer
+from collapse.models.pretrained import find_model, hub_commit, load_causal_lm, load_tokenizer
 from collapse.training import monitor
 from collapse.training.steps import Shuffle, steps
 from collapse.utils.errors import UserError
@@ -193,10 +193,10 @@ def as_tokens(
 
 
 @functools.cache  # a process runs many trials of one model
-def digest_of_model(name: str) -> str | None:
-    """Digest of the weights of a model in a folder; None of one of the hub."""
-    folder = Path(find_model(name))
-    return digest_weights(folder) if folder.exists() else None
+def digest_of_model(name: str) -> str:
+    """Digest of the weights of a model in a folder; of one of the hub its commit."""
+    place = find_model(name)
+    return digest_weights(Path(place)) if Path(place).exists() else hub_commit(place)
 
 
 def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear]:

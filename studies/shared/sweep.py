@@ -292,7 +292,7 @@ def check_weights(table: Path, model: str) -> None:
     same seed gives other weights.
     """
     weights = {row["weights_sha256"] for row in read_rows(table)}
-    if weights - {finetune.digest_of_model(model) or ""}:
+    if weights - {finetune.digest_of_model(model)}:
         raise UserError(
             f"{table} has rows of other weights than {model} has: move it away, or give another "
             "--output-dir."

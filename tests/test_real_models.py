@@ -56,7 +56,9 @@ def test_a_long_run_is_judged_by_the_threshold_that_time_leaves():
     fallen, kept = (100, 60, 30, 20, 90), (100, 20, 30, 25, 10)  # what comes after does not count
     told = judge(-1.0, *fallen)  # ten times the steps: a threshold of 10^-3.5
     assert "threshold is 3.2e-04, so a rate of 1e-03 has collapsed" in told
-    assert "of 100 components 20 are left" in told and told.endswith("collapsed, as predicted.")
+    assert "20 components, 100 before, 20 at the fewest" in told and told.endswith(
+        "collapsed, as predicted."
+    )
     assert judge(-1.0, *kept).endswith("has not collapsed, so the prediction fails.")
     told = judge(-0.2, *kept)
     assert "has not collapsed. Found" in told and told.endswith("not collapsed, as predicted.")

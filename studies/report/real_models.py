@@ -61,7 +61,7 @@ def judge_long_run(
     start, *later = counts
     found = collapsed_by([count and count / start for count in later], KEPT)
     fewest = min(count or 0 for count in later)
-    told += f" Found: of {start} components {counts[-1]} are left, {fewest} at the fewest; it "
+    told += f" Found: {counts[-1]} components, {start} before, {fewest} at the fewest; it "
     told += f"has {'' if found else 'not '}collapsed, "
     return told + ("as predicted." if found == foretold else "so the prediction fails.")
 

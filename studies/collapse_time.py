@@ -230,12 +230,13 @@ class Run(sweep.Run):
         Raises UserError for a step after which it was not measured.
         """
         by_step = {int(record["step"]): record for record in self.path}
-        not_finite = [s for s, r in by_step.items() if None in (r["dims_95pct"], r["loss"])]
+        not_finite = (s for s, r in by_step.items() if None in (r["dims_95pct"], r["loss"]))
+        diverged = min(not_finite, default=math.inf)
         shares: dict[int, float | None] = {}
         for step in measured:
             if step > self.end["steps"]:
                 break
-            if step >= min(not_finite, default=math.inf):
+            if step >= diverged:
                 shares[step] = None
             elif step in by_step:
                 shares[step] = by_step[step]["dims_95pct"] / self.path[0]["dims_95pct"]

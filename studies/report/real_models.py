@@ -92,7 +92,7 @@ def draw(
     axis.set_xticks(range(len(thresholds)), list(thresholds))
     axis.set(
         yscale="log",
-        ylabel="learning rate of collapse, 150 steps",
+        ylabel=f"learning rate of collapse, {STEPS} steps",
         xlim=(-0.5, len(thresholds) - 0.5),
     )
     axis.set_ylim(1e-4, 4e-2)

@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 import tyro
-from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -36,7 +35,7 @@ import common
 from collapse.config import LanguageModelConfig, check_bounds
 from collapse.data.batches import Split, length_grouped_batches
 from collapse.models import costs
-from collapse.models.lora import use_fused_lora
+from collapse.models.lora import plain_weight, use_fused_lora
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
 from collapse.utils.device import cap_memory, nvidia_driver, pick_device, set_allocator
@@ -180,8 +179,7 @@ def memory(card: Card) -> Checks:
 def linear_pair(card: Card, *shape: int) -> tuple[nn.Module, torch.Tensor]:
     """An NF4 layer with random weights (O, I), and the same weights unpacked."""
     layer = random_packed(shape, False, card.dtype, card.device)
-    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return layer, weight.to(card.dtype)
+    return layer, plain_weight(layer, card.dtype)
 
 
 def products(card: Card) -> Checks:

@@ -71,6 +71,16 @@ def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadMo
     return experiment.build_model(arm_of(number), 2, tiny_config(**changes)).eval()
 
 
+def unpacked_nf4(linear: torch.nn.Module) -> torch.Tensor:
+    """The weight of a layer in double-quantized NF4, by its definition."""
+    packed, state = linear.weight.data.view(-1), linear.weight.quant_state
+    numbers = torch.stack([packed >> 4, packed & 15], 1).view(-1).long()[: state.shape.numel()]
+    blocks, inner = torch.arange(len(state.absmax)), state.state2
+    scales = inner.code[state.absmax.long()] * inner.absmax[blocks // inner.blocksize]
+    scales = (scales + state.offset)[torch.arange(len(numbers)) // state.blocksize]
+    return (state.code[numbers] * scales).view(state.shape)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def freeze_imports() -> None:
     """Trainings collect garbage; a million objects of imported modules are none."""

@@ -19,7 +19,15 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SIZES, arm_of, fails, random_split, start_script, without_times
+from conftest import (
+    SIZES,
+    arm_of,
+    fails,
+    random_split,
+    start_script,
+    unpacked_nf4,
+    without_times,
+)
 from test_labelled_text import write_table
 
 import common
@@ -231,10 +239,7 @@ def test_nf4_gradients_are_those_of_the_unpacked_weights(model_folder):
     modules = dict(plain.named_modules())
     for name, module in packed.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            unpacked = bitsandbytes.functional.dequantize_4bit(
-                module.weight.data, module.weight.quant_state
-            )
-            modules[name].weight.data.copy_(unpacked)
+            modules[name].weight.data.copy_(unpacked_nf4(module))
     common.evaluate(packed, random_split(4, longest=10, vocabulary=60))
     (sums, found), (expected_sums, expected) = (
         gradients_of_step(packed.eval()),

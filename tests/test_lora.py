@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SIZES
+from conftest import SIZES, unpacked_nf4
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,10 +43,6 @@ def pack(linear: nn.Linear, dtype=torch.float32) -> nn.Linear:
         packed.bias.data = packed.bias.data.to(dtype)
     packed.support_avx512bf16_for_cpu = False  # an evaluation would pack weights without a gradient
     return packed.to("cpu").requires_grad_(False)
-
-
-def unpack(linear) -> torch.Tensor:
-    return bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def adapted(base: nn.Linear, dropout=0.0, rank=4, **settings) -> nn.Module:
@@ -92,7 +88,7 @@ def truth(layer, x, upstream):
         for t in (x, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
     )
     base = layer.base_layer
-    weight = unpack(base) if isinstance(base, bitsandbytes.nn.Linear4bit) else base.weight
+    weight = unpacked_nf4(base) if isinstance(base, bitsandbytes.nn.Linear4bit) else base.weight
     y = nn.functional.linear(x, weight.double(), base.bias.double()) + layer.scaling["default"] * (
         x @ a.T @ b.T
     )
@@ -313,8 +309,22 @@ def test_the_base_layer_may_be_exchanged():
     expected = outcome(layer, x)
     layer.base_layer = nn.Linear(64, 64).requires_grad_(False)
     assert not torch.equal(layer(x), expected[0])
-    layer.base_layer.weight.data, layer.base_layer.bias.data = unpack(packed), packed.bias.data
+    layer.base_layer.weight.data = unpacked_nf4(packed)
+    layer.base_layer.bias.data = packed.bias.data
     assert all(torch.equal(a, b) for a, b in zip(outcome(layer, x), expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 48), (64, 96), (7, 10), (128, 64)])
+def test_four_bits_are_unpacked_by_their_definition_whatever_the_width(shape):
+    """Widths that are no multiple of a block's 64 values included, also with the adapter off."""
+    base = nn.Linear(shape[1], shape[0])
+    packed = pack(base)
+    weight = unpacked_nf4(packed)
+    torch.testing.assert_close(weight, base.weight.data, rtol=0, atol=0.2 * shape[1] ** -0.5)
+    torch.testing.assert_close(lora.plain_weight(packed, torch.float32), weight)
+    layer, x = fused(adapted(packed)), torch.randn(5, shape[1])
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, packed.bias))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -11,10 +11,12 @@ adapter's products have the base layer's type and are added in place. For the ba
 the input, which layers share, and the positions of the values that dropout removed.
 """
 
+import copy
 import math
 import types
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -50,7 +52,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float, p: float):
-        output, rows = base(x), x.reshape(-1, x.shape[-1])  # (..., O), (T, I)
+        output, rows = _product(base, x), x.reshape(-1, x.shape[-1])  # (..., O), (T, I)
         mask = draw_mask(rows, p) if p else None
         scale = scaling / (1 - p)  # on the inner values: no pass over x or the output for it
         inner = (kept_values(rows, mask) @ a.to(x.dtype).T).mul_(scale)  # (T, R)
@@ -74,7 +76,7 @@ class LoraLinear(torch.autograd.Function):
                 grad_b = _float32_product(grad_output.T, inner)
             if ctx.needs_input_grad[0]:
                 grad_x = kept_values(grad_inner @ a.to(x.dtype), mask, overwrite=True)
-                grad_x = grad_x.addmm_(grad_output, _weight(ctx.base, x.dtype)).view(x.shape)
+                grad_x = grad_x.addmm_(grad_output, plain_weight(ctx.base, x.dtype)).view(x.shape)
         return grad_x, grad_a, grad_b, None, None, None
 
 
@@ -126,7 +128,7 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         raise ValueError("a fused LoRA layer takes its input alone, and one adapter for all rows.")
     base = layer.base_layer
     if layer.disable_adapters and not layer.merged:
-        return base(x)
+        return _product(base, x)
     name = _only_adapter(layer)
     if hasattr(base.weight, "quant_state"):  # bitsandbytes' own rules
         compute_type, result_type = base.compute_dtype or x.dtype, x.dtype
@@ -188,12 +190,27 @@ def _is_special(layer: nn.Module) -> bool:
     return isinstance(base, nn.Linear) and not plain
 
 
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:  # (O, I)
-    """The weight of a linear layer in nn.Linear's layout, dequantized if it has 4 bits."""
+def _product(base: nn.Module, x: Tensor) -> Tensor:
+    """base(x), by the weight as plain_weight unpacks it where a CPU holds it in 4 bits."""
+    if not hasattr(base.weight, "quant_state") or x.device.type != "cpu":
+        return base(x)
+    dtype = base.compute_dtype or x.dtype
+    bias = None if base.bias is None else base.bias.to(dtype)
+    return F.linear(x.to(dtype), plain_weight(base, dtype), bias).to(x.dtype)
+
+
+def plain_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight (O, I) of a linear layer in nn.Linear's layout, unpacked if it has 4 bits.
+
+    bitsandbytes 0.50 on a CPU with AVX-512 gives a row whose length is a multiple of 16, but not of
+    its blocks' 64 values, the scales of other rows. Unpacked as a single row all are right.
+    """
     if hasattr(base.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+        state = copy.copy(base.weight.quant_state)
+        shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+        return dequantize_4bit(base.weight.data, state).view(shape).to(dtype)
     weight = base.weight.to(dtype)
     return weight.T if _is_transposed(base) else weight
 

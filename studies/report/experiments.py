@@ -73,6 +73,13 @@ STUDIES = (
         f"python experiment_7b.py {SMOLLM} --seeds 42 43 44 --output-dir results_7b/smollm2-135m",
     ),
     Study(
+        "results_7b/smollm2-135m-all-rows",
+        "Experiment 2, stand-in: SmolLM2-135M-Instruct, all 67,349 rows of SST-2",
+        "SST-2, stand-in, all rows",
+        "python experiment_7b.py --model smollm2-135m --data-dir DIR --compute-dtype bfloat16 "
+        "--models 1 2 --measure-every 1000 --output-dir results_7b/smollm2-135m-all-rows",
+    ),
+    Study(
         "results_agnews",
         "Experiment 3: Qwen2.5-7B, AG News",
         "AG News, 7B",

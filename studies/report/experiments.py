@@ -112,7 +112,9 @@ STUDIES = (
         "--output-dir results_agnews/smollm2-135m-constant-rate",
     ),
 )
-LONG_RUN = STUDIES[-1]  # of which the protocol foretold the end
+LONG_RUN = STUDIES[-1]  # at another rate than the reference's
+# Studies of which the protocol foretold how Model 1 ends, and after how many steps.
+FORETOLD = {LONG_RUN.folder: 3_000, "results_7b/smollm2-135m-all-rows": 12_630}
 RANKS = ROOT / "results_effective_rank" / "effective_rank_results.json"
 
 

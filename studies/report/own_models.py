@@ -97,14 +97,14 @@ def prediction() -> str:
     return real_models.compare(predicted_for_gemma(), thresholds_on_ag_news(GEMMA))
 
 
-def long_run() -> str:
-    """SmolLM2's Model 1 at a constant rate, as foretold and found, in a sentence."""
-    results = experiments.results_of(experiments.LONG_RUN)
+def long_run(study: experiments.Study) -> str:
+    """The end of SmolLM2's Model 1 in a long training, as foretold and found, in a sentence."""
+    results, steps = experiments.results_of(study), experiments.FORETOLD[study.folder]
     (run,) = results["models"]["model1"].values()
     slope = results_of(TIME)["parts"]["model1"]["slope"]["mean"]
     rate = results["settings"]["config"]["learning_rate"]
     known = thresholds_on_ag_news(STANDIN)
-    return real_models.judge_long_run(known, slope, rate, 3_000, run["measured"])
+    return real_models.judge_long_run(known, slope, rate, steps, run["measured"])
 
 
 def source_of(

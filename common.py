@@ -66,7 +66,7 @@ from collapse.runs.tracking import load_tracker, tracked
 from collapse.training.checkpoints import load_weights
 from collapse.training.evaluation import Evaluation, evaluate
 from collapse.training.loop import History, StepSums, TrainingLoop, Validation
-from collapse.training.monitor import Measuring
+from collapse.training.monitor import draw_rows, measures
 from collapse.training.optimizer import SharedScaleAdamW
 from collapse.utils.device import pick_device, set_threads
 from collapse.utils.errors import UserError, is_out_of_memory
@@ -215,26 +215,18 @@ class DualHeadModel(nn.Module):
 
 
 def wrap_causal_lm(
-    adapters: Any,
+    language_model: Any,
     arm: Arm,
     num_classes: int,
     engram_source: Literal["pooled", "intermediate"],
     config: LanguageModelConfig,
 ) -> DualHeadModel:
-    """An arm's model with fresh heads on what add_lora gave, on its device."""
-    causal_lm = adapters.get_base_model()
-    return put_heads_on(causal_lm, arm, num_classes, engram_source, config, adapters)
+    """An arm's model with fresh heads on a causal LM or on what add_lora gave, on its device.
 
-
-def put_heads_on(
-    causal_lm: Any,
-    arm: Arm,
-    num_classes: int,
-    engram_source: Literal["pooled", "intermediate"],
-    config: LanguageModelConfig,
-    adapters: Any = None,
-) -> DualHeadModel:
-    """An arm's model with fresh heads on a causal LM, on its device; what is not frozen trains."""
+    What is not frozen trains.
+    """
+    adapters = language_model if hasattr(language_model, "get_base_model") else None
+    causal_lm = adapters.get_base_model() if adapters else language_model
     hidden_size = causal_lm.config.hidden_size
     return DualHeadModel(
         causal_lm.base_model,
@@ -342,7 +334,7 @@ class Trainer:
         parts = []  # read after the last backward pass: a GPU that is asked for a number stops
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
-            if self.arm.needs_separate_lm_grad:
+            if self.arm.shared_scale or self.arm.compressor == "lm":
                 self.add_lm_gradients(lm_loss)
             loss.backward()
             parts += numbers
@@ -447,10 +439,7 @@ class Trainer:
         found = torch.autograd.grad(
             lm_loss, self.separate_lm_parameters, retain_graph=True, allow_unused=True
         )
-        self.lm_gradients = [
-            old if new is None else new if old is None else old + new
-            for old, new in zip(self.lm_gradients, found, strict=True)
-        ]
+        self.lm_gradients = [_sum(*two) for two in zip(self.lm_gradients, found, strict=True)]
 
     def add_pull_to_start(self) -> float:
         """Add the gradient of weight / 2 times the squared distance to the start; returns that."""
@@ -727,12 +716,13 @@ class Run:
         announce(job.name, trainer, progress, self.share)
         settings = {**self.folder.settings["config"], "arm": arm.name, "seed": seed}
         title = self.experiment.title()
+        watched = draw_rows(train), draw_rows(validation, WATCHED_ROWS)
         with tracked(config.log_to, job.folder, job.name, title, settings) as track:
             loop = TrainingLoop(
                 label=job.name,
                 trainer=trainer,
                 validate=partial(validate, trainer, validation),
-                measure=Measuring(model, train, validation, WATCHED_ROWS),
+                measure=partial(measures, model, *watched),
                 config=config,
                 seed=seed,
                 folder=job.folder,

@@ -48,11 +48,6 @@ class Arm:
         """Whether its anchor is a loss per target token, weighed against the other loss."""
         return self.anchor == "kl"
 
-    @property
-    def needs_separate_lm_grad(self) -> bool:
-        """Whether the LM loss's gradient must be computed separately from the other one."""
-        return self.shared_scale or self.compressor == "lm"
-
     def config_in(self, config: RunConfig) -> RunConfig:
         """The study's settings with this arm's epochs, which the learning rate's schedule spans."""
         return dataclasses.replace(config, epochs=self.epochs_of(config.epochs))

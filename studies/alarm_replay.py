@@ -89,7 +89,7 @@ def measure_starts(config: Config) -> None:
 def measure_start(
     study: collapse_threshold.Config, seed: int, dataset: str, data_dir: Path | None
 ) -> dict[str, Any]:
-    """What monitor.Measuring finds before the first step of a training.
+    """What --measure-every finds before the first step of a training.
 
     Raises UserError where the weights are not those that the published trainings started from.
     """
@@ -101,7 +101,8 @@ def measure_start(
     if {row["weights_sha256"] for row in published} != {digest}:
         raise UserError(f"{recipe.model} has other weights than the published trainings of it.")
     model, _ = finetune.build(recipe, data.classes)
-    found = monitor.Measuring(model, data.measured_train, data.validation)()
+    few = [monitor.draw_rows(split) for split in (data.measured_train, data.validation)]
+    found = monitor.measures(model, *few)
     made_with = {"git_commit": git_commit(), "weights_sha256": digest}
     made_with["hardware"] = hardware_name(next(model.parameters()).device)
     return {"rows": ROWS, **{name: found[name] for name in MEASURES}, **made_with}

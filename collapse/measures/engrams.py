@@ -17,7 +17,12 @@ def k_means(points: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def match_clusters(clusters: np.ndarray, labels: np.ndarray, n_classes: int) -> dict[str, Any]:
-    """Clusters (N,) against labels (N,), see cluster_engrams."""
+    """Clusters (N,) against labels (N,) that k-means did not see.
+
+    `ari` is the adjusted Rand index; `cluster_accuracy` the share of rows in the cluster matched to
+    their class by the Hungarian algorithm; `mapping` cluster -> class; `purity` class -> share of
+    its rows in its cluster.
+    """
     import scipy.optimize
     from sklearn.metrics import adjusted_rand_score, confusion_matrix
 
@@ -30,18 +35,6 @@ def match_clusters(clusters: np.ndarray, labels: np.ndarray, n_classes: int) -> 
         "mapping": {cluster: int(c) for cluster, c in enumerate(class_of)},
         "purity": {int(c): float(right[labels == c].mean()) for c in np.unique(labels)},
     }
-
-
-def cluster_engrams(
-    engrams: np.ndarray, labels: np.ndarray, n_classes: int, seed: int
-) -> dict[str, Any]:
-    """k-means (k = n_classes, 10 starts) on engrams (N, E), against labels (N,) it does not see.
-
-    `ari` is the adjusted Rand index; `cluster_accuracy` the share of rows in the cluster matched to
-    their class by the Hungarian algorithm; `mapping` cluster -> class; `purity` class -> share of
-    its rows in its cluster.
-    """
-    return match_clusters(k_means(engrams, n_classes, seed), np.asarray(labels), n_classes)
 
 
 def engram_cosine(engrams: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:

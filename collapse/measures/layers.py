@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from collapse.measures.neural_collapse import (
     cdnv,
+    effective_rank_within,
     length_share,
     sink_ratio,
     spreads,
-    within_classes,
 )
 from collapse.measures.rank import rank_metrics, ranks_from_gram
 from collapse.models.architectures import decoder_layers
@@ -179,7 +179,7 @@ def numbers_of(
     pooled: np.ndarray, labels: np.ndarray, lengths: np.ndarray, suffix: str
 ) -> dict[str, float]:
     """What rank_metrics does not tell of pooled states (N, D)."""
-    within = ranks_from_gram(within_classes(pooled, labels))["effective_rank"]
+    within = effective_rank_within(pooled, labels)
     numbers = {"effective_rank_within": within, **spreads(pooled, labels)}
     numbers["cdnv"] = cdnv(pooled, labels)
     numbers["length_share"] = length_share(pooled, lengths)
@@ -202,7 +202,6 @@ def collapse_of(states: np.ndarray, labels: np.ndarray | None) -> dict[str, floa
     if ranks:
         numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
     if ranks and labels is not None:
-        within = ranks_from_gram(within_classes(pooled, labels))
-        numbers["effective_rank_within"] = within["effective_rank"]
+        numbers["effective_rank_within"] = effective_rank_within(pooled, labels)
         numbers["cdnv"] = cdnv(pooled, labels)
     return numbers

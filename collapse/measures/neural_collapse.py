@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from collapse.measures.rank import effective_rank, singular_values
+from collapse.measures.rank import ranks_from_gram
 
 EPSILON = np.finfo(np.float64).eps
 
@@ -98,7 +98,7 @@ def effective_rank_within(features: np.ndarray, labels: np.ndarray) -> float:
 
     At most min(N - C, D) for N rows of C classes; 0 where every class is one point.
     """
-    return effective_rank(singular_values(within_classes(features, labels)))
+    return ranks_from_gram(within_classes(features, labels))["effective_rank"]
 
 
 def spreads(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:

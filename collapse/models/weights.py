@@ -18,17 +18,13 @@ from collapse.utils.files import read_json
 from collapse.utils.hub import use_cache_if_hub_is_silent
 
 
-def quiet_transformers() -> None:
+@contextlib.contextmanager
+def loading(name: str):
+    """Turn errors of transformers about a model that cannot be loaded into a UserError."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-@contextlib.contextmanager
-def loading(name: str):
-    """Turn errors of transformers about a model that cannot be loaded into a UserError."""
-    quiet_transformers()
     is_path = Path(name).exists()
     silent = not is_path and use_cache_if_hub_is_silent()
     try:

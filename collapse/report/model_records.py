@@ -16,10 +16,10 @@ from collapse.measures.layers import LayerStates, records_by_depth
 from collapse.measures.neural_collapse import (
     cdnv,
     class_means,
+    effective_rank_within,
     ncc_agreement,
     neural_collapse_metrics,
     spreads,
-    within_classes,
 )
 from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram, singular_values
 from collapse.utils.errors import UserError
@@ -99,7 +99,7 @@ def half_records(states: np.ndarray, labels: np.ndarray, draws: int) -> dict[str
         numbers = ranks_from_gram(pooled)
         numbers["cdnv"] = cdnv(pooled, half_labels)
         for suffix, features in (("", pooled), ("_without_first", rest)):
-            within = ranks_from_gram(within_classes(features, half_labels))["effective_rank"]
+            within = effective_rank_within(features, half_labels)
             numbers["effective_rank_within" + suffix] = within
         numbers["effective_rank_without_first"] = ranks_from_gram(rest)["effective_rank"]
         for name, value in numbers.items():

@@ -8,7 +8,6 @@ without dropout. Training is not touched: no random number is drawn and no weigh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,23 +20,6 @@ from collapse.measures.layers import collapse_of
 from collapse.training.evaluation import evaluate
 
 MEASURED_ROWS = 256  # of each split, by default
-
-
-@dataclass
-class Measuring:
-    """Measures one model, given its splits' rows to draw from once."""
-
-    model: nn.Module  # a DualHeadModel
-    train: Split
-    validation: Split
-    validation_rows: int = MEASURED_ROWS
-
-    def __post_init__(self) -> None:
-        self.train = draw_rows(self.train)
-        self.validation = draw_rows(self.validation, self.validation_rows)
-
-    def __call__(self) -> dict[str, float | None]:
-        return measures(self.model, self.train, self.validation)
 
 
 def draw_rows(split: Split, limit: int = MEASURED_ROWS) -> Split:

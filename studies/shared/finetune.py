@@ -212,7 +212,7 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
         return model, model.adapters.get_base_model().get_output_embeddings()
     causal_lm = load_causal_lm(config, device).requires_grad_(True)
     start_head = copy.deepcopy(causal_lm.get_output_embeddings()).requires_grad_(False)
-    return common.put_heads_on(causal_lm, arm, classes, "pooled", config), start_head
+    return common.wrap_causal_lm(causal_lm, arm, classes, "pooled", config), start_head
 
 
 def trainer_of(recipe: Recipe, model: common.DualHeadModel, train: Split) -> common.Trainer:
@@ -270,13 +270,13 @@ def watch(
 ) -> list[Record]:
     """Train, and return what was measured: before the first step, after these steps and the last.
 
-    In between on fewer rows, see monitor.Measuring; with few_rows_too on these at both ends as
+    In between on monitor.MEASURED_ROWS of each split; with few_rows_too on these at both ends as
     well, so that any two steps can be compared on as many rows: ranks grow with them. The first
     record and the last are of all measured rows. A process measures a start once, since on a CPU
     that takes as long as dozens of steps.
     """
     model, start_head = build(recipe, data.classes)
-    along_the_way = monitor.Measuring(model, data.measured_train, data.validation)
+    few = [monitor.draw_rows(split) for split in (data.measured_train, data.validation)]
     limits = [None, monitor.MEASURED_ROWS] if few_rows_too else [None]
 
     def measure(step: int) -> list[Record]:
@@ -287,7 +287,9 @@ def watch(
             return measured_starts[start]
         if step == recipe.steps:
             return both_ends(step)[::-1]
-        return [{"step": step, **along_the_way(), "lm_loss": None}] if step in measure_at else []
+        if step not in measure_at:
+            return []
+        return [{"step": step, **monitor.measures(model, *few), "lm_loss": None}]
 
     def both_ends(step: int) -> list[Record]:
         return [{"step": step, **r} for r in full_records(model, data, start_head, limits)]

@@ -26,7 +26,7 @@ from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit, hardware_name
 from studies import collapse_threshold
 from studies.shared import finetune, pretrain, sweep
-from studies.shared.tables import put_row, read_rows
+from studies.shared.tables import put_rows, read_rows
 
 PUBLISHED = ROOT / "studies" / "results" / "collapse_threshold"
 OUTPUT = ROOT / "studies" / "results" / "alarm_replay"
@@ -82,7 +82,7 @@ def measure_starts(config: Config) -> None:
                 pretrain.backbones([seed], config.corpus, config.models_dir, config.workers)
             found = measure_start(study, seed, dataset, config.data_dir)
             fields = {"start": name, "models": study.folder.name, "seed": seed, "dataset": dataset}
-            put_row(table_of_starts, fields | sweep.rounded(found), "start")
+            put_rows(table_of_starts, [fields | sweep.rounded(found)], "start")
             print(f"{name}: {found['dims_95pct']} components at {ROWS} rows", flush=True)
 
 

@@ -353,7 +353,7 @@ STUDY = sweep.Study(
     summary=summary,
     text=text,
     draw=draw,
-    check=pilots.check,
+    check=sweep.check_parts,
 )
 main = STUDY.main
 

@@ -564,12 +564,6 @@ def text(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check(config: Config) -> None:
-    unknown = [part for part in config.parts if part not in PARTS]
-    if unknown:
-        raise UserError(f"--parts {unknown[0]} is none of {', '.join(PARTS)}.")
-
-
 STUDY = sweep.Study(
     description=__doc__,
     config_type=Config,
@@ -581,7 +575,7 @@ STUDY = sweep.Study(
     summary=summary,
     text=text,
     draw=draw,
-    check=check,
+    check=sweep.check_parts,
 )
 main = STUDY.main
 

@@ -269,6 +269,7 @@ STUDY = sweep.Study(
     line=line,
     summary=summary,
     text=text,
+    check=check,
 )
 main = STUDY.main
 

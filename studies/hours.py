@@ -67,9 +67,9 @@ def most_examples_per_second(
     return settings.batch_size / seconds
 
 
-def estimate_hours(config: Config) -> dict[str, dict]:
-    """Results folder -> its throughput_on_paper.json, which is also written."""
-    encode, results = load_tokenizer(config.tokenizer), {}
+def estimate_hours(config: Config) -> None:
+    """Write throughput_on_paper.json of each results folder."""
+    encode = load_tokenizer(config.tokenizer)
     made_with = {key: environment(torch.device("cpu"))[key] for key in ("versions", "git_commit")}
     for script, load, _, folder in STUDIES:
         task, settings = load(config.data_dir), script.Config()
@@ -92,11 +92,9 @@ def estimate_hours(config: Config) -> dict[str, dict]:
             estimate[f"model{number}"] = {"examples_per_second": rates, "least_hours": hours}
             each = ", ".join(f"{card} {least:.2f}" for card, least in hours.items())
             print(f"{task.name}, model {number}: hours at the least: {each}", flush=True)
-        results[folder] = estimate
         target = config.output_dir / folder
         target.mkdir(parents=True, exist_ok=True)
         write_json(target / "throughput_on_paper.json", estimate)
-    return results
 
 
 def main() -> None:

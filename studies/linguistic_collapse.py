@@ -30,7 +30,7 @@ from collapse.utils import command_line
 from collapse.utils.device import set_threads
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import ROOT, locked, read_json, write_json
-from studies.shared import pretrain
+from studies.shared import pretrain, sweep
 from studies.shared.tables import into_table, read_rows, reset_missing_jobs
 
 PRIMARY = ("agreement", "cdnv", "log_kernel_var", "cosine_cv")  # of studies/PROTOCOL.md
@@ -338,6 +338,7 @@ def scatter_by_width(axis: plt.Axes, rows: Rows, name: str, widths: list[float])
 
 def main() -> None:
     config = command_line.parse(Config, __doc__)
+    sweep.check_parts(config)
     check_bounds("workers", config.workers, 1, 1024)
     check_bounds("seeds", config.seeds, 1, 30)
     check_bounds("max_epochs", config.max_epochs, 1, math.inf)
@@ -347,8 +348,6 @@ def main() -> None:
             config, corpus="miniature", output_dir=folder, models_dir=folder / "state" / "lm"
         )
     recipes = plan(config.miniature)
-    if unknown := set(config.parts) - set(recipes):
-        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(recipes)}.")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         now = recipes | {"seeds": recipes["seeds"][: config.seeds]}

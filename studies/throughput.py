@@ -125,8 +125,7 @@ def measure(
                 out_of_memory.append(recipe)
                 print(f"model {number}: the recipe {recipe} runs out of memory", flush=True)
                 continue
-            tokens = sum(float(lengths[batch].sum()) for batch in rows)
-            speed = {"examples": sum(map(len, rows)) / seconds, "tokens": tokens / seconds}
+            speed = {"examples": sum(map(len, rows)) / seconds}
             if on_gpu:
                 speed["peak_bytes"] = torch.cuda.max_memory_allocated()
             if least and recipe == "ours":
@@ -135,13 +134,13 @@ def measure(
                 rounds[recipe].append(speed)
     if plan is not None:
         plan.unpack(state["unpacked"])  # as an evaluation in training finds them
-    result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory}, split)
+    result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory})
     result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
     result["micro_batch_size"] = state["micro_batch_size"]
     if not on_gpu and "ours" not in out_of_memory:
         trainer = make_trainer(number, "ours", model, split, settings)
         result["matrix_share"] = matrix_share(trainer, batches["ours"][: config.steps])
-    return result | {"evaluation_examples_per_second": evaluation_rate(model, split, needed * size)}
+    return result
 
 
 def recipe_seconds(
@@ -189,37 +188,25 @@ def least_step_seconds(
     return least_seconds(sizes, rates, tokens, targets, reads, itemsize=itemsize)
 
 
-def summarize(rounds: dict[str, list[dict]], split: Split) -> dict:
+def summarize(rounds: dict[str, list[dict]]) -> dict:
     """Medians over the rounds of each recipe that did not run out of memory."""
-    result: dict[str, Any] = {"examples_per_second": {}, "tokens_per_second": {}}
-    result |= {"peak_memory_bytes": {}, "ratio": {}}
+    result: dict[str, Any] = {"examples_per_second": {}, "peak_memory_bytes": {}, "ratio": {}}
     own_examples = np.array([f["examples"] for f in rounds.get("ours", [])])
     for recipe, speeds in rounds.items():
         examples = np.array([f["examples"] for f in speeds])
         result["examples_per_second"][recipe] = float(np.median(examples))
-        result["tokens_per_second"][recipe] = float(np.median([f["tokens"] for f in speeds]))
         if "peak_bytes" in speeds[0]:
             result["peak_memory_bytes"][recipe] = max(f["peak_bytes"] for f in speeds)
         if recipe != "ours" and len(own_examples):
             result["ratio"][recipe] = over_rounds(own_examples / examples)
     if len(own_examples) and "limit_share" in rounds["ours"][0]:
         result["limit_share"] = float(np.median([f["limit_share"] for f in rounds["ours"]]))
-    rates = result["examples_per_second"].items()
-    return result | {"epoch_seconds": {recipe: len(split.labels) / rate for recipe, rate in rates}}
+    return result
 
 
 def over_rounds(values: np.ndarray) -> dict[str, float]:
     kinds = {"median": np.median, "low": np.min, "high": np.max}
     return {kind: float(of(values)) for kind, of in kinds.items()}
-
-
-def evaluation_rate(model: common.DualHeadModel, split: Split, rows: int) -> float:
-    """Rows per second of an evaluation, on a random sample of the training split."""
-    drawn = np.random.default_rng(1).permutation(len(split.labels))[: min(rows, 1000)]
-    part = Split([split.token_ids[row] for row in drawn], split.labels[drawn])
-    started = now()
-    common.evaluate(model, part)
-    return len(drawn) / (now() - started)
 
 
 def describe(result: dict) -> str:
@@ -251,7 +238,7 @@ STUDIES = (
 )
 
 
-def measure_small(config: Config) -> dict:
+def measure_small(config: Config) -> None:
     settings = experiment.Config(data_dir=config.data_dir)
     task = experiment.load_task(settings)
     vocabulary = experiment.WordVocabulary(task.train.texts, settings.vocabulary_size)
@@ -267,7 +254,6 @@ def measure_small(config: Config) -> dict:
         results[arm.name] = result
         print(f"{arm.title:20}{describe(result)}", flush=True)
     save(config, "" if config.output_dir else f"results/{task.folder}", results)
-    return results
 
 
 def encode_for(config: Config, task: Task | None, encode, settings) -> Split:
@@ -298,7 +284,7 @@ def save(config: Config, folder: str, results: dict) -> None:
     write_json(place / "throughput.json", results)
 
 
-def measure_language_model(config: Config) -> dict[str, dict]:
+def measure_language_model(config: Config) -> None:
     """Time both data sets on one architecture; write a throughput.json for each."""
     tiny = config.backbone == "tiny"
     device, shape = torch.device("cpu" if tiny else "cuda"), TINY if tiny else QWEN
@@ -306,7 +292,6 @@ def measure_language_model(config: Config) -> dict[str, dict]:
         pick_device("cuda")
         cap_memory(config.memory_gib)
     encode, rates = load_tokenizer(config.tokenizer), costs.device_rates(device)
-    results_by_data = {}
     print(f"measured: {rates['bytes'] / 1e9:,.0f} GB/s, {rates['operations'] / 1e12:.2f} TFLOP/s")
     for script, load, source, folder in STUDIES:
         small = {"lora_rank": 4, "classifier_size": 16, "engram_size": 8} if tiny else {}
@@ -332,8 +317,6 @@ def measure_language_model(config: Config) -> dict[str, dict]:
             save(config, folder, results)
             del model
             gc.collect()
-        results_by_data[task.name] = results
-    return results_by_data
 
 
 def main() -> None:

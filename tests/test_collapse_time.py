@@ -256,7 +256,8 @@ def test_a_step_is_as_long_as_its_rate_makes_it(miniature):
 
 
 def test_an_unknown_part_is_one_sentence(capsys):
-    assert "--parts model9 is none of" in fails(start_script, capsys, study, "--parts model9")
+    said = fails(start_script, capsys, study, "--parts model9")
+    assert "--parts knows no model9: it takes model1 " in said
 
 
 def test_a_table_of_other_steps_is_not_gone_on_with(miniature):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import arm_of, cells_of_row, rehearse, tiny_config, tiny_model
+from conftest import arm_of, cells_of_row, fails, rehearse, start_script, tiny_config, tiny_model
 
 import common
 from collapse.data.batches import Split
@@ -132,3 +132,8 @@ def test_miniature_goes_on_with_what_a_table_lacks(tmp_path):
     config = study.STUDY.miniature_config(study.Config(output_dir=tmp_path, learning_rate=0.1))
     with pytest.raises(UserError, match="learning_rate"):
         study.STUDY.run_missing(config)
+
+
+def test_pieces_of_more_tokens_than_were_pretrained_are_refused(capsys):
+    said = fails(start_script, capsys, study, "--piece-tokens 128")
+    assert "--piece-tokens is 128: it must be between 2 and 127" in said

@@ -15,7 +15,6 @@ import bitsandbytes
 import numpy as np
 import peft
 import pytest
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
@@ -369,16 +368,6 @@ def test_bfloat16_gives_the_same_step_to_its_precision(qwen, model_number, lora_
             for grads in (gradients, exact_gradients)
         )
         assert (found - expected).norm() < 0.05 * expected.norm()
-
-
-def test_weights_that_only_unpickling_could_read_are_refused(qwen, run, capsys, tmp_path):
-    folder = tmp_path / "tiny-qwen2"
-    shutil.copytree(qwen, folder)
-    torch.save(
-        safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
-    )
-    (folder / "model.safetensors").unlink()
-    assert "cannot load the model" in fails(run, capsys, folder)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -280,36 +280,6 @@ def test_the_models_of_a_seed_start_from_the_same_backbone_and_classifier():
         assert all(torch.equal(expected, other[name]) for other in weights[1:])
 
 
-def test_a_hugging_face_causal_lm_is_a_backbone_of_the_same_model():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    causal_lm = transformers.LlamaForCausalLM(config).eval()
-    model = common.DualHeadModel(
-        causal_lm.model, 16, common.ClassificationHead(16, 10, 2), causal_lm.lm_head, 6
-    ).eval()
-    split = random_split()
-    together, batch = run(model, split, range(10))
-    alone, _ = run(model, split, [4])
-    torch.testing.assert_close(alone.pooled[0], together.pooled[4], atol=1e-5, rtol=1e-5)
-    # without the prefix the LM loss is the one transformers computes
-    model.projector = model.compressor = None
-    output, batch = run(model, split, range(10))
-    labels = batch.input_ids.masked_fill(~batch.text_mask, -100)
-    expected = causal_lm(
-        input_ids=batch.input_ids, attention_mask=batch.text_mask.long(), labels=labels
-    ).loss
-    found = lm_loss_sum(output.hidden, batch, causal_lm.lm_head) / len(batch.target_index)
-    torch.testing.assert_close(found, expected)
-
-
 def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_step(model_number, monkeypatch):
     split, rows = random_split(), np.arange(8)
     expected, trainer = trainer_for(model_number, split), trainer_for(model_number, split)

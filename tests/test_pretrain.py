@@ -28,7 +28,7 @@ from collapse.utils.files import digest_weights, read_json
 from studies import backbones, linguistic_collapse
 from studies.report import own_models
 from studies.shared import pretrain
-from studies.shared.tables import put_row, read_rows
+from studies.shared.tables import put_rows, read_rows
 
 SMALL = Recipe(width=32, layers=1, epochs=2, batch_blocks=4)
 SENTENCE = "we shall fight on the beaches and on the landing grounds"
@@ -276,7 +276,7 @@ def test_the_study_measures_each_model_once_and_goes_on_from_its_rows(monkeypatc
     rows = read_rows(table)
     assert len(rows) == 4 and all(float(row["cdnv"]) > 0 for row in rows)
     assert int(rows[0]["classes"]) < 4096
-    put_row(table, rows[1] | {"agreement": "0.125"}, "name")
+    put_rows(table, [rows[1] | {"agreement": "0.125"}], "name")
     parts["grid"].append(dataclasses.replace(small, epochs=3))
     options = f"--miniature --output-dir {tmp_path} --max-epochs"
     start_script(linguistic_collapse, f"{options} 2")
@@ -298,9 +298,8 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path,
         numbers |= {"validation_loss": 5 - 0.5 * numbers["agreement"], "ahead_of_bigram": -0.1}
         numbers["weight_decay"] = recipe.weight_decay
         made[recipe] = numbers
-        put_row(
-            table, {"name": pretrain.folder_name(recipe, "newsgroups")} | size | numbers, "name"
-        )
+        named = {"name": pretrain.folder_name(recipe, "newsgroups")}
+        put_rows(table, [named | size | numbers], "name")
     config = linguistic_collapse.Config(corpus="newsgroups", output_dir=tmp_path)
     found = linguistic_collapse.summary(config)
     assert found["models"] == {"seeds": [30, 30], "decay": [0, 10], "grid": [58, 58]}
@@ -315,7 +314,7 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path,
         row = made[parts["seeds"][seed]] | {"name": pretrain.folder_name(recipe, "newsgroups")}
         row |= {key: getattr(recipe, key) for key in ("width", "layers", "epochs", "seed")}
         row |= {"weight_decay": 5e-4, "norm_cv": row["norm_cv"] + 0.5, "cdnv": 2 * row["cdnv"]}
-        put_row(table, {name: row[name] for name in read_rows(table)[0]}, "name")
+        put_rows(table, [{name: row[name] for name in read_rows(table)[0]}], "name")
     less = linguistic_collapse.summary(config)
     text = own_models.table_decay(less)
     assert "| NC2: variation of norms | +0.5000 [+0.5000, +0.5000] | 3 |" in text
@@ -344,10 +343,10 @@ def test_the_plan_is_that_of_the_protocol():
 def test_rows_replace_those_of_their_name(tmp_path):
     path = tmp_path / "rows.csv"
     for name, value in (("a", 1.5), ("b", None), ("a", 2.5)):
-        put_row(path, {"name": name, "value": value}, "name")
+        put_rows(path, [{"name": name, "value": value}], "name")
     assert read_rows(path) == [{"name": "a", "value": "2.5"}, {"name": "b", "value": ""}]
     with pytest.raises(UserError, match="other columns"):
-        put_row(path, {"name": "a", "other": 1}, "name")
+        put_rows(path, [{"name": "a", "other": 1}], "name")
 
 
 def test_backbones_are_compared_with_their_own_random_weights(tmp_path, monkeypatch, capsys):

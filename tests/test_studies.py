@@ -323,7 +323,6 @@ def test_a_recipe_that_runs_out_of_memory_is_recorded_and_the_others_go_on(
         return make(number, recipe, *rest)
 
     monkeypatch.setattr(throughput, "make_trainer", making)
-    monkeypatch.setattr(throughput, "evaluation_rate", lambda *_: 1.0)
     split = random_split(rows=48, longest=20, vocabulary=900)
     config = throughput.Config(rounds=1, steps=1)
     least = sizes_of_tiny(), {"bytes": 1e9, "operations": 1e9}

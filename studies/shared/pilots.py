@@ -33,12 +33,6 @@ class Config(sweep.Config):
     rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
 
 
-def check(config: Config) -> None:
-    known = type(config).parts
-    if unknown := set(config.parts) - set(known):
-        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(known)}.")
-
-
 def is_pilot(trial: sweep.Trial) -> bool:
     return trial.seed in sweep.PILOTS
 

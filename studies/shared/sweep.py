@@ -224,6 +224,13 @@ class Study:
         )
 
 
+def check_parts(config: Any) -> None:
+    """Raise UserError for --parts that are none of the default's, which has all."""
+    known = type(config).parts
+    if unknown := set(config.parts) - set(known):
+        raise UserError(f"--parts knows no {', '.join(unknown)}: it takes {' '.join(known)}.")
+
+
 # --------------------------------------------------------------------------------------------------
 # A trial's model
 # --------------------------------------------------------------------------------------------------

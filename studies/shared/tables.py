@@ -19,11 +19,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def put_row(path: Path, row: Mapping[str, Any], key: str) -> None:
-    """put_rows for a single row."""
-    put_rows(path, [row], key)
-
-
 def put_rows(path: Path, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     """Put rows with one value of column `key` into a CSV file.
 

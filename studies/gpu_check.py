@@ -35,7 +35,8 @@ import common
 from collapse.config import LanguageModelConfig, check_bounds
 from collapse.data.batches import Split, length_grouped_batches
 from collapse.models import costs
-from collapse.models.lora import plain_weight, use_fused_lora
+from collapse.models.four_bits import unpacked_weight
+from collapse.models.lora import use_fused_lora
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
 from collapse.utils.device import cap_memory, nvidia_driver, pick_device, set_allocator
@@ -179,7 +180,7 @@ def memory(card: Card) -> Checks:
 def linear_pair(card: Card, *shape: int) -> tuple[nn.Module, torch.Tensor]:
     """An NF4 layer with random weights (O, I), and the same weights unpacked."""
     layer = random_packed(shape, False, card.dtype, card.device)
-    return layer, plain_weight(layer, card.dtype)
+    return layer, unpacked_weight(layer, card.dtype)
 
 
 def products(card: Card) -> Checks:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from collapse.models.four_bits import compute_unpacked
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import write_json
 
@@ -152,7 +153,9 @@ def random_packed(
     packed = bitsandbytes.nn.Linear4bit(*reversed(shape), has_bias, **options)
     values = random_tensor("weight", shape, dtype=dtype, device=device)
     weight = bitsandbytes.nn.Params4bit(values, requires_grad=False, quant_type="nf4")
-    packed.weight, packed.support_avx512bf16_for_cpu = weight.to(device), False
+    packed.weight = weight.to(device)
+    if device.type == "cpu":
+        compute_unpacked(packed)
     if has_bias:
         packed.bias = nn.Parameter(torch.zeros(shape[0], dtype=dtype, device=device))
     return packed

@@ -85,7 +85,7 @@ def measure(
     least: tuple[Sizes, dict[str, float]] | None,
     reference: ModuleType | None = None,
 ) -> dict:
-    """Examples and tokens per second of each recipe (medians over rounds), ratios, peak memory.
+    """Examples per second of each recipe (medians over rounds), ratios, peak memory.
 
     least: (sizes, rates), to compute `limit_share`, the lower bound of the time over our time.
     reference: load_published_script's, to be timed, too. On a CPU `matrix_share` is the share of
@@ -132,8 +132,6 @@ def measure(
                 speed["limit_share"] = least_step_seconds(*least, model, split, rows) / seconds
             if round_number:  # the first round warms up
                 rounds[recipe].append(speed)
-    if plan is not None:
-        plan.unpack(state["unpacked"])  # as an evaluation in training finds them
     result = summarize({r: speed for r, speed in rounds.items() if r not in out_of_memory})
     result |= {"out_of_memory": out_of_memory, "layers_unpacked": state["unpacked"]}
     result["micro_batch_size"] = state["micro_batch_size"]

@@ -72,12 +72,14 @@ def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadMo
 
 
 def unpacked_nf4(linear: torch.nn.Module) -> torch.Tensor:
-    """The weight of a layer in double-quantized NF4, by its definition."""
+    """The weight of a layer in NF4, by its definition."""
     packed, state = linear.weight.data.view(-1), linear.weight.quant_state
     numbers = torch.stack([packed >> 4, packed & 15], 1).view(-1).long()[: state.shape.numel()]
-    blocks, inner = torch.arange(len(state.absmax)), state.state2
-    scales = inner.code[state.absmax.long()] * inner.absmax[blocks // inner.blocksize]
-    scales = (scales + state.offset)[torch.arange(len(numbers)) // state.blocksize]
+    scales, blocks = state.absmax, torch.arange(len(state.absmax))
+    if state.nested:  # scales in 8 bits, with scales of their own
+        inner = state.state2
+        scales = inner.code[scales.long()] * inner.absmax[blocks // inner.blocksize] + state.offset
+    scales = scales[torch.arange(len(numbers)) // state.blocksize]
     return (state.code[numbers] * scales).view(state.shape)
 
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import SIZES, arm_of, save_tiny
+from conftest import SIZES, arm_of, save_tiny, unpacked_nf4
 from safetensors.torch import load_file, save_file
 
 import common
@@ -174,6 +174,24 @@ def test_four_bits_are_four_bits_on_both_sides(adapter):
     plain = check(str(adapter[0]), None, TEXTS).record["last_layer"]["base"]
     assert found["last_layer"]["base"]["effective_rank"] != plain["effective_rank"]
     assert found["last_layer"]["base"]["lm_loss"] == pytest.approx(plain["lm_loss"], rel=0.05)
+
+
+def test_four_bits_of_a_narrow_model_are_those_of_its_definition(tmp_path):
+    """Of a width that is no multiple of a block's 64 values."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    sizes = SIZES | {"hidden_size": 48, "intermediate_size": 80}
+    config = transformers.LlamaConfig(**sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    packed, plain = (
+        finetuned.load_whole(str(tmp_path), dtype).eval() for dtype in ("4bit", "fp32")
+    )
+    layers = dict(plain.named_modules())
+    for name, module in packed.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            layers[name].weight.data.copy_(unpacked_nf4(module))
+    ids = torch.arange(20)[None]
+    found, expected = (model(input_ids=ids).logits for model in (packed, plain))
+    torch.testing.assert_close(found, expected)
 
 
 def test_padding_side_and_batch_size_change_nothing_beyond_rounding(llama, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import SIZES, unpacked_nf4
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from collapse.models import lora
+from collapse.models import four_bits, lora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -41,8 +41,9 @@ def pack(linear: nn.Linear, dtype=torch.float32) -> nn.Linear:
     packed.load_state_dict(linear.state_dict())
     if packed.bias is not None:
         packed.bias.data = packed.bias.data.to(dtype)
-    packed.support_avx512bf16_for_cpu = False  # an evaluation would pack weights without a gradient
-    return packed.to("cpu").requires_grad_(False)
+    packed = packed.to("cpu").requires_grad_(False)
+    four_bits.compute_unpacked(packed)
+    return packed
 
 
 def adapted(base: nn.Linear, dropout=0.0, rank=4, **settings) -> nn.Module:
@@ -321,10 +322,14 @@ def test_four_bits_are_unpacked_by_their_definition_whatever_the_width(shape):
     packed = pack(base)
     weight = unpacked_nf4(packed)
     torch.testing.assert_close(weight, base.weight.data, rtol=0, atol=0.2 * shape[1] ** -0.5)
-    torch.testing.assert_close(lora.plain_weight(packed, torch.float32), weight)
+    torch.testing.assert_close(four_bits.unpacked_weight(packed, torch.float32), weight)
+    rounded = four_bits.unpacked_weight(packed, torch.bfloat16)
+    torch.testing.assert_close(rounded, weight.bfloat16())
     layer, x = fused(adapted(packed)), torch.randn(5, shape[1])
     layer.enable_adapters(False)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, packed.bias))
+    expected = nn.functional.linear(x, weight, packed.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.eval()(x), expected)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -96,7 +96,8 @@ def ncc_agreement(
 def effective_rank_within(features: np.ndarray, labels: np.ndarray) -> float:
     """Effective rank of the rows less their class means: no move of a class as a whole changes it.
 
-    At most min(N - C, D) for N rows of C classes; 0 where every class is one point.
+    To six digits, see ranks_from_gram; at most min(N - C, D) for N rows of C classes; 0 where every
+    class is one point.
     """
     return ranks_from_gram(within_classes(features, labels))["effective_rank"]
 

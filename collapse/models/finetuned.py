@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from collapse.models.architectures import check_is_text_decoder
+from collapse.models.four_bits import compute_unpacked
 from collapse.models.pretrained import find_model
 from collapse.models.weights import listed, loading
 from collapse.utils.device import pick_device
@@ -124,7 +125,11 @@ def load_whole(name: str, dtype: str, kind: str | None = None) -> nn.Module:
     lacking = {k for k in found["missing_keys"] if not k.startswith(NEW_HEADS)}
     if lacking := sorted(key for key in lacking if "pooler" not in key):
         raise UserError(f"{name} lacks weights ({', '.join(lacking[:3])}): copy it whole.")
-    return model if dtype == "4bit" else model.to(device)
+    if dtype != "4bit":
+        return model.to(device)
+    if device.type == "cpu":
+        compute_unpacked(model)
+    return model
 
 
 def _kind_of(architecture: str) -> str:

@@ -11,13 +11,13 @@ adapter's products have the base layer's type and are added in place. For the ba
 the input, which layers share, and the positions of the values that dropout removed.
 """
 
-import copy
 import math
 import types
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from collapse.models.four_bits import is_packed, unpacked_weight
 
 
 def use_fused_lora(model: nn.Module) -> None:
@@ -52,7 +52,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scaling: float, p: float):
-        output, rows = _product(base, x), x.reshape(-1, x.shape[-1])  # (..., O), (T, I)
+        output, rows = base(x), x.reshape(-1, x.shape[-1])  # (..., O), (T, I)
         mask = draw_mask(rows, p) if p else None
         scale = scaling / (1 - p)  # on the inner values: no pass over x or the output for it
         inner = (kept_values(rows, mask) @ a.to(x.dtype).T).mul_(scale)  # (T, R)
@@ -128,9 +128,9 @@ def _forward(layer: nn.Module, x: Tensor, *args, **kwargs) -> Tensor:
         raise ValueError("a fused LoRA layer takes its input alone, and one adapter for all rows.")
     base = layer.base_layer
     if layer.disable_adapters and not layer.merged:
-        return _product(base, x)
+        return base(x)
     name = _only_adapter(layer)
-    if hasattr(base.weight, "quant_state"):  # bitsandbytes' own rules
+    if is_packed(base):  # bitsandbytes' own rules
         compute_type, result_type = base.compute_dtype or x.dtype, x.dtype
     else:
         device = x.device.type
@@ -153,7 +153,7 @@ def _only_adapter(layer: nn.Module) -> str:
     """A LoRA layer's only adapter, by name. Raises ValueError where LoraLinear would be wrong."""
     base = layer.base_layer
     linear = isinstance(base, nn.Linear) or _is_transposed(base)
-    if not linear or not (base.weight.is_floating_point() or hasattr(base.weight, "quant_state")):
+    if not linear or not (base.weight.is_floating_point() or is_packed(base)):
         layer_type = type(base).__name__
         raise ValueError(
             f"a fused LoRA layer needs a linear one, plain or in 4 bits, not {layer_type}."
@@ -186,31 +186,14 @@ def _is_special(layer: nn.Module) -> bool:
     if isinstance(layer, ParamWrapper):
         return True
     base = layer.base_layer
-    plain = type(base).forward is nn.Linear.forward or hasattr(base.weight, "quant_state")
+    plain = type(base).forward is nn.Linear.forward or is_packed(base)
     return isinstance(base, nn.Linear) and not plain
 
 
-def _product(base: nn.Module, x: Tensor) -> Tensor:
-    """base(x), by the weight as plain_weight unpacks it where a CPU holds it in 4 bits."""
-    if not hasattr(base.weight, "quant_state") or x.device.type != "cpu":
-        return base(x)
-    dtype = base.compute_dtype or x.dtype
-    bias = None if base.bias is None else base.bias.to(dtype)
-    return F.linear(x.to(dtype), plain_weight(base, dtype), bias).to(x.dtype)
-
-
 def plain_weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight (O, I) of a linear layer in nn.Linear's layout, unpacked if it has 4 bits.
-
-    bitsandbytes 0.50 on a CPU with AVX-512 gives a row whose length is a multiple of 16, but not of
-    its blocks' 64 values, the scales of other rows. Unpacked as a single row all are right.
-    """
-    if hasattr(base.weight, "quant_state"):
-        from bitsandbytes.functional import dequantize_4bit
-
-        state = copy.copy(base.weight.quant_state)
-        shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
-        return dequantize_4bit(base.weight.data, state).view(shape).to(dtype)
+    """The weight (O, I) of a linear layer in nn.Linear's layout, unpacked if it has 4 bits."""
+    if is_packed(base):
+        return unpacked_weight(base, dtype)
     weight = base.weight.to(dtype)
     return weight.T if _is_transposed(base) else weight
 

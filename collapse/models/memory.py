@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from collapse.data.batches import EVALUATION_TOKENS, Split, token_budget_batches
 from collapse.models.architectures import decoder_layers
-from collapse.models.lora import plain_weight
+from collapse.models.four_bits import unpacked_weight
 from collapse.utils.device import cap_memory_on_wsl
 from collapse.utils.errors import UserError, is_out_of_memory
 
@@ -160,7 +160,7 @@ class MemoryPlan:
         """
         for layer in self.packed[self.unpacked : count]:
             for parent, name, module in layer:
-                weight = plain_weight(module, module.compute_dtype)
+                weight = unpacked_weight(module, module.compute_dtype)
                 plain = nn.Linear(module.in_features, module.out_features, device="meta")
                 plain.weight, plain.bias = nn.Parameter(weight, requires_grad=False), module.bias
                 setattr(parent, name, plain)

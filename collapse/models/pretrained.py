@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from collapse.config import STANDIN_MODEL, LanguageModelConfig
 from collapse.data.batches import Split, collate
 from collapse.models.architectures import check_causal_lm, check_is_text_decoder
+from collapse.models.four_bits import compute_unpacked
 from collapse.models.liger import use_liger
 from collapse.models.lora import use_fused_lora
 from collapse.models.losses import lm_loss_sum
@@ -285,10 +286,8 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
     )
     causal_lm.config.use_cache = False  # training generates nothing
     note_logit_form(causal_lm)
-    for module in causal_lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # With it an evaluation would repack the weights into a form without gradients.
-            module.support_avx512bf16_for_cpu = False
+    if device.type == "cpu":
+        compute_unpacked(causal_lm)
     check_causal_lm(causal_lm, config)
     return causal_lm.requires_grad_(False)
 

@@ -113,8 +113,11 @@ STUDIES = (
     ),
 )
 LONG_RUN = STUDIES[-1]  # at another rate than the reference's
-# Studies of which the protocol foretold how Model 1 ends, and after how many steps.
-FORETOLD = {LONG_RUN.folder: 3_000, "results_7b/smollm2-135m-all-rows": 12_630}
+# Studies of which the protocol foretold the end: after how many steps, and when it was said.
+FORETOLD = {
+    LONG_RUN.folder: (3_000, "before the run"),
+    "results_7b/smollm2-135m-all-rows": (12_630, "while it ran"),
+}
 RANKS = ROOT / "results_effective_rank" / "effective_rank_results.json"
 
 

@@ -98,13 +98,16 @@ def prediction() -> str:
 
 
 def long_run(study: experiments.Study) -> str:
-    """The end of SmolLM2's Model 1 in a long training, as foretold and found, in a sentence."""
-    results, steps = experiments.results_of(study), experiments.FORETOLD[study.folder]
-    (run,) = results["models"]["model1"].values()
+    """The ends of SmolLM2's long trainings, as foretold and found, in a sentence each."""
+    results, (steps, when) = experiments.results_of(study), experiments.FORETOLD[study.folder]
     slope = results_of(TIME)["parts"]["model1"]["slope"]["mean"]
     rate = results["settings"]["config"]["learning_rate"]
-    known = thresholds_on_ag_news(STANDIN)
-    return real_models.judge_long_run(known, slope, rate, steps, run["measured"])
+    known, told = thresholds_on_ag_news(STANDIN), []
+    for model, runs in results["models"].items():
+        (run,) = runs.values()
+        end = real_models.judge_long_run(known, slope, rate, steps, run["measured"])
+        told.append(f"{find_arm(model).title}, predicted {when}: {end}")
+    return " ".join(told)
 
 
 def source_of(

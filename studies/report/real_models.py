@@ -45,16 +45,16 @@ def compare(predicted: float, found: Sequence[Threshold]) -> str:
 def judge_long_run(
     known: Sequence[Threshold], slope: float, rate: float, steps: int, path: Sequence[Mapping]
 ) -> str:
-    """Whether one long run of Model 1 has collapsed after so many steps, as it was foretold.
+    """Whether one long run has collapsed after so many steps, as it was foretold.
 
-    known: log10 thresholds after STEPS. slope: of log10 threshold on log10 steps. path: its
-    measurements, each with `step` and `dims_95pct`, the initial one first. It is foretold to
+    known: Model 1's log10 thresholds after STEPS. slope: of log10 threshold on log10 steps. path:
+    its measurements, each with `step` and `dims_95pct`, the initial one first. It is foretold to
     collapse where the rate (of a cosine schedule its peak) lies above the threshold after so many
     steps.
     """
     threshold = np.mean([t.value for t in known]) + slope * math.log10(steps / STEPS)
     foretold = bool(threshold < math.log10(rate))
-    told = f"Predicted before its end: after {steps:,} steps the threshold is {10**threshold:.1e}, "
+    told = f"after {steps:,} steps Model 1's threshold is {10**threshold:.1e}, "
     told += f"so a rate of {rate:.0e} has {'' if foretold else 'not '}collapsed."
     counts = [point["dims_95pct"] for point in path if point["step"] <= steps]
     if path[-1]["step"] < steps:

@@ -154,6 +154,16 @@ def test_difference_interval_is_the_two_sample_t_interval():
     assert difference_interval([0.8], [0.9])["low"] is None
 
 
+def test_mcnemar_is_the_exact_binomial_test():
+    a = np.array([1] * 50 + [0] * 9 + [1] * 3)
+    b = np.array([1] * 50 + [1] * 9 + [0] * 3)
+    found = compare_models(a, b)
+    tail = sum(math.comb(12, k) for k in range(4)) / 2**12
+    assert found["mcnemar_p"] == [pytest.approx(2 * tail)]
+    assert found["interval"]["mean"] == pytest.approx(6 / 62)
+    assert compare_models(a, a)["mcnemar_p"] == [1.0]
+
+
 def test_compare_models_pairs_the_seeds():
     a = np.array([[1, 1, 0, 0], [1, 0, 0, 0]])
     b = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from collapse.data.batches import EVALUATION_TOKENS, Split, token_budget_batches
 from collapse.models.architectures import decoder_layers
-from collapse.models.four_bits import unpacked_weight
+from collapse.models.four_bits import is_packed, unpacked_weight
 from collapse.utils.device import cap_memory_on_wsl
 from collapse.utils.errors import UserError, is_out_of_memory
 
@@ -254,7 +254,7 @@ def _packed_linears(layer: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
     return [
         (*place, child)
         for *place, child in children
-        if isinstance(child, nn.Linear) and hasattr(child.weight, "quant_state")
+        if isinstance(child, nn.Linear) and is_packed(child)
     ]
 
 

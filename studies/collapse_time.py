@@ -40,7 +40,8 @@ from collapse.utils.files import ROOT
 from studies.collapse_threshold import MARGIN, OTHER_BOUNDS, threshold_of
 from studies.shared import finetune, sweep
 
-BACKBONES = tuple(range(200, 208))  # of P6; a pilot takes another
+BACKBONES = tuple(range(200, 208))  # of P6 and P7
+LATER = (208, 209, 210)  # of what is exploratory, on another kind of machine
 FIRST, DOUBLINGS = 50, 7  # measured after 50 x 2^k steps
 SHORT = 3  # doublings of the highest rates' trainings: 400 steps
 FITTED_FROM = 2  # doublings after which thresholds count for a slope: 200 steps
@@ -55,7 +56,7 @@ class Part:
     train_rows: int
     max_length: int
     arm: str  # as --models takes it
-    backbones: int  # how many of BACKBONES, from the first on
+    backbones: tuple[int, ...]  # their seeds
     rates: tuple[float, ...]  # base-10 logarithms, for all steps
     short_rates: tuple[float, ...] = ()  # for the first 400 alone
     schedule: str = "constant"
@@ -66,21 +67,22 @@ def evenly(lowest: float, highest: float, step: float = 0.25) -> tuple[float, ..
 
 
 NEWS = ("AG News", 9_983, 32)  # the rows at hand; of the whole set a fixed draw of as many
-WITH_LM = (evenly(-3.5, -1.5, 0.5), evenly(-1.25, -0.75))
+ABOVE = evenly(-1.25, -0.75)  # rates of Model 2 and kl for the first 400 steps
 # In the order of the protocol: P6, P7, then what is exploratory.
 PARTS = {
-    "model1": Part(*NEWS, "1", 8, evenly(-4.25, -2.25), (-2.0, -1.75)),
-    "model2": Part(*NEWS, "2", 8, *WITH_LM),
-    "kl": Part(*NEWS, "kl", 3, *WITH_LM),
-    "2,000 rows": Part("AG News", 2_000, 32, "1", 3, evenly(-3.5, -2.5)),
-    "SST-2": Part("SST-2 by sentence", 35_074, 64, "1", 5, evenly(-3.75, -2.5)),
-    "cosine": Part(*NEWS, "1", 1, (-3.0, -2.5), schedule="cosine"),
+    "model1": Part(*NEWS, "1", BACKBONES, evenly(-4.25, -2.25), (-2.0, -1.75)),
+    "model2": Part(*NEWS, "2", BACKBONES, evenly(-3.5, -1.5, 0.5), ABOVE),
+    "cosine": Part(*NEWS, "1", BACKBONES[:1], (-3.0, -2.5), schedule="cosine"),
+    "all rows": Part(*NEWS, "1", LATER, evenly(-3.5, -2.5)),
+    "2,000 rows": Part("AG News", 2_000, 32, "1", LATER, evenly(-3.5, -2.5)),
+    "SST-2": Part("SST-2 by sentence", 35_074, 64, "1", LATER, evenly(-3.75, -2.5)),
+    "kl": Part(*NEWS, "kl", LATER[:2], evenly(-3.0, -1.5, 0.5), ABOVE),
 }
 TOY = (finetune.TOY, 64, 32)
 MINIATURE = {
-    "model1": Part(*TOY, "1", 2, (-3.0, -1.0), (3.0,)),
-    "model2": Part(*TOY, "2", 2, (-3.0, -1.0), (3.0,)),
-    "cosine": Part(*TOY, "1", 1, (-1.0,), schedule="cosine"),
+    "model1": Part(*TOY, "1", BACKBONES[:2], (-3.0, -1.0), (3.0,)),
+    "model2": Part(*TOY, "2", BACKBONES[:2], (-3.0, -1.0), (3.0,)),
+    "cosine": Part(*TOY, "1", BACKBONES[:1], (-1.0,), schedule="cosine"),
 }
 
 
@@ -88,10 +90,10 @@ MINIATURE = {
 class Config(sweep.Config):
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Own language models, by their seeds; a part takes the first of 200 to 207 that it needs, and
-    # any other seed is a pilot, which counts for nothing.
-    seeds: tuple[int, ...] = BACKBONES
-    # Parts of the study: model1, model2, kl, "2,000 rows", SST-2, cosine.
+    # Own language models, by their seeds; a part takes those of 200 to 210 that it is planned on,
+    # and any other seed is a pilot, which counts for nothing.
+    seeds: tuple[int, ...] = BACKBONES + LATER
+    # Parts of the study: model1, model2, cosine, "all rows", "2,000 rows", SST-2, kl.
     parts: tuple[str, ...] = tuple(PARTS)
     # Of each part's learning rates these base-10 logarithms alone. Default: all.
     rates: tuple[float, ...] = ()
@@ -129,7 +131,7 @@ def trials(config: Config) -> list[list[Trial]]:
     all_trials = []
     for seed, name in itertools.product(config.seeds, config.parts):
         part = config.planned[name]
-        if seed in BACKBONES[part.backbones :]:
+        if seed in BACKBONES + LATER and seed not in part.backbones:
             continue
         rates = [rate for rate in part.rates + part.short_rates if rate in (config.rates or [rate])]
         arm = common.find_arm(part.arm).name
@@ -258,7 +260,7 @@ class Run(sweep.Run):
 
 def read_runs(config: Config) -> dict[str, list[Run]]:
     """Part -> its trials in the tables, of the backbones that the protocol plans for it."""
-    runs = sweep.read_runs(config.folder, BACKBONES, Trial, Run)
+    runs = sweep.read_runs(config.folder, BACKBONES + LATER, Trial, Run)
     by_part = {part: [run for run in runs if run.trial.part == part] for part in config.planned}
     return {part: of_part for part, of_part in by_part.items() if of_part}
 
@@ -321,7 +323,7 @@ def ends_of_slopes(
 
 def p6(config: Config, slopes: Mapping[int, float]) -> dict[str, Any] | None:
     """How far the threshold of Model 1 falls in a decade of steps: minus its slope."""
-    done = len(slopes) >= config.planned["model1"].backbones
+    done = len(slopes) >= len(config.planned["model1"].backbones)
     falls = {seed: -slope for seed, slope in slopes.items()}
     family = sweep.LATER_ENDPOINTS
     return sweep.endpoint(differences_interval(falls), MARGIN, done, family)
@@ -339,7 +341,7 @@ def p7(
     missing = [seed for seed in shared if not math.isfinite(ends[seed][0])]
     least = {seed: ends[seed][0] - slopes[seed] for seed in shared if seed not in missing}
     interval = differences_interval(least) | {"lower_bound": True, "bounded": not missing}
-    done = len(shared) >= config.planned["model2"].backbones
+    done = len(shared) >= len(config.planned["model2"].backbones)
     family = sweep.LATER_ENDPOINTS
     if len(shared) < 2:
         return None

@@ -22,7 +22,7 @@ from collapse.measures.statistics import (
     crossed_interval,
     format_interval,
     mean_interval,
-    pigeonhole_sets_interval,
+    pigeonhole_interval,
     sets_interval,
 )
 from collapse.measures.verdicts import equivalence
@@ -198,7 +198,7 @@ def sets_difference(
         arrays = [np.stack([by_seed[s] for s in shared]) for by_seed in values.values()]
         intervals["mean"] = sets_interval(arrays)
         if len(shared) >= FEWEST_TO_DRAW_FROM:
-            intervals["mean"]["pigeonhole"] = pigeonhole_sets_interval(arrays)
+            intervals["mean"]["pigeonhole"] = pigeonhole_interval(arrays)
     return intervals
 
 

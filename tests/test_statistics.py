@@ -184,7 +184,7 @@ def test_the_pigeonhole_bootstrap_resamples_seeds_and_rows():
     """Against indices drawn one by one; both standard errors have a Monte Carlo error of 1.6%."""
     rng = np.random.default_rng(10)
     differences = crossed_draw(rng, 8, 30, mean=0.5)
-    found = pigeonhole_interval(differences, draws=2000, seed=1)
+    found = pigeonhole_interval([differences], draws=2000, seed=1)
     means = [
         differences[np.ix_(rng.integers(8, size=8), rng.integers(30, size=30))].mean()
         for _ in range(2000)
@@ -200,21 +200,21 @@ def test_rows_that_are_alike_are_drawn_as_often_as_they_are_many():
     """4 of 40 rows are 1, the others 0, in every seed: the standard error is a binomial's."""
     differences = np.tile(np.repeat([0.0, 1.0], [36, 4]), (3, 1))
     expected = math.sqrt(0.1 * 0.9 / 40)
-    assert pigeonhole_interval(differences)["se"] == pytest.approx(expected, rel=0.06)
+    assert pigeonhole_interval([differences])["se"] == pytest.approx(expected, rel=0.06)
 
 
 def test_the_pigeonhole_bootstrap_agrees_with_the_crossed_interval_where_seeds_and_rows_vary():
     differences = crossed_draw(np.random.default_rng(11), 30, 300, 1, 3, 0.5)
-    ours, theirs = crossed_interval(differences), pigeonhole_interval(differences)
+    ours, theirs = crossed_interval(differences), pigeonhole_interval([differences])
     assert theirs["se"] == pytest.approx(ours["se"], rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_bootstrap_and_a_lower_level_a_narrower_one():
     differences = crossed_draw(np.random.default_rng(12), 4, 20)
-    first = pigeonhole_interval(differences, draws=300)
-    assert pigeonhole_interval(differences, draws=300) == first
-    assert pigeonhole_interval(differences, draws=300, seed=1) != first
-    narrow = pigeonhole_interval(differences, draws=300, level=0.5)
+    first = pigeonhole_interval([differences], draws=300)
+    assert pigeonhole_interval([differences], draws=300) == first
+    assert pigeonhole_interval([differences], draws=300, seed=1) != first
+    narrow = pigeonhole_interval([differences], draws=300, level=0.5)
     assert first["low"] < narrow["low"] < narrow["high"] < first["high"]
 
 

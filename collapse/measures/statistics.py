@@ -63,9 +63,8 @@ def crossed_error(
     was estimated below zero at zero. Satterthwaite's approximation takes the mean squares *as
     floored*: one that fell below MSe enters with MSe at its own few degrees of freedom. Had it
     entered as seen, a mean square of seeds that is small by luck would leave the many degrees of
-    freedom of the rows to an error that is too small: where seeds and residual vary alike, 10% of
-    those intervals of three seeds, and 11% of five, would exclude zero wrongly (0.3 and 5% as it
-    is). There are never fewer degrees of freedom than the smaller of S - 1 and N - 1.
+    freedom of the rows to an error that is too small, and such intervals would exclude zero too
+    often. There are never fewer degrees of freedom than the smaller of S - 1 and N - 1.
     """
     of_seeds, of_rows = np.maximum(of_seeds, residual), np.maximum(of_rows, residual)
     total = np.asarray(of_seeds + of_rows - residual, dtype=np.float64)
@@ -109,24 +108,15 @@ def sets_interval(differences: Sequence[np.ndarray], level: float = 0.95) -> dic
 
 
 def pigeonhole_interval(
-    differences: np.ndarray, draws: int = 2000, seed: int = 0, level: float = 0.95
-) -> dict[str, Any]:
-    """Mean of differences (S, N), bootstrap interval: seeds and rows resampled apart (Owen 2007).
-
-    Percentiles of the resampled means, for ten seeds or more: few seeds are few to draw from. It
-    asks for no normal distribution, but the variance that is neither of seeds nor of rows counts
-    about three times, so it is the wider interval, up to 1.7 times, where that is most of it. With
-    one seed (or one row) only the other is resampled.
-    """
-    differences = _seeds_by_rows(differences)
-    interval = pigeonhole_sets_interval([differences], draws, seed, level)
-    return interval | {"n_rows": differences.shape[1]}
-
-
-def pigeonhole_sets_interval(
     differences: Sequence[np.ndarray], draws: int = 2000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Any]:
-    """The same for the mean over data sets of sets_interval: a seed is drawn with all its sets."""
+    """Mean over data sets of differences (S, N): seeds and rows resampled apart (Owen 2007).
+
+    Percentiles of the resampled means, for ten seeds or more: few seeds are few to draw from. A
+    seed is drawn with all its sets. It asks for no normal distribution, but the variance that is
+    neither of seeds nor of rows counts about three times, so it is the wider interval, up to 1.7
+    times, where that is most of it. With one seed (or one row) only the other is resampled.
+    """
     arrays = [_seeds_by_rows(array) for array in differences]
     n_seeds = len(arrays[0])
     # Rows alike in every seed are one kind: right-or-wrong differences have some hundred kinds.

@@ -147,20 +147,15 @@ class Replayed:
         return None
 
 
-def replayed(config: Config, models: str, shift: float = 0.0) -> list[Replayed]:
-    """The published trainings of own models or of the real one that did not diverge.
-
-    shift: added to every start's components, to see what rests on them.
-    """
+def replayed(config: Config, models: str) -> list[Replayed]:
+    """The published trainings of own models or of the real one that did not diverge."""
     starts, found = read_starts(config.output_dir / "starts.csv"), []
     for run in collapse_threshold.read_runs(PUBLISHED / models):
         known = starts.get((models, run.trial.dataset))
         if known is None or run.kept is None:
             continue
         means = {name: float(np.mean([s[name] for s in known.values()])) for name in MEASURES}
-        start = dict(known.get(run.trial.seed, means))
-        start["dims_95pct"] += shift
-        found.append(Replayed(run, start))
+        found.append(Replayed(run, known.get(run.trial.seed, means)))
     return found
 
 
@@ -211,7 +206,6 @@ def summary(config: Config) -> dict[str, Any]:
         return [one for one, t in trials if t.seed % 2 == odd and (t.arm in PLAIN) == plain]
 
     even = some(own, odd=False)
-    moved = {f"{by:+d}": some(replayed(config, config.corpus, by), odd=True) for by in (-2, 2)}
     groups = {
         "even seeds, Models 1 and 2 (chosen on)": even,
         "odd seeds, Models 1 and 2": some(own, odd=True),
@@ -225,9 +219,6 @@ def summary(config: Config) -> dict[str, Any]:
         for measure in MEASURES
     }
 
-    def at_chosen_bound(trainings: list[Replayed], measure: str, rule: str) -> dict[str, Any]:
-        return rates(trainings, measure, chosen[measure][rule], RULES[rule])
-
     return {
         "rows": ROWS,
         "starts": {
@@ -240,22 +231,17 @@ def summary(config: Config) -> dict[str, Any]:
         "chosen": chosen,
         "rates": {
             title: {
-                rule: {name: at_chosen_bound(of, measure, rule) for name, of in groups.items()}
-                for rule in RULES
+                rule: {
+                    name: rates(of, measure, chosen[measure][rule], times)
+                    for name, of in groups.items()
+                }
+                for rule, times in RULES.items()
             }
             for measure, title in MEASURES.items()
         },
         "at_a_quarter": {
             rule: {name: rates(of, "dims_95pct", KEPT, times) for name, of in groups.items()}
             for rule, times in RULES.items()
-        },
-        "by_bound": {
-            rule: {str(bound): rates(even, "dims_95pct", bound, times) for bound in BOUNDS}
-            for rule, times in RULES.items()
-        },
-        "starts_two_components": {
-            shift: {rule: at_chosen_bound(of, "dims_95pct", rule) for rule in RULES}
-            for shift, of in moved.items()
         },
     }
 

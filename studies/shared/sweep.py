@@ -149,7 +149,7 @@ class Study:
 
     def report(self, config: Config) -> dict[str, Any]:
         """Write results.json and the figures from existing tables."""
-        results = self.summary(config)
+        results = to_nine_digits(self.summary(config))
         write_json(config.folder / "results.json", results)
         self.draw(config, results)
         return results
@@ -353,6 +353,15 @@ def arms_of(runs: Iterable[Run]) -> list[str]:
 def rounded(row: Mapping[str, Any]) -> Row:
     """Floats rounded to six digits: two machines agree in fewer, and tables stay small."""
     return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+
+
+def to_nine_digits(value: Any) -> Any:
+    """A summary with its floats rounded: two machines differ in later digits of the same rows."""
+    if isinstance(value, dict):
+        return {key: to_nine_digits(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_nine_digits(part) for part in value]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
 # --------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ LATER = (208, 209, 210)  # of what is exploratory, on another kind of machine
 FIRST, DOUBLINGS = 50, 7  # measured after 50 x 2^k steps
 SHORT = 3  # doublings of the highest rates' trainings: 400 steps
 FITTED_FROM = 2  # doublings after which thresholds count for a slope: 200 steps
+ALIKE = 0.05  # of the start's components: shares nearer to each other are alike
 ROUNDING = 0.25 / math.sqrt(12)  # standard deviation of what a grid of quarter decades rounds off
 
 
@@ -362,6 +363,38 @@ def p7(
     return endpoint | {"missing": missing, "at_most": largest}
 
 
+def repetition(config: Config, runs: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
+    """What all steps leave on 2,000 rows less what they leave on all, by the protocol's reading.
+
+    In shares of the start's components, on the backbones and at the rates that ran on both;
+    `by_rate` are means over backbones. None where nothing ran on both.
+    """
+    last, left = config.measured[-1], {}
+    for part in ("2,000 rows", "all rows"):
+        for run in runs.get(part, []):
+            place = run.trial.rate, run.trial.seed
+            left.setdefault(place, {})[part] = run.shares(config.measured)[last] or 0.0
+    less = {
+        place: shares["2,000 rows"] - shares["all rows"]
+        for place, shares in left.items()
+        if len(shares) == 2
+    }
+    if not less:
+        return None
+    rates, seeds = sorted({rate for rate, _ in less}), sorted({seed for _, seed in less})
+    by_rate = {
+        rate: float(np.mean([value for place, value in less.items() if place[0] == rate]))
+        for rate in rates
+    }
+    mean, reading = float(np.mean(list(by_rate.values()))), "open"
+    if abs(mean) < ALIKE:
+        reading = "time alone"
+    elif max(by_rate.values()) < 0:
+        reading = "repetition"
+    found = {"backbones": seeds, "by_rate": {f"{rate:g}": by_rate[rate] for rate in rates}}
+    return found | {"mean": mean, "reading": reading}
+
+
 def summary(config: Config) -> dict[str, Any]:
     """What results.json holds: of each part thresholds by steps and their slopes; P6 and P7.
 
@@ -387,6 +420,7 @@ def summary(config: Config) -> dict[str, Any]:
         "parts": {part: part_summary(config, part, runs[part], slopes[part]) for part in runs},
         "P6": p6(config, slopes_of_1),
         "P7": p7(config, slopes_of_1, ends),
+        "repetition": repetition(config, runs),
         "other_bounds": others,
         "from_first": p6(config, slopes_of(config, thresholds.get("model1", {}), fitted_from=0)),
     }

@@ -190,6 +190,25 @@ def test_a_drift_that_the_lm_loss_stops_is_supported(tables):
     assert slope == float(f"{slope:.9g}")  # machines differ in later digits
 
 
+@pytest.mark.parametrize(
+    ("few_fall_at", "reading"),
+    [({}, "time alone"), ({208: 1600, 209: 1600, 210: 1600}, "repetition"), ({209: 99}, "open")],
+)
+def test_repetition_is_told_from_time(few_fall_at, reading):
+    """Components end at 8 of 64 where they fall: on 2,000 rows, in some backbones or in all."""
+    runs = {"all rows": [], "2,000 rows": []}
+    for trial in trials_of(*study.LATER, parts=tuple(runs)):
+        fell_at = few_fall_at.get(trial.seed, math.inf) if trial.part == "2,000 rows" else math.inf
+        if reading == "open" and trial.rate > -3:  # at some rates more is left on 2,000 rows
+            fell_at = 99 if trial.part == "all rows" and trial.seed == 210 else fell_at
+        runs[trial.part].append(study.Run(trial, path_of(trial, fell_at)))
+    found = study.repetition(CONFIG, runs)
+    assert found["reading"] == reading and found["backbones"] == [208, 209, 210]
+    expected = {"time alone": 0, "repetition": -7 / 8, "open": (5 - 2) / 5 / 3 * -7 / 8}[reading]
+    assert found["mean"] == pytest.approx(expected)
+    assert study.repetition(CONFIG, {"all rows": runs["all rows"]}) is None
+
+
 def test_the_table_of_what_is_kept(tables):
     table = thresholds.table_kept(study.summary(tables))
     kept = cells_of_row(table, "model2", "1.0e-03")

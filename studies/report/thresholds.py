@@ -191,6 +191,18 @@ def table_kept(results: dict[str, Any]) -> str:
     return table(columns, rows)
 
 
+def repeated_rows(found: dict[str, Any]) -> str:
+    """Whether repeating the same rows drains components, in a sentence."""
+    by_rate = ", ".join(
+        f"{100 * share:+.0f} at {10 ** float(rate):.1e}" for rate, share in found["by_rate"].items()
+    )
+    return (
+        "Components left at the end on 2,000 rows less those on all rows, % of the start's, means "
+        f"of {len(found['backbones'])} backbones: {by_rate}; in all {100 * found['mean']:+.1f}. By "
+        f"the protocol's reading: {found['reading']}."
+    )
+
+
 def table_bounds(results: dict[str, Any]) -> str:
     """P6 and P7 with other bounds of a collapse, and from the first measurement on."""
     rules = {

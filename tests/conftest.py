@@ -15,7 +15,7 @@ import transformers
 
 import common
 import experiment
-from collapse.data.batches import Split
+from collapse.data.batches import Split, length_grouped_batches
 from collapse.data.sst2 import load_sst2_by_sentence
 from collapse.data.task import Task
 from collapse.measures.layers import POOLINGS
@@ -31,6 +31,17 @@ SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embe
 TINY = "--device cpu --workers 1 --epochs 2 --batch-size 8 --max-length 12 --vocabulary-size 60"
 TINY += " --hidden-size 16 --heads 2 --feed-forward-size 24 --classifier-size 10 --engram-size 6"
 TINY += " --learning-rate 3e-3"
+NORMAL = np.random.default_rng(0).normal(size=(50, 50))
+DEGENERATE = [  # features and labels without a spread, a pair or a direction to measure
+    (NORMAL[:9, :4], np.zeros(9, int)),  # one class
+    (np.full((9, 4), 3.3), np.arange(9) % 3),  # no spread at all
+    (np.tile(NORMAL[:3, :4], (3, 1)), np.repeat(np.arange(3), 3)),  # equal class means
+    (NORMAL[:3], np.arange(3)),  # a row a class, N < D
+    (NORMAL[:, :2], np.arange(50) % 3),
+    (np.zeros((1, 4)), np.zeros(1, int)),
+    (NORMAL[:1, :4], np.zeros(1, int)),  # one row
+    (np.zeros((4, 1)), np.array([0, 0, 0, 1])),
+]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
@@ -69,6 +80,21 @@ def tiny_model(number: int | str, seed: int = 0, **changes) -> common.DualHeadMo
     """A small model in evaluation mode, so that dropout does not hide what a test looks for."""
     torch.manual_seed(seed)
     return experiment.build_model(arm_of(number), 2, tiny_config(**changes)).eval()
+
+
+def trainer_of(name, split=None, model=None, **changes):
+    config = tiny_config(**changes)
+    model = model or tiny_model(name, **changes)
+    return common.make_trainer(model, split or random_split(), config, arm_of(name))
+
+
+def train(trainer, epochs, rate=3e-3):
+    trainer.model.train()
+    for epoch in range(epochs):
+        rng = np.random.default_rng([0, epoch])
+        for rows in length_grouped_batches(trainer.split.lengths, 8, rng):
+            sums = trainer.step(rows, rate)
+    return sums
 
 
 def unpacked_nf4(linear: torch.nn.Module) -> torch.Tensor:
@@ -200,6 +226,29 @@ def rehearse(study, folder: Path) -> str:
     return printed.getvalue()
 
 
+def run_tiny(data: Path, folder: Path, options: str = "", with_plots: bool = False) -> dict:
+    """experiment.py in small, started as by a shell, in this process; its results.json."""
+    line = f"--data-dir {data} --output-dir {folder} {TINY} {options}"
+    start_script(experiment, line, with_plots)
+    return json.loads((folder / "results.json").read_text())
+
+
+def watch_steps(monkeypatch, kill_at: int | None = None, error=KeyboardInterrupt) -> list:
+    """(trainer, rows, rate) of every optimizer step from here; the one of this number is killed,
+    those after it are not.
+    """
+    seen, step = [], common.Trainer.step
+
+    def watched(self, rows, rate):
+        seen.append((self, rows, rate))
+        if len(seen) == kill_at:
+            raise error
+        return step(self, rows, rate)
+
+    monkeypatch.setattr(common.Trainer, "step", watched)
+    return seen
+
+
 @pytest.fixture
 def run(data_dir, tmp_path):
     """run("--seeds 1 2", folder) starts experiment.py as a shell would, in this process; returns
@@ -207,8 +256,7 @@ def run(data_dir, tmp_path):
     """
 
     def run_experiment(arguments="", folder=tmp_path / "out", data=data_dir):
-        start_script(experiment, f"--data-dir {data} --output-dir {folder} {TINY} {arguments}")
-        return json.loads((folder / "results.json").read_text())
+        return run_tiny(data, folder, arguments)
 
     return run_experiment
 
@@ -217,11 +265,7 @@ def run(data_dir, tmp_path):
 def undisturbed(data_dir, tmp_path_factory):
     """Folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    start_script(
-        experiment,
-        f"--data-dir {data_dir} --output-dir {folder} {TINY} --seeds 1 2",
-        with_plots=True,
-    )
+    run_tiny(data_dir, folder, "--seeds 1 2", with_plots=True)
     return folder
 
 

@@ -14,9 +14,12 @@ from conftest import (
     arm_of,
     fails,
     random_split,
+    run_tiny,
     start_script,
     tiny_config,
     tiny_model,
+    train,
+    trainer_of,
     without_times,
 )
 
@@ -24,17 +27,15 @@ import common
 import effective_rank_analysis as analysis
 import experiment
 import experiment_7b
-from collapse.data.batches import length_grouped_batches
 from collapse.data.registry import load_again
 from collapse.measures.rank import random_subsets, rank_metrics, ranks_from_gram, singular_values
-from collapse.measures.statistics import jackknife_interval, mean_interval, seeds_and_rows_interval
+from collapse.measures.statistics import mean_interval, seeds_and_rows_interval
 from collapse.models.pretrained import load_causal_lm
 from collapse.report import model_records, rank_plots, records
 from collapse.report.model_records import Splits
 from collapse.utils.files import read_json
 
-TINY = "--epochs 1 --batch-size 8 --max-length 12 --vocabulary-size 60 --hidden-size 16 --heads 2"
-TINY += " --workers 1 --feed-forward-size 24 --classifier-size 10 --engram-size 6"
+SHORT = "--epochs 1 --learning-rate 2e-4"
 STUDY, BACKBONE = "SST-2, ", " training rows, small transformer"
 
 
@@ -42,9 +43,7 @@ STUDY, BACKBONE = "SST-2, ", " training rows, small transformer"
 def trained(data_dir, tmp_path_factory):
     """A results folder of Experiment 1: three tiny models, two seeds."""
     folder = tmp_path_factory.mktemp("trained")
-    start_script(
-        experiment, f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --seeds 1 2"
-    )
+    run_tiny(data_dir, folder, f"{SHORT} --seeds 1 2")
     return folder
 
 
@@ -92,12 +91,7 @@ def test_a_planted_collapse_is_found_and_none_where_there_is_none():
         model = experiment.build_model(arm_of(1), 3, tiny_config())
         if planted:
             model.backbone = ProjectedBackbone(model.backbone, dimensions=2)
-        trainer = common.make_trainer(
-            model.train(), split, tiny_config(learning_rate=3e-3), arm_of(1)
-        )
-        for epoch in range(30):
-            for rows in length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
-                trainer.step(rows, 3e-3)
+        train(trainer_of(1, split, model, learning_rate=3e-3), epochs=30)
         found.append(analysis.measure(model, Splits(split, split, split), draws=3))
     healthy, collapsed = found
     assert healthy["accuracy"] > 0.9 and collapsed["accuracy"] > 0.6  # both learnt something
@@ -146,8 +140,7 @@ def test_features_are_those_that_the_trainer_pooled(model_number, trained, data_
 
 
 def test_a_training_is_measured_with_the_pooling_of_its_settings(run, data_dir, tmp_path):
-    options = f"--data-dir {data_dir} --device cpu {TINY} --seeds 1 --models 2 --pooling last"
-    start_script(experiment, f"{options} --output-dir {tmp_path / 'last'}")
+    run_tiny(data_dir, tmp_path / "last", f"{SHORT} --seeds 1 --models 2 --pooling last")
     (study,) = run(f"--folders {tmp_path / 'last'}").values()
     training = read_json(tmp_path / "last/state/model2-seed1/metrics.json")
     found, expected = study["model2"], training["val"][-1]
@@ -232,18 +225,6 @@ def test_random_subsets_are_of_different_rows_and_the_same_for_every_model():
     first, second = random_subsets(40, 20, 3), random_subsets(40, 20, 3)
     assert np.array_equal(first, second) and all(len(set(rows)) == 20 for rows in first)
     assert not np.array_equal(first[0], first[1])
-
-
-@pytest.mark.parametrize("rows", [20, 100, 180])
-def test_the_interval_over_rows_is_as_wide_as_samples_scatter(rows):
-    """The mean of squares of 200 draws: its standard error is known, for subsets of any size."""
-    rng, widths = np.random.default_rng(0), []
-    for _ in range(30):
-        sample = rng.normal(size=200) ** 2
-        draws = np.array([sample[rng.permutation(200)[:rows]].mean() for _ in range(50)])
-        interval = jackknife_interval(sample.mean(), draws, rows, 200)
-        widths.append((interval["high"] - interval["low"]) / 2)
-    assert np.mean(widths) == pytest.approx(2.01 * np.sqrt(2 / 200), rel=0.15)
 
 
 def test_results_hold_what_the_design_asks_for(run, trained, tmp_path):
@@ -388,21 +369,14 @@ def test_results_that_were_measured_otherwise_are_not_replaced_unasked(
 
 def test_too_few_rows_are_refused(run, capsys, data_dir, tmp_path):
     folder = tmp_path / "few"
-    line = (
-        f"--data-dir {data_dir} --output-dir {folder} --device cpu {TINY} --models 1 --eval-limit 3"
-    )
-    start_script(experiment, line)
+    run_tiny(data_dir, folder, f"{SHORT} --models 1 --eval-limit 3")
     assert "3 validation rows are too few" in fails(run, capsys, f"--folders {folder}")
 
 
 def test_studies_without_checkpoints_here_stay(run, capsys, trained, data_dir, tmp_path):
     """As in a fresh clone, where only one of the published studies is trained again."""
     other = tmp_path / "other"
-    start_script(
-        experiment,
-        f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1"
-        " --train-limit 20",
-    )
+    run_tiny(data_dir, other, f"{SHORT} --models 1 --train-limit 20")
     both = run(f"--folders {other} {trained}")
     assert len(both) == 2
     assert run(f"--folders {trained}") == both
@@ -440,11 +414,7 @@ def test_a_study_is_replaced_by_its_own_folder_alone(run, trained, data_dir, tmp
     other's place.
     """
     other = tmp_path / "other"
-    start_script(
-        experiment,
-        f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} --models 1"
-        " --learning-rate 0.1",
-    )
+    run_tiny(data_dir, other, f"{SHORT} --models 1 --learning-rate 0.1")
     both = run(f"--folders {trained} {other}")
     assert list(both) == [f"{STUDY}40{BACKBONE}", f"{STUDY}40{BACKBONE}, {other}"]
     assert run(f"--folders {other}") == both
@@ -511,10 +481,8 @@ def test_ranks_of_several_studies_are_compared_at_matched_rows(
     """Two folders of the same data and backbone stay two studies, with a baseline each; a broken
     one is passed over.
     """
-    other, wide = tmp_path / "wide", "--hidden-size 32 --seeds 1 --models 1"
-    start_script(
-        experiment, f"--data-dir {data_dir} --output-dir {other} --device cpu {TINY} {wide}"
-    )
+    other = tmp_path / "wide"
+    run_tiny(data_dir, other, f"{SHORT} --hidden-size 32 --seeds 1 --models 1")
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     (broken / "state/model1-seed1/final.safetensors").write_bytes(b"cut short")

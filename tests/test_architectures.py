@@ -8,10 +8,9 @@ import huggingface_hub
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
-from conftest import SIZES, arm_of, fails, random_split, start_script
+from conftest import SIZES, arm_of, fails, random_split, save_tiny, start_script
 from test_language_model import CPU, build, gradients_of_step, stir, tiny_settings
 
 import common
@@ -34,6 +33,7 @@ ARCHITECTURES = {
     "Gemma2": {"head_dim": 16, "sliding_window": 4},
     "Gemma3": {"head_dim": 16, "sliding_window": 4, "layer_types": None},
     "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "Llama": {},
     "Mistral": {"sliding_window": 4},
     "Mixtral": {"num_local_experts": 4},
     "Mpt": {"d_model": 64, "n_heads": 4, "n_layers": LAYERS},
@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "Olmo2": {},
     "Phi": {},
     "Phi3": {},
+    "Qwen2": {},
     "Qwen3": {"head_dim": 16},
     "SmolLM3": {},
     "StableLm": {},
@@ -57,24 +58,9 @@ def random_model(name, **changes):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    tokenizer = tokenizers.ByteLevelBPETokenizer()
-    text = "good bad word0 word1"
-    tokenizer.train_from_iterator([text] * 9, SIZES["vocab_size"], show_progress=False)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
-
-
-@pytest.fixture(scope="module")
-def save(tokenizer, tmp_path_factory):
+def save(tmp_path_factory):
     """save(model) gives its folder."""
-
-    def save_model(model):
-        folder = tmp_path_factory.mktemp("models") / type(model).__name__
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return save_model
+    return lambda model: save_tiny(model, tmp_path_factory.mktemp("models") / type(model).__name__)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -240,7 +226,7 @@ def test_a_whole_run_of_gpt2(save, data_dir, tmp_path):
 
 
 @pytest.fixture
-def hub_model(tokenizer, tmp_path, monkeypatch):
+def hub_model(tmp_path, monkeypatch):
     """A model of the hub as its cache holds it, two commits of it; the hub itself is silent.
 
     Gives its name, and the commits of main and of the tag v1.
@@ -250,8 +236,7 @@ def hub_model(tokenizer, tmp_path, monkeypatch):
     for name, commit, positions in zip(("main", "v1"), commits, (128, 96), strict=True):
         (repository / "refs" / name).write_text(commit)
         model = random_model("GPT2", max_position_embeddings=positions)
-        model.save_pretrained(repository / "snapshots" / commit)
-        tokenizer.save_pretrained(repository / "snapshots" / commit)
+        save_tiny(model, repository / "snapshots" / commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "_hub_answers", lambda: False)

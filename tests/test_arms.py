@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import math
 
 import numpy as np
@@ -11,20 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    TINY,
     arm_of,
     random_split,
-    start_script,
+    run_tiny,
     tiny_config,
     tiny_model,
+    train,
+    trainer_of,
+    watch_steps,
     without_times,
 )
+from test_language_model import build, stir, tiny_settings
 
 import common
-import experiment
 from collapse.arms import BY_NAME
-from collapse.config import LanguageModelConfig
-from collapse.data.batches import Split, length_grouped_batches
+from collapse.data.batches import Split
 from collapse.training import loop
 from collapse.training.checkpoints import load_weights, save_weights
 from collapse.training.optimizer import SharedScaleAdamW
@@ -37,23 +37,8 @@ CONTROLS += (*ENGRAM_CONTROLS, "longer")
 ROWS = np.arange(11)  # halves and micro-batches of unequal size
 
 
-def trainer_of(name, split=None, model=None, **changes):
-    config = tiny_config(**changes)
-    model = model or tiny_model(name, **changes)
-    return common.make_trainer(model, split or random_split(), config, arm_of(name))
-
-
 def gradients(trainer) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in trainer.model.trainable().items() if p.grad is not None}
-
-
-def train(trainer, epochs, rate=3e-3):
-    trainer.model.train()
-    for epoch in range(epochs):
-        rng = np.random.default_rng([0, epoch])
-        for rows in length_grouped_batches(trainer.split.lengths, 8, rng):
-            sums = trainer.step(rows, rate)
-    return sums
 
 
 def lm_loss_of(trainer) -> float:
@@ -245,18 +230,10 @@ def test_kl_holds_the_model_where_model_1_drifts_and_teaches_it_no_language():
 
 
 def test_kl_of_adapters_is_to_the_model_without_them(qwen):
-    settings = LanguageModelConfig(
-        model=str(qwen), quantization="none", lora_rank=4, classifier_size=10, batch_size=8
-    )
-    torch.manual_seed(0)
-    model = common.build_language_model(arm_of("kl"), 2, "pooled", settings, torch.device("cpu"))
-    split = random_split(11, longest=10, vocabulary=60)
-    trainer = common.make_trainer(model.eval(), split, settings, arm_of("kl"))
+    model, split = build("kl", qwen), random_split(11, longest=10, vocabulary=60)
+    trainer = common.make_trainer(model, split, tiny_settings(qwen), arm_of("kl"))
     assert trainer.accumulate_gradients(ROWS).anchor_loss == pytest.approx(0, abs=1e-5)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.trainable().items():
-        if ".lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+    stir(model)
 
     def start_logits(ids):
         with model.adapters.disable_adapter():
@@ -460,26 +437,16 @@ def test_the_lm_only_engram_does_not_see_labels():
 
 @pytest.mark.parametrize("name", ENGRAM_CONTROLS)
 def test_a_language_model_with_a_control_of_the_engram_trains_and_is_stored(qwen, tmp_path, name):
-    settings = LanguageModelConfig(
-        model=str(qwen), quantization="none", lora_rank=4, classifier_size=10, batch_size=8
-    )
-    settings.gradient_checkpointing = "on"
-
-    def build(seed):
-        torch.manual_seed(seed)
-        cpu = torch.device("cpu")
-        return common.build_language_model(arm_of(name), 2, "intermediate", settings, cpu)
-
-    split = random_split(11, longest=10, vocabulary=60)
-    model = build(0)
+    how = {"source": "intermediate", "gradient_checkpointing": "on"}
+    model, split = build(name, qwen, **how).train(), random_split(11, longest=10, vocabulary=60)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if "pressor" in n}
-    trainer = common.make_trainer(model, split, settings, arm_of(name))
+    trainer = common.make_trainer(model, split, tiny_settings(qwen), arm_of(name))
     for _ in range(3):
         trainer.step(ROWS, 1e-2)
     moved = {n for n, p in start.items() if not torch.equal(model.get_parameter(n), p)}
     assert moved == (set(start) if name == "lm-only-engram" else set())
     save_weights(tmp_path, "best", model, 1)
-    loaded = build(1)
+    loaded = build(name, qwen, seed=1, **how)
     load_weights(tmp_path, "best", loaded)
     found, wanted = (common.evaluate(m, split) for m in (loaded, model))
     assert np.array_equal(found.logits, wanted.logits)
@@ -511,16 +478,12 @@ def test_longer_is_model_1_but_for_its_length(run, whole):
 
 
 def test_the_schedule_of_longer_spans_all_its_steps(run, monkeypatch):
-    rates, step = [], common.Trainer.step
-
-    def noted(self, rows, rate):
-        rates.append(rate)
-        return step(self, rows, rate)
-
-    monkeypatch.setattr(common.Trainer, "step", noted)
+    steps = watch_steps(monkeypatch)
     run("--seeds 1 --models longer --schedule cosine --warmup-fraction 0.2")
     config = tiny_config(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.2)
-    assert rates == [learning_rate_at(number, 25, config) for number in range(25)]
+    assert [rate for *_, rate in steps] == [
+        learning_rate_at(number, 25, config) for number in range(25)
+    ]
 
 
 # --- whole runs -----------------------------------------------------------------------------------
@@ -530,26 +493,16 @@ def test_the_schedule_of_longer_spans_all_its_steps(run, monkeypatch):
 def whole(data_dir, tmp_path_factory):
     """results.json of a run of all controls that nothing disturbed, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    line = f"{TINY} --seeds 1 2 --models 1 2 {' '.join(CONTROLS)}"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        start_script(experiment, f"--data-dir {data_dir} --output-dir {folder} {line}")
-    return json.loads((folder / "results.json").read_text()), printed.getvalue()
+        results = run_tiny(data_dir, folder, f"--seeds 1 2 --models 1 2 {' '.join(CONTROLS)}")
+    return results, printed.getvalue()
 
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_a_control_that_was_killed_goes_on_to_the_same_numbers(run, whole, monkeypatch, name):
     """What it holds to is the model before its first step, not the one that was restored."""
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
-    count, step = 0, common.Trainer.step
-
-    def killed(self, rows, rate):
-        nonlocal count
-        count += 1
-        if count == 7:
-            raise KeyboardInterrupt
-        return step(self, rows, rate)
-
-    monkeypatch.setattr(common.Trainer, "step", killed)
+    watch_steps(monkeypatch, kill_at=7)
     with pytest.raises(SystemExit):
         run(f"--seeds 1 --models {name}")
     key = arm_of(name).name

@@ -11,7 +11,6 @@ from test_language_model import build
 import experiment_7b
 from collapse.data import registry
 from collapse.models import pretrained, weights
-from collapse.utils import device
 from collapse.utils.device import WSL_RESERVE, cap_memory_on_wsl, check_card, set_allocator
 from collapse.utils.errors import UserError
 from studies import collapse_threshold
@@ -103,10 +102,3 @@ def test_it_is_refused_before_data_or_weights_are_asked_for(
     line = f"--model Qwen/Qwen2.5-7B --output-dir {tmp_path / 'out'}"
     assert "compute capability 7.5" in fails(start_script, capsys, script, line)
     assert not (tmp_path / "out/state").exists()
-
-
-def test_an_old_driver_is_told_which_build_of_torch_to_take(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(device, "nvidia_driver", lambda: "535.183.01")
-    with pytest.raises(UserError, match=r"driver 535.*580.*pip install.*torch==2.*/cu129"):
-        device.pick_device("cuda")

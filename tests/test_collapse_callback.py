@@ -100,19 +100,6 @@ def test_a_training_is_the_same_bit_for_bit(llama, tmp_path, checkpointing):
     assert measured(trainer)[0]["collapse/components_kept"] == 1
 
 
-def test_logging_inside_a_step_would_swallow_losses(llama, tmp_path):
-    """Why the callback restores control.should_log."""
-
-    class Careless(transformers.TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            if state.global_step % 5 == 0:
-                trainer.log({"x": 1.0})
-
-    trainer = trainer_of(llama, tmp_path, [Careless()])
-    trainer.train()
-    assert not [row for row in trainer.state.log_history if "loss" in row]
-
-
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_it_warns_at_the_second_alarm_and_stops_where_it_is_told_to(llama, tmp_path, value):
     trainer = trainer_of(llama, tmp_path, [Kill(7, value)], {"every": 3, "stop": True})

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import arm_of, random_split, tiny_config, tiny_model
+from test_language_model import build
 
 import common
-from collapse.config import LanguageModelConfig
-from collapse.models.pretrained import add_lora, load_causal_lm
 from collapse.training.checkpoints import optimizer_tensors, save_weights
 from collapse.utils.errors import UserError
 from collapse.utils.files import read_tensors, write_tensors
@@ -29,12 +28,7 @@ def checkpoints(folder: Path, causal_lm: Path) -> list[Path]:
     save_weights(folder, "final", model, 1)
     engrams = {"engrams": torch.rand(9, 4), "labels": torch.arange(9) % 2}
     write_tensors(folder / "engrams.safetensors", engrams, {})
-    config = LanguageModelConfig(
-        model=str(causal_lm), lora_rank=2, classifier_size=4, quantization="none"
-    )
-    adapters = add_lora(load_causal_lm(config, torch.device("cpu")), config)
-    wrapped = common.wrap_causal_lm(adapters, arm_of(1), 2, "pooled", config)
-    save_weights(folder, "best", wrapped, 1)
+    save_weights(folder, "best", build(1, causal_lm, lora_rank=2, classifier_size=4), 1)
     names = ("training", "final", "engrams", "best-adapter/adapter_model")
     return [folder / f"{name}.safetensors" for name in names]
 

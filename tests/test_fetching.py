@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import start_script
-from test_architectures import hub_model, script_line, tokenizer  # noqa: F401
+from test_architectures import hub_model, script_line  # noqa: F401
 
 import experiment_7b
 from collapse.config import LanguageModelConfig

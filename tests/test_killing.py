@@ -178,7 +178,9 @@ def test_fresh_after_a_kill_begins_anew(long_command, run, undisturbed, tmp_path
     assert without_times(results)["models"] == {"model1": {"1": expected}}
 
 
-@pytest.mark.parametrize("full", ["results.json", "results.csv", "metrics.json"])
+@pytest.mark.parametrize(
+    "full", ["results.json", "results.csv", "metrics.json", "training.safetensors"]
+)
 def test_a_disk_that_is_full_while_it_publishes_leaves_the_old_results(
     run, capsys, undisturbed, monkeypatch, tmp_path, full
 ):

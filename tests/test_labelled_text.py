@@ -119,16 +119,6 @@ def test_texts_with_line_ends_a_byte_order_mark_and_blank_lines(tmp_path):
     assert ("two\nlines", "a") in named(load(path)) and len(named(load(path))) == 4
 
 
-def test_the_class_names_that_a_parquet_file_of_datasets_has_are_taken(tmp_path):
-    feature = {"names": ["bad", "good"], "_type": "ClassLabel"}
-    stored = json.dumps({"info": {"features": {"label": feature}}})
-    columns = {"text": [f"t{i}" for i in range(4)], "label": [0, 1, 1, 0]}
-    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": stored})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    found = dict(named(load(tmp_path / "a.parquet")))
-    assert found == {"t0": "bad", "t1": "good", "t2": "good", "t3": "bad"}
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_users_texts_are_copied_nowhere(tmp_path, suffix, monkeypatch):
     (tmp_path / "temporary").mkdir()
@@ -250,6 +240,8 @@ def test_stored_names_are_used_where_they_fit(tmp_path, labels, feature, classes
     features = {"text": STRINGS, "gone": STRINGS} | ({"label": feature} if feature else {})
     path = with_features(tmp_path / "a.parquet", columns, features)
     assert load(path).class_names == classes
+    if classes == ("bad", "good"):
+        assert set(named(load(path))) == {(f"t{i}", classes[i % 2]) for i in range(8)}
     plain = tuple(sorted({str(int(x)) if isinstance(x, float) else str(x) for x in labels}))
     assert load(path, label="added").class_names == plain
 
@@ -484,7 +476,9 @@ def test_a_hub_set_has_its_own_class_names_and_splits(monkeypatch):
 
 def test_a_set_that_nobody_has_is_refused(monkeypatch):
     monkeypatch.setattr(custom, "load_all_splits", lambda *name: None)
-    with pytest.raises(UserError, match=r"--dataset nobody/has is none of SST-2, .*no file"):
+    with pytest.raises(
+        UserError, match=r"--dataset nobody/has is none of SST-2, AG News, .*no file"
+    ):
         load_task(RunConfig(dataset="nobody/has"))
 
 

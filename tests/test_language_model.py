@@ -395,19 +395,6 @@ def test_a_saved_checkpoint_loads_to_identical_outputs(
     )  # no frozen weight among it
 
 
-def test_peft_loads_the_saved_adapter(model_folder, tmp_path):
-    model = build(1, model_folder)
-    stir(model)
-    save_weights(tmp_path, "final", model, epoch=1)
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
-    plain = peft.PeftModel.from_pretrained(base, tmp_path / "final-adapter").eval()
-    ids = torch.randint(0, SIZES["vocab_size"], (3, 9))
-    expected = plain(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-    torch.testing.assert_close(
-        model(ids, torch.ones(3, 9, dtype=torch.bool)).hidden, expected, atol=1e-5, rtol=1e-5
-    )
-
-
 def test_adapters_and_heads_of_different_epochs_are_refused(qwen, tmp_path, monkeypatch):
     """What a kill between the two files leaves."""
     model, write = build(1, qwen), write_tensors

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import SIZES, arm_of, random_split, save_tiny, tiny_model
+from test_architectures import random_model
 from test_language_model import CPU, build, gradients_of_step, stir, tiny_settings
 
 import common
@@ -333,7 +334,7 @@ def test_a_driver_that_torch_cannot_use_is_named(source, monkeypatch, capsys, tm
         tool.chmod(0o755)
     assert pick_device("auto") == CPU
     assert "driver 535.183.01" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"driver 535.183.01.*580"):
+    with pytest.raises(UserError, match=r"driver 535.183.01.*580.*pip install.*torch==2.*/cu129"):
         pick_device("cuda")
 
 
@@ -341,28 +342,15 @@ def test_a_driver_that_torch_cannot_use_is_named(source, monkeypatch, capsys, tm
 # Other models
 # --------------------------------------------------------------------------------------------------
 
-KINDS = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 16},
-    "Mistral": {},
-    "Gemma": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "final_logit_softcapping": 3.0},
-    "Gemma3": {"head_dim": 16},
-    "Granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
-    "Cohere": {"logit_scale": 0.0625},
-    "Olmo2": {},
-    "SmolLM3": {},
-}
+KINDS = {kind: {} for kind in ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma3", "Olmo2", "SmolLM3")}
+KINDS |= {"Gemma": {"head_dim": 16}, "Gemma2": {"final_logit_softcapping": 3.0}}
+KINDS |= {"Granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0}}
+KINDS |= {"Cohere": {"logit_scale": 0.0625}}
 
 
 def random_causal_lm(kind: str, **changes):
     """Its LM head is large, so that what is done to logits matters."""
-    torch.manual_seed(0)
-    name = kind + ("TextConfig" if kind == "Gemma3" else "Config")
-    sizes = SIZES | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = getattr(transformers, name)(**sizes | KINDS.get(kind, {}) | changes)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+    model = random_model(kind, **KINDS[kind] | changes).requires_grad_(False)
     model.get_output_embeddings().weight.data *= 20
     return model
 

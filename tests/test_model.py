@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arm_of, random_split, tiny_config, tiny_model
+from conftest import arm_of, random_split, tiny_config, tiny_model, train, trainer_of
 
 import common
-from collapse.data.batches import Split, collate, count_targets, length_grouped_batches
+from collapse.data.batches import Split, collate, count_targets
 from collapse.models import losses
 from collapse.models.losses import LinearCrossEntropy, lm_loss_sum
 from collapse.training.steps import learning_rate_at
@@ -23,11 +23,6 @@ def run(model, split, rows, engram=None):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def trainer_for(number, split, **changes):
-    config = tiny_config(**changes)
-    return common.make_trainer(tiny_model(number, **changes), split, config, arm_of(number))
 
 
 def test_a_later_token_changes_no_earlier_logit(model_number, pooling):
@@ -165,7 +160,7 @@ def test_step_gradients_are_those_of_one_big_batch_whatever_the_micro_batch(mode
     split, rows = random_split(), np.arange(11)  # 11: halves and micro-batches of unequal size
     reference = None
     for size in (100, 4, 3, 1):
-        trainer = trainer_for(model_number, split)
+        trainer = trainer_of(model_number, split)
         trainer.micro_batch_size = size
         sums, found = trainer.accumulate_gradients(rows), gradients(trainer.model)
         if reference is None:
@@ -179,7 +174,7 @@ def test_step_gradients_are_those_of_one_big_batch_whatever_the_micro_batch(mode
 @pytest.mark.parametrize("lm_weight", [0.5, 0.2])
 def test_step_loss_is_the_weighted_mean_over_targets_plus_the_rest_of_the_mean_over_rows(lm_weight):
     split, rows = random_split(), np.arange(11)
-    trainer = trainer_for(2, split, lm_weight=lm_weight)
+    trainer = trainer_of(2, split, lm_weight=lm_weight)
     trainer.micro_batch_size = 2
     trainer.accumulate_gradients(rows)
     found = gradients(trainer.model)
@@ -198,7 +193,7 @@ def test_step_loss_is_the_weighted_mean_over_targets_plus_the_rest_of_the_mean_o
 
 def test_every_part_of_every_model_is_trained(model_number):
     """The first half's losses alone would leave the compressor without a gradient."""
-    trainer = trainer_for(model_number, random_split())
+    trainer = trainer_of(model_number, random_split())
     trainer.accumulate_gradients(np.arange(12))
     assert all(g.abs().max() > 0 for g in gradients(trainer.model).values())
     assert len(gradients(trainer.model)) == len(list(trainer.model.parameters()))
@@ -218,7 +213,7 @@ def test_the_compressor_is_trained_by_the_second_halfs_losses():
 
 def test_pair_trainer_feeds_each_engram_to_the_row_at_the_same_place_of_the_second_half():
     split, rows = random_split(), np.arange(11)
-    trainer = trainer_for(3, split)
+    trainer = trainer_of(3, split)
     trainer.accumulate_gradients(rows)
     found = gradients(trainer.model)
     model = tiny_model(3)
@@ -282,7 +277,7 @@ def test_the_models_of_a_seed_start_from_the_same_backbone_and_classifier():
 
 def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_step(model_number, monkeypatch):
     split, rows = random_split(), np.arange(8)
-    expected, trainer = trainer_for(model_number, split), trainer_for(model_number, split)
+    expected, trainer = trainer_of(model_number, split), trainer_of(model_number, split)
     expected.step(rows, 1e-2)
     forward = trainer.model.forward
 
@@ -304,7 +299,7 @@ def test_out_of_memory_halves_the_micro_batch_and_gives_the_same_step(model_numb
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(model_number):
-    trainer = trainer_for(model_number, random_split())
+    trainer = trainer_of(model_number, random_split())
     with torch.no_grad():
         trainer.model.classifier.outer.bias[0] = float("nan")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
@@ -315,14 +310,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_a_weight(model_number
 
 
 def test_gradient_norm_is_the_one_of_all_gradients_together(model_number):
-    trainer = trainer_for(model_number, random_split())
+    trainer = trainer_of(model_number, random_split())
     trainer.accumulate_gradients(np.arange(8))
     expected = sum(float((g.double() ** 2).sum()) for g in gradients(trainer.model).values()) ** 0.5
     assert trainer.step(np.arange(8), 0.0).grad_norm == pytest.approx(expected, rel=1e-5)
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before_it():
-    free, clipped = trainer_for(2, random_split()), trainer_for(2, random_split(), clip_norm=1e-3)
+    free, clipped = trainer_of(2, random_split()), trainer_of(2, random_split(), clip_norm=1e-3)
     assert free.step(np.arange(8), 0.0).grad_norm == pytest.approx(
         clipped.step(np.arange(8), 0.0).grad_norm
     )
@@ -344,7 +339,7 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
 def test_a_step_is_taken_at_the_rate_it_is_given():
     """Adam's first step moves every weight that has a gradient by the learning rate."""
     for rate in (0.0, 1e-3, 0.1):
-        trainer = trainer_for(1, random_split())
+        trainer = trainer_of(1, random_split())
         before = [p.detach().clone() for p in trainer.parameters]
         trainer.step(np.arange(8), rate)
         moved = max(
@@ -399,9 +394,6 @@ def test_carried_evaluation_gives_each_row_the_engram_of_one_other_row():
 def test_all_models_learn_a_trivial_task(number, monkeypatch):
     """With lm_weight 0.5 as in the study: the class is the parity of the first token."""
     split = random_split(rows=64, longest=6)
-    trainer = trainer_for(number, split, learning_rate=3e-3)
-    trainer.model.train()
-    for epoch in range(40):
-        for rows in length_grouped_batches(split.lengths, 8, np.random.default_rng([0, epoch])):
-            trainer.step(rows, 3e-3)
+    trainer = trainer_of(number, split, learning_rate=3e-3)
+    train(trainer, epochs=40)
     assert common.evaluate(trainer.model, split).accuracy == 1.0

@@ -4,10 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +13,13 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, fails, start_script, tiny_model, without_times
+from conftest import fails, start_script, tiny_model, watch_steps, without_times
 
 import common
 import effective_rank_analysis
 import experiment
 import experiment_7b
 import experiment_agnews_7b
-from collapse.data import custom
 from collapse.data.batches import encode_rows
 from collapse.data.sst2 import load_sst2
 from collapse.measures.predictions import read_rows
@@ -138,13 +135,9 @@ def test_every_weight_of_every_model_is_trained_in_a_whole_run(undisturbed):
 
 
 def test_all_models_see_the_same_batches_at_the_scheduled_rates(run, monkeypatch):
-    steps, step = [], common.Trainer.step
-    monkeypatch.setattr(
-        common.Trainer,
-        "step",
-        lambda self, rows, rate: steps.append((list(rows), rate)) or step(self, rows, rate),
-    )
+    seen = watch_steps(monkeypatch)
     run("--seeds 1 2 --models 1 3 --schedule cosine --warmup-fraction 0.2")
+    steps = [(list(rows), rate) for _, rows, rate in seen]
     config = experiment.Config(learning_rate=3e-3, schedule="cosine", warmup_fraction=0.2)
     trainings = [
         steps[i : i + 10] for i in range(0, 40, 10)
@@ -166,20 +159,6 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the code may catch it."""
 
 
-def kill_once(monkeypatch, step):
-    """The step-th optimizer step from here is killed, those after it are not."""
-    count, whole_step = 0, common.Trainer.step
-
-    def killed_step(self, rows, learning_rate):
-        nonlocal count
-        count += 1
-        if count == step:
-            raise Killed
-        return whole_step(self, rows, learning_rate)
-
-    monkeypatch.setattr(common.Trainer, "step", killed_step)
-
-
 def same_model3(results, undisturbed) -> bool:
     """Are model 3's numbers with seed 1 those of the run that nothing disturbed?"""
     expected = json.loads((undisturbed / "results.json").read_text())["models"]["model3"]["1"]
@@ -191,7 +170,7 @@ def test_killed_in_any_step_a_run_resumes_to_the_same_numbers(run, undisturbed, 
     monkeypatch.setattr(
         loop, "CHECKPOINT_SECONDS", -1.0 if step % 2 else 600
     )  # after every step, or every epoch
-    kill_once(monkeypatch, step)
+    watch_steps(monkeypatch, step, Killed)
     with pytest.raises(Killed):
         run("--seeds 1 --models 3")
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
@@ -206,7 +185,7 @@ def test_what_was_measured_on_the_way_survives_a_kill_and_results_say_where_it_w
     start, *_, end = (m["dims_95pct"] for m in whole["measured"])
     assert f"  step 10: {end} components ({start} at step 0), accuracy " in capsys.readouterr().out
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)  # after every step
-    kill_once(monkeypatch, 4)
+    watch_steps(monkeypatch, 4, Killed)
     with pytest.raises(Killed):
         run(line)
     found = run(line)["models"]["model2"]["1"]
@@ -231,21 +210,6 @@ def test_killed_while_it_writes_a_file_a_run_resumes_to_the_same_numbers(
         monkeypatch.setattr(module, "write_file", killed_write)
     with pytest.raises(Killed):
         run("--seeds 1 --models 3")
-    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
-
-
-def test_a_process_killed_by_the_system_goes_on(run, undisturbed, data_dir, tmp_path):
-    line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} {TINY}"
-    line += " --seeds 1 --models 3"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "experiment.py"), *line.split()], env=environment
-    )
-    while not list((tmp_path / "out").glob("state/model*/training.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
     assert same_model3(run("--seeds 1 --models 3"), undisturbed)
 
 
@@ -276,7 +240,7 @@ def test_killed_after_fresh_with_another_configuration_the_run_goes_on_without_f
     run, monkeypatch
 ):
     run("--models 1")
-    kill_once(monkeypatch, 8)
+    watch_steps(monkeypatch, 8, Killed)
     with pytest.raises(Killed):
         run("--models 1 --lm-weight 0.25 --fresh")
     assert run("--models 1 --lm-weight 0.25")["settings"]["config"]["lm_weight"] == 0.25
@@ -356,7 +320,7 @@ def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(
 ):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/results.json").write_bytes((undisturbed / "results.json").read_bytes())
-    kill_once(monkeypatch, 13)  # model 1 is done and published, model 2 is not
+    watch_steps(monkeypatch, 13, Killed)  # model 1 is done and published, model 2 is not
     with pytest.raises(Killed):
         run("--seeds 1")
     capsys.readouterr()
@@ -371,7 +335,7 @@ def test_killed_in_a_fresh_clone_the_published_results_are_still_compared(
 )
 def test_the_smallest_sizes_run_and_resume(run, monkeypatch, arguments):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
-    kill_once(monkeypatch, 2)
+    watch_steps(monkeypatch, 2, Killed)
     with pytest.raises(Killed):
         run(arguments)
     assert list(run(arguments)["models"]) == ["model1", "model2", "model3"]
@@ -395,17 +359,6 @@ def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
     assert experiment.load_task(experiment.Config(data_dir=data_dir)).folder == ""
 
 
-def test_another_data_set_is_one_option_and_has_a_folder_of_its_own(shared_data, monkeypatch):
-    config = experiment.Config(
-        data_dir=shared_data, dataset="AG News", train_limit=30, eval_limit=9
-    )
-    task = experiment.load_task(config)
-    assert len(task.class_names) == 4 and task.folder == "subset-9983/limit-30-9"
-    monkeypatch.setattr(custom, "load_all_splits", lambda *_: None)
-    with pytest.raises(UserError, match=r"--dataset news is none of SST-2, .*AG News"):
-        experiment.load_task(dataclasses.replace(config, dataset="news"))
-
-
 def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
     assert "--seeds is empty" in fails(run, capsys, "--seeds")
     assert "--epochs is 0" in fails(run, capsys, "--epochs 0")
@@ -420,7 +373,7 @@ def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
 
 def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
-    kill_once(monkeypatch, 3)
+    watch_steps(monkeypatch, 3, Killed)
     with pytest.raises(Killed):
         run("--models 1")
     checkpoint = tmp_path / "out/state/model1-seed42/training.safetensors"
@@ -437,23 +390,6 @@ def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
         assert contents(tmp_path / "out") == before
     shutil.rmtree(checkpoint.parent)
     assert len(run("--models 1")["models"]["model1"]["42"]["val"]) == 2
-
-
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
-    run, capsys, undisturbed, monkeypatch
-):
-    whole_replace, count = os.replace, 0
-
-    def full_disk(source, target):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise OSError(28, "No space left on device")
-        whole_replace(source, target)
-
-    monkeypatch.setattr(os, "replace", full_disk)
-    assert "the disk is full" in fails(run, capsys, "--seeds 1 --models 3")
-    assert same_model3(run("--seeds 1 --models 3"), undisturbed)
 
 
 def test_output_that_nobody_reads_on_is_one_sentence():

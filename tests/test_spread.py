@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import DEGENERATE
 
 from collapse.measures.layers import POOLINGS, mean_over_tokens, summarize_states
 from collapse.measures.neural_collapse import (
@@ -256,16 +257,7 @@ def test_a_prediction_does_not_depend_on_the_other_test_rows():
     assert both["C"] == near["C"]
 
 
-@pytest.mark.parametrize(
-    ("features", "labels"),
-    [
-        (np.random.default_rng(0).normal(size=(9, 4)), np.zeros(9, int)),  # one class
-        (np.full((9, 4), 3.3), np.arange(9) % 3),  # no spread at all
-        (np.random.default_rng(0).normal(size=(3, 50)), np.arange(3)),  # a row a class
-        (np.random.default_rng(0).normal(size=(1, 4)), np.zeros(1, int)),  # one row
-        (np.zeros((4, 1)), np.array([0, 0, 0, 1])),
-    ],
-)
+@pytest.mark.parametrize(("features", "labels"), DEGENERATE)
 def test_degenerate_features_give_finite_numbers(features, labels):
     found = [*spreads(features, labels).values(), effective_rank_within(features, labels)]
     found.append(length_share(features, np.arange(1, len(labels) + 1)))

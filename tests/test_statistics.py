@@ -86,15 +86,6 @@ def test_variance_that_is_all_between_rows_gives_the_t_interval_over_rows():
     assert noisy["df"] > 100
 
 
-def test_the_interval_holds_both_kinds_of_variance():
-    differences = crossed_draw(np.random.default_rng(4), 10, 60)
-    found = crossed_interval(differences)
-    over_seeds = scipy.stats.sem(differences.mean(1))
-    over_rows = scipy.stats.sem(differences.mean(0))
-    assert found["se"] > max(over_seeds, over_rows)
-    assert found["se"] < math.hypot(over_seeds, over_rows)  # the residual is in both, counted once
-
-
 def test_one_seed_gives_the_interval_over_rows_and_one_row_that_over_seeds():
     values = np.random.default_rng(5).standard_normal(30) + 0.2
     low, high = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
@@ -224,7 +215,7 @@ def test_the_same_seed_gives_the_same_bootstrap_and_a_lower_level_a_narrower_one
 def test_the_jackknife_of_a_mean_is_the_standard_error_of_the_mean():
     rng = np.random.default_rng(13)
     values = rng.standard_normal(100)
-    for rows in (50, 80):
+    for rows in (10, 50, 90):
         draws = [rng.permutation(values)[:rows].mean() for _ in range(4000)]
         found = jackknife_interval(values.mean(), draws, rows, 100)
         assert found["se"] == pytest.approx(scipy.stats.sem(values), rel=0.05)

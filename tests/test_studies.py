@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import arm_of, cells_of_row, random_split, start_script, tiny_config, tiny_model
+from test_language_model import build, stir
 
 import common
 from collapse.config import LanguageModelConfig
@@ -60,9 +61,7 @@ def miniature(model_number):
         random_checkpoint.TINY, torch.float32, torch.device("cpu")
     )
     adapters = add_lora(causal_lm, settings)
-    for name, parameter in causal_lm.named_parameters():
-        if ".lora_B" in name:
-            parameter.data.normal_(0, 0.1)
+    stir(causal_lm)
     model = common.wrap_causal_lm(
         adapters, arm_of(model_number), 2, "intermediate", settings
     ).eval()
@@ -273,13 +272,7 @@ def test_hours_are_counted_on_the_real_architecture(tmp_path, phrases_dir, qwen,
 
 
 def test_the_random_model_is_what_a_real_nf4_model_is_to_peft(miniature, qwen, model_number):
-    real = common.build_language_model(
-        arm_of(model_number),
-        2,
-        "pooled",
-        LanguageModelConfig(model=str(qwen), quantization="nf4", lora_rank=4),
-        torch.device("cpu"),
-    )
+    real = build(model_number, qwen, quantization="nf4")
     kinds = [
         {(name.rpartition(".")[2], type(m)) for name, m in model.backbone.layers.named_modules()}
         for model in (miniature[0], real)

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import torch
 import transformers
-from conftest import fails, start_script, without_times
+from conftest import fails, start_script, watch_steps, without_times
 
 import common
 import effective_rank_analysis
@@ -64,15 +64,7 @@ def test_the_whole_path_in_nf4_on_a_cpu(checkpoint, data_dir, tmp_path, monkeypa
     line = f"--model {checkpoint} --quantization nf4 --data-dir {data_dir} --epochs 2 --device cpu"
     line += " --workers 1 --batch-size 8 --max-length 12 --lora-rank 2 --classifier-size 8"
     line += " --engram-size 4 --learning-rate 1e-3 --output-dir "
-    steps, step = [], common.Trainer.step
-
-    def interrupted(trainer, rows, rate):
-        steps.append(rows)
-        if len(steps) == 8:  # five steps an epoch: the third of the second epoch
-            raise KeyboardInterrupt
-        return step(trainer, rows, rate)
-
-    monkeypatch.setattr(common.Trainer, "step", interrupted)
+    steps = watch_steps(monkeypatch, kill_at=8)  # five an epoch: the third of the second epoch
     with pytest.raises(SystemExit) as stopped:
         start_script(experiment_7b, f"{line}{tmp_path / 'out'} --models 1")
     assert stopped.value.code == 130 and "goes on" in capsys.readouterr().err

@@ -394,6 +394,15 @@ def test_texts_are_read_from_lines_tables_and_json(tmp_path):
     assert command.read_texts(tmp_path / "a.csv", "n") == ["1", "2"]
 
 
+def test_texts_are_read_as_excel_and_the_web_write_them(tmp_path):
+    texts = ["a line\nand one\u2028more", "long " * 40_000]
+    file = tmp_path / "excel.csv"
+    file.write_text("\ufefftext\n" + "".join(f'"{text}"\n' for text in texts))
+    assert command.read_texts(file) == texts
+    (tmp_path / "a.txt").write_text("\ufeffone\u2028more\x0cpage\ntwo\n")
+    assert command.read_texts(tmp_path / "a.txt") == ["one\u2028more\x0cpage", "two"]
+
+
 def test_a_draw_drops_copies_and_blanks_and_keeps_labels_beside_their_texts():
     def tokenizer(texts):
         return {"input_ids": [[len(text), 1, 2, 3] for text in texts]}
@@ -404,6 +413,8 @@ def test_a_draw_drops_copies_and_blanks_and_keeps_labels_beside_their_texts():
     assert drawn.split.labels.tolist() == [0, 1, 0] and drawn.classes == 2
     other = against_base.draw_texts(texts, ["x", "y", "y", "x", "y"], tokenizer, 10, 3)
     assert other.sha256 != drawn.sha256
+    as_array = against_base.draw_texts(texts, np.array([0, 1, 1, 0, 0]), tokenizer, 10, 3)
+    assert torch.equal(as_array.split.labels, drawn.split.labels)
     with pytest.raises(UserError, match="one to each"):
         against_base.draw_texts(texts, ["x"], tokenizer, 10, 3)
 

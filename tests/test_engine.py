@@ -163,7 +163,7 @@ def test_workers_take_a_core_or_a_gpu_each(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
     assert plan_workers(RunConfig(), cpu, 99) == (8, None)
     assert plan_workers(RunConfig(threads=3), cpu, 99) == (2, None)
-    assert plan_workers(RunConfig(workers=5), cpu, 2) == (5, None)
+    assert plan_workers(RunConfig(workers=5), cpu, 2) == (2, None)
     workers, cluster = plan_workers(RunConfig(cluster="slurm", cluster_minutes=9), cuda, 3)
     assert workers == 3 and cluster["timeout_min"] == 9 and cluster["gpus_per_node"] == 1
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS

@@ -342,6 +342,7 @@ def test_strings_of_parquet_have_several_types(tmp_path, kind):
     [
         ("a.csv", "text,label\nx,a\ny\n", r"row 2 of .*a\.csv: the label is missing"),
         ("a.csv", "text,label\nx,a\ny,b,c\n", r"a\.csv, line 3: 3 columns where the header has 2"),
+        ("a.csv", "text,label\nx,a\ny, z, w,b\ny, z, w,b\n", r"a\.csv, line 3: 4 columns where"),
         ("a.csv", "text,label,n\nx,a,1,,\n", r"a\.csv, line 2: 5 columns where the header has 3"),
         ("a.csv", 'text,label\n"x\ny",a\n"z,b\n', r"a\.csv, line 4: unexpected end"),
         ("a.csv", 'text,label\n"x"y,a\n', r"a\.csv, line 2: .*expected after"),

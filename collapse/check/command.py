@@ -5,6 +5,7 @@ Exit code 0: kept, 1: collapsed or not finite, 2: bad input, 3: no verdict.
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from collapse.check.report import READS, Report
+from collapse.data.task import decode_lines
 from collapse.measures import against_base
 from collapse.measures.against_base import MAX_LENGTH, ROWS, Texts
 from collapse.measures.rank import rank_metrics, singular_values
@@ -95,16 +97,17 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
 
 def read_texts(file: Path, column: str = "text") -> list[str]:
     """A text a line; by the file's name a column of CSV or of JSON lines."""
+    csv.field_size_limit(sys.maxsize)
     try:
-        with open(file, newline="", encoding="utf-8") as lines:
-            if file.suffix == ".csv":
-                return [row[column] or "" for row in csv.DictReader(lines)]
-            if file.suffix in (".jsonl", ".json"):
-                return [str(json.loads(line)[column]) for line in lines if line.strip()]
-            return lines.read().splitlines()
+        lines = decode_lines(file.read_bytes(), file)
+        if file.suffix == ".csv":
+            return [row[column] or "" for row in csv.DictReader(io.StringIO("\n".join(lines)))]
+        if file.suffix in (".jsonl", ".json"):
+            return [str(json.loads(line)[column]) for line in lines if line.strip()]
+        return lines
     except (KeyError, TypeError):
         raise UserError(f"{file} has no column {column}: name one by --text-column.") from None
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no JSON
+    except (OSError, ValueError) as error:  # ValueError: no JSON
         raise UserError(f"cannot read {file} ({error}).") from None
 
 

@@ -1,7 +1,8 @@
 """Reads columns of CSV, TSV, JSON and Parquet files and of hub tables; rows keep their place.
 
-`datasets` reads them. JSON is left to Python's own reader: where a column holds "007" and 7,
-`datasets` (5.2.0) makes 7 of both, of "null" a missing value, and of dates points in time.
+CSV and JSON are read by Python's own readers: where a column holds "007" and 7, `datasets` (5.2.0)
+makes 7 of both, of "null" a missing value, and of dates points in time; and pandas, which reads CSV
+for it, shifts columns without a word where rows have more of them than the header.
 """
 
 import csv
@@ -54,7 +55,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 return read_parquet(file, columns, str(path))
             text = "\n".join(decode_lines(file.read_bytes(), path))
             read = read_json if file_type(path) in (".json", ".jsonl") else read_csv
-            return read(text, columns, path, Path(folder, "lines"))
+            return read(text, columns, path)
         except Exception as error:  # each of these libraries has its own for bytes that are damaged
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
             if disk_full or isinstance(error, UserError):
@@ -65,53 +66,31 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
             raise UserError(f"{path} {complaint} ({reason}): fix or replace it.") from None
 
 
-def load_with_datasets(kind: str, file: Path, **options: Any) -> Any:
-    """A file as `datasets` reads it; the cache lies beside it, in a temporary folder."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(100)  # our own messages say what is wrong
-    options |= {"cache_dir": str(file.parent), "keep_in_memory": True}
-    return getattr(datasets.Dataset, f"from_{kind}")(str(file), **options)
-
-
-def read_csv(text: str, columns: Sequence[str], path: Path, file: Path) -> Table:
+def read_csv(text: str, columns: Sequence[str], path: Path) -> Table:
     """Rows of CSV (RFC 4180), or of TSV, where a quotation mark is part of the text, as in GLUE."""
-    from datasets import Features, Value
-
     options = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
     if file_type(path) == ".tsv":
         options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text), strict=True, **options)
-    records, header = filter(None, reader), []  # without blank lines
-
-    def check(record: list[str]) -> None:
-        if len(record) > len(header):
-            raise csv.Error(f"{len(record)} columns where the header has {len(header)}")
-
+    reader, rows = csv.reader(io.StringIO(text), strict=True, **options), []
+    # Without blank lines.
+    records = (record for record in reader if len(record) > 1 or "".join(record).strip())
     try:
         if not (header := next(records, [])):
             raise UserError(f"{path} is empty: its first line names the columns.")
         check_columns(header, columns, f"{path}, line 1")
-        if (first := next(records, None)) is None:
-            return Table([], None)
-        check(first)  # pandas would shift the columns of all rows
-        file.write_text(text, newline="")
-        options["features"] = Features({name: Value("string") for name in header if name})
-        options |= {"keep_default_na": False, "engine": "python"}  # strict with quotation marks
-        try:
-            return columns_of_split(load_with_datasets("csv", file, **options), columns, str(path))
-        except Exception:
-            for record in records:
-                check(record)
-            raise
+        for number, record in enumerate(records, 1):
+            if len(record) > len(header):
+                raise csv.Error(f"{len(record)} columns where the header has {len(header)}")
+            values = dict(zip(header, record, strict=False))
+            rows.append((f"row {number} of {path}", [values.get(name) for name in columns]))
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
         raise UserError(f"{where}: {error}; fix or remove the line.") from None
+    return Table(rows, None)
 
 
-def read_json(text: str, columns: Sequence[str], path: Path, _: Path) -> Table:
+def read_json(text: str, columns: Sequence[str], path: Path) -> Table:
     """Rows of a file with a JSON object a line, or with one array of objects."""
     if text.lstrip().startswith("["):
         unit, records = "element", enumerate(parse_json(text) or [None], 1)
@@ -140,21 +119,17 @@ def parse_json(text: str) -> Any:
 
 def read_parquet(file: Path, columns: Sequence[str], where: str) -> Table:
     """The columns of a Parquet file; page checksums are verified where it has them."""
-    import pyarrow.dataset
     import pyarrow.parquet
-    from datasets import Features
+    from datasets import Dataset
 
-    schema = pyarrow.parquet.read_schema(file)
-    check_columns(schema.names, columns, where)
-    check = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=True)
-    options = {"columns": list(dict.fromkeys(columns)), "fragment_scan_options": check}
+    check_columns(pyarrow.parquet.read_schema(file).names, columns, where)
+    wanted = list(dict.fromkeys(columns))
+    table = pyarrow.parquet.read_table(file, columns=wanted, page_checksum_verification=True)
     try:
-        table = load_with_datasets("parquet", file, **options)
+        split = Dataset(table)
     except Exception:  # class names that it stores may be stale
-        plain = Features.from_arrow_schema(schema.remove_metadata())
-        options["features"] = Features({name: plain[name] for name in options["columns"]})
-        table = load_with_datasets("parquet", file, **options)
-    return columns_of_split(table, columns, where)
+        split = Dataset(table.replace_schema_metadata(None))
+    return columns_of_split(split, columns, where)
 
 
 def columns_of_split(table: Any, columns: Sequence[str], where: str) -> Table:

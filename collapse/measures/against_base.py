@@ -49,7 +49,7 @@ def draw_texts(
     if labels is not None and len(labels) != len(texts):
         raise UserError(f"{len(texts):,} texts and {len(labels):,} labels: give one to each text.")
     different: dict[str, str] = {}
-    for text, label in zip(texts, labels or [0] * len(texts), strict=True):
+    for text, label in zip(texts, [0] * len(texts) if labels is None else labels, strict=True):
         different.setdefault(text.strip(), str(label))
     different.pop("", None)
     if not different:
@@ -81,7 +81,7 @@ def pooled_states(
     if int(max(ids.max() for ids in split.token_ids)) >= core.config.vocab_size:
         raise UserError("the tokenizer has tokens that the model or its base does not know.")
     # Decoders under a classifier refuse to pad without a token for it: then one row at a time.
-    alone = core.config.pad_token_id is None and not causal
+    alone = not causal and getattr(core.config, "pad_token_id", None) is None
     with undisturbed(model):
         for rows in token_budget_batches(split.lengths, 1 if alone else BATCH_TOKENS):
             batch = collate(split, rows, next(model.parameters()).device)

@@ -54,7 +54,7 @@ def plan_workers(
 ) -> tuple[int, dict[str, Any] | None]:
     """Number of workers for so many jobs, and parameters of the cluster, as run_all takes both.
 
-    Default: one per core or GPU, at most one per job; on a cluster one per job.
+    At most one per job. Default: one per core or GPU; on a cluster one per job.
     """
     cluster = None
     if config.cluster == "slurm":
@@ -72,7 +72,7 @@ def plan_workers(
         most = len(os.sched_getaffinity(0)) // config.threads
     else:
         most = (os.cpu_count() or 1) // config.threads
-    return config.workers or max(1, min(jobs, most)), cluster
+    return max(1, min(jobs, config.workers or most)), cluster
 
 
 def visible_gpus() -> list[str]:

@@ -16,12 +16,12 @@ experiment: .venv/installed $(SNIPPETS)
 	$(BIN)/python experiment.py $(ARGS)
 
 study: .venv/installed $(CORPUS)
-	$(BIN)/python studies/$(NAME).py --corpus newsgroups $(ARGS)
+	$(BIN)/python studies/$(NAME).py $(ARGS)
 
 P8 = --datasets "AG News" --arms 1 2 --steps 150 --measure-at 10 25 50 75 100 125 --bracket --seeds 0 1 2 3 4
 rate-and-time: .venv/installed $(CORPUS)
 	$(BIN)/python studies/collapse_threshold.py --model $(MODEL) --quantization none $(P8) --data-dir $(DIR) $(ARGS)
-	$(BIN)/python studies/collapse_time.py --corpus newsgroups --data-dir $(DIR) $(ARGS)
+	$(BIN)/python studies/collapse_time.py --data-dir $(DIR) $(ARGS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses logical --dist loadfile  # a process a core

@@ -40,8 +40,8 @@ class Config:
 
     # Folder with ag_news_csv and clinc150. Default: the Hugging Face hub or its cache.
     data_dir: Path | None = None
-    # Text that backbones are pretrained on: tinystories (hub) or newsgroups (`make corpus`).
-    corpus: pretrain.CorpusName = "tinystories"
+    # Text that backbones are pretrained on; `make corpus` fetches that of newsgroups.
+    corpus: pretrain.CorpusName = "newsgroups"
     # Seeds of the backbones.
     seeds: tuple[int, ...] = tuple(range(5))
     # Data sets.

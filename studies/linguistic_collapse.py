@@ -52,8 +52,8 @@ TITLES = {
 class Config:
     """Settings of the study; the comment above a field is its --help text."""
 
-    # Text: tinystories (hub) or newsgroups (`make corpus`).
-    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
+    # Text; `make corpus` fetches that of newsgroups.
+    corpus: pretrain.CorpusName = command_line.grouped("newsgroups", "data")
     # Trainings to run in parallel, each in its own process with one thread.
     workers: int = command_line.grouped(1, "execution")
     # Parts of the study to run: seeds (30 of one size), decay (ten of them with less weight decay),

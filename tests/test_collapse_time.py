@@ -15,7 +15,7 @@ from studies.report import thresholds
 from studies.shared import finetune, sweep
 from studies.shared.tables import put_rows, read_rows
 
-CONFIG = study.Config(corpus="newsgroups")
+CONFIG = study.Config()
 STEPS = CONFIG.measured
 
 

@@ -99,7 +99,7 @@ def test_partners_are_other_posts_of_the_same_and_of_another_label():
 
 
 def test_differences_are_paired_over_backbones_and_pilots_count_for_nothing(tmp_path):
-    config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+    config = study.Config(output_dir=tmp_path)
     rng = np.random.default_rng(0)
     losses = rng.uniform(4, 5, (3, 5)).round(3)  # of the four prefixes; of the constant prefix
     for seed, (*of_prefixes, constant) in zip((0, 1, 100), losses, strict=True):

@@ -128,7 +128,7 @@ def test_p4_is_the_mean_of_both_directions_of_backbones_that_learned(tmp_path):
         if seed not in (3, 100):
             values.append(np.mean([a for a, _ in both]))
             against.append(np.mean([a - b for a, b in both]))
-    config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+    config = study.Config(output_dir=tmp_path)
     results = study.summary(config)
     found = results["P4"]
     assert found["n"] == 4 and found["mean"] == pytest.approx(np.mean(values))
@@ -158,7 +158,7 @@ def test_the_figure_shows_each_backbone_with_either_label(tmp_path, monkeypatch)
         numbers = {"ari_sentiment": 0.1 + seed, "ari_topic": 0.3 + seed, "lm_loss": 5.0}
         numbers |= {"ari_untrained_sentiment": 0.5, "ari_untrained_topic": 0.7}
         put(tmp_path / "newsgroups", study.Trial(seed, "topic", "model3"), **numbers)
-    study.draw(study.Config(corpus="newsgroups", output_dir=tmp_path), {})
+    study.draw(study.Config(output_dir=tmp_path), {})
     assert [axis.get_title() for axis in drawn[0].axes][1] == "topic is trained"
     dots = [list(line.get_ydata()) for line in drawn[0].axes[1].lines if line.get_marker() == "."]
     assert dots == [[0.1, 1.1], [0.3, 1.3], [0.5, 0.5], [0.7, 0.7]]
@@ -169,7 +169,7 @@ def test_p4_is_done_when_all_backbones_ran(tmp_path):
     for seed in range(20):
         for label in study.LABELS:
             if (seed, label) == (19, "topic"):
-                config = study.Config(corpus="newsgroups", output_dir=tmp_path)
+                config = study.Config(output_dir=tmp_path)
                 assert not study.summary(config)["P4"]["done"]
             shifted = {name: value + 0.001 * seed for name, value in whole.items()}
             put(tmp_path / "newsgroups", study.Trial(seed, label, "model3"), **shifted)
@@ -216,7 +216,7 @@ def test_a_training_that_diverged_is_counted_and_its_backbone_left_out(tmp_path)
                 {} if (seed, label) == (1, "topic") else {"accuracy": 0.9, "lm_loss": 5.0} | whole
             )
             put(tmp_path / "newsgroups", study.Trial(seed, label, "model3"), **numbers)
-    results = study.summary(study.Config(corpus="newsgroups", output_dir=tmp_path))
+    results = study.summary(study.Config(output_dir=tmp_path))
     assert [row["diverged"] for row in results["trainings"]] == [0, 1]
     assert results["P4"] is None and results["arms"][0]["all_backbones"]["n"] == 1
     assert study.text(results)

@@ -300,7 +300,7 @@ def test_correlations_at_one_size_and_over_sizes_are_those_of_the_rows(tmp_path,
         made[recipe] = numbers
         named = {"name": pretrain.folder_name(recipe, "newsgroups")}
         put_rows(table, [named | size | numbers], "name")
-    config = linguistic_collapse.Config(corpus="newsgroups", output_dir=tmp_path)
+    config = linguistic_collapse.Config(output_dir=tmp_path)
     found = linguistic_collapse.summary(config)
     assert found["models"] == {"seeds": [30, 30], "decay": [0, 10], "grid": [58, 58]}
     assert found["behind_bigram"] == 30 + 58 - 2  # two are in both

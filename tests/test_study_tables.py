@@ -363,7 +363,7 @@ def test_each_study_is_in_results_with_its_command_source_and_figure(published):
     (published["benefit"].folder / "benefit.png").touch()
     page = findings.results_page()
     text = page.text
-    assert "`python studies/benefit.py --corpus newsgroups --data-dir DIR`" in text
+    assert "`python studies/benefit.py --data-dir DIR`" in text
     made = "6 rows of 3 trainings, those of pilots among them, made by commit c0ffee0123 on abacus."
     assert text.count(made) == 4
     assert "/benefit.png)" in text and "rank_at_equal_loss.png" not in text  # it was not drawn
@@ -371,7 +371,7 @@ def test_each_study_is_in_results_with_its_command_source_and_figure(published):
     assert "52 rows of 26 trainings, made by" in text
     assert "--learning-rate 0.001 --steps 700" in text and "--piece-tokens 48" in text
     assert "--arms 3 lm-only-engram --trained neither sentiment topic --learning" in text
-    assert "class_count.py --corpus newsgroups --data-dir" in text  # whole: random merges, too
+    assert "class_count.py --data-dir" in text  # whole: random merges, too
     assert "AG News, model2 3.2e-03" in text and "drawn anew: [0.013, 0.043]" in text
     keys = {"standin threshold", "benefit differences", "classes", "salience", "pieces"}
     assert keys <= page.numbers.keys()

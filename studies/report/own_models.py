@@ -33,14 +33,14 @@ STUDIES = {
     "engram_pieces": engram_pieces,
 }
 # Study -> settings of its published run that determine its folder and trainings.
-CONFIGS = {name: study.Config(corpus="newsgroups") for name, study in STUDIES.items()}
+CONFIGS = {name: study.Config() for name, study in STUDIES.items()}
 STANDIN = collapse_threshold.Config(model="smollm2-135m")  # described, not tested
-TIME = collapse_time.Config(corpus="newsgroups")
+TIME = collapse_time.Config()
 # Real models, in order of size: one held out for a prediction, and P8's.
 GEMMA = collapse_threshold.Config(model="gemma-3-270m")
 QWEN = collapse_threshold.Config(model="qwen2.5-coder-0.5b-instruct")
 REAL_MODELS = (GEMMA, QWEN)
-LINGUISTIC = linguistic_collapse.Config(corpus="newsgroups")
+LINGUISTIC = linguistic_collapse.Config()
 MODELS = ("model1", "model2")
 
 
@@ -110,9 +110,7 @@ def long_run(study: experiments.Study) -> str:
     return " ".join(told)
 
 
-def source_of(
-    config: sweep.Config, options: str = "--corpus newsgroups", settings: Sequence[str] = ()
-) -> str:
+def source_of(config: sweep.Config, options: str = "", settings: Sequence[str] = ()) -> str:
     """Command, source and provenance of a study, in words; settings: options read from its rows."""
     rows = sweep.published_rows(config.folder)
     trainings = {(row["seed"], row["training"]) for row in rows}
@@ -122,8 +120,9 @@ def source_of(
     machines = sorted({row["hardware"] for row in rows} - {""})
     on = f" on {', '.join(machines)}" if machines else ""
     script = type(config).__module__.rpartition(".")[2]
+    command = " ".join(["python", f"studies/{script}.py", *options.split()])
     return (
-        f"Command: `python studies/{script}.py {options} --data-dir DIR`. Source: "
+        f"Command: `{command} --data-dir DIR`. Source: "
         f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
         f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
     )

@@ -22,7 +22,7 @@ from collapse.utils.files import ROOT, write_json
 from collapse.utils.provenance import git_commit
 
 LANGUAGE_MODELS = ROOT / "data" / "lm"
-CorpusName = Literal["tinystories", "newsgroups", "miniature"]
+CorpusName = Literal["newsgroups", "miniature"]
 
 
 def fixed_size(seed: int, corpus: CorpusName) -> Recipe:

@@ -43,8 +43,8 @@ class Config:
     model: ClassVar[str | None] = None
     # Folder with the data sets in their official layouts. Default: the Hugging Face hub.
     data_dir: Path | None = command_line.grouped(None, "data")
-    # Text that backbones are pretrained on: tinystories (hub) or newsgroups (`make corpus`).
-    corpus: pretrain.CorpusName = command_line.grouped("tinystories", "data")
+    # Text that backbones are pretrained on; `make corpus` fetches that of newsgroups.
+    corpus: pretrain.CorpusName = command_line.grouped("newsgroups", "data")
     # Seeds of the backbones, our own small language models.
     seeds: tuple[int, ...] = tuple(range(PLANNED))
     # Trainings to run in parallel, each in its own process with one thread.

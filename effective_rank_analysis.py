@@ -7,12 +7,10 @@ changes, so a run that is started again goes on. Earlier measurements of publish
 checkpoints are not here stay in the results.
 """
 
-import contextlib
 import gc
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,47 +175,32 @@ def measure(model: common.DualHeadModel, splits: Splits, draws: int) -> dict[str
 
     `lm_loss` (nats) is under the model's LM head, on the rows of splits.language; None without an
     LM head. `transfer_accuracy` is that of a probe of the frozen pooled states for the labels of
-    another data set; None without its rows. `seconds`: time of each part.
+    another data set; None without its rows.
     """
-    seconds: dict[str, float] = {}
     numbers: dict[str, Any] = dict.fromkeys(("accuracy", "lm_loss", "transfer_accuracy"))
-    with timed(seconds, "language"):
-        if model.lm_head is not None:
-            numbers["lm_loss"] = common.evaluate(model, splits.language).lm_loss
+    if model.lm_head is not None:
+        numbers["lm_loss"] = common.evaluate(model, splits.language).lm_loss
     model.lm_head = None  # not needed any more: no feature passes through it
-    with timed(seconds, "forward"):
-        validation = common.evaluate(model, splits.validation, with_layers=True)
+    validation = common.evaluate(model, splits.validation, with_layers=True)
     numbers["accuracy"] = validation.accuracy
-    with timed(seconds, "training rows"):
-        train = common.evaluate(model, splits.train)
-    with timed(seconds, "transfer"):
-        if splits.transfer is not None:
-            arrays = []
-            for split in splits.transfer:
-                states = common.evaluate(model, split, losses=False)
-                arrays += [states.pooled, states.labels]
-            numbers["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
+    train = common.evaluate(model, splits.train)
+    if splits.transfer is not None:
+        arrays = []
+        for split in splits.transfer:
+            states = common.evaluate(model, split, losses=False)
+            arrays += [states.pooled, states.labels]
+        numbers["transfer_accuracy"] = transfer_accuracy(*arrays, seed=0)["accuracy"]
     lengths, labels = splits.validation.lengths, validation.labels
-    with timed(seconds, "pooled states"):
-        record = pooled_record(validation.layers, labels, lengths, draws)
-    with timed(seconds, "collapse"):
-        outer = model.classifier.outer
-        head = tuple(part.detach().cpu().numpy() for part in (outer.weight, outer.bias))
-        intermediate = train.intermediate, train.labels
-        record["intermediate"] = intermediate_record(
-            validation.intermediate, labels, *intermediate, *head
-        )
-        record["train"] = train_record(train.pooled, *intermediate, *head)
-        record["train"]["accuracy"] = train.accuracy
-    return record | numbers | {"seconds": seconds}
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    """Store how long the block takes in `seconds`, under the name of the part."""
-    started = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - started
+    record = pooled_record(validation.layers, labels, lengths, draws)
+    outer = model.classifier.outer
+    head = tuple(part.detach().cpu().numpy() for part in (outer.weight, outer.bias))
+    intermediate = train.intermediate, train.labels
+    record["intermediate"] = intermediate_record(
+        validation.intermediate, labels, *intermediate, *head
+    )
+    record["train"] = train_record(train.pooled, *intermediate, *head)
+    record["train"]["accuracy"] = train.accuracy
+    return record | numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,9 +259,7 @@ def measure_study(
             for case, column in (("trained", "engram_ari"), ("untrained", "engram_ari_untrained")):
                 record[column] = clusters[case]["ari"]
         records_by_model.setdefault(key, {})[str(seed)] = record
-        times = ", ".join(f"{part} {s:.0f} s" for part, s in record["seconds"].items())
-        rank = record["effective_rank"]
-        print(f"  {key} seed {seed}: effective rank {rank:.1f} ({times})", flush=True)
+        print(f"  {key} seed {seed}: effective rank {record['effective_rank']:.1f}", flush=True)
     records.add_losses_of_training(records_by_model)
     study = {"folder": where, "settings": settings, "num_samples": n}
     return name, study | {"measured": measured, "records": records_by_model}

@@ -31,24 +31,20 @@ TRANSFORMER = "transformer"  # a group of --help
 
 @dataclass
 class Config(RunConfig):
-    """Settings of Experiment 1; the comment above a field is its --help text."""
+    """Settings of Experiment 1; the comment above a field is its --help text.
 
-    # Passes over the training split.
+    The first have other defaults than RunConfig's, and its text.
+    """
+
     epochs: int = study_setting(8, OPTIMIZATION)
-    # Examples per optimizer step.
     batch_size: int = study_setting(64, OPTIMIZATION)
+    learning_rate: float = study_setting(3e-4, OPTIMIZATION)
+    weight_decay: float = study_setting(0.0, OPTIMIZATION)
+    schedule: Literal["constant", "cosine"] = study_setting("constant", OPTIMIZATION)
+    warmup_fraction: float = study_setting(0.0, OPTIMIZATION)
+    clip_norm: float = study_setting(0.0, OPTIMIZATION)
     # Longest input in words; the rest of a row is cut off.
     max_length: int = study_setting(64, DATA)
-    # Peak learning rate of AdamW.
-    learning_rate: float = study_setting(3e-4, OPTIMIZATION)
-    # Decoupled weight decay; 0 makes AdamW plain Adam.
-    weight_decay: float = study_setting(0.0, OPTIMIZATION)
-    # Learning rate after the warm-up: held, or cosine to zero.
-    schedule: Literal["constant", "cosine"] = study_setting("constant", OPTIMIZATION)
-    # Share of all steps over which the learning rate rises linearly.
-    warmup_fraction: float = study_setting(0.0, OPTIMIZATION)
-    # Gradients are scaled down to this total norm; 0 leaves them alone.
-    clip_norm: float = study_setting(0.0, OPTIMIZATION)
     # Size of the vocabulary: the most frequent words of the training split, and one entry each for
     # padding and for unknown words.
     vocabulary_size: int = study_setting(8000, TRANSFORMER)

@@ -3,22 +3,12 @@
 --model takes any other causal LM. Without a GPU: `make standin`, then --model smollm2-135m.
 """
 
-from dataclasses import dataclass
-
 import common
-from collapse.config import DATA, LanguageModelConfig, study_setting
+from collapse.config import LanguageModelConfig as Config
 from collapse.utils import command_line
 from collapse.utils.device import set_allocator
 from collapse.utils.errors import run_script
 from collapse.utils.files import ROOT
-
-
-@dataclass
-class Config(LanguageModelConfig):
-    """Settings of Experiment 2; the comment above a field is its --help text."""
-
-    # Longest input in tokens; the rest of a row is cut off.
-    max_length: int = study_setting(128, DATA)
 
 
 def main() -> None:

@@ -17,13 +17,15 @@ from collapse.utils.files import ROOT
 
 @dataclass
 class Config(LanguageModelConfig):
-    """Settings of Experiment 3; the comment above a field is its --help text."""
+    """Settings of Experiment 3; the comment above a field is its --help text.
 
+    The first has another default than RunConfig's, and its text.
+    """
+
+    max_length: int = study_setting(256, DATA)
     # Data set: a name of LOADERS in collapse/data/registry.py, a file, a folder or a hub set, as in
     # experiment_7b.py. Any but AG News gets a results subfolder of its own.
     dataset: str = run_setting("AG News", DATA)
-    # Longest input in tokens; the rest of a row is cut off.
-    max_length: int = study_setting(256, DATA)
 
 
 def main() -> None:

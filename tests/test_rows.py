@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from scipy.special import log_softmax
 
@@ -64,31 +63,17 @@ def finished(folder, model, seed, found):
         write_tensors(predictions.file_of(training, epoch), found, {})
 
 
-def test_published_rows_come_back_and_keep_to_their_size(tmp_path):
-    logits, labels = calibrated(20_000)
+def test_published_rows_come_back(tmp_path):
+    logits, labels = calibrated(2_000)
     for model, seed in itertools.product(("model1", "2@0.1"), (1, 2)):
         finished(tmp_path, model, seed, predictions.measure_rows(logits * seed, labels))
     predictions.publish_rows(tmp_path)
-    assert (tmp_path / "rows.safetensors").stat().st_size < 4 * predictions.TRAINING_BYTES + 5000
     found = predictions.read_rows(tmp_path)
     assert set(found) == {"2@0.1", "model1"}
     kept = found["model1"]["2"]["best"]
-    drawn = predictions.fixed_draw(20_000, len(kept.correct))
-    assert 11_000 < len(drawn) < 12_200
-    expected = log_softmax(2 * logits, axis=1)[np.arange(20_000), labels]
-    np.testing.assert_allclose(kept.log_probability, expected[drawn], rtol=1e-3, atol=1e-6)
-    assert np.array_equal(kept.correct, (logits.argmax(1) == labels)[drawn])
-
-
-def test_a_study_of_many_trainings_stays_below_its_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(predictions, "STUDY_BYTES", 4000)
-    logits, labels = calibrated(300)
-    for seed in range(10):
-        finished(tmp_path, "model1", seed, predictions.measure_rows(logits, labels))
-    predictions.publish_rows(tmp_path)
-    with safetensors.safe_open(tmp_path / "rows.safetensors", "pt") as file:
-        tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
-    assert 3000 < sum(t.numel() * t.element_size() for t in tensors) <= 4000
+    expected = log_softmax(2 * logits, axis=1)[np.arange(2_000), labels]
+    np.testing.assert_allclose(kept.log_probability, expected, rtol=1e-3, atol=1e-6)
+    assert np.array_equal(kept.correct, logits.argmax(1) == labels)
 
 
 def test_losses_of_two_models_are_compared_over_seeds_and_rows():

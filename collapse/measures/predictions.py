@@ -20,19 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from collapse.data.task import fixed_draw
 from collapse.measures.statistics import crossed_interval
 from collapse.utils.files import finished_trainings, read_tensors, write_tensors
 
 EPOCHS = ("best", "final")
-ROW_BYTES = len(EPOCHS) * (2 * 2 + 1 / 8)  # two float16 and a bit
-TRAINING_BYTES, STUDY_BYTES = 100_000, 10_000_000  # of more rows than fit, a fixed draw is kept
 HOTTEST = 20.0  # temperatures lie between its inverse and it
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """One model on N rows, in the order of the validation split (of a fixed draw of it)."""
+    """One model on N rows, in the order of the validation split."""
 
     correct: np.ndarray  # (N,) bool
     log_probability: np.ndarray  # (N,) of the true class, in nats; float64
@@ -110,36 +107,19 @@ def publish_rows(folder: Path, trained_elsewhere: Collection[tuple[str, str]] = 
 
     Of trainings (model, seed) that were trained elsewhere the rows stay that are published.
     """
-    path = folder / "rows.safetensors"
-    earlier, drawn = {}, None  # rows of others, and which of the split's rows they are
+    path, tensors = folder / "rows.safetensors", {}
     if trained_elsewhere and path.exists():
-        earlier = {
-            f"{model} {seed} {epoch}": rows
-            for model, runs in read_rows(folder).items()
-            for seed, by_epoch in runs.items()
-            if (model, seed) in trained_elsewhere
-            for epoch, rows in by_epoch.items()
-        }
-        counts = read_tensors(path)[1]
-        drawn = fixed_draw(counts["of"], counts["rows"])
-    found = {}
+        published = read_tensors(path)[0].items()
+        tensors = {n: t for n, t in published if tuple(n.split(" ")[:2]) in trained_elsewhere}
     for (model, seed), epoch in itertools.product(finished_trainings(folder), EPOCHS):
         file = file_of(folder / "state" / f"{model}-seed{seed}", epoch)
         if file.exists():  # not of trainings from before there were rows
-            found[f"{model} {seed} {epoch}"] = unpack(read_tensors(file)[0])
-    if not found and not earlier:
+            rows = read_tensors(file)[0].items()
+            tensors |= {f"{model} {seed} {epoch} {part}": tensor for part, tensor in rows}
+    if tensors:
+        write_tensors(path, tensors, {})
+    else:
         path.unlink(missing_ok=True)
-        return
-    total = len(next(iter(found.values())).scaled) if found else counts["of"]
-    share = min(TRAINING_BYTES, len(EPOCHS) * STUDY_BYTES / (len(found) + len(earlier)))
-    limit = int(share / ROW_BYTES) if drawn is None else min(int(share / ROW_BYTES), len(drawn))
-    kept = fixed_draw(total, limit)  # of a draw of more rows it is a part
-    tensors = {}
-    for name, rows in {**earlier, **found}.items():
-        at = np.searchsorted(drawn, kept) if name in earlier else kept
-        packed = pack(rows.correct[at], rows.log_probability[at], rows.scaled[at])
-        tensors |= {f"{name} {part}": tensor for part, tensor in packed.items()}
-    write_tensors(path, tensors, {"rows": len(kept), "of": total})
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, dict[str, RowResults]]]:

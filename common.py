@@ -713,7 +713,12 @@ class Run:
         train, validation = self.splits
         model = self.experiment.build_model(arm).to(self.device)
         trainer = make_trainer(model, train, config, arm)
-        announce(job.name, trainer, progress, self.share)
+        if plan := model.memory_plan:
+            plan.take_share(self.share)
+            count = count_parameters(model)
+            plan.unpack_what_fits(train, config.batch_size)
+            trained = f"{count['trainable']:,} of {count['total']:,} parameters train"
+            progress.say(f"{job.name}: {trained}\n{job.name}: {plan.describe()}")
         settings = {**self.folder.settings["config"], "arm": arm.name, "seed": seed}
         title = self.experiment.title()
         watched = draw_rows(train), draw_rows(validation, WATCHED_ROWS)
@@ -770,18 +775,6 @@ class Run:
 
 WATCHED_ROWS = 1000  # validation rows, a fixed draw, that --measure-every measures
 EVALUATION_COST = 1 / 200  # of a validation row, in training steps: a guess
-
-
-def announce(label: str, trainer: Trainer, progress: Progress, share: float) -> None:
-    """Say what trains and what memory it expects; unpack what fits into its share."""
-    model, lengths, config = trainer.model, trainer.split.lengths, trainer.config
-    if plan := model.memory_plan:
-        plan.take_share(share)
-        count = count_parameters(model)
-        plan.unpack_what_fits(trainer.split, config.batch_size)
-        trained = f"{count['trainable']:,} of {count['total']:,} parameters train"
-        longest = plan.describe(config.batch_size, int(lengths.max()))
-        progress.say(f"{label}: {trained}\n{label}: {longest}")
 
 
 def engram_analysis(

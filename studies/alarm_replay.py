@@ -37,6 +37,7 @@ MEASURES["stable_rank"] = "stable rank"
 RULES = {"once": 1, "twice": 2}  # measurements below the bound, one after another
 DATASETS = ("AG News", "SST-2 by sentence")
 PLAIN = ("model1", "model2")
+CORPUS, MODEL = "newsgroups", "smollm2-135m"  # of the published trainings
 
 
 @dataclass
@@ -48,12 +49,6 @@ class Config:
     # Own language models whose starts are measured, pretrained here where they are not; those of
     # other seeds are taken to start as the mean of the measured ones.
     seeds: tuple[int, ...] = tuple(range(sweep.PLANNED))
-    # Text of the own language models.
-    corpus: pretrain.CorpusName = "newsgroups"
-    # The real model, as collapse_threshold.py --model took it.
-    model: str = "smollm2-135m"
-    # Trainings of own language models side by side.
-    workers: int = 1
     # Measure nothing: only results.json, from the starts that are there.
     summarize: bool = False
     # Folder for own language models.
@@ -70,8 +65,8 @@ class Config:
 def measure_starts(config: Config) -> None:
     """Add to starts.csv what lacks there, the real model before the own ones."""
     weights = {"quantization": "none", "compute_dtype": "float32"}
-    real = collapse_threshold.Config(model=config.model, **weights)
-    own = collapse_threshold.Config(corpus=config.corpus, models_dir=config.models_dir)
+    real = collapse_threshold.Config(model=MODEL, **weights)
+    own = collapse_threshold.Config(corpus=CORPUS, models_dir=config.models_dir)
     for study, seeds in ((real, (0,)), (own, config.seeds)):
         for seed, dataset in itertools.product(seeds, DATASETS):
             name = f"{study.folder.name}, {dataset}, seed {seed}"
@@ -79,7 +74,7 @@ def measure_starts(config: Config) -> None:
             if any(row["start"] == name for row in read_rows(table_of_starts)):
                 continue
             if not study.model:
-                pretrain.backbones([seed], config.corpus, config.models_dir, config.workers)
+                pretrain.backbones([seed], CORPUS, config.models_dir)
             found = measure_start(study, seed, dataset, config.data_dir)
             fields = {"start": name, "models": study.folder.name, "seed": seed, "dataset": dataset}
             put_rows(table_of_starts, [fields | sweep.rounded(found)], "start")
@@ -168,10 +163,11 @@ def rates(trainings: Sequence[Replayed], measure: str, bound: float, times: int)
     of_collapsed = [(one, step) for one, step in alarms if one.collapsed]
     of_others = [step for one, step in alarms if not one.collapsed]
     early = [int(one.run.end["step"]) - step for one, step in of_collapsed if step is not None]
+    ends = {"median": np.median(early), "least": min(early), "most": max(early)} if early else None
     return {
         "caught": share(len(early), len(of_collapsed)),
         "false": share(len(of_others) - of_others.count(None), len(of_others)),
-        "steps_before_the_end": sorted(early),
+        "steps_before_the_end": ends,
     }
 
 
@@ -198,7 +194,7 @@ def best_bound(trainings: Sequence[Replayed], measure: str, times: int) -> float
 
 
 def summary(config: Config) -> dict[str, Any]:
-    own, real = replayed(config, config.corpus), replayed(config, config.model)
+    own, real = replayed(config, CORPUS), replayed(config, MODEL)
     starts = read_starts(config.output_dir / "starts.csv")
 
     def some(trainings: list[Replayed], odd: bool, plain: bool = True) -> list[Replayed]:
@@ -210,7 +206,7 @@ def summary(config: Config) -> dict[str, Any]:
         "even seeds, Models 1 and 2 (chosen on)": even,
         "odd seeds, Models 1 and 2": some(own, odd=True),
         "odd seeds, controls": some(own, odd=True, plain=False),
-        f"{config.model}, Models 1 and 2": real,
+        f"{MODEL}, Models 1 and 2": real,
     }
     if not all(groups.values()):
         raise UserError("no start is measured yet: leave --summarize out.")
@@ -265,7 +261,7 @@ def percent(name: str) -> Callable[[dict], str]:
 
 def early(row: dict) -> str:
     steps = row["steps_before_the_end"]
-    return f"{np.median(steps):g} ({steps[0]} to {steps[-1]})" if steps else "n/a"
+    return f"{steps['median']:g} ({steps['least']} to {steps['most']})" if steps else "n/a"
 
 
 COLUMNS = (

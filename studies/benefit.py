@@ -261,7 +261,7 @@ def summary(config: Config) -> dict[str, Any]:
     return {
         "rates": {f"{dataset}, {arm}": rate for (dataset, arm), rate in study.rates.items()},
         "P1": sweep.endpoint(p1, MARGIN_P1, all_sets and bool(p1) and p1["n"] >= sweep.PLANNED),
-        "P1_equivalence": equivalence_of(p1, MARGIN_P1),
+        "P1_equivalence": p1 and equivalence(p1["mean"], p1["se"], p1["df"], MARGIN_P1),
         "accuracy_differences": {
             arm: sets_difference(study, datasets_of(study, arm), arm)
             for arm in arms
@@ -285,12 +285,6 @@ def summary(config: Config) -> dict[str, Any]:
         "kept": kept_differences(study, datasets),
         "times": times(config, study),
     }
-
-
-def equivalence_of(interval: dict[str, Any] | None, margin: float) -> dict[str, float] | None:
-    if not interval or interval["se"] is None:
-        return None
-    return equivalence(*(interval[key] for key in ("mean", "se", "df")), margin)
 
 
 def datasets_of(study: Runs, arm: str) -> list[str]:

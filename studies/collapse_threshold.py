@@ -419,8 +419,9 @@ def summary(config: Config) -> dict[str, Any]:
         "P2": endpoint,
         "other_bounds": others,
     }
-    comparable = [run for run in runs if starts_on_few_rows(run)] if config.model else []
-    if comparable:
+    # Those whose start was measured on the fewer rows of the way, too.
+    comparable = [run for run in runs if sum(record["step"] == 0 for record in run.path) > 1]
+    if config.model and comparable:
         results["by_components"] = {
             dataset: by_components(
                 [run for run in comparable if run.trial.dataset == dataset], config.rates
@@ -428,11 +429,6 @@ def summary(config: Config) -> dict[str, Any]:
             for dataset in dict.fromkeys(run.trial.dataset for run in comparable)
         }
     return results
-
-
-def starts_on_few_rows(run: Run) -> bool:
-    """Whether the initial model was also measured on the fewer rows used during training."""
-    return sum(record["step"] == 0 for record in run.path) > 1
 
 
 def kept_by_rate(runs: list[Run], bound: float = KEPT) -> dict[str, dict[int, dict[float, bool]]]:

@@ -453,8 +453,6 @@ def part_summary(
             "spearman_karber": mean_interval(map(threshold_of, outcomes)),
         }
     return {
-        "data": config.planned[part].dataset,
-        "schedule": config.planned[part].schedule,
         "arm": common.find_arm(config.planned[part].arm).name,
         "thresholds": by_steps,
         "slopes": {str(seed): slope for seed, slope in slopes.items()},
@@ -471,14 +469,10 @@ def recovered(run: Run, measured: Sequence[int], step: int) -> bool:
     return any(share is not None and share < KEPT for s, share in shares.items() if s < step)
 
 
-MEANS = ("dims_95pct", "effective_rank", "effective_rank_without_first", "length_share")
-MEANS += ("step_size", "distance", "accuracy", "validation_accuracy", "loss")
-
-
 def means_of(config: Config, runs: Sequence[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Rate -> step -> means over backbones, `share` of the start's components among them.
+    """Rate -> step -> means over backbones: `share` of the start's components, and accuracy.
 
-    Of measurements that are finite, `n`; `share` counts others as 0, of `runs` in all.
+    A measurement that is not finite counts as a share of 0, and not for the accuracy.
     """
     by_rate: dict[str, dict[str, dict[str, Any]]] = {}
     for rate in sorted({run.trial.rate for run in runs}):
@@ -489,11 +483,11 @@ def means_of(config: Config, runs: Sequence[Run]) -> dict[str, dict[str, dict[st
             if not shares:
                 continue
             rows = [row for run in at_rate for row in run.path if row["step"] == step]
-            rows = [row for row in rows if row["dims_95pct"] is not None]
-            values = {name: [r[name] for r in rows if r[name] is not None] for name in MEANS}
-            means = {name: float(np.mean(known)) for name, known in values.items() if known}
-            counts = {"share": float(np.mean(shares)), "runs": len(shares), "n": len(rows)}
-            by_rate.setdefault(f"{rate:g}", {})[str(step)] = counts | means
+            known = [r["validation_accuracy"] for r in rows if r["dims_95pct"] is not None]
+            means = {"share": float(np.mean(shares))}
+            if known:
+                means["validation_accuracy"] = float(np.mean(known))
+            by_rate.setdefault(f"{rate:g}", {})[str(step)] = means
     return by_rate
 
 

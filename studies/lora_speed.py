@@ -112,14 +112,9 @@ def measure(
     return {"seconds": seconds, "matrix_share": matrix_share(trainer, batches[: config.steps])}
 
 
-def speedups(seconds: Mapping[str, list[float]], name: str) -> dict[str, float]:
-    """A recipe's time over ours, paired by round: median, lowest and highest."""
-    ratios = np.array(seconds[name]) / np.array(seconds["ours"])
-    return over_rounds(ratios)
-
-
 def speedup_text(seconds: Mapping[str, list[float]], name: str) -> str:
-    ratio = speedups(seconds, name)
+    """A recipe's time over ours, paired by round: median [lowest, highest]."""
+    ratio = over_rounds(np.array(seconds[name]) / np.array(seconds["ours"]))
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 

@@ -116,22 +116,15 @@ def expected_half_widths(differences: np.ndarray, n_seeds: int) -> dict:
     of_seeds, of_rows, residual = crossed_mean_squares(differences)
     upper = max(of_seeds, residual) * (seen_seeds - 1) / chi2.ppf(0.1, seen_seeds - 1)
     row_variance = max(of_rows - residual, 0.0) / seen_seeds
-    results = {"variance of rows": round(row_variance, 4), "of the residual": round(residual, 4)}
+    results: dict[str, dict[str, float]] = {}
     for name, mean_square in (("as seen", of_seeds), ("cautious", upper)):
         seed_variance = max(mean_square - residual, 0.0) / seen_rows
-        widths = {}
+        results[name] = {}
         for data, n_rows in ROW_COUNTS.items():
-            squares = (
-                residual + n_rows * seed_variance,
-                residual + n_seeds * row_variance,
-                residual,
-            )
+            squares = residual + n_rows * seed_variance, residual + n_seeds * row_variance, residual
             se, df = crossed_error(*squares, n_seeds, n_rows)
-            widths[f"{data}, {n_rows} rows"] = round(100 * float(stdtrit(df, 0.975) * se), 2)
-        results[name] = {
-            "standard deviation of seeds": round(math.sqrt(seed_variance), 5),
-            **widths,
-        }
+            half_width = round(100 * float(stdtrit(df, 0.975) * se), 2)
+            results[name][f"{data}, {n_rows} rows"] = half_width
     return results
 
 

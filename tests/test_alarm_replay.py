@@ -36,7 +36,7 @@ def test_rates_count_what_was_caught_what_was_not_and_how_early():
     found = rates([*trainings, training(30, 30, 30)], "dims_95pct", 0.25, 1)
     assert (found["caught"]["count"], found["caught"]["of"]) == (2, 2)
     assert (found["false"]["count"], found["false"]["of"]) == (1, 2)
-    assert found["steps_before_the_end"] == [10, 30]
+    assert found["steps_before_the_end"] == {"median": 20, "least": 10, "most": 30}
     twice = rates(trainings, "dims_95pct", 0.25, 2)
     assert (twice["caught"]["count"], twice["false"]["count"]) == (1, 0)
 

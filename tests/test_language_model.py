@@ -568,13 +568,7 @@ def test_ag_news_run_is_compared_with_sst2(qwen, run, ag_news, tmp_path, monkeyp
     assert results["settings"]["data"]["name"] == "AG News, 40-row training subset"
     assert "here: AG News, 40 training rows, " in capsys.readouterr().out
     cross = results["cross_dataset"]
-    assert cross["other"].pop("study").startswith("SST-2, 40 training rows, ")
-    assert cross["other"] == {
-        "name": "SST-2",
-        "train_rows": 40,
-        "validation_rows": 24,
-        "compute_dtype": "float32",
-    }
+    assert cross["other"]["study"].startswith("SST-2, 40 training rows, ")
     assert set(cross["comparisons"]) == set(COMPARISONS)
     for name, (a, b) in {
         "model2 - model1": ("model1", "model2"),

@@ -172,9 +172,9 @@ class MemoryPlan:
         self.weight_bytes += (count - self.unpacked) * self.unpacking_bytes
         self.unpacked = count
 
-    def describe(self, rows: int, length: int) -> str:
-        """A line on the expected memory of the longest step: `rows` rows of this length."""
-        tokens = rows * (length + self.prefix_tokens)
+    def describe(self) -> str:
+        """A line on the expected memory of the longest step, which unpack_what_fits has set."""
+        tokens = self.longest
         count = self.layers_to_recompute(tokens)
         total, gib = self.expected_bytes(tokens, count), 2**30
         return (

@@ -153,16 +153,8 @@ def compare_datasets(results: dict, other_results: dict) -> dict[str, Any]:
         parts = {"here": own_pairs[name]["interval"], "there": other_pairs[name]["interval"]}
         more = independent_difference(parts["there"], parts["here"])
         comparisons[name] = parts | {"more_here": more}
-    titles = {
-        key: other_results["settings"]["data"][key]
-        for key in ("name", "train_rows", "validation_rows")
-    }
-    other_study = {
-        "study": study_name(other_results["settings"]),
-        **titles,
-        "compute_dtype": compute_type(other_results),
-    }
-    return {"other": other_study, "comparisons": comparisons}
+    other = {"study": study_name(other_results["settings"])}
+    return {"other": other, "comparisons": comparisons}
 
 
 def p_values(row: dict) -> str:

@@ -214,7 +214,7 @@ def plot_overview(path: Path, results: dict[str, dict]) -> None:
     size = {"figsize": (14, 1.8 + 1.0 * len(results)), "layout": "constrained"}
     figure, axes = plt.subplots(1, 3, sharey=True, **size)
     for row, result in enumerate(results.values()):
-        reference = reference_for(Path(result["folder"])) or {}
+        reference = reference_for(result["folder"]) or {}
         gains = accuracy_gains(result)
         for model in shown_models(result)[1:]:
             look = {"color": model.color, "marker": model.marker, "label": model.title}

@@ -68,6 +68,7 @@ REFERENCE: dict[str, dict[str, Any]] = {
 }
 
 
-def reference_for(folder: Path) -> dict[str, Any] | None:
+def reference_for(folder: Path | str) -> dict[str, Any] | None:
     """The reference's numbers for a results folder; None for data that it did not use."""
-    return None if "movie-snippets" in folder.parts else REFERENCE.get(folder.parts[0])
+    parts = Path(folder).parts
+    return None if "movie-snippets" in parts else REFERENCE.get(parts[0])

@@ -1,7 +1,5 @@
 """Tables of FINDINGS.md on the claims and experiments of the reference, and our repetitions."""
 
-from pathlib import Path
-
 import numpy as np
 
 from collapse.measures.statistics import mean_interval
@@ -26,7 +24,7 @@ SHORT = {study.folder: study.short for study in STUDIES}
 
 def repeated() -> list[Study]:
     """Studies with all three models on data sets that the reference used."""
-    studies = [study for study in studies_with_results() if reference_for(Path(study.folder))]
+    studies = [study for study in studies_with_results() if reference_for(study.folder)]
     return [study for study in studies if "model3" in results_of(study)["models"]]
 
 
@@ -130,7 +128,7 @@ def claims_of_accuracy(ran: dict[str, dict]) -> list[dict[str, str]]:
 
 def claims_of_rank(ran: dict[str, dict]) -> list[dict[str, str]]:
     """H4, and the mild collapse on SST-2."""
-    ranks = {k: r for k, r in read_ranks().items() if reference_for(Path(r["folder"]))}
+    ranks = {k: r for k, r in read_ranks().items() if reference_for(r["folder"])}
     sst2, ag_news = (REFERENCE[folder]["ranks"] for folder in ("results_7b", "results_agnews"))
     start, model1, model2 = (ag_news[key][0] for key in ("pretrained", "model1", "model2"))
     names = ("effective rank", "stable rank", "participation ratio")
@@ -183,7 +181,7 @@ def table_repeated() -> str:
     """Accuracy, rank and engrams of the three models on each of the reference's data sets."""
     rows = []
     for ranks in read_ranks().values():
-        folder, reference = ranks["folder"], reference_for(Path(ranks["folder"]))
+        folder, reference = ranks["folder"], reference_for(ranks["folder"])
         if not reference:
             continue
         study = next(study for study in STUDIES if study.folder == folder)

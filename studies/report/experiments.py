@@ -7,7 +7,6 @@ for other seeds and other rows]. Columns and rows with the reference's numbers s
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,10 +31,6 @@ class Study:
     short: str  # name in tables of FINDINGS.md
     command: str
     other: str = ""  # results folder of the same models on the other data set
-
-    @property
-    def path(self) -> Path:
-        return Path(self.folder)
 
 
 SMOLLM = "--model smollm2-135m --data-dir DIR --train-limit 2000"

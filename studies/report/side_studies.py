@@ -47,17 +47,10 @@ FALSE_POSITIVE_COLUMNS = (
 
 def table_half_widths(results: dict) -> str:
     """Half-widths of intervals with ten seeds, from variances in our runs."""
-    cases = results["half_widths_in_points"]
-    kinds = ("as seen", "cautious")
-    by_kind = {case: {kind: numbers[kind] for kind in kinds} for case, numbers in cases.items()}
-    rows = rows_of(by_kind, "case", "kind")
+    rows = rows_of(results["half_widths_in_points"], "case", "kind")
     columns = [Column("half-width of 95%, points", "case"), Column("variance of seeds", "kind")]
     columns += [Column(name, (name,)) for name in rows[-1] if name.endswith("rows")]
     return table(columns, rows)
-
-
-def table_false_positives(results: dict) -> str:
-    return table(FALSE_POSITIVE_COLUMNS, rows_of(results["false_positives"], "case", "seeds"))
 
 
 SHARE_OF_PRODUCTS = Column("matrix products, % of our time", "matrix_share", 0, 100)

@@ -33,10 +33,6 @@ class Config(sweep.Config):
     rates: tuple[float, ...] = (-3.5, -3.0, -2.75, -2.5)
 
 
-def is_pilot(trial: sweep.Trial) -> bool:
-    return trial.seed in sweep.PILOTS
-
-
 @dataclass(frozen=True)
 class Run(sweep.Run):
     """A trial that has ended, and which validation rows it classified correctly."""
@@ -117,7 +113,9 @@ def run_trial(
     task = limit_task(task, recipe.train_rows, None)
     data = finetune.as_tokens(recipe.model, recipe.max_length, task, tuning_rows, other)
     recipe = finetune.whole_epochs(recipe, data, made_with["epochs"])
-    records, rows = finetune.to_best_epoch(recipe, data, not is_pilot(trial), progress.step)
+    records, rows = finetune.to_best_epoch(
+        recipe, data, trial.seed not in sweep.PILOTS, progress.step
+    )
     if rows:
         put_rows(rows_file(config.folder, trial.seed), trial.name, rows)
     return records

@@ -6,9 +6,8 @@ checkpoint.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
 from collapse.data.corpus import VOCABULARY, tokens_of
@@ -69,7 +68,10 @@ def job_of(recipe: Recipe, corpus: CorpusName, models_dir: Path) -> Job:
 def trainer(
     recipes: Sequence[Recipe], corpus: CorpusName, models_dir: Path = LANGUAGE_MODELS
 ) -> Callable[[Job, Progress], None]:
-    """A function for run_all: pretrains, evaluates, writes metrics.json, see model_row."""
+    """A function for run_all: pretrains, evaluates, writes metrics.json.
+
+    `ahead_of_bigram` there (nats) is positive if the model beats a bigram.
+    """
     by_name = {folder_name(recipe, corpus): recipe for recipe in recipes}
 
     def train(job: Job, progress: Progress) -> None:
@@ -77,7 +79,14 @@ def trainer(
         recipe = by_name[job.name]
         tokenizer, blocks, validation = tokens_of(corpus, models_dir)
         record = pretrain(recipe, blocks, VOCABULARY, tokenizer, job.folder, progress)
-        row = model_row(job.name, recipe, record, job.folder, blocks, validation)
+        loss = validation_loss(load(job.folder), validation)
+        bigram = KneserNeyBigram(blocks, VOCABULARY).loss(validation)
+        copied = ("width", "layers", "epochs", "seed", "weight_decay", "learning_rate")
+        row = {"name": job.name} | {name: getattr(recipe, name) for name in copied}
+        row |= {name: record[name] for name in ("tokens_seen", "train_loss")}
+        row |= {"validation_loss": loss, "bigram_loss": bigram, "ahead_of_bigram": bigram - loss}
+        row |= {"seconds": round(record["seconds"], 1)}
+        row |= {"weights_sha256": record["weights_sha256"], "git_commit": git_commit()}
         progress.evaluation()
         write_json(job.folder / "metrics.json", row)
         progress.say(
@@ -86,36 +95,6 @@ def trainer(
         )
 
     return train
-
-
-def model_row(
-    name: str,
-    recipe: Recipe,
-    record: dict[str, Any],
-    folder: Path,
-    blocks: np.ndarray,
-    validation: np.ndarray,
-) -> dict[str, Any]:
-    """A model's metrics.json; `ahead_of_bigram` (nats) is positive if it beats the bigram."""
-    loss = validation_loss(load(folder), validation)
-    bigram = KneserNeyBigram(blocks, VOCABULARY).loss(validation)
-    return {
-        "name": name,
-        "width": recipe.width,
-        "layers": recipe.layers,
-        "epochs": recipe.epochs,
-        "seed": recipe.seed,
-        "weight_decay": recipe.weight_decay,
-        "learning_rate": recipe.learning_rate,
-        "tokens_seen": record["tokens_seen"],
-        "train_loss": record["train_loss"],
-        "validation_loss": loss,
-        "bigram_loss": bigram,
-        "ahead_of_bigram": bigram - loss,
-        "seconds": round(record["seconds"], 1),
-        "weights_sha256": record["weights_sha256"],
-        "git_commit": git_commit(),
-    }
 
 
 def load(folder: Path) -> torch.nn.Module:

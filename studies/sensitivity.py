@@ -199,7 +199,7 @@ def summary(
 def write_summary() -> None:
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     studies = threshold, benefit, class_count
-    write_json(OUTPUT, summary(*(study.Config() for study in studies)))
+    write_json(OUTPUT, sweep.to_nine_digits(summary(*(study.Config() for study in studies))))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -399,6 +399,12 @@ def test_texts_are_read_as_excel_and_the_web_write_them(tmp_path):
     file = tmp_path / "excel.csv"
     file.write_text("\ufefftext\n" + "".join(f'"{text}"\n' for text in texts))
     assert command.read_texts(file) == texts
+    file.write_text("label,text\n1,good, really good\n")
+    with pytest.raises(UserError, match="more columns than its header"):
+        command.read_texts(file)
+    file.write_text('text\n"one\ntwo\n')
+    with pytest.raises(UserError, match="cannot read"):
+        command.read_texts(file)
     (tmp_path / "a.txt").write_text("\ufeffone\u2028more\x0cpage\ntwo\n")
     assert command.read_texts(tmp_path / "a.txt") == ["one\u2028more\x0cpage", "two"]
 

@@ -206,6 +206,7 @@ def test_repetition_is_told_from_time(few_fall_at, reading):
     assert found["reading"] == reading and found["backbones"] == [208, 209, 210]
     expected = {"time alone": 0, "repetition": -7 / 8, "open": (5 - 2) / 5 / 3 * -7 / 8}[reading]
     assert found["mean"] == pytest.approx(expected)
+    assert study.repetition(CONFIG, runs | {"all rows": runs["all rows"][1:]})["reading"] is None
     assert study.repetition(CONFIG, {"all rows": runs["all rows"]}) is None
 
 

@@ -392,15 +392,6 @@ def test_a_damaged_checkpoint_is_named(run, capsys, tmp_path, monkeypatch):
     assert len(run("--models 1")["models"]["model1"]["42"]["val"]) == 2
 
 
-def test_output_that_nobody_reads_on_is_one_sentence():
-    code = "from collapse.utils.errors import run_script; run_script(lambda: print('x' * 10**6))"
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, cwd=ROOT)
-    process.stdout.close()  # as head does after its lines
-    assert process.wait() == 141
-    assert process.stderr.read() == b"error: the program that read this output has ended.\n"
-
-
 @pytest.mark.parametrize(("seconds", "drawn"), [(60.0, 1), (-1.0, 3)])
 def test_figures_are_drawn_at_the_end_and_before_it_where_they_are_old(
     run, monkeypatch, seconds, drawn

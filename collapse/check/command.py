@@ -95,19 +95,25 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     }
 
 
+MORE = "more columns than the header"
+
+
 def read_texts(file: Path, column: str = "text") -> list[str]:
     """A text a line; by the file's name a column of CSV or of JSON lines."""
     csv.field_size_limit(sys.maxsize)
     try:
         lines = decode_lines(file.read_bytes(), file)
-        if file.suffix == ".csv":
-            return [row[column] or "" for row in csv.DictReader(io.StringIO("\n".join(lines)))]
-        if file.suffix in (".jsonl", ".json"):
+        if file.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(io.StringIO("\n".join(lines)), restkey=MORE, strict=True))
+            if any(MORE in row for row in rows):
+                raise UserError(f"{file} has rows with more columns than its header: quote texts.")
+            return [row[column] or "" for row in rows]
+        if file.suffix.lower() in (".jsonl", ".json"):
             return [str(json.loads(line)[column]) for line in lines if line.strip()]
         return lines
     except (KeyError, TypeError):
         raise UserError(f"{file} has no column {column}: name one by --text-column.") from None
-    except (OSError, ValueError) as error:  # ValueError: no JSON
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: no JSON
         raise UserError(f"cannot read {file} ({error}).") from None
 
 

@@ -43,12 +43,11 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
     from datasets.utils.extract import Extractor
 
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"rows{file_type(path)}")  # no name that `datasets` takes for a pattern
+        file = path
         try:
             if compression := Extractor.infer_extractor_format(path):
+                file = Path(folder, "rows")
                 Extractor.extract(path, file, compression)
-            else:
-                file.symlink_to(path.resolve())
             if file.is_dir():  # of zip
                 (file,) = (inner for inner in file.rglob("*") if inner.is_file())
             if file_type(path) == ".parquet":

@@ -109,8 +109,10 @@ def publish_rows(folder: Path, trained_elsewhere: Collection[tuple[str, str]] = 
     """
     path, tensors = folder / "rows.safetensors", {}
     if trained_elsewhere and path.exists():
-        published = read_tensors(path)[0].items()
-        tensors = {n: t for n, t in published if tuple(n.split(" ")[:2]) in trained_elsewhere}
+        published, counts = read_tensors(path)
+        if counts.get("rows") == counts.get("of"):  # an older version drew some of many rows
+            kept = (name for name in published if tuple(name.split(" ")[:2]) in trained_elsewhere)
+            tensors = {name: published[name] for name in kept}
     for (model, seed), epoch in itertools.product(finished_trainings(folder), EPOCHS):
         file = file_of(folder / "state" / f"{model}-seed{seed}", epoch)
         if file.exists():  # not of trainings from before there were rows

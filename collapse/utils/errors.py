@@ -1,7 +1,6 @@
 """Errors the user can fix, and how a script starts and ends."""
 
 import errno
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -41,9 +40,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         message = "stopped; the same command, without --fresh, goes on from the last checkpoint."
         code = 130
-    except BrokenPipeError:  # who read the output has ended, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit
-        message, code = "the program that read this output has ended.", 141
     except Exception as error:
         message, code = what_to_do(error), 2
         if message is None:

@@ -199,7 +199,7 @@ def repeated_rows(found: dict[str, Any]) -> str:
     return (
         "Components left at the end on 2,000 rows less those on all rows, % of the start's, means "
         f"of {len(found['backbones'])} backbones: {by_rate}; in all {100 * found['mean']:+.1f}. By "
-        f"the protocol's reading: {found['reading']}."
+        f"the protocol's reading, which is no verdict: {found['reading'] or 'not all has run'}."
     )
 
 

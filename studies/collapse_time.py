@@ -62,6 +62,11 @@ class Part:
     short_rates: tuple[float, ...] = ()  # for the first 400 alone
     schedule: str = "constant"
 
+    @property
+    def trainings(self) -> int:
+        """How many there are in all."""
+        return len(self.backbones) * len(self.rates + self.short_rates)
+
 
 def evenly(lowest: float, highest: float, step: float = 0.25) -> tuple[float, ...]:
     return tuple(lowest + step * k for k in range(round((highest - lowest) / step) + 1))
@@ -461,6 +466,7 @@ def part_summary(
         }
     return {
         "arm": common.find_arm(config.planned[part].arm).name,
+        "runs": len(runs),
         "thresholds": by_steps,
         "slopes": {str(seed): slope for seed, slope in slopes.items()},
         "slope": mean_interval(slopes.values()) if slopes else None,

@@ -419,9 +419,10 @@ def summary(config: Config) -> dict[str, Any]:
         "P2": endpoint,
         "other_bounds": others,
     }
-    # Those whose start was measured on the fewer rows of the way, too.
-    comparable = [run for run in runs if sum(record["step"] == 0 for record in run.path) > 1]
-    if config.model and comparable:
+    comparable = []
+    if config.model:  # those whose start was measured on the fewer rows of the way, too
+        comparable = [run for run in runs if sum(r["step"] == 0 for r in run.path) > 1]
+    if comparable:
         results["by_components"] = {
             dataset: by_components(
                 [run for run in comparable if run.trial.dataset == dataset], config.rates

@@ -853,7 +853,7 @@ def language_model_of(
         raise UserError(f"{config.model} needs a CUDA GPU, and this would run on the CPU.")
     if model is not None:
         config.model, config.revision = str(Path(model).expanduser()), None
-    elif "/" not in config.model and config.model != STANDIN_MODEL:
+    elif not ("/" in config.model or config.revision or config.model == STANDIN_MODEL):
         config.model = base_model_of(adapter)  # a folder: results keep its name alone
     encode = load_tokenizer(config.model, config.revision)
     if stored.get("model_sha256") not in (None, digest_weights(find_model(config.model))):

@@ -389,24 +389,32 @@ def test_texts_are_read_from_lines_tables_and_json(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     (tmp_path / "a.csv").write_text('text,n\none,1\n"two",2\n')
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.tsv").write_text("n\ttext\n1\tone\n2\ttwo\n")
+    (tmp_path / "a.json").write_text('[{"text": "one"}, {"text": "two"}]')
     for file in tmp_path.iterdir():
-        assert command.read_texts(file) == ["one", "two"]
-    assert command.read_texts(tmp_path / "a.csv", "n") == ["1", "2"]
+        assert command.read_texts(file) == (["one", "two"], None)
+    assert command.read_texts(tmp_path / "a.csv", "n", "text") == (["1", "2"], ["one", "two"])
+    with pytest.raises(UserError, match="name one with --text-column"):
+        command.read_texts(tmp_path / "a.csv", "review")
+    with pytest.raises(UserError, match="name one with --label-column"):
+        command.read_texts(tmp_path / "a.tsv", "text", "stars")
+    with pytest.raises(UserError, match="give --labels"):
+        command.read_texts(tmp_path / "a.txt", "text", "stars")
 
 
 def test_texts_are_read_as_excel_and_the_web_write_them(tmp_path):
     texts = ["a line\nand one\u2028more", "long " * 40_000]
     file = tmp_path / "excel.csv"
     file.write_text("\ufefftext\n" + "".join(f'"{text}"\n' for text in texts))
-    assert command.read_texts(file) == texts
+    assert command.read_texts(file)[0] == texts
     file.write_text("label,text\n1,good, really good\n")
-    with pytest.raises(UserError, match="more columns than its header"):
+    with pytest.raises(UserError, match="line 2: 3 columns where the header has 2"):
         command.read_texts(file)
     file.write_text('text\n"one\ntwo\n')
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="line 3: unexpected end of data"):
         command.read_texts(file)
     (tmp_path / "a.txt").write_text("\ufeffone\u2028more\x0cpage\ntwo\n")
-    assert command.read_texts(tmp_path / "a.txt") == ["one\u2028more\x0cpage", "two"]
+    assert command.read_texts(tmp_path / "a.txt")[0] == ["one\u2028more\x0cpage", "two"]
 
 
 def test_a_draw_drops_copies_and_blanks_and_keeps_labels_beside_their_texts():

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from collapse.check.report import ADVICE, OTHER_READ, READS
 from collapse.measures import against_base
 from collapse.models.finetuned import core_of, has_lm_head, what_its_head_reads
+from collapse.utils.errors import UserError
 from collapse.utils.files import read_json, write_json
 
 REFERENCE = "collapse_reference.json"
@@ -52,6 +53,8 @@ class CollapseCallback(TrainerCallback):
         texts, labels, *limits = self.what
         self.core, self.latest = core_of(self.trainer.model), None
         tokenizer = self.trainer.processing_class
+        if tokenizer is None:
+            raise UserError("the Trainer has no tokenizer: give it processing_class=TOKENIZER.")
         self.texts = against_base.draw_texts(texts, labels, tokenizer, *limits)
         self.reads = what_its_head_reads(self.core) if self.read == "auto" else self.read
         what, stored = {"texts_sha256": self.texts.sha256, "read": self.reads}, None
@@ -61,7 +64,8 @@ class CollapseCallback(TrainerCallback):
             stored = stored["numbers"] if stored | what == stored else None
         self.start = (stored := _from_rank_zero(stored)) or self.measure(state)
         if state.global_step and not stored and state.is_world_process_zero:
-            why = f"no {file} of these texts: compared with step {state.global_step}, not with 0"
+            why = f"{file} is missing or of other texts: "
+            why += f"the baseline is step {state.global_step}, not step 0"
             warnings.warn(why, stacklevel=2)
         if state.is_world_process_zero and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,6 @@ Exit code 0: kept, 1: collapsed or not finite, 2: bad input, 3: no verdict.
 """
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from torch import nn
 
 from collapse.check.report import READS, Report
 from collapse.data.task import decode_lines
+from collapse.data.text_tables import read_csv, read_json
 from collapse.measures import against_base
 from collapse.measures.against_base import MAX_LENGTH, ROWS, Texts
 from collapse.measures.rank import rank_metrics, singular_values
@@ -45,7 +44,8 @@ def check(
     compared.
     """
     name, base_name = (
-        core_of(m).name_or_path if isinstance(m, nn.Module) else m for m in (model, base)
+        core_of(m).name_or_path or "(in memory)" if isinstance(m, nn.Module) else m
+        for m in (model, base)
     )
     off = base is None
     if not isinstance(model, nn.Module):
@@ -95,40 +95,46 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     }
 
 
-MORE = "more columns than the header"
+def read_texts(
+    file: Path, text_column: str = "text", label_column: str | None = None
+) -> tuple[list[str], list[str] | None]:
+    """Texts and, where their column is named, labels: a text a line, or columns of a table.
+
+    The file's suffix tells which: a table is .csv, .tsv, .json or .jsonl. Raises UserError for a
+    file that cannot be read, naming the line.
+    """
+    suffix, columns = file.suffix.lower(), [text_column, *filter(None, [label_column])]
+    lines = lines_of(file)
+    if suffix in (".csv", ".tsv", ".json", ".jsonl"):
+        read = read_json if suffix.startswith(".json") else read_csv
+        rows = [values for _, values in read("\n".join(lines), columns, file).rows]
+        rows = [["" if value is None else str(value) for value in values] for values in rows]
+        return [row[0] for row in rows], [row[1] for row in rows] if label_column else None
+    if label_column:
+        raise UserError(f"--label-column is for CSV, TSV and JSON: give --labels beside {file}.")
+    return lines, None
 
 
-def read_texts(file: Path, column: str = "text") -> list[str]:
-    """A text a line; by the file's name a column of CSV or of JSON lines."""
-    csv.field_size_limit(sys.maxsize)
+def lines_of(file: Path) -> list[str]:
     try:
-        lines = decode_lines(file.read_bytes(), file)
-        if file.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(io.StringIO("\n".join(lines)), restkey=MORE, strict=True))
-            if any(MORE in row for row in rows):
-                raise UserError(f"{file} has rows with more columns than its header: quote texts.")
-            return [row[column] or "" for row in rows]
-        if file.suffix.lower() in (".jsonl", ".json"):
-            return [str(json.loads(line)[column]) for line in lines if line.strip()]
-        return lines
-    except (KeyError, TypeError):
-        raise UserError(f"{file} has no column {column}: name one by --text-column.") from None
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: no JSON
-        raise UserError(f"cannot read {file} ({error}).") from None
+        return decode_lines(file.read_bytes(), file)
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}).") from None
 
 
 def main() -> None:
-    run_script(_main)
+    run_script(_main, "stopped.")
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("model", help="model or adapter: a folder, or a name on the hub")
-    add("--texts", type=Path, required=True, help="a text a line, .csv or .jsonl")
-    add("--text-column", default="text", help="of CSV or JSON lines")
-    add("--base", help="default: the adapter off, or what adapter or card name")
-    add("--labels", type=Path, help="a label a line, one for each text")
+    add("--texts", type=Path, required=True, help="a text a line, or .csv, .tsv, .json, .jsonl")
+    add("--text-column", default="text", help="of such a table")
+    add("--label-column", help="of such a table; default: no labels")
+    add("--labels", type=Path, help="instead, a label a line, one for each text")
+    add("--base", help="default: the model without its adapter, or the base that its card names")
     add("--rows", type=int, default=ROWS)
     add("--max-length", type=int, default=MAX_LENGTH, help="in tokens")
     add("--read", choices=("auto", *READS), default="auto")
@@ -138,8 +144,10 @@ def _main() -> None:
     a = parser.parse_args()
     if min(a.rows, a.max_length) < 1:
         raise UserError("--rows and --max-length are 1 or more.")
-    texts = read_texts(a.texts, a.text_column), read_texts(a.labels) if a.labels else None
-    report = check(a.model, a.base, *texts, None, a.rows, a.max_length, a.read, a.dtype)
+    texts, labels = read_texts(a.texts, a.text_column, a.label_column)
+    if a.labels:
+        labels = lines_of(a.labels)
+    report = check(a.model, a.base, texts, labels, None, a.rows, a.max_length, a.read, a.dtype)
     report.write(a.out)
     said = report.text() + "\nwrote report.html, report.json"
     print(json.dumps(report.record) if a.json else said)

@@ -21,7 +21,7 @@ TABLE = (  # title, key, digits
     ("LM loss, nats", "lm_loss", 2),
 )
 ADVICE = "Accuracy may not show it. Lower the rate, or keep an LM or KL loss."
-OTHER_READ = "The line was found with means over tokens; for the %s it is not tested."
+OTHER_READ = "The threshold was chosen for means over tokens; it is untested for the %s."
 DOMINATED = 1.5  # stable rank below which a few texts make up a layer's variance
 STYLE = (  # a dark page where dark is preferred; paths wrap, and a telephone shows the whole table
     ":root{color-scheme:light dark}body{font:16px sans-serif;max-width:44em;margin:2em auto;"

@@ -57,7 +57,8 @@ def collate(split: Split, rows: Iterable[int], device: torch.device) -> Batch:
     is_target = text_mask.clone()
     is_target[:, 0] = False
     tensors = (input_ids, text_mask, split.labels[rows], is_target.flatten().nonzero().squeeze(1))
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    # On Apple's GPUs a copy that does not wait may read memory that is already free.
+    return Batch(*(tensor.to(device, non_blocking=device.type == "cuda") for tensor in tensors))
 
 
 def count_targets(split: Split, rows: Iterable[int]) -> int:

@@ -49,7 +49,9 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 file = Path(folder, "rows")
                 Extractor.extract(path, file, compression)
             if file.is_dir():  # of zip
-                (file,) = (inner for inner in file.rglob("*") if inner.is_file())
+                files = (inner for inner in file.rglob("*") if inner.is_file())
+                # macOS adds a file of its own to each: __MACOSX/._NAME
+                (file,) = (inner for inner in files if not inner.name.startswith("."))
             if file_type(path) == ".parquet":
                 return read_parquet(file, columns, str(path))
             text = "\n".join(decode_lines(file.read_bytes(), path))
@@ -61,8 +63,8 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 raise
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
-            complaint = f"is damaged or no {file_type(path)[1:]} file"
-            raise UserError(f"{path} {complaint} ({reason}): fix or replace it.") from None
+            kind = file_type(path)[1:]
+            raise UserError(f"{path} is damaged or no {kind} file ({reason}): fix or replace it.") from None
 
 
 def read_csv(text: str, columns: Sequence[str], path: Path) -> Table:
@@ -103,7 +105,7 @@ def read_json(text: str, columns: Sequence[str], path: Path) -> Table:
     for number, record in records:
         where = f"{path}, {unit} {number}"
         if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object of its own; fix or remove the {unit}.")
+            raise UserError(f"{where}: expected one JSON object; fix or remove the {unit}.")
         check_columns(list(record), columns, where)
         rows.append((where, [record[name] for name in columns]))
     return Table(rows, None)
@@ -143,8 +145,12 @@ def columns_of_split(table: Any, columns: Sequence[str], where: str) -> Table:
 
 
 def check_columns(names_there: Sequence[str], wanted: Sequence[str], where: str) -> None:
-    """Raise UserError unless each of the wanted columns is there exactly once."""
-    for option, names in (("text", wanted[:-1]), ("label", wanted[-1:])):
+    """Raise UserError unless each of the wanted columns is there exactly once.
+
+    The last one holds labels, if there are several.
+    """
+    texts = max(1, len(wanted) - 1)
+    for option, names in (("text", wanted[:texts]), ("label", wanted[texts:])):
         for name in names:
             if (count := names_there.count(name)) != 1:
                 count_in_words = "no column" if count == 0 else f"{count} columns"

@@ -53,7 +53,7 @@ def what_its_head_reads(model: nn.Module) -> str:
 
 def pooling_of_training(name: str) -> str | None:
     """What the classifier of one of our experiments reads, given its adapter's folder."""
-    settings = Path(name).resolve().parent.parent / "settings.json"
+    settings = Path(name).expanduser().resolve().parent.parent / "settings.json"
     ours = Path(name).name in ("best-adapter", "final-adapter") and settings.exists()
     return read_json(settings)["config"].get("pooling") if ours else None
 
@@ -80,11 +80,11 @@ def load_fine_tuned(name: str, base: str | None, dtype: str) -> tuple[nn.Module,
     task = "SequenceClassification" if settings.get("task_type") == "SEQ_CLS" else "CausalLM"
     whole = load_whole(base, dtype, f"AutoModelFor{task}")
     with loading(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of renamed methods, and of what does not fit, told below
-        model = peft.PeftModel.from_pretrained(whole, name, ignore_mismatched_sizes=True)
-        # The same weights again: from_pretrained tells nobody which of them found no place.
-        found = model.load_adapter(name, "default", ignore_mismatched_sizes=True)
-    for keys in (found.unexpected_keys, found.missing_keys):
+        warnings.simplefilter("ignore")  # of renamed methods, and of unmatched keys, reported below
+        model = peft.PeftModel.from_pretrained(whole, place, ignore_mismatched_sizes=True)
+        # The same weights again: from_pretrained does not report unmatched keys.
+        loaded = model.load_adapter(place, "default", ignore_mismatched_sizes=True)
+    for keys in (loaded.unexpected_keys, loaded.missing_keys):
         if lacking := [key for key in keys if not any(f".{head}" in key for head in NEW_HEADS)]:
             raise UserError(
                 f"the adapter {name} does not fit {base}: {listed(lacking)} would be left out. "

@@ -31,7 +31,8 @@ class RunFolder:
         self.path, self.state, self.results_file = path, path / "state", path / "results.json"
         self.published, self.settings = None, through_json(settings)
         with locked(path):
-            if fresh and any(is_held(lock.parent) for lock in self.state.glob("*-seed*/.lock")):
+            locks = [*self.state.glob("*-seed*/.lock"), *self.state.glob(".command-*/.lock")]
+            if fresh and any(is_held(lock.parent) for lock in locks):
                 raise UserError(
                     f"another command trains in {path}, and --fresh would delete its work: "
                     "stop it, wait for its end, or choose another --output-dir."

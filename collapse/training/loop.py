@@ -174,6 +174,8 @@ class TrainingLoop:
         self.progress.go_on_after(done, 1 + history.epoch)
         done = f"{history.epoch} epochs and {history.batch} batches"
         self.progress.say(f"{self.label}: going on after {done}")
+        if self.config.measure_every and not history.measured:
+            self.progress.say(f"NOTE: {self.label} was not measured before its first step")
         return history
 
     def save(self) -> None:

@@ -19,7 +19,7 @@ def check_name(path: str | Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         readable = str(path).encode(errors="replace").decode()
-        raise UserError(f"the name {readable} is no UTF-8: rename it.") from None
+        raise UserError(f"the name {readable} is not valid UTF-8: rename it.") from None
 
 
 def expand_home(argument: str) -> str:
@@ -32,14 +32,19 @@ def expand_home(argument: str) -> str:
     return f"{match[1] or ''}{Path(match[2]).expanduser()}" if match else argument
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; an error the user can fix ends in one sentence and exit code 2."""
+GO_ON = "the same command, without --fresh, goes on from the last checkpoint."
+
+
+def run_script(main: Callable[[], None], stopped: str = f"stopped; {GO_ON}") -> None:
+    """Run a script's main; an error the user can fix ends in one sentence and exit code 2.
+
+    stopped: what is printed after Ctrl-C.
+    """
     try:
         sys.argv[1:] = map(expand_home, sys.argv[1:])
         return main()
     except KeyboardInterrupt:
-        message = "stopped; the same command, without --fresh, goes on from the last checkpoint."
-        code = 130
+        message, code = stopped, 130
     except Exception as error:
         message, code = what_to_do(error), 2
         if message is None:
@@ -57,14 +62,13 @@ def what_to_do(error: Exception) -> str | None:
     if not isinstance(error, OSError):
         return None
     if error.errno in DISK_FULL:
-        go_on = "the same command, without --fresh, goes on from the last checkpoint."
-        return f"the disk is full: free some space; {go_on}"
+        return f"the disk is full: free some space; {GO_ON}"
     if (
         isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
         or error.errno == errno.EROFS
     ):
         where = f"{error.filename} ({error.strerror})"
-        return f"cannot write {where}: choose another folder with --output-dir."
+        return f"cannot open {where}: fix that, or choose another folder with --output-dir."
     return None
 
 

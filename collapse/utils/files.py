@@ -162,7 +162,8 @@ def is_held(folder: Path) -> bool:
 def finished_trainings(path: Path) -> list[tuple[str, int]]:
     """(model, seed) of every finished training in a results folder, in order."""
     names = [file.parent.name for file in (path / "state").glob("*-seed*/metrics.json")]
-    return sorted((model, int(seed)) for model, _, seed in (n.rpartition("-seed") for n in names))
+    parts = [name.rpartition("-seed") for name in names]
+    return sorted((model, int(seed)) for model, _, seed in parts if seed.isdecimal())  # no copies
 
 
 # Values of settings that results written before those settings existed were made with.

@@ -11,7 +11,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,14 @@ from collapse.training.checkpoints import load_weights
 from collapse.utils import command_line
 from collapse.utils.device import pick_device, set_allocator
 from collapse.utils.errors import UserError, run_script
-from collapse.utils.files import ROOT, digest_files, finished_trainings, read_json, write_json
+from collapse.utils.files import (
+    ROOT,
+    digest_files,
+    finished_trainings,
+    locked,
+    read_json,
+    write_json,
+)
 from collapse.utils.provenance import environment
 
 
@@ -272,33 +279,41 @@ def main() -> None:
     check_bounds("draws", config.draws, 2, math.inf)
     device = pick_device(config.device)
     file = config.output_dir / "effective_rank_results.json"
-    earlier = records.earlier_studies(file, config.how_measured(), config.fresh)
-    studies, names = dict(earlier), {study["folder"]: name for name, study in earlier.items()}
+    records.earlier_studies(file, config.how_measured(), config.fresh)  # raises before the hours
     folders, made_with = find_folders(config), environment(device)
-    measured, unusable = set(), []
+    measured, unusable = [], []
     for folder in folders:
         try:
-            name, study = measure_study(folder, config, device, made_with)
+            measured.append((folder, *measure_study(folder, config, device, made_with)))
         except UserError as error:
             unusable.append(f"{folder}: {error}")
             print(f"NOTE: {folder}: {error}", flush=True)
-            continue
+        gc.collect()  # one base model at a time
+    if not measured:
+        raise UserError(f"nothing could be analysed; {' '.join(unusable)}")
+    with locked(config.output_dir):  # read again: other commands may have added studies
+        results = records.summarize(put_beside_earlier(file, measured, config))
+        write_json(file, results)
+        rank_plots.plot_all(config.output_dir, results)
+    print(records.table(results))
+    print(f"\nresults and plots: {config.output_dir}")
+
+
+def put_beside_earlier(
+    file: Path, measured: Sequence[tuple[Path, str, dict]], config: Config
+) -> dict[str, dict]:
+    """Studies by name: those of the results file, these (folder, name, study) in their place."""
+    earlier = records.earlier_studies(file, config.how_measured(), config.fresh)
+    studies, names = dict(earlier), {study["folder"]: name for name, study in earlier.items()}
+    for folder, name, study in measured:
         name = name if name not in studies else f"{name}, {study['folder']}"
         name = names.setdefault(study["folder"], name)
         if kept := records.keep_unmeasured(study, earlier.get(name), published_trainings(folder)):
             print(f"NOTE: of earlier runs, whose weights are not here: {', '.join(kept)}")
         studies[name] = study
-        measured.add(name)
-        gc.collect()  # one base model at a time
-    if not measured:
-        raise UserError(f"nothing could be analysed; {' '.join(unusable)}")
-    for name in studies.keys() - measured:
+    for name in studies.keys() - {names[study["folder"]] for _, _, study in measured}:
         print(f"NOTE: {name} stays as {file} has it: measured by an earlier run")
-    results = records.summarize(studies)
-    write_json(file, results)
-    rank_plots.plot_all(config.output_dir, results)
-    print(records.table(results))
-    print(f"\nresults and plots: {config.output_dir}")
+    return studies
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def check_config(config: Config) -> None:
     for name, low in (
         ("vocabulary_size", 3),
         ("layers", 1),
+        ("hidden_size", 1),
         ("heads", 1),
         ("feed_forward_size", 1),
         ("classifier_size", 1),

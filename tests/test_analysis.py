@@ -421,6 +421,20 @@ def test_a_study_is_replaced_by_its_own_folder_alone(run, trained, data_dir, tmp
     assert run(f"--folders {other} {trained}") == both
 
 
+def test_another_command_may_add_a_study_meanwhile(run, trained, data_dir, tmp_path, monkeypatch):
+    other, measure_study = tmp_path / "other", analysis.measure_study
+    run_tiny(data_dir, other, f"{SHORT} --models 1 --learning-rate 0.1")
+
+    def measure(folder, *rest):
+        study = measure_study(folder, *rest)
+        if folder == trained:
+            run(f"--folders {other}")
+        return study
+
+    monkeypatch.setattr(analysis, "measure_study", measure)
+    assert len(run(f"--folders {trained}")) == 2
+
+
 def test_adapters_are_exchanged_on_one_base_model(
     run, capsys, qwen, data_dir, tmp_path, monkeypatch
 ):

@@ -378,6 +378,20 @@ def test_states_are_pooled_as_the_training_pooled_them(adapter, tmp_path):
         assert found.record["read"] == read
 
 
+def test_models_in_memory_need_no_name(llama):
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    base.name_or_path = base.config.name_or_path = ""
+    record = check(base, base, TEXTS, tokenizer=whole_tokenizer(str(llama), None)).record
+    assert record["model"] == record["base"] == "(in memory)"
+    assert record["kept"] == 1 and record["last_layer"]["now"].keys() >= {"dims_95pct"}
+    assert not record["revision"]["base"]
+
+
+def test_a_home_is_expanded(adapter, monkeypatch):
+    monkeypatch.setenv("HOME", str(adapter[0].parent))
+    assert check("~/adapter", None, TEXTS).record["model"] == "~/adapter (adapter)"
+
+
 def test_the_libraries_below_add_nothing_to_what_it_says(adapter, texts_file, tmp_path):
     line = [sys.executable, "-c", "from collapse.check.command import main; main()", adapter[0]]
     line += ["--texts", texts_file, "--out", tmp_path]

@@ -4,6 +4,7 @@ what a run puts on the hub.
 
 import contextlib
 import io
+import json
 import re
 import shutil
 import textwrap
@@ -19,6 +20,7 @@ import torch
 import transformers
 from conftest import fails, start_script
 
+import common
 import experiment_7b
 from collapse.data.registry import preparation
 from collapse.data.sst2 import load_sst2
@@ -243,6 +245,21 @@ def test_a_base_model_that_moved_is_named_and_its_new_place_given(moved, tmp_pat
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="holds other weights"):
         load_classifier(training, device="cpu", model=str(new))
+
+
+def test_a_model_of_the_hub_may_have_a_name_without_an_owner(moved, monkeypatch):
+    training, _ = moved
+    file = training.parent / "settings.json"
+    settings = json.loads(file.read_text())
+    settings["config"] |= {"model": "gpt2", "model_commit": "c0ffee"}
+    file.write_text(json.dumps(settings))
+
+    def load_tokenizer(name, revision):
+        raise UserError(f"{name} at {revision}")
+
+    monkeypatch.setattr(common, "load_tokenizer", load_tokenizer)  # the hub is not asked here
+    with pytest.raises(UserError, match="gpt2 at c0ffee"):
+        load_classifier(training, device="cpu")
 
 
 def test_a_training_is_found_from_inside_and_names_what_a_copy_of_it_lacks(

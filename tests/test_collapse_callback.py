@@ -14,6 +14,7 @@ import transformers
 from test_check import TEXTS
 
 from collapse.check import CollapseCallback
+from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT
 
 STEPS = 20
@@ -57,6 +58,13 @@ def trainer_of(llama, folder, callbacks=(), attach=None, **arguments):
     if attach is not None:
         CollapseCallback(TEXTS, max_length=12, **attach).attach(trainer)
     return trainer
+
+
+def test_a_trainer_without_a_tokenizer_is_told_to_take_one(llama, tmp_path):
+    trainer = trainer_of(llama, tmp_path, attach={})
+    trainer.processing_class = None
+    with pytest.raises(UserError, match="give it processing_class=TOKENIZER"):
+        trainer.train()
 
 
 def measured(trainer):

@@ -134,6 +134,7 @@ def compressed(kind: str, path: Path) -> None:
     if kind == "zip":
         with zipfile.ZipFile(f"{path}.zip", "w") as archive:
             archive.writestr(path.name, content)
+            archive.writestr(f"__MACOSX/._{path.name}", b"\0\x05\x16\x07")  # as Finder does
     else:
         name = path if kind == "misnamed" else f"{path}.{kind}"
         compress = {"gz": gzip, "bz2": bz2, "xz": lzma, "misnamed": gzip}[kind].compress

@@ -53,7 +53,9 @@ def test_a_path_that_is_no_utf_8_is_refused_before_a_training(option, tmp_path, 
     path = tmp_path / os.fsdecode(b"caf\xe9.csv")
     write_table(path, ROWS)
     line = f"--data-dir {data_dir} --output-dir {tmp_path / 'out'} {TINY} {option}"
-    assert "is not valid UTF-8: rename it" in fails(start_script, capsys, experiment, f"{line}={path}")
+    assert "is not valid UTF-8: rename it" in fails(
+        start_script, capsys, experiment, f"{line}={path}"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -252,7 +252,17 @@ def test_fresh_does_not_delete_what_another_command_trains(run, capsys, tmp_path
         error = fails(run, capsys, "--models 1 --fresh")
         assert "another command trains in" in error and "--output-dir" in error
         assert run("--models 1 --fresh", folder=tmp_path / "elsewhere")
+    (starting := tmp_path / "out/state/.command-here-1-1").mkdir()  # its workers hold no job yet
+    with filelock.FileLock(starting / ".lock"):
+        assert "another command trains in" in fails(run, capsys, "--models 1 --fresh")
     assert run("--models 1 --fresh")
+
+
+def test_a_copy_of_a_trainings_folder_is_no_training(run, tmp_path):
+    first = run("--models 1")
+    training = tmp_path / "out/state/model1-seed42"
+    shutil.copytree(training, training.with_name("model1-seed42 copy"))
+    assert run("--models 1")["models"] == first["models"]
 
 
 def test_a_clone_without_state_trains_anew_and_compares_with_what_was_published(
@@ -362,6 +372,8 @@ def test_limited_rows_go_to_a_folder_of_their_own(data_dir):
 def test_bad_command_lines_end_in_one_sentence(run, capsys, tmp_path, data_dir):
     assert "--seeds is empty" in fails(run, capsys, "--seeds")
     assert "--epochs is 0" in fails(run, capsys, "--epochs 0")
+    assert "--clip-norm is inf" in fails(run, capsys, "--clip-norm inf")
+    assert "--hidden-size is 0" in fails(run, capsys, "--hidden-size 0")
     assert "point --data-dir" in fails(run, capsys, data=tmp_path)
     (tmp_path / "a_file").write_text("")
     assert "cannot write to" in fails(run, capsys, folder=tmp_path / "a_file" / "out")

@@ -44,8 +44,7 @@ def check(
     compared.
     """
     name, base_name = (
-        core_of(m).name_or_path or "(in memory)" if isinstance(m, nn.Module) else m
-        for m in (model, base)
+        core_of(m).name_or_path if isinstance(m, nn.Module) else m for m in (model, base)
     )
     off = base is None
     if not isinstance(model, nn.Module):
@@ -54,7 +53,7 @@ def check(
     adapted = finetuned.is_adapted(model)
     off = off and finetuned.can_be_off(model)
     base_name = base_name or name * adapted
-    if not base_name:
+    if not base_name and not isinstance(base, nn.Module):
         raise UserError(f"nothing says which model is the base of {name}: name it by --base.")
     max_length = min(max_length, getattr(core_of(model).config, "max_position_embeddings", 10**9))
     tokenizer = tokenizer or whole_tokenizer(base_name if adapted else name, None)
@@ -72,10 +71,14 @@ def check(
     verdict, why = against_base.judge(now["last_layer"], start["last_layer"], texts)
     record = {"schema": 1, "verdict": verdict, "why": why}
     record["kept"] = against_base.share_kept(now["last_layer"], start["last_layer"])
-    record |= {"model": name + " (adapter)" * adapted, "base": base_name + " (adapter off)" * off}
+    record["model"] = (name or IN_MEMORY) + " (adapter)" * adapted
+    record["base"] = (base_name or IN_MEMORY) + " (adapter off)" * off
     record |= {"texts_sha256": texts.sha256, "rows": len(texts.split.labels)}
     record |= {"classes": texts.classes, "max_length": max_length, "read": read}
     return Report(record | {part: {"base": start[part], "now": now[part]} for part in now})
+
+
+IN_MEMORY = "(in memory)"  # a model without a name
 
 
 def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any]:
@@ -84,7 +87,7 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     for pooled, _ in states.pooled:
         ranks = rank_metrics(pooled) if np.isfinite(pooled).all() else {}
         layers.append({name: ranks.get(name) for name in ("effective_rank", "stable_rank")})
-    last, folder = states.pooled[-1, 0], Path(find_model(name))
+    last, folder = states.pooled[-1, 0], Path(find_model(name or IN_MEMORY))
     stored = digest_weights(folder) if folder.is_dir() else None
     return {
         "last_layer": against_base.numbers_of(states, loss, texts, read),

@@ -64,7 +64,9 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
             reason = getattr(error, "strerror", None) or error.__cause__ or error
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
             kind = file_type(path)[1:]
-            raise UserError(f"{path} is damaged or no {kind} file ({reason}): fix or replace it.") from None
+            raise UserError(
+                f"{path} is damaged or no {kind} file ({reason}): fix or replace it."
+            ) from None
 
 
 def read_csv(text: str, columns: Sequence[str], path: Path) -> Table:

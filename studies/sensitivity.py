@@ -8,6 +8,7 @@ other learning rates; components and accuracy after each epoch. Writes
 studies/results/sensitivity/results.json.
 """
 
+import argparse
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -273,6 +274,7 @@ def table_gains_by_rate(results: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help alone
     write_summary()
     print(OUTPUT.read_text(), end="")
 

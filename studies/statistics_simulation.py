@@ -4,6 +4,7 @@ How often an interval excludes zero although there is no difference, and which d
 sets can resolve. Seconds on one core; writes studies/results/statistics/simulation.json.
 """
 
+import argparse
 import math
 
 import numpy as np
@@ -40,6 +41,7 @@ ROW_COUNTS |= {"Banking77": 3080, "SST-2": 872}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help alone
     rng = np.random.default_rng(0)
     results = {
         "false_positives": false_positives(rng),

@@ -5,6 +5,7 @@ runs the endpoints' code on the simulated measurements. Two minutes on one core;
 studies/results/statistics/threshold_simulation.json, in per cent of draws.
 """
 
+import argparse
 import itertools
 import math
 from collections import Counter
@@ -49,6 +50,7 @@ BACKBONES, TRAININGS, MEASUREMENTS = 0.15, 0.1, 0.1
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help alone
     rng = np.random.default_rng(0)
     results = {
         "settings": {

@@ -31,7 +31,13 @@ from collapse.training.steps import learning_rate_at
 from collapse.utils import files
 from collapse.utils.errors import UserError
 from collapse.utils.files import ROOT, read_tensors, write_file
-from studies import hours, throughput
+from studies import (
+    hours,
+    sensitivity,
+    statistics_simulation,
+    threshold_simulation,
+    throughput,
+)
 
 
 def contents(folder):
@@ -507,6 +513,13 @@ def test_help_explains_every_setting(capsys, script):
     for field in dataclasses.fields(script.Config):
         start = text.index(f"--{field.name.replace('_', '-')} ")
         assert "." in text[start : text.index("(default", start)], f"{field.name} has no help"
+
+
+@pytest.mark.parametrize("script", [sensitivity, statistics_simulation, threshold_simulation])
+def test_scripts_without_settings_have_a_help_too_and_do_nothing_else(capsys, script):
+    with pytest.raises(SystemExit, match="0"):
+        start_script(script, "--help")
+    assert "studies/results/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cached", [True, False])

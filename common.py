@@ -286,7 +286,9 @@ class Trainer:
             self.optimizer = SharedScaleAdamW(self.parameters, **settings)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, **settings, fused=True)
-        self.dealt_targets: dict[int, Tensor] = {}  # shuffled-lm: row -> its targets in this step
+        self.shuffled_targets: dict[
+            int, Tensor
+        ] = {}  # shuffled-lm: row -> its targets in this step
         # Parameters whose LM gradient is computed separately: shared-scale, controls of model 3.
         self.separate_lm_parameters = self.parameters if arm.shared_scale else []
         if arm.compressor != "both":
@@ -331,7 +333,7 @@ class Trainer:
         if self.arm.lm == "shuffled":
             self.shuffle_targets(rows)
         self.lm_gradients = [None] * len(self.separate_lm_parameters)
-        parts = []  # read after the last backward pass: a GPU that is asked for a number stops
+        parts = []  # read after the last backward pass: each read waits for the GPU
         for sequence in self.sequences(rows):
             loss, lm_loss, numbers = self.losses(sequence, sums)
             if self.arm.shared_scale or self.arm.compressor == "lm":
@@ -351,7 +353,7 @@ class Trainer:
         else:
             sums.lm_loss = other_loss
         if self.arm.anchor == "l2":
-            sums.anchor_loss = self.add_pull_to_start()
+            sums.anchor_loss = self.add_l2_penalty()
         return sums
 
     def sequences(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
@@ -389,8 +391,8 @@ class Trainer:
         if self.arm.shared_scale:
             loss = (1 - self.weight) * cls_total  # its LM loss scales the steps alone
         else:
-            weighed = other_total if self.arm.needs_lm_head else None
-            loss = combined_loss(cls_total, weighed, self.weight)
+            weighted = other_total if self.arm.needs_lm_head else None
+            loss = combined_loss(cls_total, weighted, self.weight)
         return loss, self.weight * other_total, numbers
 
     def other_loss_sum(self, output: ModelOutput, batch: Batch, part: np.ndarray) -> Tensor:
@@ -398,7 +400,7 @@ class Trainer:
         if self.arm.lm == "true":
             return self.lm_loss_sum(output.hidden, batch)
         if self.arm.lm == "shuffled":
-            targets = torch.cat([self.dealt_targets[row] for row in part]).to(self.device)
+            targets = torch.cat([self.shuffled_targets[row] for row in part]).to(self.device)
             return self.lm_loss_sum(output.hidden, batch, targets)
         if self.arm.anchor == "kl":
             start_hidden, start_head = self.start_of(batch)
@@ -418,7 +420,7 @@ class Trainer:
         own = [self.split.token_ids[row][1:] for row in rows]
         tokens = torch.cat(own)
         dealt = tokens[torch.randperm(len(tokens))].split([len(ids) for ids in own])
-        self.dealt_targets = dict(zip(rows, dealt, strict=True))
+        self.shuffled_targets = dict(zip(rows, dealt, strict=True))
 
     @torch.no_grad()
     def start_of(self, batch: Batch) -> tuple[Tensor, nn.Linear]:
@@ -436,12 +438,12 @@ class Trainer:
         return hidden, self.model.lm_head
 
     def add_lm_gradients(self, lm_loss: Tensor) -> None:
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             lm_loss, self.separate_lm_parameters, retain_graph=True, allow_unused=True
         )
-        self.lm_gradients = [_sum(*two) for two in zip(self.lm_gradients, found, strict=True)]
+        self.lm_gradients = [_sum(*two) for two in zip(self.lm_gradients, gradients, strict=True)]
 
-    def add_pull_to_start(self) -> float:
+    def add_l2_penalty(self) -> float:
         """Add the gradient of weight / 2 times the squared distance to the start; returns that."""
         distance, trained = 0.0, self.model.trainable()
         for name, start in self.start_weights.items():
@@ -541,7 +543,7 @@ RANK_ROWS = 2000  # validation rows, a fixed draw, whose features give the rank 
 
 
 def validate(trainer: Trainer, split: Split) -> Validation:
-    """The model between two epochs. A new measure of every epoch goes into `record`.
+    """Evaluate the model on the validation split. A new measure of every epoch goes into `record`.
 
     Raises FloatingPointError when a state or loss is not finite.
     """
@@ -633,11 +635,11 @@ def run_experiment(experiment: Experiment, config: RunConfig) -> dict:
     try:
         engine.run_all(jobs, run, workers, cluster)
     except UserError:  # some failed; figures show the others
-        with contextlib.suppress(UserError, OSError):  # what failed is told, not this
+        with contextlib.suppress(UserError, OSError):  # the training's error is reported, not these
             if folder.finished():
                 run.publish(at_end=True)
         raise
-    results = run.publish(at_end=True)  # also what a command that shares the folder could not
+    results = run.publish(at_end=True)  # with what other commands finished in this folder
     print(comparisons.summary_table(results), flush=True)
     if elsewhere := folder.trained_elsewhere():
         names = [f"{key} seed {seed}" for key, runs in elsewhere.items() for seed in runs]
@@ -667,7 +669,7 @@ def training_device(config: RunConfig) -> torch.device:
 
 @dataclass
 class Run:
-    """What trains one model of a study and publishes the study; it travels to worker processes."""
+    """Trains one model of a study and publishes the study; pickled for worker processes."""
 
     experiment: Experiment
     config: RunConfig
@@ -700,7 +702,7 @@ class Run:
 
     def __call__(self, job: Job, progress: Progress) -> None:
         """Train one model from start to metrics, and publish; nothing of it stays on the device."""
-        gc.collect()  # the model before is gone; its memory is not, while a ring of references is
+        gc.collect()  # frees the previous model, which reference cycles keep alive
         set_threads(self.config.threads)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -812,9 +814,9 @@ def run_language_model_experiment(
             "the data is neither in the Hugging Face cache nor on the hub: "
             "give --data-dir a folder with a download."
         )
-    settings, name_in_results, found = resolve_model(config, partial(announce_run, task, device))
+    settings, name_in_results, identity = resolve_model(config, partial(announce_run, task, device))
     packed = settings.quantization  # by us
-    short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **found}
+    short_name, details = Path(name_in_results).name, {"engram_source": engram_source, **identity}
     subfolder = "" if config.model == DEFAULT_MODEL else short_name
     classes = len(task.class_names)
     experiment = Experiment(
@@ -836,7 +838,7 @@ def run_language_model_experiment(
 
 
 # --------------------------------------------------------------------------------------------------
-# What trainings left
+# Loading trained models
 # --------------------------------------------------------------------------------------------------
 
 
@@ -879,7 +881,7 @@ def load_classifier(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     model: str | Path | None = None,
 ) -> TextClassifier:
-    """The model that a training left in its folder, results_.../state/MODEL-seedN, to be used.
+    """The trained classifier of a training's folder, results_.../state/MODEL-seedN.
 
     model: where the pretrained model lies now, if it has moved. Raises UserError for a folder
     without a finished training of such a model.

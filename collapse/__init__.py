@@ -1,4 +1,4 @@
-"""What the training scripts share, from floor to floor."""
+"""Code that the training scripts share, in layers."""
 
 import logging
 

@@ -131,7 +131,7 @@ def find_arm(name: str) -> Arm:
     takes_one = longer or arm.needs_lm_head or arm.anchor == "l2"
     if not takes_one or not lowest <= value < highest:
         kind = "factor" if longer else "weight"
-        raise UserError(f"--models {name}: no {kind} that {arm.label} can have.")
+        raise UserError(f"--models {name}: {arm.label} takes no such {kind}.")
     if longer and value == arm.epochs:
         return arm
     value = abs(value)  # -0 is 0

@@ -24,7 +24,7 @@ def study_setting(default: Any, group: str) -> Any:
 def run_setting(default: Any, group: str) -> Any:
     """A field that says where, or how much of, a study is run: results stay comparable.
 
-    Which rows are read, and how many, is of this kind, too: the digest of the data tells it.
+    So are settings that select rows: the digest of the data identifies those.
     """
     return dataclasses.field(default=default, metadata={"in_fingerprint": False, "group": group})
 

@@ -130,13 +130,13 @@ def counting_split(rows=48, words=6) -> Split:
 def test_shuffled_targets_are_the_true_ones_in_another_order():
     trainer = trainer_of("shuffled-lm")
     trainer.shuffle_targets(ROWS)
-    dealt = torch.cat([trainer.dealt_targets[row] for row in ROWS])
+    dealt = torch.cat([trainer.shuffled_targets[row] for row in ROWS])
     true = torch.cat([trainer.split.token_ids[row][1:] for row in ROWS])
     assert torch.equal(dealt.sort().values, true.sort().values) and not torch.equal(dealt, true)
-    lengths = [len(trainer.dealt_targets[row]) for row in ROWS]
+    lengths = [len(trainer.shuffled_targets[row]) for row in ROWS]
     assert lengths == [len(trainer.split.token_ids[row]) - 1 for row in ROWS]
     trainer.shuffle_targets(ROWS)
-    again = torch.cat([trainer.dealt_targets[row] for row in ROWS])
+    again = torch.cat([trainer.shuffled_targets[row] for row in ROWS])
     assert not torch.equal(again, dealt)  # another draw in every step
 
 

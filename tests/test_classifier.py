@@ -156,7 +156,7 @@ def test_any_iterable_of_strings_is_read_as_the_training_read_it(classify, texts
         ([5], "row 1 is a int"),
         (datasets.Dataset.from_dict({"text": TEXTS}), "row 1 is a dict"),
         (["good", " \n"], "row 2 is an empty text"),
-        (["good", "\ud83d"], "row 2 holds half of a character"),
+        (["good", "\ud83d"], "row 2 holds an unpaired surrogate"),
     ],
     ids=str,
 )

@@ -334,7 +334,7 @@ def test_reports_come_at_most_once_a_second_and_tell_all_that_is_done(tmp_path, 
     reports, write = [], progress.write_json
     monkeypatch.setattr(progress, "write_json", lambda *report: reports.append(write(*report)))
     report = Progress(job, lambda *_: None)
-    report.go_on_after(steps=50, evaluations=2)
+    report.resume_at(steps=50, evaluations=2)
     for _ in range(1000):
         clock.now += 0.0101
         report.step()

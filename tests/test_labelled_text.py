@@ -283,7 +283,7 @@ def test_a_test_split_without_labels_is_left_out_and_that_is_said(tmp_path, caps
     write_table(tmp_path / "train.csv", ROWS)
     (tmp_path / "test.csv").write_text(content)
     assert sorted(named(load(tmp_path))) == sorted(ROWS)
-    assert "test is left out, for it has no labels" in capsys.readouterr().out
+    assert "split test is skipped, it has no labels" in capsys.readouterr().out
     with pytest.raises(UserError, match="label"):
         load(tmp_path, validation="test")
     write_table(tmp_path / "dev.csv", ROWS[:5])
@@ -375,11 +375,11 @@ def test_strings_of_parquet_have_several_types(tmp_path, kind):
         ("a.jsonl", '{"text": "x", "label": 0.5}', "line 1: the label is a float"),
         ("a.jsonl", f'{{"text": "x", "label": {"1" * 300}}}', "line 1: the label has more than"),
         ("a.jsonl", '{"text": 5, "label": 1}', "line 1: the text is a number or list"),
-        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "line 1: half of a character"),
-        ("a.parquet", "PAR1", r"a\.parquet is damaged or no parquet file"),
+        ("a.jsonl", '{"text": "\\ud83d", "label": 1}', "line 1: an unpaired surrogate"),
+        ("a.parquet", "PAR1", r"a\.parquet cannot be read as parquet"),
         ("a.txt", "x", r"a\.txt is none of \.csv"),
         ("a.txt.gz", "x", r"a\.txt\.gz is none of \.csv"),
-        ("a.csv.zst", "\x28\udcb5\x2f\udcfd", r"a\.csv\.zst is damaged or no csv file"),
+        ("a.csv.zst", "\x28\udcb5\x2f\udcfd", r"a\.csv\.zst cannot be read as csv"),
     ],
 )
 def test_what_is_wrong_is_named_by_file_and_row_or_line(tmp_path, name, content, message):

@@ -20,7 +20,7 @@ import common
 from collapse.models import memory
 from collapse.models.losses import kl_from_start_sum
 from collapse.models.memory import DOES_NOT_FIT, _activation_bytes
-from collapse.models.pretrained import check_lm_loss, note_logit_form
+from collapse.models.pretrained import check_lm_loss, store_logit_scaling
 from collapse.utils import device
 from collapse.utils.device import pick_device
 from collapse.utils.errors import UserError, is_out_of_memory, what_to_do
@@ -382,7 +382,7 @@ def test_the_lm_loss_and_its_gradient_are_those_of_the_model(kind, tmp_path):
 
 def test_a_model_whose_logits_nobody_knows_is_refused_in_one_sentence():
     model = random_causal_lm("Granite")
-    note_logit_form(model)
+    store_logit_scaling(model)
     check_lm_loss(model, "granite")
     model.get_output_embeddings().logit_scale = 1.0  # as if the setting had another name
     with pytest.raises(UserError, match="changes its logits"):

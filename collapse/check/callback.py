@@ -39,7 +39,7 @@ class CollapseCallback(TrainerCallback):
         max_length: int = against_base.MAX_LENGTH,
         read: str = "auto",
     ):
-        self.what = texts, labels, rows, max_length
+        self.text_arguments = texts, labels, rows, max_length
         self.every, self.stop, self.read = every, stop, read
         self.start: dict[str, Any] | None = None
         self.latest: tuple[int, float | None] | None = None  # step, components kept
@@ -50,18 +50,18 @@ class CollapseCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        texts, labels, *limits = self.what
+        texts, labels, *limits = self.text_arguments
         self.core, self.latest = core_of(self.trainer.model), None
         tokenizer = self.trainer.processing_class
         if tokenizer is None:
             raise UserError("the Trainer has no tokenizer: give it processing_class=TOKENIZER.")
         self.texts = against_base.draw_texts(texts, labels, tokenizer, *limits)
         self.reads = what_its_head_reads(self.core) if self.read == "auto" else self.read
-        what, stored = {"texts_sha256": self.texts.sha256, "read": self.reads}, None
+        identity, stored = {"texts_sha256": self.texts.sha256, "read": self.reads}, None
         file = Path(args.output_dir) / REFERENCE
         if state.global_step and state.is_world_process_zero and file.exists():
             stored = read_json(file)
-            stored = stored["numbers"] if stored | what == stored else None
+            stored = stored["numbers"] if stored | identity == stored else None
         self.start = (stored := _from_rank_zero(stored)) or self.measure(state)
         if state.global_step and not stored and state.is_world_process_zero:
             why = f"{file} is missing or of other texts: "
@@ -69,7 +69,7 @@ class CollapseCallback(TrainerCallback):
             warnings.warn(why, stacklevel=2)
         if state.is_world_process_zero and not stored:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {**what, "step": state.global_step, "numbers": self.start})
+            write_json(file, {**identity, "step": state.global_step, "numbers": self.start})
         verdict, why = against_base.judge(self.start, self.start, self.texts)
         if verdict == "no verdict" and state.is_world_process_zero:
             warnings.warn(f"collapse is measured, but no alarm given: {why}", stacklevel=2)
@@ -87,11 +87,11 @@ class CollapseCallback(TrainerCallback):
 
     def measure(self, state: Any) -> dict[str, Any]:
         """In every process, for they may share the layers out; the first one's numbers count."""
-        how = self.texts, self.reads
         model, causal = self.trainer.model_wrapped, has_lm_head(self.core)
-        found = against_base.pooled_states(model, self.core, *how, causal)
+        arguments = self.texts, self.reads
+        states, loss = against_base.pooled_states(model, self.core, *arguments, causal)
         first = state.is_world_process_zero
-        return _from_rank_zero(against_base.numbers_of(*found, *how) if first else None)
+        return _from_rank_zero(against_base.numbers_of(states, loss, *arguments) if first else None)
 
     def observe(self, state: Any, control: Any, now: dict[str, Any] | None = None) -> None:
         """Measure, unless `now` is what there is, and log; once a step."""
@@ -110,9 +110,9 @@ class CollapseCallback(TrainerCallback):
         should_log = control.should_log
         self.trainer.log({f"collapse/{k}": v for k, v in record.items() if v is not None})
         control.should_log = should_log  # which `log` clears, and the loss would not be logged
-        told = [row["collapse/alarm"] for row in state.log_history if "collapse/alarm" in row]
-        if told[-2:] == [1, 1]:
-            if state.is_world_process_zero and told[-3:] != [1, 1, 1]:  # said once
+        alarms = [row["collapse/alarm"] for row in state.log_history if "collapse/alarm" in row]
+        if alarms[-2:] == [1, 1]:
+            if state.is_world_process_zero and alarms[-3:] != [1, 1, 1]:  # said once
                 if self.reads != "mean":
                     why += " " + OTHER_READ % READS[self.reads]
                 warnings.warn(f"step {state.global_step}: {verdict}: {why} {ADVICE}", stacklevel=2)

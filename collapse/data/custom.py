@@ -176,7 +176,7 @@ def find_validation(
                 raise NoLabels("none of its rows has one.")
             return name, rows_of_table(table, classes)
         except NoLabels as reason:
-            print(f"NOTE: {name} is left out, for it has no labels: {reason}")
+            print(f"NOTE: split {name} is skipped, it has no labels: {reason}")
     return None, None
 
 
@@ -243,7 +243,7 @@ def labelled(where: str, values: Sequence[Any], names: list[str] | None) -> tupl
             f"the label has more than {LONGEST_LABEL} characters, name another --label-column"
         )
     if re.search("[\ud800-\udfff]", text + word):  # JSON can write them, as \ud83d
-        problem = problem or "half of a character"
+        problem = problem or "an unpaired surrogate"
     if problem or not word:
         raise UserError(f"{where}: {problem or 'the label is empty'}; fix or remove the row.")
     return text, word

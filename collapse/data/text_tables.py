@@ -65,7 +65,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
             reason = textwrap.shorten(str(reason), 200, placeholder=" ...")
             kind = file_type(path)[1:]
             raise UserError(
-                f"{path} is damaged or no {kind} file ({reason}): fix or replace it."
+                f"{path} cannot be read as {kind} ({reason}): fix or replace it."
             ) from None
 
 

@@ -58,8 +58,8 @@ def draw_texts(
     drawn = fixed_draw(len(different), rows)
     chosen = Rows([list(different)[row] for row in drawn], numbers[drawn].tolist())
     split = encode_rows(chosen, lambda some: tokenizer(some)["input_ids"], max_length)
-    told = [chosen.texts, chosen.labels, [ids.tolist() for ids in split.token_ids]]
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [chosen.texts, chosen.labels, [ids.tolist() for ids in split.token_ids]]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return Texts(split, len(names) if labels is not None else 0, digest)
 
 

@@ -42,7 +42,7 @@ def fetch(name: str, revision: str | None) -> None:
     folder, free = Path(constants.HF_HUB_CACHE), free_bytes(constants.HF_HUB_CACHE)
     print(f"model: {name}, {size / GB:.3g} GB in {len(files)} files", flush=True)
     if not missing:
-        return print(f"download: none, all of it lies in {folder}", flush=True)
+        return print(f"download: none, all files are in {folder}", flush=True)
     where = f"{missing / GB:.3g} GB into {folder}, where {free / GB:.3g} GB are free"
     if free < missing + SPARE_BYTES:
         raise UserError(

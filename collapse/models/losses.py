@@ -44,7 +44,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         for first in range(0, len(states), LOGIT_CHUNK_TOKENS):
             part = slice(first, first + LOGIT_CHUNK_TOKENS)
-            logits = _in_form(F.linear(states[part], weight, bias), scale, cap)  # (chunk, V)
+            logits = _scaled_and_capped(
+                F.linear(states[part], weight, bias), scale, cap
+            )  # (chunk, V)
             log_p = _log_softmax(logits)
             if start is None:
                 true_tokens = targets[part].unsqueeze(1)
@@ -56,7 +58,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     1, true_tokens, slope.new_full((), -1.0).expand(true_tokens.shape)
                 )
             else:
-                log_q = _log_softmax(_in_form(start[1](start[0][part]), scale, cap))
+                log_q = _log_softmax(_scaled_and_capped(start[1](start[0][part]), scale, cap))
                 q = log_q.exp()
                 total += (q * (log_q - log_p)).sum()
                 slope = log_p.exp_() - q
@@ -85,14 +87,14 @@ def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
-def _in_form(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+def _scaled_and_capped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _form_of(lm_head: nn.Linear) -> tuple[float, float | None]:
-    """(scale, cap) of the head's logits, as note_logit_form has stored them; default: (1, None)."""
+def _scaling_of(lm_head: nn.Linear) -> tuple[float, float | None]:
+    """(scale, cap) of the head's logits, from store_logit_scaling; default: (1, None)."""
     return getattr(lm_head, "logit_scale", 1.0), getattr(lm_head, "logit_cap", None)
 
 
@@ -109,7 +111,7 @@ def lm_loss_sum(
     # Inside an autograd function gradients always look disabled, so the answer is passed in.
     wanted = torch.is_grad_enabled()
     weights = lm_head.weight, lm_head.bias
-    return LinearCrossEntropy.apply(states, *weights, targets, wanted, None, *_form_of(lm_head))
+    return LinearCrossEntropy.apply(states, *weights, targets, wanted, None, *_scaling_of(lm_head))
 
 
 def lm_loss_of_logits(logits: Tensor, batch: Batch) -> Tensor:
@@ -132,7 +134,7 @@ def kl_from_start_sum(
     """
     states, start = (predicting_states(h, batch) for h in (hidden, start_hidden))
     wanted = torch.is_grad_enabled()
-    weights, form = (lm_head.weight, lm_head.bias), _form_of(lm_head)
+    weights, form = (lm_head.weight, lm_head.bias), _scaling_of(lm_head)
     return LinearCrossEntropy.apply(states, *weights, None, wanted, (start, start_head), *form)
 
 

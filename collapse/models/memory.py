@@ -24,12 +24,19 @@ class MemoryPlan:
     In how many layers it recomputes activations (gradient checkpointing), and how many layers keep
     their NF4 weights unpacked.
 
-    Attributes: `layers`: those of the backbone; `unpacked`: how many are; `token_bytes` and
-    `pair_bytes`: kept for the backward pass in all layers, per token and per pair of tokens of a
-    row; `longest_row`: its tokens; `boundary_bytes`: per token in a layer that recomputes;
-    `weight_bytes`; `unpacking_bytes`: how much more one layer takes unpacked; `optimizer_bytes`:
-    gradients and AdamW's moments; `free_bytes`: available for all of this; `prefix_tokens`: before
-    each row; `tokens`: of the pass that was planned last.
+    Attributes:
+        layers: of the backbone.
+        unpacked: number of layers whose weights are unpacked.
+        token_bytes, pair_bytes: kept for the backward pass in all layers, per token and per pair of
+            tokens of a row.
+        longest_row: tokens of the longest row.
+        boundary_bytes: kept per token in a layer that recomputes.
+        weight_bytes: of the model as it is.
+        unpacking_bytes: how much more one layer takes unpacked.
+        optimizer_bytes: of gradients and AdamW's moments.
+        free_bytes: available for all of this.
+        prefix_tokens: before each row.
+        tokens: of the pass that was planned last.
     """
 
     WORKING_BYTES = 2**30  # unpacked weights, a chunk of logits and its gradient, fragmentation

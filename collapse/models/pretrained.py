@@ -285,14 +285,14 @@ def load_causal_lm(config: LanguageModelConfig, device: torch.device) -> nn.Modu
         **options,
     )
     causal_lm.config.use_cache = False  # training generates nothing
-    note_logit_form(causal_lm)
+    store_logit_scaling(causal_lm)
     if device.type == "cpu":
         compute_unpacked(causal_lm)
     check_causal_lm(causal_lm, config)
     return causal_lm.requires_grad_(False)
 
 
-def note_logit_form(causal_lm: nn.Module) -> None:
+def store_logit_scaling(causal_lm: nn.Module) -> None:
     """Store in the LM head what its model does to logits after it, for lm_loss_sum.
 
     Logits are multiplied by `logit_scale` (Cohere, Granite), then a `logit_cap` c turns x into
@@ -308,7 +308,7 @@ def note_logit_form(causal_lm: nn.Module) -> None:
 def check_lm_loss(causal_lm: nn.Module, name: str) -> None:
     """Raise UserError where our LM loss on a few random tokens differs from the model's own.
 
-    Some models transform their logits after the LM head in a way that note_logit_form does not
+    Some models transform their logits after the LM head in a way that store_logit_scaling does not
     know.
     """
     generator = torch.Generator().manual_seed(0)

@@ -111,7 +111,9 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(f"row {number} holds half of a character: fix or remove it.") from None
+            raise UserError(
+                f"row {number} holds an unpaired surrogate: fix or remove it."
+            ) from None
     return texts
 
 

@@ -67,7 +67,7 @@ class Progress:
         self._file, self._written = job.folder / "progress.json", float("-inf")
         self._steps = self._evaluations = 0
 
-    def go_on_after(self, steps: int, evaluations: int) -> None:
+    def resume_at(self, steps: int, evaluations: int) -> None:
         """Count what was done before the job was resumed."""
         self._steps, self._evaluations = steps, evaluations
         self._report()

@@ -75,12 +75,12 @@ class History:
 
 @dataclass
 class Validation:
-    """What a model is found to be between two epochs."""
+    """The result of one validation."""
 
     record: dict[str, Any]  # accuracy, losses, rank: what results.json holds
     correct: dict[str, str]  # evaluation -> a character for each row, 1 where it is right
     rows: dict[str, Tensor]  # measures.predictions: what is kept of each row
-    details: Any  # whatever the caller wants of the last one
+    details: Any  # passed back to the caller, of the last validation
 
 
 @dataclass
@@ -93,7 +93,7 @@ class TrainingLoop:
             `record(sums)` their means.
         validate: the model's Validation as it stands.
         measure: numbers of the model as it stands, every config.measure_every steps.
-        progress: is told of every step and evaluation; of those behind it after a kill, too.
+        progress: counts steps and evaluations, also those before a resume.
         track: gets every record that metrics.jsonl gets.
     """
 
@@ -171,7 +171,7 @@ class TrainingLoop:
         done = self.steps_done(history)
         history.resumed.append(done)
         drop_lines_after(self.log, done)
-        self.progress.go_on_after(done, 1 + history.epoch)
+        self.progress.resume_at(done, 1 + history.epoch)
         done = f"{history.epoch} epochs and {history.batch} batches"
         self.progress.say(f"{self.label}: going on after {done}")
         if self.config.measure_every and not history.measured:
@@ -193,7 +193,7 @@ class TrainingLoop:
         return history.epoch * self.batches_per_epoch + history.batch
 
     def steps_left(self) -> Iterator[Step]:
-        """All steps but those that a training gone on with has taken; with a bar on a terminal."""
+        """The remaining steps, with a progress bar on a terminal."""
         lengths, config, history = self.trainer.split.lengths, self.config, self.history
         shuffle = partial(length_grouped_batches, lengths, config.batch_size)
         total, done = self.total_steps, self.steps_done(history)
@@ -257,7 +257,7 @@ class TrainingLoop:
 
 
 def measured_line(label: str, measured: list[dict]) -> str:
-    """What --measure-every found last, beside the components it found first, for the log."""
+    """A line of the log: the latest measurement, and the first one's components."""
     first, last = measured[0], measured[-1]
     line = f"{label}  step {last['step']}: "
     if last["dims_95pct"] is None:

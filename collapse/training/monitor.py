@@ -49,13 +49,13 @@ def measures_on(
     model.train(was_training)
     states = np.stack([of_validation.pooled, of_validation.pooled_without_first])
     logits, train_logits = (torch.from_numpy(e.logits).float() for e in (of_validation, of_train))
-    found = []
+    records = []
     for limit in limits:
         rows, train_rows = (fixed_draw(len(split.labels), limit) for split in (validation, train))
         labels, train_labels = validation.labels[rows], train.labels[train_rows]
         finite = train_logits[train_rows].isfinite().all()
         loss = F.cross_entropy(train_logits[train_rows], train_labels).item() if finite else None
-        found.append(
+        records.append(
             {
                 **collapse_of(states[:, rows], labels.numpy()),
                 "validation_accuracy": accuracy(logits[rows], labels),
@@ -64,7 +64,7 @@ def measures_on(
                 "rows": len(labels),
             }
         )
-    return found
+    return records
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

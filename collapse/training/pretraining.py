@@ -207,7 +207,7 @@ class Pretraining:
         tensors, metadata = read_tensors(self.checkpoint)
         restore_optimizer(self.stored, self.optimizer, tensors)
         state = State(**metadata["state"])
-        self.progress.go_on_after(state.step, 0)
+        self.progress.resume_at(state.step, 0)
         return state
 
     def save(self, state: State) -> None:

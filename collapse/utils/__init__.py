@@ -1,1 +1,1 @@
-"""What every floor uses: errors, device, files, the hub, provenance."""
+"""Used by every layer: errors, device, files, the hub, provenance."""

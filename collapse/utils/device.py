@@ -24,8 +24,8 @@ def pick_device(name: str) -> torch.device:
     fix = (
         "its builds for CUDA 13 need driver 580 or newer: update the driver, or install the build "
         "for CUDA 12.9, `.venv/bin/pip install --force-reinstall --no-deps "
-        f"torch=={version} --index-url ADDRESS/cu129`, the address being the one that the selector "
-        "on PyTorch's installation page gives, and then what that build asks for"
+        f"torch=={version} --index-url URL/cu129` with the URL that PyTorch's installation page "
+        "gives, then the packages that this build asks for"
     )
     if name == "cuda" and driver:
         raise UserError(f"--device cuda: {mismatch}; {fix}.")

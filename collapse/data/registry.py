@@ -1,6 +1,5 @@
 """Every data set by its name, read from files or the Hugging Face hub as a Task."""
 
-import csv
 import dataclasses
 import hashlib
 import io
@@ -21,10 +20,10 @@ from collapse.data.task import (
     limit_task,
     named_rows,
     parse_label,
-    read_lines,
+    read_records,
 )
 from collapse.utils.errors import UserError
-from collapse.utils.files import ROOT
+from collapse.utils.files import ROOT, read_fetched
 from collapse.utils.hub import load_from_hub
 
 AG_NEWS_ROWS = 120_000  # of the official training split
@@ -37,26 +36,11 @@ def read_ag_news_split(path: Path) -> Rows:
     file and line.
     """
     rows = Rows([], [])
-    reader = csv.reader(read_lines(path), strict=True)
-    try:
-        for columns in reader:
-            where = f"{path}, line {reader.line_num}"
-            if len(columns) != 3:
-                raise UserError(
-                    f"{where}: {len(columns)} columns where class,title,description has 3; "
-                    "fix or remove the line."
-                )
-            text = " ".join(columns[1:]).strip()
-            if not text:
-                raise UserError(
-                    f"{where}: title and description are empty; fix or remove the line."
-                )
-            rows.texts.append(text)
-            rows.labels.append(parse_label(columns[0], 1, 4, where))
-    except csv.Error as error:
-        raise UserError(
-            f"{path}, line {reader.line_num}: {error}; fix or remove the line."
-        ) from None
+    for where, (label, *texts) in read_records(path, ("class", "title", "description"), False):
+        rows.texts.append(" ".join(texts).strip())
+        if not rows.texts[-1]:
+            raise UserError(f"{where}: title and description are empty; fix or remove the line.")
+        rows.labels.append(parse_label(label, 1, 4, where))
     return rows
 
 
@@ -96,16 +80,9 @@ def load_movie_snippets(archive: Path = MOVIE_SNIPPETS_ARCHIVE) -> Task:
     validation when its SHA-256 is divisible by ten: the split needs no seed, and two copies of a
     text cannot land on different sides. Raises UserError when the archive is missing or damaged.
     """
-    if not archive.exists():
-        raise UserError(
-            f"{archive} is not there: run `make data` to fetch it, or point --data-dir at SST-2."
-        )
-    content = archive.read_bytes()
-    if hashlib.sha256(content).hexdigest() != MOVIE_SNIPPETS_SHA256:
-        raise UserError(
-            f"{archive} is damaged (its SHA-256 is not the expected one): "
-            "delete it and run `make data`."
-        )
+    content = read_fetched(
+        archive, MOVIE_SNIPPETS_SHA256, "make data", ", or point --data-dir at SST-2"
+    )
     for member in (
         "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
         "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",

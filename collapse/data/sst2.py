@@ -4,34 +4,19 @@ import dataclasses
 from pathlib import Path
 
 from collapse.data.phrases import maximal_phrases, rows_without_overlap
-from collapse.data.task import Rows, Task, check_task, fixed_draw, parse_label, read_lines
+from collapse.data.task import Rows, Task, check_task, fixed_draw, parse_label, read_records
 from collapse.utils.errors import UserError
 from collapse.utils.hub import load_from_hub
 
 
 def read_sst2_split(path: Path) -> Rows:
-    """Rows of a GLUE SST-2 file: a header, then sentence<TAB>label.
-
-    Raises UserError naming file and line.
-    """
+    """Rows of a GLUE SST-2 file. Raises UserError naming file and line."""
     rows = Rows([], [])
-    lines = read_lines(path)
-    if lines and lines[0].split("\t") != ["sentence", "label"]:
-        raise UserError(
-            f"{path}, line 1: not the header sentence<TAB>label; add it, or fetch the file again."
-        )
-    for number, line in enumerate(lines[1:], 2):
-        where = f"{path}, line {number}"
-        columns = line.split("\t")  # GLUE quotes nothing: a quotation mark is part of the text
-        if len(columns) != 2:
-            raise UserError(
-                f"{where}: {len(columns)} columns where sentence<TAB>label has 2; "
-                "fix or remove the line."
-            )
-        if not columns[0].strip():
+    for where, (sentence, label) in read_records(path, ("sentence", "label")):
+        if not sentence.strip():
             raise UserError(f"{where}: the sentence is empty; fix or remove the line.")
-        rows.texts.append(columns[0].strip())
-        rows.labels.append(parse_label(columns[1].strip(), 0, 1, where))
+        rows.texts.append(sentence.strip())
+        rows.labels.append(parse_label(label.strip(), 0, 1, where))
     return rows
 
 

@@ -1,11 +1,12 @@
 """A data set as a Task of texts and labels: checks, subsets and splits, reading of files."""
 
 import codecs
+import csv
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,35 @@ def read_lines(path: Path) -> list[str]:
             "point --data-dir at a download in the official layout."
         ) from None
     return decode_lines(content, path)
+
+
+def read_records(
+    path: Path, columns: Sequence[str], header: bool = True
+) -> Iterator[tuple[str, list[str]]]:
+    """Rows of an official CSV file, or TSV, which quotes nothing: (place for messages, fields).
+
+    Raises UserError naming file and line for another header, or another number of columns.
+    """
+    tabs = path.suffix == ".tsv"
+    options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    names = ("<TAB>" if tabs else ",").join(columns)
+    # Quoted texts contain the line ends that read_lines cuts off.
+    reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True, **options)
+    try:
+        for number, record in enumerate(reader):
+            where = f"{path}, line {reader.line_num}"
+            if header and number == 0:
+                if record != list(columns):
+                    fix = "add it, or fetch the file again"
+                    raise UserError(f"{where}: not the header {names}; {fix}.")
+                continue
+            if len(record) != len(columns):
+                wrong = f"{len(record)} columns where {names} has {len(columns)}"
+                raise UserError(f"{where}: {wrong}; fix or remove the line.")
+            yield where, record
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise UserError(f"{where}: {error}; fix or remove the line.") from None
 
 
 def decode_lines(content: bytes, path: Path) -> list[str]:

@@ -47,6 +47,17 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_fetched(path: Path, sha256: str, command: str, instead: str = "") -> bytes:
+    """Content of a file that a command fetches. Raises UserError when it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} is not there: run `{command}` to fetch it{instead}.")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        wrong = "is damaged (its SHA-256 is not the expected one)"
+        raise UserError(f"{path} {wrong}: delete it and run `{command}`.")
+    return content
+
+
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Add a line of JSON to a file of lines."""
     with open(path, "a") as file:

@@ -204,7 +204,7 @@ def table_kept(results: dict[str, Any]) -> str:
 def repeated_rows(found: dict[str, Any]) -> str:
     """Whether repeating the same rows drains components, in a sentence."""
     by_rate = ", ".join(
-        f"{100 * share:+.0f} at {10 ** float(rate):.1e}" for rate, share in found["by_rate"].items()
+        f"{100 * share:+.2f} at {10 ** float(rate):.1e}" for rate, share in found["by_rate"].items()
     )
     return (
         "Components left at the end on 2,000 rows less those on all rows, % of the start's, means "

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from collapse.measures.statistics import t_interval
+from collapse.measures.statistics import differences_interval
 from collapse.measures.thresholds import (
     KEPT,
     Threshold,
@@ -23,16 +23,14 @@ from collapse.measures.thresholds import (
     slope_over_time,
     threshold_shift,
 )
-from collapse.measures.verdicts import verdict
 from collapse.utils.files import ROOT, write_json
 from studies import collapse_time
 from studies.collapse_threshold import MARGIN
 from studies.collapse_time import FITTED_FROM, ROUNDING
-from studies.shared.sweep import LATER_ENDPOINTS
+from studies.shared.sweep import LATER_ENDPOINTS, endpoint
 
 OUTPUT = ROOT / "studies" / "results" / "statistics" / "threshold_simulation.json"
 DRAWS = 1000
-HOLM = 1 - 0.05 / LATER_ENDPOINTS  # the widest level in the family
 STEPS = collapse_time.Config().measured
 FITTED = STEPS[FITTED_FROM:]
 RATES = {  # arm -> rates, and the steps that each is trained for
@@ -105,9 +103,9 @@ def p6(rng: np.random.Generator) -> dict[str, Any]:
                 fitted = {step: by_step[step] for step in FITTED}
                 censored += sum(bool(threshold.censored) for threshold in fitted.values())
                 values.append(slope_over_time(fitted, ROUNDING))
-            known = [-value for value in values if value is not None]  # P6 is how far it falls
-            complete = len(known) == backbones
-            return known, complete, False, censored / backbones / len(FITTED)
+            falls = {n: -value for n, value in enumerate(values) if value is not None}
+            complete = len(falls) == backbones
+            return differences_interval(falls), complete, censored / backbones / len(FITTED)
 
         rates_by_case[name] = rates_of(draw)
     return rates_by_case
@@ -131,7 +129,8 @@ def p7(rng: np.random.Generator) -> dict[str, Any]:
                     missing += 1
                 else:
                     values.append(of_2 - of_1)
-            return values, not missing, True, missing / backbones
+            interval = differences_interval(dict(enumerate(values))) | {"lower_bound": True}
+            return interval, not missing, missing / backbones
 
         rates_by_case[f"Model 2's slope {slope:g}, {backbones} backbones"] = rates_of(draw)
     return rates_by_case
@@ -150,8 +149,7 @@ def p8(rng: np.random.Generator) -> dict[str, Any]:
                     own = at + spread * rng.standard_normal()
                     side[seed] = Threshold.of({rate: rate < own for rate in rates})
             interval = threshold_shift(*sides, DOUBLING)
-            unusable = float(not interval["bounded"])
-            return interval, bool(interval["bounded"]), interval["lower_bound"], unusable
+            return interval, interval["bounded"], float(not interval["bounded"])
 
         rates_by_case[f"Model 1 at 10^{base:g}, shift {shift:g}, sd {spread:g}"] = rates_of(draw)
     return rates_by_case
@@ -160,26 +158,20 @@ def p8(rng: np.random.Generator) -> dict[str, Any]:
 def rates_of(draw: Callable[[], tuple]) -> dict[str, float]:
     """Per cent of draws with each verdict; mean estimate; mean share censored or missing.
 
-    draw() gives (values of backbones or an interval of their mean, whether all have a value,
-    whether they are lower bounds, share that is censored or missing).
+    draw() gives (an interval over backbones, whether all have a value, share that is censored or
+    missing).
     """
     verdicts, means, shares, excluded = Counter(), [], [], 0
     for _ in range(DRAWS):
-        values, complete, lower_bound, share = draw()
+        interval, complete, share = draw()
         shares.append(share)
-        if isinstance(values, list):
-            n = len(values)
-            mean = float(np.mean(values)) if n else 0.0
-            se = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-            values = t_interval(mean, se, n - 1, 0.95)
-        mean, se, df = (values[name] for name in ("mean", "se", "df"))
-        if not complete or not df:
+        judged = endpoint(interval, MARGIN, True, LATER_ENDPOINTS) if complete else None
+        if judged is None:
             verdicts["not complete"] += 1
             continue
-        holm, inner = (t_interval(mean, se, df, level) for level in (HOLM, 0.90))
-        judged = verdict(mean, holm, inner, MARGIN, True, lower_bound)
         verdicts[judged["verdict"]] += 1
-        means.append(mean)
+        means.append(judged["mean"])
+        holm = judged["holm_at_most"]
         excluded += holm["low"] > 0 or holm["high"] < 0
     per_cent = {name: round(100 * count / DRAWS, 1) for name, count in sorted(verdicts.items())}
     per_cent["interval excludes zero"] = round(100 * excluded / DRAWS, 1)

@@ -12,7 +12,6 @@ from collapse.measures.statistics import (
     crossed_interval,
     crossed_mean_squares,
     independent_difference,
-    jackknife_interval,
     mcnemar,
     paired_difference,
     pigeonhole_interval,
@@ -217,21 +216,15 @@ def test_the_jackknife_of_a_mean_is_the_standard_error_of_the_mean():
     values = rng.standard_normal(100)
     for rows in (10, 50, 90):
         draws = [rng.permutation(values)[:rows].mean() for _ in range(4000)]
-        found = jackknife_interval(values.mean(), draws, rows, 100)
+        found = seeds_and_rows_interval([values.mean()], [draws], rows, 100)
         assert found["se"] == pytest.approx(scipy.stats.sem(values), rel=0.05)
 
 
 def test_the_jackknife_interval_is_centred_at_the_value_of_all_rows():
-    found = jackknife_interval(10.0, [6.0, 7.0, 8.0], 50, 150)
+    found = seeds_and_rows_interval([10.0], [[6.0, 7.0, 8.0]], 50, 150)
     assert found["mean"] == 10.0 and found["high"] - 10 == pytest.approx(10 - found["low"])
     half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(50 / 100)
     assert found["high"] == pytest.approx(10 + half)
-
-
-@pytest.mark.parametrize(("draws", "rows"), [([1.0, 2.0], 10), ([1.0, 2.0], 0), ([1.0], 5)])
-def test_subsets_without_a_variance_over_rows_are_refused(draws, rows):
-    with pytest.raises(ValueError, match="no variance over rows"):
-        jackknife_interval(1.0, draws, rows, 10)
 
 
 def test_the_interval_of_a_rank_adds_the_variance_over_rows_of_the_mean_over_seeds():
@@ -241,8 +234,6 @@ def test_the_interval_of_a_rank_adds_the_variance_over_rows_of_the_mean_over_see
     over_rows = np.var(draws.mean(0), ddof=1) * 40 / 60
     assert found["se"] == pytest.approx(math.sqrt(1.0 / 3 + over_rows))
     assert (found["mean"], found["df"], found["n_seeds"]) == (4.0, 2, 3)
-    with pytest.raises(ValueError, match="one row of draws a seed"):
-        seeds_and_rows_interval(values, draws.T, 40, 100)
 
 
 def test_rows_that_move_all_seeds_together_count_in_full_and_apart_only_in_part():
@@ -252,12 +243,6 @@ def test_rows_that_move_all_seeds_together_count_in_full_and_apart_only_in_part(
     apart = seeds_and_rows_interval(values, rows.reshape(4, 100), 50, 100)
     assert together["se"] == pytest.approx(rows.std(ddof=1))
     assert apart["se"] == pytest.approx(rows.std(ddof=1) / 2, rel=0.2)
-
-
-def test_the_interval_of_one_seed_is_over_rows():
-    draws = np.random.default_rng(16).standard_normal((1, 30))
-    found = seeds_and_rows_interval([2.0], draws, 50, 100)
-    assert found == jackknife_interval(2.0, draws[0], 50, 100) | {"n_seeds": 1}
 
 
 def test_the_jackknife_interval_covers_the_stable_rank_of_other_samples():
@@ -275,7 +260,8 @@ def test_the_jackknife_interval_covers_the_stable_rank_of_other_samples():
     covered = 0
     for x, value in zip(samples, at_all, strict=True):
         half = rng.permuted(np.tile(np.arange(total), (subsets, 1)), axis=1)[:, : total // 2]
-        found = jackknife_interval(value, log_stable_rank(x[half]), total // 2, total)
+        draws = log_stable_rank(x[half])
+        found = seeds_and_rows_interval([value], [draws], total // 2, total)
         covered += found["low"] <= at_all.mean() <= found["high"]
     assert covered / runs > 0.92 - 3 * math.sqrt(0.95 * 0.05 / runs)
 

@@ -48,7 +48,7 @@ def neural_collapse_metrics(
     metrics = {
         "cdnv": cdnv(features, labels),
         "within_between_trace": float((within / s[kept] ** 2).sum() / len(classes)),
-        "norm_cv": _variation(np.linalg.norm(centred, axis=1), floor),
+        "norm_cv": variation(np.linalg.norm(centred, axis=1), floor),
         "etf_error": _distance_from_simplex(centred @ centred.T, floor**2),
         "hyperspherical_mean": _mean(angles),
         "hyperspherical_var": float(angles.var()) if len(angles) else 0.0,
@@ -59,7 +59,7 @@ def neural_collapse_metrics(
         weights = np.asarray(weights, dtype=np.float64)[classes]
         cosines = (unit_rows(weights, np.finfo(np.float64).tiny) * directions).sum(1)
         metrics["self_duality_error"] = _distance_from_simplex(weights @ centred.T, floor**2)
-        metrics["uniform_duality_cv"] = _variation(cosines, EPSILON)
+        metrics["uniform_duality_cv"] = variation(cosines, EPSILON)
     return metrics
 
 
@@ -190,7 +190,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _variation(values: np.ndarray, floor: float) -> float:
+def variation(values: np.ndarray, floor: float) -> float:
     """Standard deviation over absolute mean; 0 for values that are all rounding."""
     mean = abs(values.mean())
     return float(values.std() / max(mean, floor)) if np.abs(values).max() > floor else 0.0

@@ -124,20 +124,24 @@ def publish_rows(folder: Path, trained_elsewhere: Collection[tuple[str, str]] = 
         path.unlink(missing_ok=True)
 
 
-def read_rows(folder: Path) -> dict[str, dict[str, dict[str, RowResults]]]:
-    """Published rows of a results folder: model -> seed -> "best" or "final" -> RowResults.
+def read_file(path: Path, separator: str) -> dict[str, RowResults]:
+    """Name -> rows, of a file whose tensors are named NAME, separator, part; empty without one.
 
-    Empty where there are none. Raises UserError when the file is damaged.
+    Raises UserError when the file is damaged.
     """
-    path = folder / "rows.safetensors"
-    stored = read_tensors(path)[0] if path.exists() else {}
-    parts: dict[tuple[str, ...], dict[str, Tensor]] = {}
-    for name, tensor in stored.items():
-        model, seed, epoch, part = name.split(" ")
-        parts.setdefault((model, seed, epoch), {})[part] = tensor
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in (read_tensors(path)[0] if path.exists() else {}).items():
+        name, _, part = key.rpartition(separator)
+        parts.setdefault(name, {})[part] = tensor
+    return {name: unpack(tensors) for name, tensors in parts.items()}
+
+
+def read_rows(folder: Path) -> dict[str, dict[str, dict[str, RowResults]]]:
+    """Published rows of a results folder: model -> seed -> "best" or "final" -> RowResults."""
     results: dict[str, dict[str, dict[str, RowResults]]] = {}
-    for (model, seed, epoch), tensors in parts.items():
-        results.setdefault(model, {}).setdefault(seed, {})[epoch] = unpack(tensors)
+    for name, rows in read_file(folder / "rows.safetensors", " ").items():
+        model, seed, epoch = name.split(" ")
+        results.setdefault(model, {}).setdefault(seed, {})[epoch] = rows
     return results
 
 

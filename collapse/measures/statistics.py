@@ -86,25 +86,17 @@ def sets_interval(differences: Sequence[np.ndarray], level: float = 0.95) -> dic
     least.
     """
     arrays = [_seeds_by_rows(array) for array in differences]
-    n_seeds, n_sets = len(arrays[0]), len(arrays)
-    if len({len(array) for array in arrays}) != 1:
-        raise ValueError(f"seeds differ between sets: {[len(array) for array in arrays]}")
     means = np.mean([array.mean(1) for array in arrays], axis=0)  # (S,)
-    cells = np.array([array.size for array in arrays]) * n_sets**2  # (D,)
+    n_seeds, n_rows = len(means), np.array([array.shape[1] for array in arrays])  # (D,)
     squares = np.array([crossed_mean_squares(array)[1:] for array in arrays])  # (D, 2)
-    residual = squares[:, 1] / cells
-    of_rows = np.maximum(squares[:, 0], squares[:, 1]) / cells
-    of_seeds = max(means.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0, residual.sum())
+    squares /= (n_seeds * n_rows * len(arrays) ** 2)[:, None]
+    residual, of_rows = squares[:, 1], squares.max(1)
+    of_seeds = max(means.var(ddof=1) / n_seeds, residual.sum())
     total = of_seeds + (of_rows - residual).sum()
-    row_freedom = np.array([max(1, array.shape[1] - 1) for array in arrays])
-    rest_freedom = row_freedom * max(1, n_seeds - 1)
-    scatter = (of_rows**2 / row_freedom + residual**2 / rest_freedom).sum()
-    if n_seeds > 1:
-        scatter += of_seeds**2 / (n_seeds - 1)
-    least = n_seeds - 1 if n_seeds > 1 else int(row_freedom.min())
-    df = max(total**2 / scatter, least) if scatter > 0 else least
-    found = t_interval(float(means.mean()), math.sqrt(total), float(df), level)
-    return found | {"n": n_seeds}
+    scatter = (of_rows**2 / (n_rows - 1) + residual**2 / (n_rows - 1) / (n_seeds - 1)).sum()
+    scatter += of_seeds**2 / (n_seeds - 1)
+    df = max(total**2 / scatter, n_seeds - 1) if scatter > 0 else n_seeds - 1
+    return t_interval(float(means.mean()), math.sqrt(total), float(df), level) | {"n": n_seeds}
 
 
 def pigeonhole_interval(
@@ -144,36 +136,17 @@ def seeds_and_rows_interval(
 
     `values` (S,) are at all `total` rows and give the centre; `draws` (S, B) are at B random
     subsets of `rows` rows, the same subsets for every seed. SE^2 = variance of values / S +
-    delete-d jackknife variance of the mean over seeds. S - 1 degrees of freedom: few where rows
-    vary more than seeds, which errs on the wide side. From one seed the interval is over rows
+    delete-d jackknife variance of the mean over seeds (Shao & Wu 1989: that of the subsets counts
+    rows / (total - rows) times, since large subsets overlap). S - 1 degrees of freedom: few where
+    rows vary more than seeds, which errs on the wide side. From one seed the interval is over rows
     alone, and `n_seeds` says so.
     """
     values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
-    if draws.ndim != 2 or values.shape != draws.shape[:1]:
-        raise ValueError(f"values {values.shape} and draws {draws.shape}: one row of draws a seed")
-    mean, n_seeds = float(values.mean()), len(values)
-    over_rows = jackknife_interval(mean, draws.mean(0), rows, total, level)
-    if n_seeds == 1:
-        return over_rows | {"n_seeds": 1}
-    se = math.sqrt(values.var(ddof=1) / n_seeds + over_rows["se"] ** 2)
-    return t_interval(mean, se, n_seeds - 1, level) | {"n_seeds": n_seeds}
-
-
-def jackknife_interval(
-    at_all_rows: float, draws: np.ndarray, rows: int, total: int, level: float = 0.95
-) -> dict[str, Any]:
-    """A statistic of a set of `total` rows with an interval for other sets of as many rows.
-
-    `draws` (B,) are the statistic at random subsets of `rows` rows. Delete-d jackknife (Shao & Wu
-    1989): the subsets' standard deviation counts sqrt(rows / (total - rows)) times, since large
-    subsets overlap. The centre is the statistic at all rows: ranks grow with the number of rows,
-    and the mean over subsets belongs to fewer of them.
-    """
-    draws = np.asarray(draws, dtype=np.float64)
-    if not 0 < rows < total or draws.ndim != 1 or len(draws) < 2:
-        raise ValueError(f"{draws.shape} draws of {rows} from {total} rows: no variance over rows")
-    se = float(draws.std(ddof=1)) * math.sqrt(rows / (total - rows))
-    return t_interval(float(at_all_rows), se, len(draws) - 1, level)
+    n_seeds, n_draws = draws.shape
+    over_rows = float(draws.mean(0).std(ddof=1)) * math.sqrt(rows / (total - rows))
+    over_seeds = values.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0
+    se, df = math.sqrt(over_seeds + over_rows**2), (n_seeds if n_seeds > 1 else n_draws) - 1
+    return t_interval(float(values.mean()), se, df, level) | {"n_seeds": n_seeds}
 
 
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
@@ -217,13 +190,10 @@ def differences_interval(by_seed: Mapping[Any, float]) -> dict[str, Any]:
 def mean_interval(values: Iterable[float]) -> dict[str, float | int | None]:
     """Mean and 95% t interval over independent values (seeds); no interval from fewer than two."""
     values = np.asarray(list(values), dtype=np.float64)
-    mean, n = float(values.mean()), len(values)
-    if n < 2:
-        return {"mean": mean, "low": None, "high": None, "n": n}
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    n = len(values)
+    se = values.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    interval = t_interval(float(values.mean()), float(se), n - 1, 0.95)
+    return {name: interval[name] for name in ("mean", "low", "high")} | {"n": n}
 
 
 def independent_difference(
@@ -247,14 +217,9 @@ def difference_interval(theirs: list[float], yours: list[float]) -> dict[str, fl
     side has two seeds.
     """
     a, b = np.array(theirs), np.array(yours)
-    difference, freedom = float(b.mean() - a.mean()), len(a) + len(b) - 2
-    if freedom < 1:
-        return {"mean": difference, "low": None, "high": None}
-    from scipy.stats import t
-
-    pooled = (((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()) / freedom
-    half = float(t.ppf(0.975, freedom) * math.sqrt(pooled * (1 / len(a) + 1 / len(b))))
-    return {"mean": difference, "low": difference - half, "high": difference + half}
+    df, squares = len(a) + len(b) - 2, len(a) * a.var() + len(b) * b.var()
+    se = math.sqrt(squares / df * (1 / len(a) + 1 / len(b))) if df else 0.0
+    return t_interval(float(b.mean() - a.mean()), se, df, 0.95)
 
 
 def compare_models(correct_a: np.ndarray, correct_b: np.ndarray) -> dict[str, Any]:

@@ -69,20 +69,57 @@ def collapsed_by(shares: Sequence[float | None], bound: float) -> bool:
 def slope_over_time(thresholds: Mapping[int, Threshold], least_sigma: float) -> float | None:
     """Slope of log10 threshold on log10 steps, of steps -> threshold after so many.
 
-    Thresholds between two rates enter as their middle, censored ones as bounds, see censored_line.
-    None where fewer than two are not censored.
+    Of the line of highest likelihood with independent normal errors: a threshold between two rates
+    enters as their middle, a censored one as a bound. None where fewer than two are not censored:
+    every slope is then admitted. Without a censored one it is the line of least squares.
+    `least_sigma` (above 0) keeps the errors' standard deviation away from zero, where points lie on
+    a line by the coarseness of their grid: give that of rounding to it. Maximized in slope / sigma
+    and 1 / sigma, in which the likelihood is concave (Olsen 1978).
     """
+    from scipy.optimize import minimize
+
     steps = sorted(thresholds)
-    if sum(not thresholds[step].censored for step in steps) < 2:
+    x, values = np.log10(steps), np.array([thresholds[step].value for step in steps])
+    kinds = np.array([thresholds[step].censored for step in steps])
+    known = kinds == ""
+    if known.sum() < 2:
         return None
-    low, high = zip(*(_as_known(thresholds[step]) for step in steps), strict=True)
-    return censored_line(np.log10(steps), low, high, least_sigma).slope
+    if known.all():
+        return float(np.polyfit(x, values, 1)[0])
+    scale, centre = np.ptp(x[known]), x[known].mean()  # so that what is sought is of like size
+    z = (x - centre) / scale
+    slope, intercept = np.polyfit(z[known], values[known], 1)
+    residuals = values[known] - intercept - slope * z[known]
+    sigma = max(float(np.sqrt(np.mean(residuals**2))), least_sigma)
+    found = minimize(
+        _minus_log_likelihood,
+        np.array([intercept, slope, 1]) / sigma,
+        args=(z, values, known, np.where(kinds == ">=", 1, -1)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(None, None), (None, None), (1e-9, 1 / least_sigma)],
+        options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000},
+    )
+    return float(found.x[1] / found.x[2] / scale)
 
 
-def _as_known(threshold: Threshold) -> tuple[float, float]:
-    if threshold.censored:
-        return threshold.low, threshold.high
-    return threshold.value, threshold.value
+def _minus_log_likelihood(
+    parameters: np.ndarray, z: np.ndarray, values: np.ndarray, known: np.ndarray, side: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """And its gradient (3,); parameters: intercept, slope (over sigma), 1 / sigma.
+
+    side (N,): 1 where a value that is not known lies above its bound, -1 where below.
+    """
+    from scipy.special import log_ndtr
+
+    at_zero, steepness, inverse = parameters
+    error = inverse * values - at_zero - steepness * z  # (N,) over sigma
+    mass = log_ndtr(-side * error)  # log probability of lying beyond the bound
+    beyond = side * np.exp(-0.5 * error**2 - 0.5 * math.log(2 * math.pi) - mass)
+    total = np.where(known, math.log(inverse) - 0.5 * error**2, mass).sum()
+    by_mean = np.where(known, error, beyond)  # derivative by the mean
+    by_inverse = known.sum() / inverse - by_mean @ values
+    return -total, -np.array([by_mean.sum(), by_mean @ z, by_inverse])
 
 
 def slope_bounds(
@@ -118,100 +155,3 @@ def threshold_shift(
     variance = max(differences.var(ddof=1), step**2 / 6)
     se = math.sqrt(variance / len(shared))
     return t_interval(float(differences.mean()), se, len(shared) - 1, 0.95) | told
-
-
-@dataclass(frozen=True)
-class Line:
-    """value = intercept + slope * x + normal error of standard deviation sigma."""
-
-    intercept: float
-    slope: float
-    sigma: float
-
-
-def censored_line(
-    x: Sequence[float], low: Sequence[float], high: Sequence[float], least_sigma: float
-) -> Line:
-    """The line of highest likelihood through values known to lie from `low` to `high`, all (N,).
-
-    A value with low = high is known, one with low = -inf or high = inf by one bound alone. Errors
-    are independent and normal. `least_sigma` (above 0) keeps sigma away from zero, where points
-    lie on a line by the coarseness of their grid: give the standard deviation of rounding to it.
-    Without a value that is censored it is the line of least squares. Maximized in slope / sigma and
-    1 / sigma, in which the likelihood is concave (Olsen 1978). Raises ValueError where fewer than
-    two values, at different x, have both bounds: the rest admits every slope.
-    """
-    from scipy.optimize import minimize
-
-    x, low, high = (np.asarray(values, dtype=np.float64) for values in (x, low, high))
-    if not x.shape == low.shape == high.shape or x.ndim != 1 or (low > high).any():
-        raise ValueError("x, low and high are of one length, and no low is above its high")
-    if not least_sigma > 0:
-        raise ValueError(f"least_sigma is above 0, not {least_sigma}")
-    known = np.isfinite(low) & np.isfinite(high)
-    if len(np.unique(x[known])) < 2:
-        raise ValueError(
-            "a line needs two values with both bounds, at different x: the others are censored "
-            "and admit every slope"
-        )
-    if (low == high).all():
-        slope, intercept = np.polyfit(x, low, 1)
-        sigma = float(np.sqrt(np.mean((low - intercept - slope * x) ** 2)))
-        return Line(float(intercept), float(slope), max(sigma, least_sigma))
-    # In units of the data, so that the three numbers sought are of like size.
-    scale, centre = max(float(np.ptp(x[known])), 1e-12), float(x[known].mean())
-    z = (x - centre) / scale
-    middle = (low[known] + high[known]) / 2
-    slope, intercept = np.polyfit(z[known], middle, 1)
-    residuals = middle - intercept - slope * z[known]
-    sigma = max(float(np.sqrt(np.mean(residuals**2))), least_sigma)
-    start = np.array([intercept / sigma, slope / sigma, 1 / sigma])
-    found = minimize(
-        _minus_log_likelihood,
-        start,
-        args=(z, low, high),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(None, None), (None, None), (1e-9, 1 / least_sigma)],
-        options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000},
-    )
-    at_zero, steepness, inverse = found.x
-    slope = steepness / inverse / scale
-    return Line(float(at_zero / inverse - slope * centre), float(slope), float(1 / inverse))
-
-
-def _minus_log_likelihood(
-    parameters: np.ndarray, z: np.ndarray, low: np.ndarray, high: np.ndarray
-) -> tuple[float, np.ndarray]:
-    """And its gradient (3,); parameters: intercept, slope (over sigma), 1 / sigma."""
-    at_zero, steepness, inverse = parameters
-    mean = at_zero + steepness * z  # (N,) over sigma, as all below
-    exact = low == high
-    error = inverse * low[exact] - mean[exact]
-    total = exact.sum() * math.log(inverse) - 0.5 * float(error @ error)
-    by_mean = np.zeros_like(z)  # derivative by the mean
-    by_mean[exact] = error
-    by_inverse = exact.sum() / inverse - float(error @ low[exact])
-
-    between = ~exact
-    a = inverse * low[between] - mean[between]
-    b = inverse * high[between] - mean[between]
-    mass = _log_mass(a, b)
-    total += float(mass.sum())
-    at_a, at_b = (np.exp(-0.5 * end**2 - 0.5 * math.log(2 * math.pi) - mass) for end in (a, b))
-    by_mean[between] = at_a - at_b
-    finite_low, finite_high = np.isfinite(a), np.isfinite(b)
-    by_inverse += float(at_b[finite_high] @ high[between][finite_high])
-    by_inverse -= float(at_a[finite_low] @ low[between][finite_low])
-    gradient = np.array([by_mean.sum(), by_mean @ z, by_inverse])
-    return -total, -gradient
-
-
-def _log_mass(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Log of the normal probability from a to b (N,), a < b; precise in both tails."""
-    from scipy.special import log_ndtr
-
-    flip = a > 0  # the upper tail is the lower one mirrored
-    a, b = np.where(flip, -b, a), np.where(flip, -a, b)
-    upper, lower = log_ndtr(b), log_ndtr(a)
-    return upper + np.log1p(-np.exp(lower - upper))

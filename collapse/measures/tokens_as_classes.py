@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from collapse.measures.neural_collapse import unit_rows, variation
+
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # states (T, D), next tokens (T,)
 
 TILE = 1024  # classes; a tile of pairs takes 8 MiB
@@ -132,10 +134,9 @@ def _variability(found: ClassMeans) -> dict[str, float]:
 
 def _geometry(centred: Tensor, floor: float) -> dict[str, float]:
     """NC2 of class means less their mean (C, D)."""
-    lengths = centred.norm(dim=1)
     scatter = centred.T @ centred  # (D, D): its squares sum to those of the (C, C) products
     size, trace = scatter.norm().item(), scatter.trace().item()
-    unit = _unit(centred, floor)
+    unit = torch.from_numpy(unit_rows(centred.numpy(), floor))
     classes = len(unit)
     pairs = max(1, math.comb(classes, 2))
     own = unit.square().sum().item()  # cosines of classes with themselves
@@ -143,7 +144,7 @@ def _geometry(centred: Tensor, floor: float) -> dict[str, float]:
     squared = (unit.T @ unit).square().sum().item() - unit.square().sum(1).square().sum().item()
     mean = cosines / pairs
     return {
-        "norm_cv": _variation(lengths, floor),
+        "norm_cv": variation(centred.norm(dim=1).numpy(), floor),
         "participation_ratio": (trace / size) ** 2 if size > floor**2 else 0.0,
         "etf_error": _frame_distance(trace, size, classes, floor),
         "interference_mean": mean,
@@ -173,11 +174,12 @@ def _duality(centred: Tensor, heads: Tensor, floor: float) -> dict[str, float]:
     # The products (C, C) are heads @ centred.T; as the means are centred, their sum is 0.
     size = ((heads.T @ heads) * (centred.T @ centred)).sum().clamp(min=0).sqrt().item()
     trace = (heads * centred).sum().item()
-    cosines = (_unit(heads, torch.finfo(torch.float64).tiny) * _unit(centred, floor)).sum(1)
+    tiny = torch.finfo(torch.float64).tiny
+    cosines = (unit_rows(heads.numpy(), tiny) * unit_rows(centred.numpy(), floor)).sum(1)
     return {
         "self_duality_error": _frame_distance(trace, size, len(centred), floor),
-        "cosine_mean": cosines.mean().item(),
-        "cosine_cv": _variation(cosines, EPSILON),
+        "cosine_mean": float(cosines.mean()),
+        "cosine_cv": variation(cosines, EPSILON),
     }
 
 
@@ -205,16 +207,3 @@ def _frame_distance(trace: float, size: float, classes: int, floor: float) -> fl
     if size <= floor**2:
         return 1.0  # nothing but rounding: the frame's own norm
     return math.sqrt(max(0.0, 2 - 2 * trace / size / math.sqrt(classes - 1)))
-
-
-def _unit(vectors: Tensor, floor: float) -> Tensor:
-    """Rows at length 1; a row no longer than floor is 0."""
-    lengths = vectors.norm(dim=1, keepdim=True)
-    return torch.where(lengths > floor, vectors / lengths.clamp(min=floor), 0.0)
-
-
-def _variation(values: Tensor, floor: float) -> float:
-    """Standard deviation over absolute mean; 0 for values that are all rounding."""
-    if values.abs().max().item() <= floor:
-        return 0.0
-    return values.std(correction=0).item() / max(abs(values.mean().item()), floor)

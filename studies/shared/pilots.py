@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from collapse.data.task import Rows, Task, limit_task
-from collapse.measures.predictions import RowResults, unpack
+from collapse.measures.predictions import read_file
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError
 from collapse.utils.files import locked, read_tensors, write_tensors
@@ -147,15 +147,6 @@ def put_rows(file: Path, name: str, rows: Mapping[str, Tensor]) -> None:
         write_tensors(file, stored | {f"{name}/{part}": rows[part] for part in rows}, {})
 
 
-def read_all_rows(file: Path) -> dict[str, RowResults]:
-    """Name of a training -> its rows; empty where there is no file."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in (read_tensors(file)[0] if file.exists() else {}).items():
-        name, _, part = key.rpartition("/")
-        parts.setdefault(name, {})[part] = tensor
-    return {name: unpack(tensors) for name, tensors in parts.items()}
-
-
 def read_runs(folder: Path, planned: int, trial_type: type) -> Iterator[Run]:
     """Every trial of the seeds 0 .. planned - 1.
 
@@ -163,7 +154,7 @@ def read_runs(folder: Path, planned: int, trial_type: type) -> Iterator[Run]:
     earlier training of the same name.
     """
     for seed in range(planned):
-        rows = read_all_rows(rows_file(folder, seed))
+        rows = read_file(rows_file(folder, seed), "/")
         for run in sweep.read_runs(folder, [seed], trial_type, Run):
             stored = rows.get(run.trial.name)
             if stored is None or run.end["best_epoch"] is None:

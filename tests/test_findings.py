@@ -74,6 +74,10 @@ def test_every_published_run_has_its_place_in_the_documents(page):
     assert list(experiments.read_ranks()) == list(measured)  # none left out, one order
 
 
+def table_of_records(results: dict, columns: tuple) -> str:
+    return table_of(columns, records.models_of(results), hide_unknown=True)
+
+
 def prose(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
 
@@ -284,17 +288,13 @@ def test_each_table_of_experiment_4_puts_each_number_below_its_head():
     results = records.summarize({"S": study})
     told = experiments.origin(experiments.records_of(results))
     assert told == "by commit c0ffee0123 on abacus, 2 threads"
-    row = cells_of_row(
-        experiments.table_records(results, experiments.RANK_COLUMNS), "Classification Only"
-    )
+    row = cells_of_row(table_of_records(results, experiments.RANK_COLUMNS), "Classification Only")
     heads = ["effective rank", "over N - 1", "stable rank", "participation ratio"]
     heads += ["the same, eigenvalues", "components for 95% of variance"]
     assert [float(row[head]) for head in heads] == [200, 201, 202, 203, 204, 205]
     assert (row["rows"], row["seeds"], row["at matched rows"]) == ("100", "1", "240.0")
     assert "within classes" not in row  # no record has it
-    row = cells_of_row(
-        experiments.table_records(results, experiments.COLLAPSE_COLUMNS), "Dual Head"
-    )
+    row = cells_of_row(table_of_records(results, experiments.COLLAPSE_COLUMNS), "Dual Head")
     heads = ["NC1 CDNV, pooled", "NC1 CDNV, intermediate", "NC2 etf_error"]
     heads += ["NC3 self_duality_error", "NC4 ncc_agreement", "accuracy"]
     assert [float(row[head]) for head in heads] == [306, 320, 321, 322, 323, 307]
@@ -331,14 +331,14 @@ def test_newer_measures_have_columns_and_older_records_say_that_they_lack_them()
         studies[name] = study | {"records": found}
     results = records.summarize(studies)
     heads = ["within classes", "without the first token", "within, without first"]
-    for table in (
-        experiments.table_records(results, experiments.RANK_COLUMNS),
+    for shown in (
+        table_of_records(results, experiments.RANK_COLUMNS),
         experiments.table_changes(results),
     ):
         old, new = (
             [cells_of_row(part, name)[head] for head in heads]
             for name in ("old", "new")
-            for part in [with_one_row_of(table, name)]
+            for part in [with_one_row_of(shown, name)]
         )
         assert old == ["n/a"] * 3 and "n/a" not in new
     assert experiments.table_depth(results).count("| new |") == 2 * 4  # models by measures

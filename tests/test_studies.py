@@ -19,6 +19,7 @@ from collapse.data.sst2 import load_sst2
 from collapse.models import costs
 from collapse.models.memory import MemoryPlan
 from collapse.models.pretrained import add_lora
+from collapse.report.markdown import table
 from collapse.utils import device
 from collapse.utils.errors import UserError
 from studies import hours, lora_speed, random_checkpoint, throughput
@@ -148,7 +149,7 @@ def test_throughput_measures_every_recipe(miniature, model_number, monkeypatch):
         "data": data,
         "settings": {"rounds": 2},
     }
-    table = side_studies.table_throughput(results | {"model1": small})
+    table = table_of_throughput(results | {"model1": small})
     cells = cells_of_row(table, "1: Classification Only")
     padded, share = small["ratio"]["conventional"], small["matrix_share"]
     low, high = (f"{padded[end]:.1f}" for end in ("low", "high"))
@@ -214,7 +215,7 @@ def test_the_reference_script_is_timed_on_the_same_rows(data_dir, tmp_path, mode
     found = throughput.measure(model_number, model, split, settings, config, None, script)
     assert set(found["ratio"]) == {"reference", "conventional"}
     assert len(script.seen) == 4 and not (tmp_path / "folder").exists()
-    table = side_studies.table_throughput({f"model{model_number}": found})
+    table = table_of_throughput({f"model{model_number}": found})
     (row,) = table.splitlines()[2:]
     ratio = found["ratio"]["reference"]
     cells = cells_of_row(table, row.split("|")[1].strip())
@@ -355,3 +356,8 @@ def test_the_cap_leaves_out_what_the_context_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", caps.append)
     device.cap_memory(15.0)
     assert caps == [pytest.approx(14.6 / 16)]
+
+
+def table_of_throughput(results):
+    rows = side_studies.rows_by_model(results)
+    return table(side_studies.THROUGHPUT_COLUMNS, rows, hide_unknown=True)

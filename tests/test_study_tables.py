@@ -9,7 +9,7 @@ from conftest import cells_of_row
 from collapse.measures.statistics import paired_difference
 from collapse.report.markdown import rows_of
 from collapse.report.markdown import table as table_of
-from collapse.utils.files import read_json, write_json
+from collapse.utils.files import write_json
 from studies import class_count as class_count_study
 from studies import collapse_threshold, engram_pieces, linguistic_collapse
 from studies.report import findings, own_models, side_studies, thresholds
@@ -351,7 +351,7 @@ def published(tmp_path, monkeypatch, benefit, class_count, salience, standin) ->
     monkeypatch.setattr(own_models, "CONFIGS", configs)
     monkeypatch.setattr(own_models, "STANDIN", standin)
     monkeypatch.setattr(own_models, "BAG_OF_WORDS", tmp_path / "words.json")
-    folder = own_models.folder_of(configs["benefit"])
+    folder = own_models.relative(configs["benefit"].folder)
     words = [{"data": "AG News", "accuracy": 0.8, "folder": folder, "train_rows": 9, "classes": 4}]
     made_by = {"git_commit": None, "hardware": {"device": "abacus", "threads": 1}}
     write_json(tmp_path / "words.json", {"rows": words} | made_by)
@@ -375,15 +375,6 @@ def test_each_study_is_in_results_with_its_command_source_and_figure(published):
     assert "AG News, model2 3.2e-03" in text and "drawn anew: [0.013, 0.043]" in text
     keys = {"standin threshold", "benefit differences", "classes", "salience", "pieces"}
     assert keys <= page.numbers.keys()
-
-
-def test_a_study_that_has_not_run_adds_nothing(published, standin):
-    write_json(own_models.BAG_OF_WORDS, read_json(own_models.BAG_OF_WORDS) | {"rows": []})
-    for config in [*(published[name] for name in list(published)[1:]), standin]:
-        (config.folder / "results.json").unlink()
-    numbers = findings.results_page().numbers
-    for key in ("standin", "benefit", "classes", "salience", "pieces"):
-        assert not [number for number in numbers if number.startswith(key)], key
 
 
 def test_blocks_of_the_findings(published):
@@ -418,7 +409,6 @@ def test_endpoints_are_those_of_every_study(published, standin):
     published["collapse_threshold"] = standin  # whose P2 is none
     ran = own_models.endpoints()
     assert list(ran) == ["P1", "P3", "P4", "P5"] and ran["P3"]["mean"] == 0.02
-    assert own_models.standing(ran, "P2") == "P2 not run"
 
 
 def test_runs_by_others_stand_apart(tmp_path):

@@ -84,12 +84,3 @@ def test_the_page_tells_thresholds_with_their_bounds(published):
 def test_a_model_that_ran_at_one_rate_has_no_threshold_yet():
     components = collapse_threshold.by_components(planted({("model1", 0): -3.4})[:1], GRID)
     assert thresholds.table_real_model(components).endswith("\n\nNo threshold is known yet.")
-
-
-def test_nothing_is_added_before_anything_ran(tmp_path, monkeypatch):
-    for name in ("TIME", "QWEN"):
-        config = dataclasses.replace(getattr(own_models, name), output_dir=tmp_path)
-        monkeypatch.setattr(own_models, name, config)
-    monkeypatch.setattr(own_models, "REAL_MODELS", ())
-    assert "## Rate, time" not in results_page().text
-    assert "Not run yet: P6" in own_models.table_endpoints(LATER, "n")

@@ -91,14 +91,9 @@ def table(
     shown = range(len(columns))
     if hide_unknown:
         shown = [number for number in shown if any(line[number] != UNKNOWN for line in lines)]
-    header = [columns[number].title for number in shown]
-    return markdown(header, [[line[number] for number in shown] for line in lines], numbers)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """A Markdown table of cells that are strings already."""
-    rule = "|---" + ("|--:" if numbers else "|---") * (len(header) - 1) + "|"
-    head, *body = ("| " + " | ".join(line) + " |" for line in (header, *rows))
+    lines = [[column.title for column in columns], *lines]
+    head, *body = ("| " + " | ".join(line[number] for number in shown) + " |" for line in lines)
+    rule = "|---" + ("|--:" if numbers else "|---") * (len(shown) - 1) + "|"
     return "\n".join((head, rule, *body))
 
 

@@ -41,12 +41,8 @@ def summarize(studies: dict[str, dict]) -> dict[str, dict]:
         keys = sorted(records, key=lambda key: sort_key_of(key))
         for key in keys:
             result[key] = summarize_model(records[key], result["matched_rows"])
-        pairs = {f"{b} - {a}": (a, paired(records, a, b)) for a, b in changes_of(keys)}
-        result["changes"] = {
-            name: change(a, record_pairs)
-            for name, (a, record_pairs) in pairs.items()
-            if record_pairs
-        }
+        pairs = {f"{b} - {a}": paired(records, a, b) for a, b in changes_of(keys)}
+        result["changes"] = {name: change(found) for name, found in pairs.items() if found}
         results[name] = result
     return results
 
@@ -102,37 +98,25 @@ def paired(records: dict, a: str, b: str) -> list[tuple[dict, dict]]:
     return [(first[seed], record) for seed, record in second.items() if seed in first]
 
 
-def change(a: str, pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
-    """How much each number changes from model a to the other one: mean and interval over seeds.
+def change(pairs: list[tuple[dict, dict]]) -> dict[str, Any]:
+    """How much the numbers of HALVED change: mean and interval for other seeds and other rows.
 
-    `both` has the changes of HALVED with an interval for other seeds and other rows, on which
-    claims rest. The change of log CDNV is there, too, as `cdnv_log_ratio`.
+    On these claims rest. The change of log CDNV is there, too, as `cdnv_log_ratio`.
     """
-    flat = [(scalars(first), scalars(second)) for first, second in pairs]
-    keys = [key for key in flat[0][0] if all(key in part for pair in flat for part in pair)]
-    keys = [key for key in keys if not key.rpartition(".")[2].startswith("num_")]
-    if a == "pretrained":  # its classifier is random, so changes of its output mean nothing
-        parts = {key: key.split(".") for key in keys}
-        keys = [k for k, p in parts.items() if "intermediate" not in p and p[-1] != "accuracy"]
-    changes = {
-        key: mean_interval(second[key] - first[key] for first, second in flat) for key in keys
-    }
     rows, total = pairs[0][0]["halves"]["rows"], pairs[0][0]["num_samples"]
-    changes["both"] = {}
+    both: dict[str, Any] = {}
     for key in HALVED:
         if not all(key in part for pair in pairs for r in pair for part in (r, r["halves"])):
             continue  # records of an older version lack it
         values = np.array([[record[key] for record in pair] for pair in pairs])  # (S, 2)
         drawn = np.array([[record["halves"][key] for record in pair] for pair in pairs])
         draws = drawn[:, 1] - drawn[:, 0]  # (S, B)
-        both = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
-        changes["both"][key] = both
+        both[key] = seeds_and_rows_interval(values[:, 1] - values[:, 0], draws, rows, total)
         if key == "cdnv" and values.min() > 0 and drawn.min() > 0:
             ratios = np.log(values[:, 1] / values[:, 0])
             draws = np.log(drawn[:, 1] / drawn[:, 0])
-            changes["cdnv_log_ratio"] = mean_interval(ratios)
-            changes["both"]["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
-    return changes
+            both["cdnv_log_ratio"] = seeds_and_rows_interval(ratios, draws, rows, total)
+    return {"both": both}
 
 
 def add_losses_of_training(records: dict[str, dict[str, dict]]) -> None:

@@ -79,7 +79,7 @@ def mild_collapse(ranks: dict) -> tuple[str, dict[str, str]]:
 
 def endpoints_of_h3(ran: dict[str, dict]) -> str:
     """P4 is about a trained label; P4b about what training the compressor adds."""
-    results = own_models.results_of(own_models.CONFIGS["engram_salience"]) or {"arms": []}
+    results = own_models.results_of(own_models.CONFIGS["engram_salience"])
     text = f"{standing(ran, 'P4')}, for the label that is trained"
     for row in results["arms"]:
         if row["arm"] == "model3" and row["less_random_compressor"]["n"]:

@@ -347,7 +347,7 @@ RANK_COLUMNS, COLLAPSE_COLUMNS = (
 CHANGE_COLUMNS = (
     Column("data, backbone", "name"),
     Column("change, mean [95%]", "title"),
-    Column("seeds", "change.effective_rank.n"),
+    Column("seeds", "change.both.effective_rank.n_seeds"),
     *(change(m.title, m.number) for m in records.RANKS if m.number in records.HALVED),
     change("NC1 CDNV, pooled, as a factor", "cdnv_log_ratio", 2),
 )
@@ -361,19 +361,14 @@ DEPTH_COLUMNS = (
 )
 
 
-def table_records(ranks: dict, columns: tuple[Column, ...]) -> str:
-    """Numbers of every study and model, without columns that no record has."""
-    return table(columns, records.models_of(ranks), hide_unknown=True)
-
-
 def change_cell(changes: dict, number: str, digits: int) -> str | None:
     """Mean [95%] of a change, for a log ratio as a factor.
 
-    The mean alone if the number has no interval over rows; None if older results lack it.
+    None if older results lack it.
     """
     interval = changes["both"].get(number)
     if interval is None:
-        return f"{changes[number]['mean']:+.{digits}f}" if number in changes else None
+        return None
     if not number.endswith("log_ratio"):
         return format_interval(interval, digits, sign="+")
     ends = {k: None if interval[k] is None else math.exp(interval[k]) for k in ("low", "high")}

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,24 +50,17 @@ def summarize() -> None:
     published = [(study, CONFIGS[name]) for name, study in STUDIES.items()]
     published += [(collapse_threshold, config) for config in (STANDIN, *REAL_MODELS)]
     for study, config in [*published, (collapse_time, TIME)]:
-        if any(config.folder.glob("seed-*.csv")):
-            study.STUDY.report(config)
+        study.STUDY.report(config)
 
 
-def folder_of(config: sweep.Config) -> str:
-    """The study's folder as documents name it, from the repository's."""
-    return os.path.relpath(config.folder, ROOT)
+def relative(path: Path) -> str:
+    """A path as documents name it, from the repository's folder."""
+    return os.path.relpath(path, ROOT)
 
 
-def results_of(config: sweep.Config) -> dict[str, Any] | None:
-    """The study's results.json; None if it does not exist."""
-    path = config.folder / "results.json"
-    return read_json(path) if path.exists() else None
-
-
-def real_models_that_ran() -> list[collapse_threshold.Config]:
-    """Those of REAL_MODELS whose thresholds have been bracketed by components."""
-    return [model for model in REAL_MODELS if "by_components" in (results_of(model) or {})]
+def results_of(config: sweep.Config) -> dict[str, Any]:
+    """The study's results.json."""
+    return read_json(config.folder / "results.json")
 
 
 def thresholds_of(config: collapse_threshold.Config) -> dict[str, dict[str, dict[int, Threshold]]]:
@@ -123,8 +117,9 @@ def source_of(config: sweep.Config, options: str = "", settings: Sequence[str] =
     command = " ".join(["python", f"studies/{script}.py", *options.split()])
     return (
         f"Command: `{command} --data-dir DIR`. Source: "
-        f"`{folder_of(config)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} trainings"
-        f"{', those of pilots among them' if piloted else ''}, made by commit {commits}{on}."
+        f"`{relative(config.folder)}/seed-*.csv`, {len(rows):,} rows of {len(trainings):,} "
+        f"trainings{', those of pilots among them' if piloted else ''}, "
+        f"made by commit {commits}{on}."
     )
 
 
@@ -209,7 +204,7 @@ def verdict_so_far(result: dict[str, Any]) -> str:
 
 def standing(ran: dict[str, dict], name: str) -> str:
     """An endpoint's name and verdict."""
-    return f"{name} {verdict_so_far(ran[name]) if name in ran else 'not run'}"
+    return f"{name} {verdict_so_far(ran[name])}"
 
 
 def endpoint_columns(counted: str) -> list[Column]:
@@ -246,12 +241,7 @@ def endpoint_rows(family: dict[str, tuple[str, float]]) -> list[dict[str, Any]]:
 def table_endpoints(
     family: dict[str, tuple[str, float]] = ENDPOINTS, counted: str = "backbones"
 ) -> str:
-    """Table of the endpoints that ran, and a line with the others."""
-    rows = endpoint_rows(family)
-    ran = {row["name"] for row in rows}
-    others = [f"{name}: {what}" for name, (what, _) in family.items() if name not in ran]
-    note = f"\n\nNot run yet: {'; '.join(others)}." if others else ""
-    return table(endpoint_columns(counted), rows) + note
+    return table(endpoint_columns(counted), endpoint_rows(family))
 
 
 def short_table_endpoints() -> str:
@@ -282,14 +272,14 @@ BAG_OF_WORDS_COLUMNS = (
 
 def bag_of_words(folder: str) -> dict[str, float]:
     """Data set -> accuracy of a bag of words on the rows of a results folder."""
-    rows = read_json(BAG_OF_WORDS)["rows"] if BAG_OF_WORDS.exists() else []
+    rows = read_json(BAG_OF_WORDS)["rows"]
     return {row["data"]: row["accuracy"] for row in rows if row["folder"] == folder}
 
 
 def table_bag_of_words() -> str:
     """A bag of words beside Models 1 and 2 on the same rows."""
     titles = {study.folder: study.short for study in experiments.STUDIES}
-    titles |= {folder_of(CONFIGS[name]): title for name, title in SWEEPS.items()}
+    titles |= {relative(CONFIGS[name].folder): title for name, title in SWEEPS.items()}
     rows = (
         row | {"models": titles[row["folder"]]} | accuracies(row["folder"], row["data"])
         for row in read_json(BAG_OF_WORDS)["rows"]
@@ -404,7 +394,7 @@ def table_gains() -> str:
     With the accuracy of Model 1 and of a bag of words on the same rows.
     """
     config = CONFIGS["benefit"]
-    results, words = results_of(config), bag_of_words(folder_of(config))
+    results, words = results_of(config), bag_of_words(relative(config.folder))
     rows = [
         {"data": data, "rank": rank, "words": words.get(data)}
         | {"gain": at(results, ("accuracy_differences", "model2", data))}
@@ -526,8 +516,3 @@ def table_decay(results: dict) -> str:
     differences = results["less_weight_decay"]
     rows = (differences[name] | {"title": title} for name, title in titles.items())
     return table(DECAY_COLUMNS, rows)
-
-
-def table_language_models() -> str:
-    rows = linguistic_collapse.distinct(linguistic_collapse.rows_of_parts(LINGUISTIC))
-    return table(LANGUAGE_MODEL_COLUMNS, rows)

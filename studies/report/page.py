@@ -1,16 +1,15 @@
 """RESULTS.md: its text is in results.md.jinja, its tables are made by the modules beside it."""
 
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from collapse.measures.statistics import format_bounds
+from collapse.report import records
 from collapse.report.markdown import cell, rows_of, table
 from collapse.report.reference import reference_for
 from collapse.utils.files import ROOT, read_json
@@ -19,6 +18,7 @@ from studies import (
     collapse_threshold,
     engram_pieces,
     engram_salience,
+    linguistic_collapse,
     lora_speed,
     sensitivity,
 )
@@ -35,15 +35,6 @@ class Page:
     numbers: dict[str, str]
 
 
-def stored(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None if it does not exist."""
-    return read_json(path) if path.exists() else None
-
-
-def relative(path: Path) -> str:
-    return os.path.relpath(path, ROOT)
-
-
 def results_page() -> Page:
     """RESULTS.md, its tables and figures numbered in the order of the template."""
     numbers: dict[str, str] = {}
@@ -56,7 +47,8 @@ def results_page() -> Page:
     def figure(path: Path, caption: str) -> str:
         if not path.exists():
             return ""
-        return f"![{caption}]({relative(path)})\n\n**Figure A{next(figures)}.** {caption}."
+        link = f"![{caption}]({own_models.relative(path)})"
+        return f"{link}\n\n**Figure A{next(figures)}.** {caption}."
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -71,9 +63,9 @@ def results_page() -> Page:
     }
     modules = (claims, experiments, own_models, side_studies, thresholds)
     modules += (alarm_replay, collapse_threshold, engram_pieces, engram_salience, lora_speed)
-    modules += (sensitivity,)
-    functions = (cell, figure, format_bounds, number, reference_for, relative, rows_of)
-    functions += (experiments.origin, experiments.short_commit, own_models.results_of, stored)
+    modules += (linguistic_collapse, records, sensitivity)
+    functions = (cell, figure, format_bounds, number, reference_for, own_models.relative, rows_of)
+    functions += (experiments.origin, experiments.short_commit, own_models.results_of, read_json)
     names = {module.__name__.rpartition(".")[2]: module for module in modules}
     names |= {function.__name__: function for function in functions}
     template = environment.get_template("results.md.jinja")

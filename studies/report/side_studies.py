@@ -84,14 +84,6 @@ LORA_SPEED_COLUMNS = (
 )
 
 
-def table_lora_speed(results: dict) -> str:
-    return table(LORA_SPEED_COLUMNS, rows_by_model(results), hide_unknown=True)
-
-
-def table_throughput(results: dict) -> str:
-    return table(THROUGHPUT_COLUMNS, rows_by_model(results), hide_unknown=True)
-
-
 def rows_by_model(results: dict) -> list[dict]:
     return [{"key": key} | results[key] for key in THREE_MODELS if key in results]
 

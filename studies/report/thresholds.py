@@ -8,7 +8,7 @@ from typing import Any
 
 from collapse.arms import find_arm
 from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
-from collapse.utils.files import ROOT, read_json
+from collapse.utils.files import ROOT
 from studies import collapse_threshold, collapse_time
 from studies.report.own_models import ARM, DATA, RATE
 from studies.shared import sweep
@@ -130,11 +130,6 @@ def table_ends(results: dict, dataset: str) -> str:
         for rate, outcomes in row["outcomes"][dataset].items()
     ]
     return table(END_COLUMNS, rows)
-
-
-def table_finetuned() -> str:
-    """Backbones and random weights after the same fine-tuning."""
-    return table(FINETUNED_COLUMNS, rows_of(read_json(FINETUNED), "data"))
 
 
 def steps_of(config: collapse_threshold.Config) -> str:

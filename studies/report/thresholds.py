@@ -9,7 +9,7 @@ from typing import Any
 from collapse.arms import find_arm
 from collapse.report.markdown import Column, at, cell, merge_equal, plain, rows_of, table
 from collapse.utils.files import ROOT
-from studies import collapse_threshold, collapse_time
+from studies import collapse_threshold
 from studies.report.own_models import ARM, DATA, RATE
 from studies.shared import sweep
 
@@ -167,16 +167,6 @@ def table_time(results: dict[str, Any]) -> str:
         Column("backbones", lambda row: max(at(row, "thresholds.*.threshold.n"), default=0)),
     ]
     return table(columns, rows_of(results["parts"], "part"))
-
-
-def not_run(results: dict[str, Any], config: collapse_time.Config) -> str:
-    """How many planned trainings of each part have not run; empty where all have."""
-    lacking = []
-    for name, part in config.planned.items():
-        ran = results["parts"].get(name, {"runs": 0})["runs"]
-        if ran < part.trainings:
-            lacking.append(f"{part.trainings - ran} of {part.trainings} of {name}")
-    return "; ".join(lacking)
 
 
 def table_kept(results: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from collapse.utils.files import read_json, through_json
 from studies import alarm_replay
 from studies.alarm_replay import Replayed, best_bound, rates, share
 from studies.collapse_threshold import Run, Trial
-from studies.report.page import results_page
 from studies.shared.sweep import to_nine_digits
 
 
@@ -52,11 +51,6 @@ def test_the_bound_separates_best_and_is_the_nearest_to_a_quarter_of_equals():
     trainings = [training(*[12] * 3, end=9), training(*[20] * 3)]  # 0.30 and 0.50 of the start
     assert best_bound(trainings, "dims_95pct", 2) == 0.325
     assert best_bound([training(*[2] * 3, end=9), training(*[30] * 3)], "dims_95pct", 2) == 0.25
-
-
-def test_without_results_the_page_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(alarm_replay, "OUTPUT", tmp_path)
-    assert "alarm" not in results_page().numbers
 
 
 def test_the_published_results_are_those_of_the_published_starts():

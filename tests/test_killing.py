@@ -14,7 +14,7 @@ import psutil
 import pytest
 from conftest import TINY, fails, without_times
 
-from collapse.runs.engine import Worker
+from collapse.runs import engine
 from collapse.utils.files import ROOT
 
 LONG = "--models 3 1 --epochs 60"  # long enough to be killed in its middle
@@ -152,17 +152,16 @@ def test_what_another_command_finished_and_could_not_publish_is_published(
 def test_a_command_does_not_go_on_in_a_folder_that_another_study_has_taken(
     run, capsys, tmp_path, monkeypatch
 ):
-    """--fresh came while the first command was between two trainings, where it holds no lock."""
-    attempt, taken = Worker.attempt, []
+    """--fresh came before the first command began to work; until then it holds no lock."""
+    plan_workers, taken = engine.plan_workers, []
 
     def take_over(*arguments):
-        done = attempt(*arguments)
         if not taken:
             taken.append(True)
             run("--models 2 --lm-weight 0.25 --fresh")
-        return done
+        return plan_workers(*arguments)
 
-    monkeypatch.setattr(Worker, "attempt", take_over)
+    monkeypatch.setattr(engine, "plan_workers", take_over)
     error = fails(run, capsys, "--models 1 2")
     assert "lm_weight is 0.25 there and 0.5 here" in error and "--output-dir" in error
     assert list(results_of(tmp_path / "out")["models"]) == ["model2"]

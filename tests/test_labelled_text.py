@@ -365,9 +365,17 @@ def test_strings_of_parquet_have_several_types(tmp_path, kind):
         ("a.csv", "text,label\nx,a\ny,a\n", "have 1 different labels: two or more"),
         ("a.csv", "text,label\nx,a\ny,b\nz,c\n", "the 3 training rows .* have 3 different labels"),
         ("a.tsv", "text\tlabel\nx\ta\tb\n", r"a\.tsv, line 2: 3 columns"),
-        ("a.jsonl", '{"text": "x", "label": 1}\n\n{"text": "y"\n', "line 3: not a JSON object"),
-        ("a.jsonl", "[" * 100_000, "element 1: not a JSON object"),
-        ("a.json", '[{"text": "x", "label": 1}, 2]', r"a\.json, element 2: not a JSON object"),
+        (
+            "a.jsonl",
+            '{"text": "x", "label": 1}\n\n{"text": "y"\n',
+            "line 3: expected one JSON object",
+        ),
+        ("a.jsonl", "[" * 100_000, "element 1: expected one JSON object"),
+        (
+            "a.json",
+            '[{"text": "x", "label": 1}, 2]',
+            r"a\.json, element 2: expected one JSON object",
+        ),
         ("a.json", '[{"text": "x", "label": 1}, {}]', r"a\.json, element 2: no column 'text'"),
         ("a.json", '{"data": []}', r"a\.json, line 1: no column 'text' among 'data'"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{"text": "y"}\n', "line 2: no column 'label'"),
@@ -411,7 +419,7 @@ def test_a_name_that_is_no_utf_8_is_refused_before_a_training(tmp_path):
     for name in (b"caf\xe9.csv", b"caf\xe9"):
         path = tmp_path / os.fsdecode(name)
         path.touch() if path.suffix else path.mkdir()
-        with pytest.raises(UserError, match=r"no UTF-8: rename it") as refused:
+        with pytest.raises(UserError, match=r"not valid UTF-8: rename it") as refused:
             load(path)
         str(refused.value).encode()
 

@@ -97,7 +97,6 @@ def test_tables_mark_bounds_and_few_backbones(tmp_path, monkeypatch):
         "by_epoch": [],
     }
     monkeypatch.setattr(sensitivity, "OUTPUT", tmp_path / "results.json")
-    assert "lines" not in results_page().numbers
     write_json(tmp_path / "results.json", results)
     text = results_page().text
     assert "| collapse alone |  | ≥ +1.00 (n = 1) |" in text and "after 200 steps" in text

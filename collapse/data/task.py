@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,7 @@ def read_records(
     tabs = path.suffix == ".tsv"
     options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     names = ("<TAB>" if tabs else ",").join(columns)
+    csv.field_size_limit(sys.maxsize)
     # Quoted texts contain the line ends that read_lines cuts off.
     reader = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True, **options)
     try:

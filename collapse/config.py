@@ -209,6 +209,6 @@ def check_config(config: RunConfig) -> None:
 
 def check_bounds(name: str, value: float | None, low: float, high: float) -> None:
     """Raise UserError for a setting outside of [low, high] or infinite; None: it is not set."""
-    if value is not None and not (low <= value <= high and math.isfinite(value)):
-        wanted = f"{low} or more" if high == math.inf else f"between {low} and {high}"
+    if value is not None and not (low <= value <= high and value != math.inf):
+        wanted = f"{low} or more, and finite" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"--{name.replace('_', '-')} is {value}: it must be {wanted}.")

@@ -62,11 +62,6 @@ class Part:
     short_rates: tuple[float, ...] = ()  # for the first 400 alone
     schedule: str = "constant"
 
-    @property
-    def trainings(self) -> int:
-        """How many there are in all."""
-        return len(self.backbones) * len(self.rates + self.short_rates)
-
 
 def evenly(lowest: float, highest: float, step: float = 0.25) -> tuple[float, ...]:
     return tuple(lowest + step * k for k in range(round((highest - lowest) / step) + 1))

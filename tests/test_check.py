@@ -385,6 +385,8 @@ def test_models_in_memory_need_no_name(llama):
     assert record["model"] == record["base"] == "(in memory)"
     assert record["kept"] == 1 and record["last_layer"]["now"].keys() >= {"dims_95pct"}
     assert not record["revision"]["base"]
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        check(base, base, TEXTS)
 
 
 def test_a_home_is_expanded(adapter, monkeypatch):
@@ -412,6 +414,9 @@ def test_texts_are_read_from_lines_tables_and_json(tmp_path):
         command.read_texts(tmp_path / "a.csv", "review")
     with pytest.raises(UserError, match="name one with --label-column"):
         command.read_texts(tmp_path / "a.tsv", "text", "stars")
+    (tmp_path / "empty.csv").write_text("text,label\none,a\ntwo\n")
+    with pytest.raises(UserError, match="the label is missing"):
+        command.read_texts(tmp_path / "empty.csv", "text", "label")
     with pytest.raises(UserError, match="give --labels"):
         command.read_texts(tmp_path / "a.txt", "text", "stars")
 

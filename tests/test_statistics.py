@@ -234,6 +234,10 @@ def test_the_interval_of_a_rank_adds_the_variance_over_rows_of_the_mean_over_see
     over_rows = np.var(draws.mean(0), ddof=1) * 40 / 60
     assert found["se"] == pytest.approx(math.sqrt(1.0 / 3 + over_rows))
     assert (found["mean"], found["df"], found["n_seeds"]) == (4.0, 2, 3)
+    with pytest.raises(ValueError, match="a row of draws a seed"):
+        seeds_and_rows_interval(values, draws.T, 40, 100)
+    with pytest.raises(ValueError, match="a row of draws a seed"):
+        seeds_and_rows_interval([1.0], [[2.0]], 40, 100)
 
 
 def test_rows_that_move_all_seeds_together_count_in_full_and_apart_only_in_part():

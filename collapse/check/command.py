@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from collapse.check.report import READS, Report
+from collapse.data.custom import labelled
 from collapse.data.task import decode_lines
 from collapse.data.text_tables import read_csv, read_json
 from collapse.measures import against_base
@@ -53,8 +54,11 @@ def check(
     adapted = finetuned.is_adapted(model)
     off = off and finetuned.can_be_off(model)
     base_name = base_name or name * adapted
-    if not base_name and not isinstance(base, nn.Module):
-        raise UserError(f"nothing says which model is the base of {name}: name it by --base.")
+    if not (base_name or off or isinstance(base, nn.Module)):
+        of = name or IN_MEMORY
+        raise UserError(f"nothing says which model is the base of {of}: name it by --base.")
+    if tokenizer is None and not (base_name if adapted else name):
+        raise UserError("a model without a name needs its tokenizer: give tokenizer=TOKENIZER.")
     max_length = min(max_length, getattr(core_of(model).config, "max_position_embeddings", 10**9))
     tokenizer = tokenizer or whole_tokenizer(base_name if adapted else name, None)
     texts = against_base.draw_texts(texts, labels, tokenizer, rows, max_length)
@@ -98,6 +102,9 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     }
 
 
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
+
+
 def read_texts(
     file: Path, text_column: str = "text", label_column: str | None = None
 ) -> tuple[list[str], list[str] | None]:
@@ -108,11 +115,13 @@ def read_texts(
     """
     suffix, columns = file.suffix.lower(), [text_column, *filter(None, [label_column])]
     lines = lines_of(file)
-    if suffix in (".csv", ".tsv", ".json", ".jsonl"):
+    if suffix in TABLES:
         read = read_json if suffix.startswith(".json") else read_csv
-        rows = [values for _, values in read("\n".join(lines), columns, file).rows]
-        rows = [["" if value is None else str(value) for value in values] for values in rows]
-        return [row[0] for row in rows], [row[1] for row in rows] if label_column else None
+        rows = read("\n".join(lines), columns, file).rows
+        if label_column:
+            checked = [labelled(*row, None) for row in rows]
+            return [text for text, _ in checked], [label for _, label in checked]
+        return ["" if text is None else str(text) for _, (text,) in rows], None
     if label_column:
         raise UserError(f"--label-column is for CSV, TSV and JSON: give --labels beside {file}.")
     return lines, None
@@ -150,6 +159,8 @@ def _main() -> None:
     texts, labels = read_texts(a.texts, a.text_column, a.label_column)
     if a.labels:
         labels = lines_of(a.labels)
+        if a.label_column or a.labels.suffix.lower() in TABLES:
+            raise UserError("--labels has a label a line: of a table, give --label-column instead.")
     report = check(a.model, a.base, texts, labels, None, a.rows, a.max_length, a.read, a.dtype)
     report.write(a.out)
     said = report.text() + "\nwrote report.html, report.json"

@@ -142,6 +142,8 @@ def seeds_and_rows_interval(
     alone, and `n_seeds` says so.
     """
     values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
+    if draws.ndim != 2 or values.shape != draws.shape[:1] or draws.shape[1] < 2:
+        raise ValueError(f"values {values.shape} and draws {draws.shape}: a row of draws a seed")
     n_seeds, n_draws = draws.shape
     over_rows = float(draws.mean(0).std(ddof=1)) * math.sqrt(rows / (total - rows))
     over_seeds = values.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0

@@ -286,9 +286,8 @@ class Trainer:
             self.optimizer = SharedScaleAdamW(self.parameters, **settings)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, **settings, fused=True)
-        self.shuffled_targets: dict[
-            int, Tensor
-        ] = {}  # shuffled-lm: row -> its targets in this step
+        # shuffled-lm: row -> its targets in this step
+        self.shuffled_targets: dict[int, Tensor] = {}
         # Parameters whose LM gradient is computed separately: shared-scale, controls of model 3.
         self.separate_lm_parameters = self.parameters if arm.shared_scale else []
         if arm.compressor != "both":

@@ -16,7 +16,7 @@ from torch import nn
 from collapse.check.report import READS, Report
 from collapse.data.custom import labelled
 from collapse.data.task import decode_lines
-from collapse.data.text_tables import read_csv, read_json
+from collapse.data.text_tables import TEXT_SUFFIXES, parse_table
 from collapse.measures import against_base
 from collapse.measures.against_base import MAX_LENGTH, ROWS, Texts
 from collapse.measures.rank import rank_metrics, singular_values
@@ -25,6 +25,8 @@ from collapse.models.finetuned import core_of
 from collapse.models.pretrained import find_model, whole_tokenizer
 from collapse.utils.errors import UserError, run_script
 from collapse.utils.files import digest_weights
+
+IN_MEMORY = "(in memory)"  # a model without a name
 
 
 def check(
@@ -59,6 +61,7 @@ def check(
         raise UserError(f"nothing says which model is the base of {of}: name it by --base.")
     if tokenizer is None and not (base_name if adapted else name):
         raise UserError("a model without a name needs its tokenizer: give tokenizer=TOKENIZER.")
+    name, base_name = name or IN_MEMORY, base_name or IN_MEMORY
     max_length = min(max_length, getattr(core_of(model).config, "max_position_embeddings", 10**9))
     tokenizer = tokenizer or whole_tokenizer(base_name if adapted else name, None)
     texts = against_base.draw_texts(texts, labels, tokenizer, rows, max_length)
@@ -75,14 +78,10 @@ def check(
     verdict, why = against_base.judge(now["last_layer"], start["last_layer"], texts)
     record = {"schema": 1, "verdict": verdict, "why": why}
     record["kept"] = against_base.share_kept(now["last_layer"], start["last_layer"])
-    record["model"] = (name or IN_MEMORY) + " (adapter)" * adapted
-    record["base"] = (base_name or IN_MEMORY) + " (adapter off)" * off
+    record |= {"model": name + " (adapter)" * adapted, "base": base_name + " (adapter off)" * off}
     record |= {"texts_sha256": texts.sha256, "rows": len(texts.split.labels)}
     record |= {"classes": texts.classes, "max_length": max_length, "read": read}
     return Report(record | {part: {"base": start[part], "now": now[part]} for part in now})
-
-
-IN_MEMORY = "(in memory)"  # a model without a name
 
 
 def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     for pooled, _ in states.pooled:
         ranks = rank_metrics(pooled) if np.isfinite(pooled).all() else {}
         layers.append({name: ranks.get(name) for name in ("effective_rank", "stable_rank")})
-    last, folder = states.pooled[-1, 0], Path(find_model(name or IN_MEMORY))
+    last, folder = states.pooled[-1, 0], Path(find_model(name))
     stored = digest_weights(folder) if folder.is_dir() else None
     return {
         "last_layer": against_base.numbers_of(states, loss, texts, read),
@@ -102,9 +101,6 @@ def _side(model: nn.Module, texts: Texts, read: str, name: str) -> dict[str, Any
     }
 
 
-TABLES = (".csv", ".tsv", ".json", ".jsonl")
-
-
 def read_texts(
     file: Path, text_column: str = "text", label_column: str | None = None
 ) -> tuple[list[str], list[str] | None]:
@@ -113,11 +109,10 @@ def read_texts(
     The file's suffix tells which: a table is .csv, .tsv, .json or .jsonl. Raises UserError for a
     file that cannot be read, naming the line.
     """
-    suffix, columns = file.suffix.lower(), [text_column, *filter(None, [label_column])]
+    columns = [text_column, *filter(None, [label_column])]
     lines = lines_of(file)
-    if suffix in TABLES:
-        read = read_json if suffix.startswith(".json") else read_csv
-        rows = read("\n".join(lines), columns, file).rows
+    if file.suffix.lower() in TEXT_SUFFIXES:
+        rows = parse_table(lines, columns, file).rows
         if label_column:
             checked = [labelled(*row, None) for row in rows]
             return [text for text, _ in checked], [label for _, label in checked]
@@ -159,7 +154,7 @@ def _main() -> None:
     texts, labels = read_texts(a.texts, a.text_column, a.label_column)
     if a.labels:
         labels = lines_of(a.labels)
-        if a.label_column or a.labels.suffix.lower() in TABLES:
+        if a.label_column or a.labels.suffix.lower() in TEXT_SUFFIXES:
             raise UserError("--labels has a label a line: of a table, give --label-column instead.")
     report = check(a.model, a.base, texts, labels, None, a.rows, a.max_length, a.read, a.dtype)
     report.write(a.out)

@@ -27,6 +27,7 @@ from collapse.utils.files import ROOT, read_fetched
 from collapse.utils.hub import load_from_hub
 
 AG_NEWS_ROWS = 120_000  # of the official training split
+AG_NEWS_COLUMNS = ("class", "title", "description")
 
 
 def read_ag_news_split(path: Path) -> Rows:
@@ -36,7 +37,7 @@ def read_ag_news_split(path: Path) -> Rows:
     file and line.
     """
     rows = Rows([], [])
-    for where, (label, *texts) in read_records(path, ("class", "title", "description"), False):
+    for where, (label, *texts) in read_records(path, AG_NEWS_COLUMNS, header=False):
         rows.texts.append(" ".join(texts).strip())
         if not rows.texts[-1]:
             raise UserError(f"{where}: title and description are empty; fix or remove the line.")

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from collapse.data.task import decode_lines
 from collapse.utils.errors import DISK_FULL, UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")  # after one of SUFFIXES
 
 
@@ -54,9 +55,7 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
                 (file,) = (inner for inner in files if not inner.name.startswith("."))
             if file_type(path) == ".parquet":
                 return read_parquet(file, columns, str(path))
-            text = "\n".join(decode_lines(file.read_bytes(), path))
-            read = read_json if file_type(path) in (".json", ".jsonl") else read_csv
-            return read(text, columns, path)
+            return parse_table(decode_lines(file.read_bytes(), path), columns, path)
         except Exception as error:  # each of these libraries has its own for bytes that are damaged
             disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
             if disk_full or isinstance(error, UserError):
@@ -67,6 +66,12 @@ def read_file(path: Path, columns: Sequence[str]) -> Table:
             raise UserError(
                 f"{path} cannot be read as {kind} ({reason}): fix or replace it."
             ) from None
+
+
+def parse_table(lines: Sequence[str], columns: Sequence[str], path: Path) -> Table:
+    """The columns of a file of TEXT_SUFFIXES, given its lines."""
+    read = read_json if file_type(path) in (".json", ".jsonl") else read_csv
+    return read("\n".join(lines), columns, path)
 
 
 def read_csv(text: str, columns: Sequence[str], path: Path) -> Table:

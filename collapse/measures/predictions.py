@@ -124,7 +124,7 @@ def publish_rows(folder: Path, trained_elsewhere: Collection[tuple[str, str]] = 
         path.unlink(missing_ok=True)
 
 
-def read_file(path: Path, separator: str) -> dict[str, RowResults]:
+def read_named_rows(path: Path, separator: str) -> dict[str, RowResults]:
     """Name -> rows, of a file whose tensors are named NAME, separator, part; empty without one.
 
     Raises UserError when the file is damaged.
@@ -139,7 +139,7 @@ def read_file(path: Path, separator: str) -> dict[str, RowResults]:
 def read_rows(folder: Path) -> dict[str, dict[str, dict[str, RowResults]]]:
     """Published rows of a results folder: model -> seed -> "best" or "final" -> RowResults."""
     results: dict[str, dict[str, dict[str, RowResults]]] = {}
-    for name, rows in read_file(folder / "rows.safetensors", " ").items():
+    for name, rows in read_named_rows(folder / "rows.safetensors", " ").items():
         model, seed, epoch = name.split(" ")
         results.setdefault(model, {}).setdefault(seed, {})[epoch] = rows
     return results

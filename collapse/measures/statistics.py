@@ -86,17 +86,25 @@ def sets_interval(differences: Sequence[np.ndarray], level: float = 0.95) -> dic
     least.
     """
     arrays = [_seeds_by_rows(array) for array in differences]
+    n_seeds, n_sets = len(arrays[0]), len(arrays)
+    if len({len(array) for array in arrays}) != 1:
+        raise ValueError(f"seeds differ between sets: {[len(array) for array in arrays]}")
     means = np.mean([array.mean(1) for array in arrays], axis=0)  # (S,)
-    n_seeds, n_rows = len(means), np.array([array.shape[1] for array in arrays])  # (D,)
+    cells = np.array([array.size for array in arrays]) * n_sets**2  # (D,)
     squares = np.array([crossed_mean_squares(array)[1:] for array in arrays])  # (D, 2)
-    squares /= (n_seeds * n_rows * len(arrays) ** 2)[:, None]
-    residual, of_rows = squares[:, 1], squares.max(1)
-    of_seeds = max(means.var(ddof=1) / n_seeds, residual.sum())
+    residual = squares[:, 1] / cells
+    of_rows = np.maximum(squares[:, 0], squares[:, 1]) / cells
+    of_seeds = max(means.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0, residual.sum())
     total = of_seeds + (of_rows - residual).sum()
-    scatter = (of_rows**2 / (n_rows - 1) + residual**2 / (n_rows - 1) / (n_seeds - 1)).sum()
-    scatter += of_seeds**2 / (n_seeds - 1)
-    df = max(total**2 / scatter, n_seeds - 1) if scatter > 0 else n_seeds - 1
-    return t_interval(float(means.mean()), math.sqrt(total), float(df), level) | {"n": n_seeds}
+    row_freedom = np.array([max(1, array.shape[1] - 1) for array in arrays])
+    rest_freedom = row_freedom * max(1, n_seeds - 1)
+    scatter = (of_rows**2 / row_freedom + residual**2 / rest_freedom).sum()
+    if n_seeds > 1:
+        scatter += of_seeds**2 / (n_seeds - 1)
+    least = n_seeds - 1 if n_seeds > 1 else int(row_freedom.min())
+    df = max(total**2 / scatter, least) if scatter > 0 else least
+    found = t_interval(float(means.mean()), math.sqrt(total), float(df), level)
+    return found | {"n": n_seeds}
 
 
 def pigeonhole_interval(
@@ -142,9 +150,11 @@ def seeds_and_rows_interval(
     alone, and `n_seeds` says so.
     """
     values, draws = np.asarray(values, dtype=np.float64), np.asarray(draws, dtype=np.float64)
-    if draws.ndim != 2 or values.shape != draws.shape[:1] or draws.shape[1] < 2:
-        raise ValueError(f"values {values.shape} and draws {draws.shape}: a row of draws a seed")
+    if draws.ndim != 2 or values.shape != draws.shape[:1]:
+        raise ValueError(f"values {values.shape} and draws {draws.shape}: one row of draws a seed")
     n_seeds, n_draws = draws.shape
+    if not 0 < rows < total or n_draws < 2:
+        raise ValueError(f"{n_draws} draws of {rows} from {total} rows: no variance over rows")
     over_rows = float(draws.mean(0).std(ddof=1)) * math.sqrt(rows / (total - rows))
     over_seeds = values.var(ddof=1) / n_seeds if n_seeds > 1 else 0.0
     se, df = math.sqrt(over_seeds + over_rows**2), (n_seeds if n_seeds > 1 else n_draws) - 1

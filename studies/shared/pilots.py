@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from collapse.data.task import Rows, Task, limit_task
-from collapse.measures.predictions import read_file
+from collapse.measures.predictions import read_named_rows
 from collapse.runs.progress import Progress
 from collapse.utils.errors import UserError
 from collapse.utils.files import locked, read_tensors, write_tensors
@@ -154,7 +154,7 @@ def read_runs(folder: Path, planned: int, trial_type: type) -> Iterator[Run]:
     earlier training of the same name.
     """
     for seed in range(planned):
-        rows = read_file(rows_file(folder, seed), "/")
+        rows = read_named_rows(rows_file(folder, seed), "/")
         for run in sweep.read_runs(folder, [seed], trial_type, Run):
             stored = rows.get(run.trial.name)
             if stored is None or run.end["best_epoch"] is None:
